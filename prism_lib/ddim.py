@@ -1,0 +1,103 @@
+"""DDIM as pure tensor functions: the schedule, one step in either direction, and guidance (Song et al., ICLR 2021).
+
+A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at `timesteps[k]`, and a
+step leads from level k to k - 1. Inverting and denoising walk the same ladder, so the level is the one index that the
+inversion, the stored trajectory and the edit share: `trajectory[k]` is the latent at level k. No U-Net is known here.
+
+All coefficients are Python floats computed in double precision, so a step costs no device synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a DDIM trajectory, level 0 (clean) to `num_steps` (noise).
+
+    `timesteps[k]` is what the U-Net is told at level k (level 0 is never evaluated and holds -1); `alphas[k]` is the
+    cumulative product abar there. What a step predicts is named by `prediction_type`.
+    """
+
+    timesteps: tuple[int, ...]
+    alphas: tuple[float, ...]
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps T; levels run from 0 to T."""
+        return len(self.timesteps) - 1
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+        """The schedule that a diffusers scheduler of this configuration follows, as DDIM.
+
+        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding of the predicted image are
+        ignored, because they make no sense for latents.
+        """
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
+        scheduler = DDIMScheduler.from_config(dict(config))
+        scheduler.set_timesteps(num_inference_steps)
+        abar = scheduler.alphas_cumprod.double().tolist()
+        ascending = [int(t) for t in scheduler.timesteps.flip(0)]
+        if ascending[0] < 0 or ascending[-1] >= len(abar):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}, "
+                f"but the model knows 0 to {len(abar) - 1}"
+            )
+        return cls(
+            timesteps=(-1, *ascending),
+            alphas=(float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending)),
+            prediction_type=scheduler.config["prediction_type"],
+        )
+
+
+def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """Split a sample at `level` into the predicted clean latent x0 and noise eps, given the U-Net's output."""
+    signal, noise = _scales(schedule, level)
+    if schedule.prediction_type == "v_prediction":
+        return signal * sample - noise * prediction, signal * prediction + noise * sample
+    return (sample - noise * prediction) / signal, prediction
+
+
+def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
+    """One deterministic DDIM step from `level` to `level - 1`; the U-Net saw `sample` at `timesteps[level]`."""
+    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level), level - 1)
+
+
+def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
+    """One DDIM inversion step from `level - 1` up to `level`; the U-Net saw `sample` at `timesteps[level]`.
+
+    The U-Net is told the *destination*, as in null-text inversion and diffusers' DDIMInverseScheduler.
+    """
+    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level - 1), level)
+
+
+def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance, eps_u + w (eps_c - eps_u) (Ho & Salimans, 2022)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _noised(schedule: Schedule, clean: Tensor, noise: Tensor, level: int) -> Tensor:
+    signal_scale, noise_scale = _scales(schedule, level)
+    return signal_scale * clean + noise_scale * noise
+
+
+def _scales(schedule: Schedule, level: int) -> tuple[float, float]:
+    """sqrt(abar) and sqrt(1 - abar) at a level."""
+    if not 0 <= level <= schedule.num_steps:
+        raise ValueError(f"level {level} is outside this schedule's 0 to {schedule.num_steps}")
+    return schedule.alphas[level] ** 0.5, (1.0 - schedule.alphas[level]) ** 0.5

@@ -1,0 +1,197 @@
+"""Edit held-out images and measure the result: on phantoms against the truth, on real images as far as they allow.
+
+`choose_cases` picks held-out images that an edit applies to, `evaluate_edit` runs abduction, action and prediction on
+them and measures each image, `summarise` turns the rows into means with bootstrap intervals over patients. The judge
+only reads; it never guides or selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from prism_lib import datasets, metrics
+from prism_lib.classifier import predict
+from prism_lib.editing import EditConfig, edit
+from prism_lib.inversion import invert
+from prism_lib.prompts import Edit
+
+# Measured per image where the true counterfactual is known.
+TRUTH_METRICS = (
+    "true_error_ratio",
+    "mask_recall",
+    "mask_area_ratio",
+    "marker_changed",
+    "latent_outside_l1_ratio",
+)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier and the labels that its outputs stand for."""
+
+    model: nn.Module
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image."""
+
+    edit: Edit
+    table: pd.DataFrame
+    factual: Tensor
+    edited: Tensor
+    raw: Tensor
+    reconstruction: Tensor
+    mask: Tensor
+    truth: Tensor | None
+    truth_mask: Tensor | None
+
+
+def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
+    """The first ``count`` images of a split that the edit applies to; one per patient.
+
+    Raises ValueError when the split has too few.
+    """
+    rows = datasets.editable(datasets.load_table(folder, split), edit).drop_duplicates("patient_id")
+    if len(rows) < count:
+        raise ValueError(f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for")
+    return rows.head(count).reset_index(drop=True)
+
+
+def evaluate_edit(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    config: EditConfig,
+    *,
+    method: str = "direct",
+    num_inference_steps: int = 50,
+    judge: Judge | None = None,
+) -> Evaluation:
+    """Invert, edit and measure the images of ``cases`` (rows of a prepared table)."""
+    images = datasets.read_images(folder, cases)
+    pairs = [datasets.prompt_pair(folder, row, change) for row in cases.to_dict("records")]
+    inversion = invert(pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps)
+    results = edit(pipe, inversion, pairs, config)
+    stacked = {name: torch.stack([getattr(r, name) for r in results]) for name in ("image", "raw", "reconstruction", "mask")}
+    known = datasets.true_counterfactual(folder, cases, change)
+    truth, truth_mask = known if known is not None else (None, None)
+    evaluation = Evaluation(
+        change,
+        cases[["file_name", "patient_id"]].copy(),
+        images,
+        stacked["image"],
+        stacked["raw"],
+        stacked["reconstruction"],
+        stacked["mask"],
+        truth,
+        truth_mask,
+    )
+    columns = _appearance(evaluation)
+    if truth is not None:
+        columns |= _against_truth(evaluation, datasets.marker_masks(folder, cases))
+    if judge is not None:
+        columns |= _by_judge(evaluation, judge)
+    return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
+
+
+def _appearance(e: Evaluation) -> dict[str, Any]:
+    """What needs neither truth nor judge."""
+    open_pixels = e.mask > 0
+    return {
+        "identity_l1": metrics.l1(e.edited, e.factual).tolist(),
+        "reconstruction_l1": metrics.l1(e.reconstruction, e.factual).tolist(),
+        "raw_l1": metrics.l1(e.raw, e.factual).tolist(),
+        "mask_share": open_pixels.float().mean((1, 2, 3)).tolist(),
+        "changed_outside_mask": [_changed_outside(e, open_pixels, n) for n in range(len(e.factual))],
+    }
+
+
+def _changed_outside(e: Evaluation, open_pixels: Tensor, n: int) -> float:
+    if bool(open_pixels[n].all()):
+        return 0.0  # everything was open to the edit, so nothing lies outside
+    return float(metrics.changed_fraction_outside(e.edited[n : n + 1], e.factual[n : n + 1], open_pixels[n : n + 1]))
+
+
+def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
+    assert e.truth is not None and e.truth_mask is not None
+    open_pixels = e.mask > 0
+    columns = {
+        "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask).tolist(),
+        "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask).tolist(),
+        "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask).tolist(),
+        "latent_outside_l1_ratio": metrics.outside_l1_ratio(
+            e.raw, e.reconstruction, e.factual, e.truth_mask
+        ).tolist(),
+    }
+    if marker is not None:
+        # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
+        elsewhere = marker & ~e.truth_mask
+        changed = (e.edited != e.factual).any(1, keepdim=True) & elsewhere
+        columns["marker_changed"] = changed.flatten(1).sum(1).tolist()
+    return columns
+
+
+def _by_judge(e: Evaluation, judge: Judge) -> dict[str, Any]:
+    """Probabilities of the edited label before and after, CPG, and how many other labels flipped."""
+    before, after = predict(judge.model, _gray(e.factual)), predict(judge.model, _gray(e.edited))
+    changed = [*e.edit.remove, *e.edit.add]
+    others = [k for k, label in enumerate(judge.labels) if label not in changed]
+    columns: dict[str, Any] = {}
+    if len(changed) == 1 and changed[0] in judge.labels:
+        column, target = judge.labels.index(changed[0]), int(bool(e.edit.add))
+        columns["p_before"] = before[:, column].tolist()
+        columns["p_after"] = after[:, column].tolist()
+        gain = metrics.counterfactual_prediction_gain(before[:, column], after[:, column], target)
+        columns["cpg"] = gain.tolist()
+        columns["flipped"] = ((after[:, column] >= 0.5) == bool(target)).float().tolist()
+    if others:
+        columns["side_effect_rate"] = metrics.side_effect_rate(before[:, others], after[:, others]).tolist()
+    return columns
+
+
+def _gray(images: Tensor) -> Tensor:
+    return images.mean(1, keepdim=True)
+
+
+def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, float]:
+    """Means with 95 % bootstrap intervals over patients: ``{metric, metric_low, metric_high}`` for each column.
+
+    The flip rate counts only images that the judge did not already read as the target.
+    """
+    table, summary = evaluation.table, {"images": float(len(evaluation.table))}
+    for name in table.columns.drop(["file_name", "patient_id", "p_before", "p_after", "flipped"], errors="ignore"):
+        summary |= _interval(name, table[name], table["patient_id"], seed)
+    if "flipped" in table:
+        can_flip = (table["p_before"] < 0.5) == bool(evaluation.edit.add)
+        summary["flip_denominator"] = float(can_flip.sum())
+        if can_flip.any():
+            summary |= _interval("flip_rate", table.loc[can_flip, "flipped"], table.loc[can_flip, "patient_id"], seed)
+    return summary
+
+
+def _interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> dict[str, float]:
+    if patients.nunique() < 2:
+        return {name: float(values.mean())}
+    rows = torch.tensor(values.to_numpy(dtype=float))
+    return metrics.bootstrap_ci(rows, patients.tolist(), seed=seed).named(name)
+
+
+def notes(evaluation: Evaluation, columns: Sequence[str] = ("true_error_ratio", "cpg", "mask_recall")) -> list[str]:
+    """A short text per image for the margin of a sheet."""
+    words = {"true_error_ratio": "error", "cpg": "CPG", "mask_recall": "recall", "identity_l1": "L1", "mask_share": "mask"}
+    present = [name for name in columns if name in evaluation.table]
+    return [
+        "\n".join(f"{words.get(name, name)} {row[name]:.2f}" for name in present)
+        for row in evaluation.table.to_dict("records")
+    ]

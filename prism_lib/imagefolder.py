@@ -1,0 +1,135 @@
+"""The prepared folder: how it is written, read and checked.
+
+Hugging Face's *imagefolder* convention, so that nothing of ours is needed to use it:
+
+    train/*.png  val/*.png  test/*.png   the images
+    metadata.csv                         a row per image: file_name, patient_id, split, text, labels
+    train/metadata.csv ...               the same rows by split: `load_dataset` looks for them beside the
+                                         images and ignores a table above the split folders
+    dataset.json                         where it all came from: configuration, counts, rejects, hash
+
+A folder is built under a temporary name beside its place and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+FORMAT = 1
+SPLITS = ("train", "val", "test")
+
+Folder = str | os.PathLike[str]
+
+
+def load_info(folder: Folder) -> dict[str, Any]:
+    """The `dataset.json` of a prepared folder."""
+    path = Path(folder) / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a prepared data set: it has no dataset.json")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}: prepare the data set again")
+    return info
+
+
+def load_table(folder: Folder, split: str | None = None) -> pd.DataFrame:
+    """The metadata of a prepared folder, all of it or one split; labels are 1, 0, -1 or NaN."""
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    labels = load_info(folder)["labels"]
+    path = Path(folder) / "metadata.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no metadata.csv: prepare the data set again")
+    table = pd.read_csv(path, dtype=dict.fromkeys(("file_name", "patient_id", "split", "text"), str))
+    for column in ("file_name", "patient_id", "split", "text", *labels):
+        if column not in table:
+            raise ValueError(f"{path} lacks the column {column!r}")
+    return table if split is None else table[table["split"] == split].reset_index(drop=True)
+
+
+def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
+    """The images of a table's rows, float32 (N, C, H, W) in [0, 1]; C is 1 for gray and 3 for colour."""
+    if table.empty:
+        raise ValueError(f"no images to read from {folder}: the table has no rows")
+    images = [_read_image(Path(folder).resolve(), name) for name in table["file_name"]]
+    for name, image in zip(table["file_name"], images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(f"{name} is {image.shape}, but the images before it are {images[0].shape}")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def verify(folder: Folder) -> None:
+    """Read every byte of a prepared folder; ValueError if it is not what was written."""
+    if content_hash(Path(folder), load_table(folder)["file_name"]) != load_info(folder)["content_hash"]:
+        raise ValueError(f"{folder} has changed since it was prepared: its content hash differs")
+
+
+def content_hash(folder: Path, file_names: Iterable[str]) -> str:
+    """SHA-256 over metadata.csv and every image file, in the order of the names."""
+    content = hashlib.sha256((folder / "metadata.csv").read_bytes())
+    for name in file_names:
+        content.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return content.hexdigest()
+
+
+def write_tables(folder: Path, metadata: pd.DataFrame) -> None:
+    """Write `metadata` whole, and by split beside the images."""
+    metadata.to_csv(folder / "metadata.csv", index=False)
+    for split, rows in metadata.groupby("split"):
+        own = rows.assign(file_name=rows["file_name"].str.removeprefix(f"{split}/"))
+        own.to_csv(folder / str(split) / "metadata.csv", index=False)
+
+
+def write_info(folder: Path, info: Mapping[str, Any]) -> None:
+    """Write dataset.json, stamped with the version of this format."""
+    text = json.dumps({"format": FORMAT, **info}, indent=2)
+    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def building(output: Path) -> Iterator[Path]:
+    """A temporary sibling with the split folders: becomes `output` if the block ends well, else vanishes."""
+    folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        for split in SPLITS:
+            (folder / split).mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the output {output}: {error}") from error
+    try:
+        yield folder
+        folder.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_image(root: Path, name: str) -> np.ndarray:
+    """One image (H, W, C) uint8; a table must not lead out of its folder."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"file_name {name!r} leads outside the prepared folder {root}")
+    try:
+        with Image.open(path) as file:
+            pixels = np.atleast_3d(np.asarray(file))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
+        raise ValueError(f"{path} is {pixels.shape} {pixels.dtype}; expected 8-bit gray or colour")
+    return pixels

@@ -1,0 +1,141 @@
+"""The labels of chest X-rays: their names, their states, and the words that captions use for them.
+
+Columns bear CheXpert's names throughout, and other data sets are mapped onto them where they mean the same. A
+label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); the last two never count as 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Labels = Mapping[str, float | None]
+
+NO_FINDING = "No Finding"
+# CheXpert's rule: a film with devices but without disease still counts as "No Finding".
+NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words for a set of labels: `phrases` maps label to phrase, in the order of the clauses.
+
+    `stated` names the labels whose absence the explicit template says; a present label is always said. Saying
+    every absence would overflow CLIP's 77 tokens. `synonyms` say the same as a label, `details` say more.
+    """
+
+    name: str
+    subject: str
+    phrases: Mapping[str, str]
+    stated: tuple[str, ...]
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All label names, "No Finding" included, in order."""
+        return (NO_FINDING, *self.phrases)
+
+    def label(self, key: str) -> str:
+        """The label whose snake-case form is `key`: "pleural_effusion" -> "Pleural Effusion"."""
+        keys = {snake_case(label): label for label in self.labels}
+        if key not in keys:
+            raise ValueError(f"unknown label {key!r} in vocabulary {self.name!r}; it has {', '.join(keys)}")
+        return keys[key]
+
+
+CHEXPERT_LABELS = (
+    NO_FINDING,
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+# NIH ChestX-ray14's names; those that mean the same as a CheXpert label bear that label's name.
+NIH_LABELS = {
+    "Atelectasis": "Atelectasis",
+    "Cardiomegaly": "Cardiomegaly",
+    "Consolidation": "Consolidation",
+    "Edema": "Edema",
+    "Effusion": "Pleural Effusion",
+    "Emphysema": "Emphysema",
+    "Fibrosis": "Fibrosis",
+    "Hernia": "Hernia",
+    "Infiltration": "Infiltration",
+    "Mass": "Mass",
+    "Nodule": "Nodule",
+    "Pleural_Thickening": "Pleural Thickening",
+    "Pneumonia": "Pneumonia",
+    "Pneumothorax": "Pneumothorax",
+}
+PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
+
+_SYNONYMS = {
+    "Cardiomegaly": ("enlarged heart",),
+    "Pleural Effusion": ("pleural fluid",),
+    "Support Devices": ("medical devices",),
+}
+_FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
+_CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
+_DETAILS = {
+    "Pleural Effusion": ("left pleural effusion", "right pleural effusion", "bilateral pleural effusion"),
+    "Support Devices": ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube"),
+}
+
+# The absences CHEST states are CheXpert's five competition findings, pneumothorax and devices.
+CHEST = Vocabulary(
+    name="chest",
+    subject="chest x-ray",
+    phrases=_CHEST_PHRASES,
+    stated=(
+        "Cardiomegaly",
+        "Edema",
+        "Consolidation",
+        "Atelectasis",
+        "Pneumothorax",
+        "Pleural Effusion",
+        "Support Devices",
+    ),
+    synonyms=_SYNONYMS,
+    details=_DETAILS,
+)
+PHANTOM = Vocabulary(
+    name="phantom",
+    subject="chest x-ray",
+    phrases={label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]},
+    stated=PHANTOM_LABELS[1:],
+    synonyms=_SYNONYMS,
+    details=_DETAILS,
+)
+VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM)}
+
+
+def vocabulary(name: str) -> Vocabulary:
+    """The vocabulary called `name`: "chest" (CheXpert's and NIH's labels) or "phantom" (four labels)."""
+    if name not in VOCABULARIES:
+        raise ValueError(f"unknown vocabulary {name!r}; known: {', '.join(VOCABULARIES)}")
+    return VOCABULARIES[name]
+
+
+def snake_case(label: str) -> str:
+    """A label as it appears in keys and file names: "Support Devices" -> "support_devices"."""
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+
+
+def label_state(label: str, value: float | None) -> bool | None:
+    """True present, False absent, None uncertain or not mentioned; other than 1, 0, -1, None, NaN raises."""
+    if value is None or value != value or value == -1:
+        return None
+    if value not in (0, 1):
+        raise ValueError(f"label {label!r} is {value!r}; expected 1, 0, -1 (uncertain) or missing")
+    return value == 1

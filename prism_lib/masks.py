@@ -1,0 +1,173 @@
+"""Where an edit may show: from attention and noise to a soft pixel mask, and the composite with the input.
+
+The latent grid is far too coarse for a lead wire of two pixels, and the decoded image alone changes a little everywhere.
+So the automatic mask asks both: coarse *evidence* (where the edit's words looked, where the noise predictions of source
+and target part) says which region the edit is about, and the *change* of the decoded image says which pixels. Strong
+pixels inside the evidence are seeds and grow through weaker ones that touch them: hysteresis, as in Canny's edges.
+
+Every step is continuous in its input (ramps for thresholds, gray-scale reconstruction for growing), so rounding
+differences between batch sizes cannot flip a pixel. The mask is exactly 0 outside a compact support, and there the
+composite returns the input's own pixels bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.morphology import reconstruction
+from torch import Tensor
+
+COMPOSITES = ("change", "paste")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Settings of the automatic mask; lengths in pixels, changes in units of the [0, 1] gray range.
+
+    A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x noise), where
+    noise is the image's median change. Seeds need `seed_evidence` (share of the image's maximal evidence), grown pixels
+    `grow_evidence`. `attention_weight` mixes attention (1) and noise difference (0) into the evidence.
+    """
+
+    min_change: float = 0.015
+    weak: float = 2.0
+    strong: float = 4.0
+    attention_weight: float = 0.25
+    seed_evidence: float = 0.3
+    grow_evidence: float = 0.1
+    smooth: int = 1
+    close: int = 2
+    dilate: int = 1
+    feather: int = 1
+    softness: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("min_change", "weak", "strong", "softness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        for name in ("attention_weight", "seed_evidence", "grow_evidence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
+        for name in ("smooth", "close", "dilate", "feather"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of pixels, 0 or more")
+
+
+def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
+    """Where the edit is about, (N, 1, h, w) in [0, 1] with maximum 1 per image (0 everywhere if nothing changed).
+
+    `word_maps` (N, 2, h, w) is the attention to the edit's words in source and target, `noise_change` (N, 1, h, w) the
+    mean absolute difference of their noise predictions.
+    """
+    change = _unit(noise_change)
+    attention = _unit(word_maps.amax(1, keepdim=True))
+    # Without words there is no attention to weigh, and without a change of noise there is no edit to locate.
+    weight = attention_weight * (attention.amax((1, 2, 3), keepdim=True) > 0)
+    changed = change.amax((1, 2, 3), keepdim=True) > 0
+    return _unit(weight * attention + (1 - weight) * change) * changed
+
+
+def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 1) -> Tensor:
+    """Mean absolute change over channels, averaged over (2 smooth + 1)^2 pixels: (N, 1, H, W)."""
+    return _box((edited - reference).abs().mean(1, keepdim=True), smooth)
+
+
+def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = MaskConfig()) -> Tensor:
+    """The soft mask (N, 1, H, W) of a pixel change (N, 1, H, W), given evidence (N, 1, h, w): see module docstring."""
+    where = F.interpolate(coarse, size=change.shape[2:], mode="bilinear", align_corners=False)
+    noise = change.flatten(1).median(1).values[:, None, None, None]
+    weak = (config.weak * noise).clamp(min=config.min_change)
+    strong = (config.strong * noise).clamp(min=2 * config.min_change)
+    body = _ramp(change, weak, config.softness) * _ramp(where, config.grow_evidence, config.softness)
+    seeds = _ramp(change, strong, config.softness) * _ramp(where, config.seed_evidence, config.softness)
+    return soften(_close(grow(seeds, body), config.close), config.dilate, config.feather)
+
+
+def grow(seeds: Tensor, body: Tensor) -> Tensor:
+    """Gray-scale hysteresis: what of `body` the seeds reach through it (Vincent, 1993); both (N, 1, H, W) in [0, 1]."""
+    start = torch.minimum(seeds, body).double().cpu().numpy()
+    limit = body.double().cpu().numpy()
+    grown = [reconstruction(s[0], b[0], footprint=np.ones((3, 3))) for s, b in zip(start, limit, strict=True)]
+    return torch.from_numpy(np.stack(grown))[:, None].to(body)
+
+
+def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
+    """Widen a mask by `dilate` pixels and let it fade over `feather` more; exactly 0 beyond dilate + feather."""
+    return _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2) if feather else _maximum(mask, dilate)
+
+
+def check_mask(mask: Tensor, images: Tensor, name: str = "mask", empty: bool = False) -> Tensor:
+    """A user's mask as float (N, 1, H, W) in [0, 1]; raises for a wrong shape or range, or one without any pixel."""
+    expected = (len(images), 1, *images.shape[2:])
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+        raise ValueError(f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}")
+    mask = mask.to(images)
+    if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
+        raise ValueError(f"{name} must be boolean or hold finite values in [0, 1]")
+    for index, amount in enumerate(mask.flatten(1).amax(1).tolist()):
+        if amount == 0 and not empty:
+            raise ValueError(f"{name} of image {index} is empty: nothing could be edited")
+    return mask
+
+
+def without(mask: Tensor, keep: Tensor, feather: int) -> Tensor:
+    """Take the pixels to keep out of a mask, fading towards their border from outside."""
+    return torch.minimum(mask, 1 - _box(_maximum((keep > 0).to(mask), feather), feather)) * (keep == 0)
+
+
+def latent_region(mask: Tensor, height: int, width: int) -> Tensor:
+    """The latent cells (N, 1, height, width) that contain any pixel of a mask (N, 1, H, W)."""
+    return F.adaptive_max_pool2d((mask > 0).to(mask), (height, width))
+
+
+def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2) -> Tensor:
+    """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's maximum.
+
+    `word_maps` (N, 2, h, w); a cell counts if the source or the target words look there. Returns (N, 1, h, w).
+    """
+    pooled = _maximum(word_maps, 1)
+    relative = pooled / pooled.amax((2, 3), keepdim=True).clamp(min=torch.finfo(pooled.dtype).tiny)
+    return _ramp(relative, threshold, softness).amax(1, keepdim=True)
+
+
+def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change") -> Tensor:
+    """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
+
+    "change" adds what the edit changed (edited - reconstruction) to the input, which keeps detail that the autoencoder
+    loses; "paste" takes the edited pixels themselves.
+    """
+    new = images + edited - reconstruction if how == "change" else edited
+    return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """Divide each image by its maximum; an image of zeros stays zero."""
+    return values / values.amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _ramp(values: Tensor, threshold: Tensor | float, softness: float) -> Tensor:
+    """A threshold without a jump: 0 below threshold x (1 - softness), 1 above threshold x (1 + softness)."""
+    low = threshold * (1 - softness)
+    width = 2 * softness * threshold
+    if not isinstance(width, Tensor) and width == 0:
+        return torch.ones_like(values)
+    return ((values - low) / width).clamp(0, 1)
+
+
+def _maximum(values: Tensor, radius: int) -> Tensor:
+    return F.max_pool2d(values, 2 * radius + 1, stride=1, padding=radius) if radius else values
+
+
+def _close(values: Tensor, radius: int) -> Tensor:
+    """Gray-scale closing: fill gaps narrower than 2 radius + 1."""
+    return -_maximum(-_maximum(values, radius), radius)
+
+
+def _box(values: Tensor, radius: int) -> Tensor:
+    if not radius:
+        return values
+    return F.avg_pool2d(values, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)

@@ -1,0 +1,264 @@
+"""Build or load a `StableDiffusionPipeline`; the only module that does either.
+
+Everything is diffusers' and transformers' own: AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer and
+DDIMScheduler. A pipeline built here differs from SD v1.5 in size alone, so what runs on one runs on the other. No
+function assumes four latent channels or a factor of eight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from prism_lib import paths, prompts
+
+SHIPPED = "phantom-sd"
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Sizes of a complete small Stable Diffusion; the defaults are the shipped `phantom-sd`."""
+
+    image_size: int = 256
+    vae_channels: tuple[int, ...] = (16, 32, 64, 128)
+    latent_channels: int = 8
+    unet_channels: tuple[int, ...] = (64, 128, 192)
+    unet_attention: tuple[bool, ...] = (False, True, True)  # cross-attention at each resolution
+    unet_layers: int = 2
+    text_width: int = 128
+    text_layers: int = 4
+    attention_heads: int = 4
+    vocab_size: int = 1024
+    prediction_type: str = "epsilon"
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell, along each axis."""
+        return 2 ** (len(self.vae_channels) - 1)
+
+
+def tiny_config() -> PipelineConfig:
+    """A few thousand parameters on 32-pixel images, for tests."""
+    return PipelineConfig(
+        image_size=32,
+        vae_channels=(8, 8),
+        latent_channels=4,
+        unet_channels=(8, 16),
+        unet_attention=(True, True),
+        unet_layers=1,
+        text_width=16,
+        text_layers=2,
+        attention_heads=2,
+        vocab_size=600,
+    )
+
+
+def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
+    """A complete, untrained pipeline with weights drawn from ``seed`` and a tokenizer trained on ``captions``.
+
+    Without captions the tokenizer learns the chest vocabulary of `prompts`, which every caption is made of.
+    """
+    tokenizer = train_tokenizer(list(captions) or prompts.corpus(), config.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = _build_vae(config)
+        text_encoder = CLIPTextModel(text_config(config, tokenizer))
+        unet = _build_unet(config)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=ddim_scheduler(config.prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, every choice explicit."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+
+
+def _build_vae(config: PipelineConfig) -> AutoencoderKL:
+    depth = len(config.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=config.vae_channels,
+        latent_channels=config.latent_channels,
+        layers_per_block=1,
+        norm_num_groups=min(8, *config.vae_channels),
+        mid_block_add_attention=False,
+        sample_size=config.image_size,
+        scaling_factor=1.0,
+    )
+
+
+def _build_unet(config: PipelineConfig) -> UNet2DConditionModel:
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.unet_attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.unet_attention)]
+    return UNet2DConditionModel(
+        sample_size=config.image_size // config.vae_factor,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.unet_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        layers_per_block=config.unet_layers,
+        cross_attention_dim=config.text_width,
+        # diffusers calls the number of heads attention_head_dim for the SD 1.x family.
+        attention_head_dim=config.attention_heads,
+        norm_num_groups=min(16, *config.unet_channels),
+    )
+
+
+def text_config(config: PipelineConfig, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """The text tower's sizes; shared with the CLIP that trains it."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.text_width,
+        intermediate_size=4 * config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.attention_heads,
+        projection_dim=config.text_width,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's format, trained on the captions given."""
+    # An empty CLIPTokenizer brings CLIP's own normalisation and word splitting.
+    backend = CLIPTokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    learned = json.loads(backend.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
+
+
+def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Load the shipped ``phantom-sd``, a diffusers folder, or a hub id, with a DDIM scheduler.
+
+    The scheduler's betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as
+    every inversion here needs them. Only safetensors are read. A missing folder raises before anything is loaded.
+    """
+    name = str(name_or_path)
+    if name == SHIPPED:
+        folder = paths.weights() / SHIPPED
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+        name = str(folder)
+    elif Path(name).exists() or _looks_like_path(name):
+        if not (Path(name) / "model_index.json").is_file():
+            raise FileNotFoundError(f"{name} is not a diffusers pipeline folder: it has no model_index.json")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        name, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, use_safetensors=True
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval()
+    return pipeline
+
+
+def _looks_like_path(name: str) -> bool:
+    """Hub ids are one word or owner/name; everything else was meant as a folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def image_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell, along each axis."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) in [0, 1] to scaled latents (N, c, h, w): the posterior's mean, in float32.
+
+    Raises ValueError when the images are not what the autoencoder can take.
+    """
+    check_images(images, image_factor(vae))
+    parameter = next(vae.parameters())
+    pixels = (images.to(parameter.device, parameter.dtype) * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
+    latents = vae.encode(pixels).latent_dist.mean.float()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor, channels: int = 1) -> Tensor:
+    """Scaled latents (N, c, h, w) to images (N, channels, H, W) in [0, 1]; gray is the mean of the colours."""
+    parameter = next(vae.parameters())
+    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    images = vae.decode(unscaled.to(parameter.device, parameter.dtype)).sample.float().div(2).add(0.5).clamp(0, 1)
+    return images.mean(dim=1, keepdim=True) if channels == 1 else images
+
+
+def check_images(images: Tensor, factor: int = 1) -> None:
+    """Raise ValueError naming what is wrong with a batch that should be (N, 1 or 3, H, W) in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1]; got {images.dtype}")
+    if not bool(torch.isfinite(images).all()):
+        bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+        raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
+    if images.numel() and (float(images.min()) < 0 or float(images.max()) > 1):
+        raise ValueError(f"images must lie in [0, 1]; got {float(images.min()):.3g} to {float(images.max()):.3g}")
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+    """Prompt embeddings (N, tokens, width) in float32; each distinct text is encoded once.
+
+    A prompt longer than the tokenizer allows raises ValueError: it is never cut in silence.
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    distinct = list(dict.fromkeys(texts))
+    for text in distinct:
+        length = len(tokenizer(text).input_ids)
+        if length > tokenizer.model_max_length:
+            raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
+    ids = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    embeddings = encoder(ids.to(encoder.device))[0].float()
+    row = {text: i for i, text in enumerate(distinct)}
+    return embeddings[[row[text] for text in texts]]

@@ -1,0 +1,233 @@
+"""Figures: image grids, counterfactual sheets, curves and dot plots, in one look.
+
+One convention for every signed difference: counterfactual minus original over [-0.5, 0.5] of the grey
+range, red is brighter, blue is darker, white is unchanged. The functions return a matplotlib figure (a
+notebook shows it) and leave the global style alone; `save_figure` writes it so that the same figure gives
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+DIFFERENCE_LIMIT = 0.5
+DIFFERENCE_COLORS = "RdBu_r"
+CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
+GAP = 0.08  # inches between them
+
+# A curve is (x, y), or (x, y, low, high) with a band.
+Curve = Sequence[Sequence[float]]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """seaborn's look and a palette that colour-blind readers can tell apart, for the figures made inside."""
+    look = {**sns.plotting_context("paper"), **sns.axes_style("ticks")}
+    cycle = plt.cycler(color=sns.color_palette("colorblind"))
+    with plt.rc_context(
+        {**look, "axes.prop_cycle": cycle, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        yield
+
+
+def show_grid(
+    images: Tensor, titles: Sequence[str] = (), *, columns: int | None = None, title: str = ""
+) -> Figure:
+    """Images (N, C, H, W) in [0, 1] in rows of ``columns`` (a near-square layout by default)."""
+    count = _check(images, "images")
+    _check_length(titles, count, "titles")
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    with _style():
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(CELL * columns, (CELL + 0.2 * bool(titles)) * rows + 0.3 * bool(title)),
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for index, axis in enumerate(axes.flat):
+            axis.set_axis_off()
+            if index < count:
+                _show(axis, images[index])
+                axis.set_title(titles[index] if titles else "", fontsize="small")
+        if title:
+            figure.suptitle(title)
+    return figure
+
+
+def counterfactual_sheet(
+    original: Tensor,
+    edited: Tensor,
+    truth: Tensor | None = None,
+    *,
+    titles: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """A row per image: original | counterfactual | true counterfactual | signed difference.
+
+    Args:
+        truth: the true counterfactuals where they are known; without them the column is left out.
+        titles: a short name left of each row.
+        notes: numbers right of each row, several lines allowed.
+    """
+    count = _check(original, "original")
+    columns = {"original": original, "counterfactual": edited}
+    columns |= {} if truth is None else {"true counterfactual": truth}
+    for name, images in columns.items():
+        if images.shape != original.shape:
+            raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
+        _check(images, name)
+    _check_length(titles, count, "titles")
+    _check_length(notes, count, "notes")
+    with _style():
+        figure, axes, below = _cells(count, len(columns) + 1, bool(titles), bool(notes), bool(title))
+        for axis, name in zip(axes[0], [*columns, "signed difference"], strict=True):
+            axis.set_title(name, fontsize="medium")
+        for row in range(count):
+            for axis, images in zip(axes[row], columns.values(), strict=False):
+                _show(axis, images[row])
+            last = axes[row, -1]
+            drawn = difference_map(last, edited[row], original[row])
+            if titles:
+                axes[row, 0].set_ylabel(titles[row], fontsize="small")
+            if notes:
+                last.text(
+                    1.06,
+                    0.5,
+                    notes[row],
+                    transform=last.transAxes,
+                    va="center",
+                    fontsize="small",
+                    linespacing=1.5,
+                )
+        bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
+        bar.set_label("darker  ←  grey level  →  brighter", fontsize="small")
+        if title:
+            figure.suptitle(title, y=1 - 0.06 / figure.get_figheight(), va="top")
+    return figure
+
+
+def _cells(
+    rows: int, columns: int, titles: bool, notes: bool, title: bool
+) -> tuple[Figure, np.ndarray, Axes]:
+    """Square cells of one size, laid out in inches, and an axis for the colour bar below the last column.
+
+    matplotlib's own layouts move square axes after they have measured them, which cuts off headings.
+    """
+    left, right, top, bottom = 0.05 + 0.25 * titles, 0.05 + 1.4 * notes, 0.3 + 0.3 * title, 0.65
+    width, height = left + columns * (CELL + GAP) - GAP + right, top + rows * (CELL + GAP) - GAP + bottom
+    figure, axes = plt.subplots(
+        rows, columns, squeeze=False, figsize=(width, height),
+        gridspec_kw={
+            "left": left / width, "right": 1 - right / width, "wspace": GAP / CELL,
+            "top": 1 - top / height, "bottom": bottom / height, "hspace": GAP / CELL,
+        },
+    )  # fmt: skip
+    start = left + (columns - 0.9) * CELL + (columns - 1) * GAP
+    below = figure.add_axes((start / width, 0.47 / height, 0.8 * CELL / width, 0.1 / height))
+    return figure, axes, below
+
+
+def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
+    """Draw edited minus original, (C, H, W) each, averaged over channels; red is brighter, blue is darker."""
+    difference = (edited.float() - original.float()).mean(0).detach().cpu().numpy()
+    _bare(axis)
+    return axis.imshow(difference, cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
+
+
+def curves(
+    series: Mapping[str, Curve], *, xlabel: str, ylabel: str, title: str = "", logy: bool = False
+) -> Figure:
+    """Lines by name, each ``(x, y)`` or ``(x, y, low, high)`` with a band between low and high."""
+    with _style():
+        figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+        for name, curve in series.items():
+            if len(curve) not in (2, 4) or len({len(part) for part in curve}) != 1:
+                raise ValueError(f"curve {name!r} must be (x, y) or (x, y, low, high) of one length")
+            (line,) = axis.plot(curve[0], curve[1], label=name, marker="o" if len(curve[0]) < 12 else "")
+            if len(curve) == 4:
+                axis.fill_between(
+                    curve[0], curve[2], curve[3], color=line.get_color(), alpha=0.2, linewidth=0
+                )
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if logy else "linear")
+        if len(series) > 1:
+            axis.legend(frameon=False)
+    return figure
+
+
+def dot_plot(
+    values: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    goal: float | None = None,
+    title: str = "",
+) -> Figure:
+    """A row per name, ``(estimate, low, high)``; ``goal`` is drawn as a dashed line."""
+    dots, line = sns.color_palette("colorblind")[:2]
+    with _style():
+        figure, axis = plt.subplots(figsize=(4.8, 0.35 * len(values) + 1.0), layout="constrained")
+        for row, (estimate, low, high) in enumerate(values.values()):
+            axis.hlines(row, low, high, color="0.6", linewidth=2)
+            axis.plot(estimate, row, "o", color=dots)
+        if goal is not None:
+            axis.axvline(goal, color=line, linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(values)), [name.replace("_", " ") for name in values])
+        axis.set_ylim(len(values) - 0.5, -0.5)
+        axis.set(xlabel=xlabel, title=title)
+    return figure
+
+
+def save_figure(
+    figure: Figure, name: str, figures_dir: str | os.PathLike[str], *, pdf: bool = False, dpi: int = 150
+) -> Path:
+    """Write ``<figures_dir>/<name>.png`` (and .pdf) and return the PNG's path; no time or version goes in."""
+    folder = Path(figures_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata: dict[str, dict[str, str | None]] = {
+        "png": {"Software": None},
+        "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    }
+    for kind in ("pdf", "png") if pdf else ("png",):
+        temporary = folder / f".{name}.{os.getpid()}.{kind}"
+        try:
+            figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata[kind], facecolor="white")
+            temporary.replace(folder / f"{name}.{kind}")
+        finally:
+            temporary.unlink(missing_ok=True)
+    return folder / f"{name}.png"
+
+
+def _show(axis: Axes, image: Tensor) -> None:
+    pixels = image.detach().float().cpu().permute(1, 2, 0).numpy()  # (H, W, C)
+    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+    _bare(axis)
+
+
+def _bare(axis: Axes) -> None:
+    """No ticks and no frame, but room for a label."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _check(images: Tensor, name: str) -> int:
+    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(f"{name} must be (N, 1 or 3, H, W), got shape {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+    return len(images)
+
+
+def _check_length(texts: Sequence[str], count: int, name: str) -> None:
+    if texts and len(texts) != count:
+        raise ValueError(f"{len(texts)} {name} for {count} images")

@@ -1,0 +1,311 @@
+"""Train a small Stable Diffusion's frozen parts from scratch, in the order the original was trained.
+
+First the autoencoder, on phantoms and procedural textures; then a small CLIP on images and captions, whose text
+encoder conditions the U-Net. Both are frozen afterwards. The U-Net is trained by `prism_lib.training`, exactly as a
+fine-tuning run is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from prism_lib import datasets, models, phantom
+from prism_lib.checkpoints import load_checkpoint, save_checkpoint
+from prism_lib.models import PipelineConfig
+from prism_lib.textures import textures
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Recipe of the autoencoder; patients of ``patient_seed`` must not be used for evaluation."""
+
+    steps: int = 2500
+    batch_size: int = 8
+    crop: int = 128
+    image_size: int = 256
+    phantoms: int = 1600
+    textures: int = 1000
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    gradient_weight: float = 1.0
+    square_weight: float = 4.0
+    kl_weight: float = 1e-6
+    patient_seed: int = 100
+    seed: int = 0
+    checkpoint_every: int = 250
+
+
+def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[str, float]]:
+    """Train in place and normalise the latent channels; returns the losses, one dict per 50 steps.
+
+    The loss is L1 + gradient L1 + squared error + a small KL term, on random crops. Resumes from ``folder``.
+    """
+    vae.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+    )
+    state = load_checkpoint(folder, {"vae": vae}, optimizer)
+    if state and state["config"] != asdict(config):
+        raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
+    history: list[dict[str, float]] = state.get("history", [])
+    schedule.last_epoch = start = state.get("step", 0)
+    if start < config.steps:
+        pools = _pools(config)
+        for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="autoencoder"):
+            for group, rate in zip(optimizer.param_groups, _rates(schedule, step), strict=True):
+                group["lr"] = rate
+            batch = _vae_batch(pools, config, step).contiguous(memory_format=torch.channels_last)
+            losses = _vae_losses(vae, batch, config, step)
+            total = losses["l1"] + config.gradient_weight * losses["gradient"]
+            total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % 50 == 0:
+                history.append({"step": step + 1, **{name: float(value) for name, value in losses.items()}})
+                logger.info("autoencoder %s", history[-1])
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                info = {"config": asdict(config), "history": history}
+                save_checkpoint(folder, step + 1, {"vae": vae}, optimizer, info)
+    vae.eval().to(memory_format=torch.contiguous_format)
+    normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
+    return history
+
+
+def _rates(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:
+    """Learning rates at a step, as a pure function of the step: nothing to save for a resume."""
+    return [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+
+
+def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
+    """Phantoms and textures as uint8 (count, 1, size, size), rendered once."""
+    patients = phantom.sample_patients(config.phantoms, config.patient_seed)
+    rendered = [
+        (phantom.render(patients[i : i + 32], config.image_size) * 255).byte()
+        for i in tqdm(range(0, config.phantoms, 32), desc="phantoms")
+    ]
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = [
+        (textures(min(8, config.textures - i), config.image_size, generator) * 255).byte()
+        for i in tqdm(range(0, config.textures, 8), desc="textures")
+    ]
+    return torch.cat(rendered), torch.cat(drawn)
+
+
+def _vae_batch(pools: tuple[Tensor, Tensor], config: VaeConfig, step: int) -> Tensor:
+    """Half phantoms, half textures, random crops with random gamma, flips and noise; (B, 3, crop, crop) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    crops = []
+    for k in range(config.batch_size):
+        pool = pools[k % 2]
+        pick = int(torch.randint(len(pool), (1,), generator=generator))
+        top, left = torch.randint(config.image_size - config.crop + 1, (2,), generator=generator).tolist()
+        image = pool[pick, :, top : top + config.crop, left : left + config.crop].float() / 255
+        turn, mirror = torch.randint(4, (2,), generator=generator).tolist()
+        image = torch.rot90(image, turn, (1, 2))
+        image = image.flip(2) if mirror % 2 else image
+        gamma, level, noise = torch.rand(3, generator=generator).tolist()
+        if k % 4 > 1:  # every second image keeps its own contrast
+            image = image ** (0.6 + gamma) * (0.6 + 0.4 * level)
+            image = (image + 0.015 * noise * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+        crops.append(image)
+    return torch.stack(crops).expand(-1, 3, -1, -1) * 2 - 1
+
+
+def _vae_losses(vae: AutoencoderKL, batch: Tensor, config: VaeConfig, step: int) -> dict[str, Tensor]:
+    """L1, gradient L1, squared error (in [0, 1] units) and KL to the unit Gaussian."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000_000)
+    posterior = vae.encode(batch).latent_dist
+    output = vae.decode(posterior.sample(generator)).sample
+    error = (output - batch) / 2
+    return {
+        "l1": error.abs().mean(),
+        "gradient": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
+        "square": error.square().mean(),
+        "kl": posterior.kl().mean(),
+    }
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Fold a shift and scale per latent channel into ``quant_conv`` and ``post_quant_conv``.
+
+    The channels of a trained autoencoder differ widely in scale; afterwards each has zero mean and unit variance on
+    ``images`` (N, 1, H, W), so the one scalar ``scaling_factor`` = 1 is right. Reconstructions do not change.
+    """
+    pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
+    means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(8)])
+    shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    channels = len(shift)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
+    post.weight *= scale[None, :, None, None]
+    quant.weight[:channels] /= scale[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
+    quant.bias[channels:] -= 2 * scale.log()
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of encode-decode, per image (N,), for images (N, 1, H, W) in [0, 1]."""
+    errors = []
+    for chunk in images.split(8):
+        pixels = (chunk * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.mean(1, keepdim=True) / 2 + 0.5
+        errors.append(F.mse_loss(output.clamp(0, 1), chunk, reduction="none").mean((1, 2, 3)))
+    return -10 * torch.cat(errors).log10()
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Recipe of the small CLIP whose text encoder conditions the U-Net."""
+
+    steps: int = 500
+    batch_size: int = 48
+    image_size: int = 128
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 4
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    explicit_share: float = 0.5
+    seed: int = 0
+
+
+def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: ClipConfig) -> CLIPModel:
+    """Contrastive training on a prepared folder (Radford et al. 2021); the pipeline's text encoder takes the result.
+
+    Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions.
+    """
+    text = pipeline.text_encoder.config
+    vision = CLIPVisionConfig(
+        hidden_size=config.vision_width,
+        intermediate_size=4 * config.vision_width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=text.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        projection_dim=text.projection_dim,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        joint = CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
+        )
+        clip = CLIPModel(joint).train()
+    table = datasets.load_table(dataset, "train")
+    images = _small_images(dataset, table, config.image_size)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step in tqdm(range(config.steps), desc="CLIP"):
+        rows = torch.randint(len(table), (config.batch_size,), generator=generator)
+        rng = random.Random(f"{config.seed}:{step}")
+        texts = [captions[0] for captions in datasets.sample_captions(dataset, table.iloc[rows], rng, 1, config.explicit_share)]
+        tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt")
+        output = clip(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=images[rows].float().div(127.5).sub(1).expand(-1, 3, -1, -1),
+        )
+        same = torch.tensor([[float(a == b) for b in texts] for a in texts])
+        target = same / same.sum(1, keepdim=True)
+        logits = output.logits_per_image
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            logger.info("CLIP step %d: loss %.4f", step + 1, float(loss))
+    clip.eval().requires_grad_(False)
+    pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
+    return clip
+
+
+def _small_images(dataset: str | Path, table: pd.DataFrame, size: int) -> Tensor:
+    """All images of a table at CLIP's size, uint8 (N, 1, size, size)."""
+    chunks = []
+    for start in tqdm(range(0, len(table), 64), desc="images for CLIP"):
+        images = datasets.read_images(dataset, table.iloc[start : start + 64])
+        small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        chunks.append((small.mean(1, keepdim=True) * 255).round().byte())
+    return torch.cat(chunks)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything before the U-Net, from scratch: tokenizer, autoencoder, CLIP."""
+
+    dataset: str  # a prepared folder
+    output: str
+    pipeline: PipelineConfig = PipelineConfig()
+    vae: VaeConfig = VaeConfig()
+    clip: ClipConfig = ClipConfig()
+    seed: int = 0
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train autoencoder and CLIP and return a pipeline folder whose U-Net is still untrained, ``output/pipeline``.
+
+    ``output/clip`` keeps the whole CLIP; both folders appear whole. A finished run returns at once.
+    """
+    output = Path(config.output)
+    final = output / "pipeline"
+    if final.is_dir():
+        return final
+    table = datasets.load_table(config.dataset, "train")
+    captions = datasets.sample_captions(config.dataset, table, random.Random(config.seed), 2, 0.5)
+    texts = [text for several in captions for text in several]
+    pipeline = models.build_pipeline(config.pipeline, config.seed, texts)
+    history = train_vae(pipeline.vae, config.vae, output / "vae")
+    clip = train_clip(pipeline, config.dataset, config.clip)
+    (output / "vae" / "history.json").write_text(json.dumps(history, indent=1))
+    for folder, part in ((output / "clip", clip), (final, pipeline)):
+        partial = folder.with_name(f".partial-{folder.name}")
+        part.save_pretrained(partial, safe_serialization=True)
+        os.replace(partial, folder)
+    return final
+
+
+def export(pipeline: StableDiffusionPipeline, folder: Path, card: str) -> Path:
+    """Write a pipeline in float16 with its model card, whole or not at all; the pipeline itself stays as it is."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    halves = {
+        name: copy.deepcopy(getattr(pipeline, name)).half().requires_grad_(False)
+        for name in ("vae", "text_encoder", "unet")
+    }
+    StableDiffusionPipeline(
+        **halves,
+        tokenizer=pipeline.tokenizer,
+        scheduler=pipeline.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(partial, safe_serialization=True)
+    (partial / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder

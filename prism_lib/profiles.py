@@ -1,0 +1,201 @@
+"""Profiles: what papermill injects into which notebook, checked before anything runs.
+
+A profile is `notebooks/profiles/<name>.yaml`: a line of description, where its figures go, and a section
+per notebook with its parameters. papermill itself only warns about a parameter that does not exist; here a
+name or a type that does not fit is an error, for a profile and for `-p` alike.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prism_lib import paths
+
+FIGURES_PARAMETER = "FIGURES_DIR"
+
+
+class UsageError(ValueError):
+    """The command cannot start as it was given."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Parameter values per notebook, by the notebook's stem."""
+
+    name: str
+    description: str
+    figures: str  # "figures": the committed figures/<dataset>/; "runs": the run's own folder
+    sections: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook and the parameters it will get; ``key`` changes with both and with any notebook before."""
+
+    notebook: Path
+    parameters: Mapping[str, Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return self.notebook.stem
+
+
+def available_profiles() -> list[str]:
+    """Names of the profiles beside the notebooks."""
+    return sorted(path.stem for path in paths.profiles().glob("*.yaml"))
+
+
+def load_profile(name: str) -> Profile:
+    """Read and check a profile's form; `plan` checks it against the notebooks."""
+    path = paths.profiles() / f"{name}.yaml"
+    if name not in available_profiles():
+        raise UsageError(f"no profile {name!r}; there are: {', '.join(available_profiles()) or 'none'}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    keys = {"description", "figures", "notebooks"}
+    if not isinstance(content, dict) or set(content) != keys or not isinstance(content["notebooks"], dict):
+        raise UsageError(f"{path.name} must hold exactly {', '.join(sorted(keys))}, the last a section each")
+    if content["figures"] not in ("figures", "runs"):
+        raise UsageError(f"{path.name}: figures must be 'figures' or 'runs', not {content['figures']!r}")
+    sections = {str(key): value or {} for key, value in sorted(content["notebooks"].items())}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise UsageError(f"{path.name}: section {section} must be a mapping of parameters")
+    return Profile(name, str(content["description"]), content["figures"], sections)
+
+
+def declared_parameters(notebook: Path) -> dict[str, Any]:
+    """The parameters of a notebook with their default values, as papermill sees them."""
+    import papermill  # a second and a half: only where notebooks are read
+
+    try:
+        found = papermill.inspect_notebook(notebook)
+    except Exception as error:
+        raise UsageError(f"{notebook.name} cannot be read as a notebook: {error}") from None
+    defaults = {}
+    for name, parameter in found.items():
+        try:
+            defaults[name] = ast.literal_eval(parameter["default"])
+        except (ValueError, SyntaxError):
+            raise UsageError(f"{notebook.name}: the default of {name} is no literal") from None
+    return defaults
+
+
+def coerce(name: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of the notebook's ``default``; text (`-p`, YAML's 1e-4) is read as a literal."""
+    if isinstance(default, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        value = _literal(value)
+    if default is None:
+        return value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
+        return list(value)
+    if type(value) is not type(default):
+        raise UsageError(f"{name} takes {type(default).__name__} (such as {default!r}), not {value!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Text as a Python or YAML literal (`1e-4`, `true`, `[1, 2]`), else as itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+
+
+def plan(
+    profile: Profile,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    start: str | None = None,
+    only: Sequence[str] = (),
+    figures_dir: Path | None = None,
+) -> list[Job]:
+    """The notebooks to run, in order, with every parameter checked; nothing has run yet.
+
+    Args:
+        overrides: names and values of `-p`, for every selected notebook that has the name.
+        start, only: the first notebook, or the ones to run, by number or by name.
+        figures_dir: where figures and records go instead of `figures/<dataset>/`.
+    """
+    if not profile.sections:
+        raise UsageError(f"profile {profile.name!r} has no notebooks yet")
+    chosen = _select(list(profile.sections), start, only)
+    declared = {name: _declared(name, profile) for name in profile.sections}
+    known = sorted({parameter for name in chosen for parameter in declared[name]})
+    for name, _ in overrides:
+        if name not in known:
+            raise UsageError(f"no selected notebook has a parameter {name!r}{_did_you_mean(name, known)}")
+
+    jobs, key = [], ""
+    for name, section in profile.sections.items():
+        defaults = declared[name]
+        given = {**section, **{parameter: value for parameter, value in overrides if parameter in defaults}}
+        values = {
+            parameter: coerce(parameter, value, defaults[parameter]) for parameter, value in given.items()
+        }
+        if figures_dir is not None and FIGURES_PARAMETER not in values:
+            if FIGURES_PARAMETER not in defaults:
+                raise UsageError(
+                    f"{name} has no parameter {FIGURES_PARAMETER}: it would write committed figures"
+                )
+            values[FIGURES_PARAMETER] = str(figures_dir)
+        notebook = paths.notebooks() / f"{name}.ipynb"
+        content = [key, json.dumps(values, sort_keys=True), notebook.read_text(encoding="utf-8")]
+        key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
+        jobs.append(Job(notebook, values, key))
+    return [job for job in jobs if job.name in chosen]
+
+
+def _declared(name: str, profile: Profile) -> dict[str, Any]:
+    notebook = paths.notebooks() / f"{name}.ipynb"
+    if not notebook.is_file():
+        found = [path.stem for path in paths.notebooks().glob("*.ipynb")]
+        raise UsageError(f"{profile.name}.yaml: there is no notebook {name}{_did_you_mean(name, found)}")
+    declared = declared_parameters(notebook)
+    for parameter in profile.sections[name]:
+        if parameter not in declared:
+            hint = _did_you_mean(str(parameter), declared)
+            raise UsageError(f"{profile.name}.yaml: {name} has no parameter {parameter!r}{hint}")
+    return declared
+
+
+def _select(names: Sequence[str], start: str | None, only: Sequence[str]) -> list[str]:
+    def find(wanted: str) -> str:
+        number = wanted.zfill(2) if wanted.isdigit() else None
+        matches = [
+            name for name in names if wanted in (name, f"{name}.ipynb") or name.split("_")[0] == number
+        ]
+        if len(matches) != 1:
+            raise UsageError(f"no notebook {wanted!r} in this profile; it has {', '.join(names)}")
+        return matches[0]
+
+    chosen = {find(wanted) for wanted in only} if only else set(names)
+    first = names.index(find(start)) if start else 0
+    selected = [name for name in names[first:] if name in chosen]
+    if not selected:
+        raise UsageError("--from and --only leave no notebook to run")
+    return selected
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}"

@@ -1,0 +1,325 @@
+"""Edits: against a plain implementation with full probability maps, against no edit, and against bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
+
+from prism_lib.alignment import token_span
+from prism_lib.attention import PromptToPromptProcessor
+from prism_lib.editing import EditConfig, edit
+from prism_lib.inversion import invert
+from prism_lib.masks import MaskConfig
+from prism_lib.models import encode_prompts
+from prism_lib.prompts import PromptPair
+
+STEPS = 5
+# Values far from the defaults, so that every part of the edit shows.
+STRONG = EditConfig(guidance_scale=5.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0)
+# An untrained model changes every pixel a little, so the automatic mask of tests takes the upper half.
+HALF = MaskConfig(weak=1.0, strong=1.2, seed_evidence=0.5, grow_evidence=0.3, close=0, dilate=0)
+REFERENCE = replace(STRONG, negative="empty", correct_drift=False)
+
+
+def inverted(pair=REMOVE, count=1, method="direct", pipe=None):
+    pipe = pipe or tiny_pipeline()
+    inversion = invert(pipe, tiny_images(4)[:count], [pair.source] * count, method, num_inference_steps=STEPS)
+    return replace(inversion, latents=inversion.latents.to(pipe.unet.dtype))
+
+
+# --- prompt-to-prompt, written out -------------------------------------------------------------------------------
+
+
+class MapProcessor:
+    """Attention with full probabilities, which `change(name, probabilities)` may read or replace."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        query, key, value = (attn.head_to_batch_dim(part) for part in (query, key, value))
+        probabilities = attn.get_attention_scores(query, key)
+        probabilities = self.change(self.name, probabilities, encoder_hidden_states is not None)
+        return attn.to_out[0](attn.batch_to_head_dim(probabilities @ value))
+
+
+def reference_edit(pipe, inversion, pair, config):
+    """Methods of Hertz et al. in plain loops, one U-Net call per prompt; yields the target's latents of each step."""
+    unet, length = pipe.unet, pipe.tokenizer.model_max_length
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(STEPS)
+    source_text, empty_text, target_text = encode_prompts(pipe, [pair.source, "", pair.target]).to(unet.dtype).split(1)
+    # Source and target of REMOVE differ in one token: every other one keeps its index.
+    new = token_span(pipe.tokenizer, pair.target, "without")
+    weights = torch.ones(length)
+    for word in pair.target_words:
+        weights[token_span(pipe.tokenizer, pair.target, word)] = config.word_weight
+    stored = {}
+
+    def store(name, probabilities, cross):
+        stored[name] = probabilities
+        return probabilities
+
+    def inject(name, probabilities, cross):
+        if not cross:
+            small = probabilities.shape[1] <= config.self_max_tokens
+            return stored[name] if small and step < int(config.self_replace_steps * STEPS + 0.5) else probabilities
+        if step >= int(config.cross_replace_steps * STEPS + 0.5):
+            return probabilities
+        edited = stored[name].clone()
+        for j in new:
+            edited[:, :, j] = probabilities[:, :, j]
+        return edited * weights
+
+    def noise(latents, text, change):
+        unet.set_attn_processor({name: MapProcessor(name, change) for name in unet.attn_processors})
+        return unet(latents, t, encoder_hidden_states=text).sample
+
+    before, target = unet.attn_processors, inversion.latents[-1]
+    try:
+        for step, t in enumerate(scheduler.timesteps):
+            noise(inversion.latents[STEPS - step], source_text, store)
+            unconditional = noise(target, empty_text, lambda name, probabilities, cross: probabilities)
+            conditional = noise(target, target_text, inject)
+            guided = unconditional + config.guidance_scale * (conditional - unconditional)
+            target = scheduler.step(guided, int(t), target).prev_sample
+            yield target
+    finally:
+        unet.set_attn_processor(before)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}])
+def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
+    """In double precision, so that only a difference of method could show."""
+    pipe, config = tiny_pipeline(prediction_type, double=True), replace(REFERENCE, **change)
+    inversion = inverted(pipe=pipe)
+    fast = []
+    edit(pipe, inversion, [REMOVE], config, callback=lambda i, t, latents: fast.append(latents))
+    with torch.no_grad():
+        slow = list(reference_edit(pipe, inversion, REMOVE, config))
+    assert len(fast) == len(slow) == STEPS
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+# --- no edit, and real ones --------------------------------------------------------------------------------------
+
+
+NO_CHANGE = [
+    EditConfig(),
+    replace(STRONG, word_weight=1.0),
+    EditConfig(guidance_scale=1.0, negative="empty"),
+    EditConfig(cross_replace_steps=0.0, self_replace_steps=0.0),
+    EditConfig(cross_replace_steps=1.0, self_replace_steps=1.0, inject_negative=True),
+]
+
+
+@pytest.mark.parametrize("config", NO_CHANGE)
+def test_an_edit_without_change_returns_the_reconstruction_and_the_input_itself(config):
+    pipe, inversion = tiny_pipeline(), inverted(UNCHANGED)
+    (result,) = edit(pipe, inversion, [UNCHANGED], config)
+    torch.testing.assert_close(result.raw, inversion.reconstruct(pipe)[0], atol=5e-4, rtol=0)
+    assert torch.equal(result.image, inversion.images[0])
+    assert not result.mask.any()
+
+
+@pytest.mark.parametrize("config", NO_CHANGE)
+def test_an_edit_without_change_walks_the_sources_own_way(config):
+    pipe = tiny_pipeline(double=True)
+    inversion, latents = inverted(UNCHANGED, pipe=pipe), []
+    edit(pipe, inversion, [UNCHANGED], config, callback=lambda i, t, x: latents.append(x))
+    torch.testing.assert_close(torch.stack(latents), inversion.latents[:-1].flip(0), atol=1e-9, rtol=0)
+
+
+def test_without_the_drift_correction_even_no_edit_leaves_the_source():
+    pipe, inversion = tiny_pipeline(), inverted(UNCHANGED)
+    (result,) = edit(pipe, inversion, [UNCHANGED], EditConfig(correct_drift=False))
+    assert (result.raw - result.reconstruction).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("method", ["direct", "ddim"])
+def test_the_source_is_given_back_as_its_inversion_says(method):
+    pipe, inversion = tiny_pipeline(), inverted(method=method)
+    (result,) = edit(pipe, inversion, [REMOVE])
+    torch.testing.assert_close(result.reconstruction, inversion.reconstruct(pipe)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance_scale": 1.0},
+        {"cross_replace_steps": 0.0},
+        {"self_replace_steps": 0.0},
+        {"word_weight": 1.0},
+        {"negative": "empty"},
+        {"correct_drift": False},
+        {"inject_negative": True},
+        {"self_max_tokens": 1},
+        {"local_blend": True, "local_blend_threshold": 0.9},
+        {"alignment": "replace"},
+    ],
+)
+def test_every_setting_of_the_latent_edit_has_an_effect(change):
+    pipe, inversion = tiny_pipeline(), inverted()
+    config = replace(STRONG, cross_replace_steps=0.4)
+    (plain,), (changed,) = (edit(pipe, inversion, [REMOVE], c) for c in (config, replace(config, **change)))
+    assert (plain.raw - plain.reconstruction).abs().max() > 1e-2
+    assert (plain.raw - changed.raw).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("config", [EditConfig(), replace(STRONG, local_blend=True)])
+def test_an_image_does_not_depend_on_its_batch(config):
+    pipe, inversion = tiny_pipeline(), inverted(count=4)
+    pairs = [REMOVE, UNCHANGED, REMOVE, PromptPair(SOURCE, "chest x-ray", ("support devices",), ())]
+    together = edit(pipe, inversion, pairs, replace(config, batch_size=4))
+    alone = edit(pipe, inversion, pairs, replace(config, batch_size=1))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.raw, other.raw, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.mask, other.mask, atol=1e-2, rtol=0)
+        torch.testing.assert_close(one.image, other.image, atol=1e-4, rtol=0)
+
+
+def test_an_edit_is_deterministic_and_leaves_its_input_alone():
+    pipe, inversion = tiny_pipeline(), inverted()
+    images, latents = inversion.images.clone(), inversion.latents.clone()
+    (first,), (second,) = (edit(pipe, inversion, [REMOVE]) for _ in range(2))
+    assert torch.equal(first.image, second.image)
+    assert torch.equal(inversion.images, images)
+    assert torch.equal(inversion.latents, latents)
+
+
+def test_three_evaluations_a_step():
+    pipe, inversion = tiny_pipeline(), inverted(count=3)
+    rows = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    edit(pipe, inversion, [REMOVE] * 3, EditConfig(batch_size=2))
+    handle.remove()
+    assert rows == [6] * STEPS + [3] * STEPS
+
+
+# --- masks -------------------------------------------------------------------------------------------------------
+
+
+def box(rows=slice(8, 20), columns=slice(4, 16), count=1):
+    mask = torch.zeros(count, 1, 32, 32, dtype=torch.bool)
+    mask[:, :, rows, columns] = True
+    return mask
+
+
+@pytest.mark.parametrize("how", ["change", "paste"])
+def test_pixels_outside_a_users_mask_are_the_inputs_own(how):
+    inversion = inverted()
+    (result,) = edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, composite=how), mask=box())
+    assert torch.equal(result.image[~box()[0]], inversion.images[0][~box()[0]])
+    assert (result.image != inversion.images[0])[box()[0]].float().mean() > 0.9
+    assert torch.equal(result.mask, box()[0].float())
+
+
+def test_pixels_outside_the_automatic_mask_are_the_inputs_own():
+    inversion = inverted()
+    (result,) = edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, mask=HALF))
+    outside = result.mask == 0
+    assert 0 < outside.float().mean() < 1
+    assert torch.equal(result.image[outside], inversion.images[0][outside])
+    assert result.scores["mask_area"] == pytest.approx(1 - outside.float().mean().item())
+
+
+@pytest.mark.parametrize("mask", ["auto", "off", box(slice(0, 32), slice(0, 32))])
+def test_pixels_to_keep_are_kept_whatever_the_mask(mask):
+    inversion = inverted()
+    (result,) = edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, mask=HALF), mask=mask, keep=box())
+    assert torch.equal(result.image[box()[0]], inversion.images[0][box()[0]])
+    assert (result.image != inversion.images[0]).any()
+
+
+def test_without_a_mask_the_result_is_the_raw_edit():
+    (result,) = edit(tiny_pipeline(), inverted(), [REMOVE], mask="off")
+    assert torch.equal(result.image, result.raw)
+    assert (result.mask == 1).all()
+
+
+def test_a_users_mask_bounds_the_edit_in_latent_space():
+    latents, inversion = [], inverted()
+    edit(tiny_pipeline(), inversion, [REMOVE], STRONG, mask=box(), callback=lambda i, t, x: latents.append(x))
+    changed = (latents[-1] - inversion.latents[0]).abs().amax((0, 1)) > 0
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[4:10, 2:8] = True
+    assert torch.equal(changed, expected)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_edit_restores_the_processors():
+    def cancel(index, timestep, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edit(tiny_pipeline(), inverted(), [REMOVE], callback=cancel)
+    assert not any(isinstance(p, PromptToPromptProcessor) for p in tiny_pipeline().unet.attn_processors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cross_replace_steps", 1.1),
+        ("self_replace_steps", -0.1),
+        ("local_blend_start", float("nan")),
+        ("guidance_scale", float("inf")),
+        ("word_weight", -1.0),
+        ("alignment", "merge"),
+        ("negative", "none"),
+        ("composite", "blend"),
+        ("batch_size", 0),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        EditConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "1 inverted images need as many prompt pairs, got 0"),
+        ([REMOVE, REMOVE], "got 2"),
+        ([PromptPair("another", "prompt", (), ())], "image 0 was inverted as"),
+        ([replace(REMOVE, source_words=("pacemaker",))], "'pacemaker' does not occur"),
+        ([replace(REMOVE, target_words=("pacemaker",))], "'pacemaker' does not occur"),
+        ([replace(REMOVE, target="with " * 100)], "the text encoder reads 77"),
+    ],
+)
+def test_prompt_pairs_that_do_not_fit_are_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        edit(tiny_pipeline(), inverted(), pairs)
+
+
+def test_local_blend_without_words_is_refused():
+    pair = replace(REMOVE, source_words=(), target_words=())
+    with pytest.raises(ValueError, match="the edit of image 0 names none"):
+        edit(tiny_pipeline(), inverted(), [pair], EditConfig(local_blend=True))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"mask": "automatic"}, "mask is 'automatic'; expected 'auto', 'off' or a tensor"),
+        ({"mask": torch.ones(1, 1, 16, 16)}, "mask must be a tensor of shape"),
+        ({"mask": torch.zeros(1, 1, 32, 32)}, "mask of image 0 is empty"),
+        ({"mask": torch.full((1, 1, 32, 32), 2.0)}, r"\[0, 1\]"),
+        ({"keep": torch.ones(32, 32)}, "keep must be a tensor of shape"),
+        ({"keep": torch.full((1, 1, 32, 32), float("nan"))}, "keep must be boolean"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks, message):
+    with pytest.raises(ValueError, match=message):
+        edit(tiny_pipeline(), inverted(), [REMOVE], **masks)

@@ -1,0 +1,251 @@
+"""Every notebook, found by glob: its form, its fit with the profiles, and one small run of all of them.
+
+The rules of form are functions of a notebook, held against a notebook that breaks each of them, so that
+they are known to work before any real notebook is looked at.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from prism_lib import paths, results
+from prism_lib.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
+
+NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
+MAX_LINES = 20
+SMOKE_SECONDS = 600
+UPPER = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
+ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|mnt|tmp|work|data|opt|var|scratch)/|~/|[A-Z]:\\)")
+
+
+# --- rules of form: each yields what is wrong -----------------------------------------------------
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters_cells(notebook):
+    return [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+
+
+def form(notebook):
+    if not notebook.cells or not notebook.cells[0].source.startswith("# "):
+        yield "the first cell is no title"
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        yield "the kernel is not python3"
+    if len(parameters_cells(notebook)) != 1:
+        yield f"{len(parameters_cells(notebook))} cells are tagged parameters, not one"
+
+
+def stripped(notebook):
+    for cell in code_cells(notebook):
+        if cell.outputs or cell.execution_count is not None:
+            yield f"outputs are kept: {head(cell)}"
+
+
+def parameters(notebook):
+    for cell in parameters_cells(notebook):
+        lines = cell.source.splitlines()
+        for statement in ast.parse(cell.source).body:
+            text = ast.unparse(statement)
+            if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+                yield f"no parameter: {text}"
+                continue
+            if not UPPER.fullmatch(statement.targets[0].id):
+                yield f"not UPPER_SNAKE: {text}"
+            try:
+                ast.literal_eval(statement.value)
+            except ValueError:
+                yield f"no literal: {text}"
+            if not re.search(r"\s# \S", lines[statement.end_lineno - 1]):
+                yield f"no comment behind: {text}"
+
+
+def thin(notebook):
+    for cell in code_cells(notebook):
+        lines = [
+            line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")
+        ]
+        if len(lines) > MAX_LINES and "parameters" not in cell.metadata.get("tags", []):
+            yield f"{len(lines)} lines of code: {head(cell)}"
+        for node in ast.walk(parsed(cell)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield f"defines {node.name}"
+
+
+def no_absolute_paths(notebook):
+    for cell in notebook.cells:
+        found = ABSOLUTE.search(cell.source)
+        if found:
+            yield f"absolute path {found.group()}: {head(cell)}"
+
+
+def parameters_read_once(notebook):
+    """Upper-case names stay above: parameters, then one cell that turns them into objects."""
+    cells = code_cells(notebook)
+    below = [index for index, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
+    imported = {
+        (alias.asname or alias.name)
+        for cell in cells
+        for node in ast.walk(parsed(cell))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    for cell in cells[below[0] + 2 :] if below else []:
+        for node in ast.walk(parsed(cell)):
+            upper = isinstance(node, ast.Name) and UPPER.fullmatch(node.id) and len(node.id) > 1
+            if upper and node.id not in imported:
+                yield f"{node.id} is read below the config cell"
+
+
+def parsed(cell):
+    """The cell's syntax tree, without lines for IPython."""
+    return ast.parse(
+        "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!")))
+    )
+
+
+def head(cell):
+    return cell.source.strip().splitlines()[0] if cell.source.strip() else "(empty)"
+
+
+RULES = [form, stripped, parameters, thin, no_absolute_paths, parameters_read_once]
+
+
+# --- the rules hold against a notebook that breaks them -------------------------------------------
+
+
+def build(*sources, tag=1):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    if tag is not None:
+        cells[tag].metadata["tags"] = ["parameters"]
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), *cells])
+    content.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    return content
+
+
+GOOD = (
+    "from prism_lib import CHEST",
+    'SIZE = 256  # pixels\nDATA_ROOT = ""  # images',
+    "size = SIZE",
+    "f(size, CHEST)",
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_good_notebook_breaks_no_rule(rule):
+    assert list(rule(build(*GOOD))) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "notebook", "problem"),
+    [
+        (form, build(*GOOD, tag=None), "0 cells are tagged parameters"),
+        (parameters, build("", "SIZE = 256"), "no comment behind"),
+        (parameters, build("", "SIZE = 2 * n  # pixels"), "no literal"),
+        (parameters, build("", "size = 256  # pixels"), "not UPPER_SNAKE"),
+        (parameters, build("", "import os  # system"), "no parameter"),
+        (thin, build("a = 1\n" * 21, "A = 1  # one"), "21 lines of code"),
+        (thin, build("def f():\n    pass", "A = 1  # one"), "defines f"),
+        (no_absolute_paths, build('open("/home/me/x.png")', "A = 1  # one"), "absolute path /home/"),
+        (no_absolute_paths, build("", 'A = "~/data"  # images'), "absolute path ~/"),
+        (parameters_read_once, build("", "SIZE = 1  # one", "size = SIZE", "f(SIZE)"), "SIZE is read"),
+    ],
+)
+def test_a_rule_finds_what_breaks_it(rule, notebook, problem):
+    assert [found for found in rule(notebook) if problem in found]
+
+
+def test_outputs_and_counts_are_found():
+    notebook = build(*GOOD)
+    notebook.cells[1].execution_count = 3
+    assert list(stripped(notebook)) == ["outputs are kept: from prism_lib import CHEST"]
+
+
+# --- the notebooks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_keeps_the_rules(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    problems = [f"{rule.__name__}: {problem}" for rule in RULES for problem in rule(notebook)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_sees_every_parameter(path):
+    """papermill reads lines, not syntax: a second `=` on a line, even in its comment, hides the parameter."""
+    (cell,) = parameters_cells(nbformat.read(path, as_version=4))
+    names = [statement.targets[0].id for statement in ast.parse(cell.source).body]
+    declared = declared_parameters(path)
+    assert list(declared) == names
+    assert declared[FIGURES_PARAMETER] == ""
+
+
+@pytest.mark.parametrize("name", available_profiles())
+def test_profile_fits_the_notebooks(name):
+    profile = load_profile(name)
+    if not profile.sections:
+        pytest.skip(f"profile {name} has no section yet")
+    assert [job.name for job in plan(profile)] == sorted(profile.sections)
+
+
+def test_smoke_profile_runs_every_notebook_and_writes_no_figures():
+    profile = load_profile("smoke")
+    assert list(profile.sections) == [path.stem for path in NOTEBOOKS]
+    assert profile.figures == "runs"
+
+
+# --- one small run of all -------------------------------------------------------------------------
+
+
+def committed_figures():
+    return {path: path.stat().st_mtime_ns for path in (paths.root() / "figures").rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder of one run of the profile `smoke`, by the command a user types."""
+    if not NOTEBOOKS:
+        pytest.skip("there are no notebooks yet")
+    runs = tmp_path_factory.mktemp("runs")
+    before = committed_figures()
+    finished = subprocess.run(
+        [sys.executable, "-m", "prism_lib.runner", "run", "smoke"],
+        env=os.environ | {"PRISM_RUNS": str(runs), "PYTHONPATH": str(paths.root())},
+        capture_output=True,
+        text=True,
+        timeout=SMOKE_SECONDS,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert committed_figures() == before
+    return runs / "smoke"
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_smoke_run_executes_every_notebook(smoke):
+    assert sorted(path.name for path in smoke.glob("*.ipynb")) == [path.name for path in NOTEBOOKS]
+    for path in smoke.glob("*.ipynb"):
+        cells = code_cells(nbformat.read(path, as_version=4))
+        assert all(cell.execution_count is not None for cell in cells if cell.source.strip()), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_smoke_run_leaves_whole_records(smoke):
+    records = sorted((smoke / "figures").glob("*.json"))
+    assert records, "no notebook left a record"
+    for path in records:
+        record = results.load_record(path.stem, "phantom", path.parent)
+        assert record["name"] == path.stem
+        assert record["notebook"] in {notebook.stem for notebook in NOTEBOOKS}
+        assert record["metrics"]
+        assert record["seconds"] > 0

@@ -1,0 +1,126 @@
+"""Figures: the difference map's convention, what stands in a sheet, the same bytes from the same figure."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.image import imread
+
+from prism_lib import plotting
+
+mpl.use("Agg")
+IMAGES = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+def drawn(figure):
+    """The pixel arrays of a figure's image axes, in order."""
+    return [axis.images[0] for axis in figure.axes if axis.images]
+
+
+def test_sheet_shows_original_edit_truth_and_difference():
+    edited = IMAGES + 0.1
+    figure = plotting.counterfactual_sheet(
+        IMAGES, edited, IMAGES, titles=["a", "b", "c"], notes=["1", "2", "3"], title="Removal"
+    )
+    shown = drawn(figure)
+    assert len(shown) == 3 * 4
+    assert torch.equal(torch.tensor(shown[0].get_array()), IMAGES[0, 0])
+    assert torch.equal(torch.tensor(shown[1].get_array()), edited[0, 0])
+    headings = [axis.get_title() for axis in figure.axes[:4]]
+    assert headings == ["original", "counterfactual", "true counterfactual", "signed difference"]
+    assert "brighter" in figure.axes[-1].get_xlabel()  # the colour bar
+    assert len(drawn(plotting.counterfactual_sheet(IMAGES, edited))) == 3 * 3
+
+
+def test_brighter_is_red_darker_is_blue_unchanged_is_white():
+    image = torch.full((1, 2, 2), 0.5)
+    edited = image + torch.tensor([[[0.5, -0.5], [0.0, 0.0]]])
+    _, axis = plt.subplots()
+    red, blue, white = plotting.difference_map(axis, edited, image).to_rgba(
+        torch.tensor([0.5, -0.5, 0.0]).numpy()
+    )
+    assert red[0] > 2 * red[2]
+    assert blue[2] > 2 * blue[0]
+    assert min(white[:3]) > 0.95
+    shown = axis.images[0]
+    assert shown.get_clim() == (-0.5, 0.5)
+    assert shown.get_array().tolist() == [[0.5, -0.5], [0.0, 0.0]]
+
+
+def test_grid_holds_every_image_gray_and_colour():
+    assert len(drawn(plotting.show_grid(IMAGES, ["a", "b", "c"], columns=2, title="Three"))) == 3
+    colour = drawn(plotting.show_grid(IMAGES.expand(3, 3, 16, 16)))
+    assert colour[0].get_array().shape == (16, 16, 3)
+
+
+def test_curves_and_dots_draw_the_numbers():
+    figure = plotting.curves(
+        {"loss": ([1, 2, 3], [0.3, 0.2, 0.1]), "band": ([1, 2], [1, 2], [0, 1], [2, 3])},
+        xlabel="step",
+        ylabel="loss",
+        logy=True,
+    )
+    axis = figure.axes[0]
+    assert axis.lines[0].get_ydata().tolist() == [0.3, 0.2, 0.1]
+    assert axis.get_yscale() == "log"
+    assert len(axis.collections) == 1
+    dots = plotting.dot_plot({"remove_x": (0.5, 0.4, 0.6)}, xlabel="CPG", goal=0.85).axes[0]
+    assert dots.lines[0].get_xdata().tolist() == [0.5]
+    assert dots.get_yticklabels()[0].get_text() == "remove x"
+
+
+def test_a_figure_drawn_twice_is_the_same_file(tmp_path):
+    first, second = (
+        plotting.save_figure(
+            plotting.counterfactual_sheet(IMAGES, IMAGES), "sheet", tmp_path / name, pdf=True
+        )
+        for name in ("one", "two")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert first.with_suffix(".pdf").read_bytes() == second.with_suffix(".pdf").read_bytes()
+    assert sorted(file.name for file in first.parent.iterdir()) == ["sheet.pdf", "sheet.png"]
+    assert imread(first).shape[0] > 3 * 150  # three rows of images
+
+
+def test_a_failed_write_leaves_the_old_figure(tmp_path, monkeypatch):
+    figure = plotting.show_grid(IMAGES)
+    path = plotting.save_figure(figure, "grid", tmp_path)
+    before = path.read_bytes()
+
+    def full(target, **_):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(OSError, match="disk full"):
+        plotting.save_figure(figure, "grid", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+    assert path.read_bytes() == before
+
+
+def test_the_global_style_stays_as_it_was():
+    before = dict(mpl.rcParams)
+    plotting.show_grid(IMAGES)
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plotting.show_grid(IMAGES[0]), "images must be"),
+        (lambda: plotting.show_grid(IMAGES * 4), r"images must lie in \[0, 1\]"),
+        (lambda: plotting.show_grid(IMAGES, ["a"]), "1 titles for 3 images"),
+        (lambda: plotting.counterfactual_sheet(IMAGES, IMAGES[:2]), "counterfactual has shape"),
+        (lambda: plotting.counterfactual_sheet(IMAGES, IMAGES * float("nan")), "counterfactual must lie in"),
+        (lambda: plotting.curves({"a": ([1, 2], [1])}, xlabel="", ylabel=""), "curve 'a'"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

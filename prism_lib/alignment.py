@@ -1,12 +1,13 @@
 """Which token of the source prompt speaks for which token of the target prompt.
 
-Prompt-to-prompt hands the source image's cross-attention maps to the target prompt, token by token, so it has to know
-which tokens belong together. Words are found by the tokenizer's character offsets: phrases of several words, words of
-several tokens and punctuation need no special case, and a word that has no token is an error instead of an edit
-that silently does nothing.
+Prompt-to-prompt hands the source image's cross-attention maps to the target prompt, token by token, so it has
+to know which tokens belong together. Words are found by the tokenizer's character offsets: phrases of several
+words, words of several tokens and punctuation need no special case, and a word that has no token is an error
+instead of an edit that silently does nothing.
 
-Padding is aligned with padding only. Aligning it by index, as the reference implementations do, gives the padding
-behind a shortened prompt the maps of the words that were removed, and so draws the deleted object again.
+Padding is aligned with padding only. Aligning it by index, as the reference implementations do, gives the
+padding behind a shortened prompt the maps of the words that were removed, and so draws the deleted object
+again.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ ALIGNMENTS = ("refine", "replace")
 class Alignment:
     """How target maps are made of source maps: edited[j] = sum_i source[i] transfer[i, j] + own[j] target[j].
 
-    `transfer` is (L, L) and `own` (L,), over the L tokens of a padded prompt. With "refine" a column of `transfer`
-    holds a single one or nothing; with "replace" the tokens of a word share the maps of the word that they replace.
+    `transfer` is (L, L) and `own` (L,), over the L tokens of a padded prompt. With "refine" a column of
+    `transfer` holds a single one or nothing; with "replace" the tokens of a word share the maps of the word
+    that they replace.
     """
 
     transfer: Tensor
@@ -39,8 +41,8 @@ def align(
 ) -> Alignment:
     """Align two prompts that the text encoder sees as `length` tokens each (Hertz et al., ICLR 2023).
 
-    "refine" keeps the maps of the tokens that both prompts share, in order, and leaves the new ones to themselves;
-    "replace" swaps words one for one and needs prompts of equally many words.
+    "refine" keeps the maps of the tokens that both prompts share, in order, and leaves the new ones to
+    themselves; "replace" swaps words one for one and needs prompts of equally many words.
     """
     if method not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {method!r}; known: {', '.join(ALIGNMENTS)}")
@@ -58,7 +60,7 @@ def align(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> list[int]:
-    """The tokens of a prompt with begin and end but without padding; raises if they are more than `length`."""
+    """The tokens of a prompt, begin and end but no padding; raises if they are more than `length`."""
     ids = list(tokenizer(prompt).input_ids)
     if len(ids) > length:
         raise ValueError(f"prompt of {len(ids)} tokens, but the text encoder reads {length}: {prompt!r}")
@@ -99,7 +101,7 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int,
 
 
 def _common_tokens(source: list[int], target: list[int]) -> list[tuple[int, int]]:
-    """Longest common subsequence as index pairs: Needleman-Wunsch with the paper's gap 0, match 1, mismatch -1."""
+    """Longest common subsequence as index pairs: Needleman-Wunsch with gap 0, match 1, mismatch -1."""
     best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
     for i in reversed(range(len(source))):
         for j in reversed(range(len(target))):
@@ -124,7 +126,8 @@ def _word_pairs(
     old, new = _words(tokenizer, source), _words(tokenizer, target)
     if len(old) != len(new):
         raise ValueError(
-            f"replacing words needs prompts of equally many words, got {len(old)} and {len(new)}: {source!r}, {target!r}"
+            f"replacing words needs prompts of equally many words, got {len(old)} and {len(new)}: "
+            f"{source!r}, {target!r}"
         )
     return list(zip(old, new, strict=True))
 
@@ -139,7 +142,7 @@ def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
 
 
 def _replace_word(transfer: Tensor, old: list[int], new: list[int]) -> None:
-    """Equally many tokens take over one by one; otherwise each new token gets an equal share of all old maps."""
+    """Equally many tokens take over one by one; otherwise each new one gets an equal share of the old."""
     if len(old) == len(new):
         transfer[old, new] = 1
         return

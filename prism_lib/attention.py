@@ -1,15 +1,19 @@
-"""Prompt-to-prompt: one attention processor that lets an edit borrow the source image's attention (Hertz et al., 2023).
+"""Prompt-to-prompt: one attention processor that lets an edit borrow the source image's attention (Hertz et
+al., 2023).
 
-A controlled U-Net call holds three rows per image, in this order: the source (conditional), the negative prompt and the
-target (conditional), the last two on the edited latents. Inside their windows of steps
+A controlled U-Net call holds three rows per image, in this order: the source (conditional), the negative
+prompt and the target (conditional), the last two on the edited latents. Inside their windows of steps
 
-- cross-attention of the target is put together from the source's maps and its own, as an `Alignment` says, times a
-  weight per token. There are few tokens, so probabilities are written out, but only in layers and steps that need them;
-- self-attention of the target uses the source's queries and keys with its own values. That equals injecting the source's
-  probabilities and stays a fused kernel; the target's own queries and keys are not even projected.
+- cross-attention of the target is put together from the source's maps and its own, as an `Alignment` says,
+  times a weight per token. There are few tokens, so probabilities are written out, but only in layers and
+  steps that need them;
+- self-attention of the target uses the source's queries and keys with its own values. That equals injecting
+  the source's probabilities and stays a fused kernel; the target's own queries and keys are not even
+  projected.
 
-`WordMaps` sums up, over steps and layers, where the edit's words looked: material for masks. Nothing here assumes a
-resolution, a number of channels or of tokens. The step is set explicitly and never counted from layer calls.
+`WordMaps` sums up, over steps and layers, where the edit's words looked: material for masks. Nothing here
+assumes a resolution, a number of channels or of tokens. The step is set explicitly and never counted from
+layer calls.
 """
 
 from __future__ import annotations
@@ -31,10 +35,11 @@ ROWS = 3  # source, negative, target
 
 @dataclass
 class WordMaps:
-    """Running sums of the cross-attention paid to some tokens, source and target, one sum per number of queries.
+    """Running sums of the cross-attention paid to some tokens, source and target, one sum per number of
+    queries.
 
-    `source_tokens` and `target_tokens` are (N, L) masks. Layers with more than `max_queries` queries are left out:
-    fine layers are slow to write out and say little about where a word is.
+    `source_tokens` and `target_tokens` are (N, L) masks. Layers with more than `max_queries` queries are left
+    out: fine layers are slow to write out and say little about where a word is.
     """
 
     source_tokens: Tensor
@@ -61,7 +66,7 @@ class WordMaps:
         self.counts[queries] = self.counts.get(queries, 0) + 1
 
     def mean(self, height: int, width: int) -> Tensor:
-        """Average attention over steps and layers at latent resolution: (N, 2, height, width), source and target."""
+        """Mean attention over steps and layers at latent resolution, (N, 2, height, width)."""
         if not self.sums:
             raise ValueError(f"no cross-attention layer with at most {self.max_queries} queries was recorded")
         images = [
@@ -80,10 +85,10 @@ class WordMaps:
 class Controller:
     """What the processor does at the current `step` (0 is the noisiest), for N images of a batch.
 
-    `transfer` (N, L, L) and `own` (N, L) build the edited cross maps of the first `cross_steps` steps; token weights
-    are already in them. Self-attention is injected in the first `self_steps` steps in layers of at most
-    `self_max_tokens` queries, into the target row alone as the reference implementations do, or with `inject_negative`
-    into the negative row too.
+    `transfer` (N, L, L) and `own` (N, L) build the edited cross maps of the first `cross_steps` steps; token
+    weights are already in them. Self-attention is injected in the first `self_steps` steps in layers of at
+    most `self_max_tokens` queries, into the target row alone as the reference implementations do, or with
+    `inject_negative` into the negative row too.
     """
 
     transfer: Tensor
@@ -147,7 +152,9 @@ class PromptToPromptProcessor:
         if spatial is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if len(hidden_states) != ROWS * self.controller.images:
-            raise ValueError(f"a controlled call needs {ROWS} x {self.controller.images} rows, got {len(hidden_states)}")
+            raise ValueError(
+                f"a controlled call needs {ROWS} x {self.controller.images} rows, got {len(hidden_states)}"
+            )
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
         if attn.group_norm is not None:
@@ -210,8 +217,9 @@ class PromptToPromptProcessor:
 def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[Controller]:
     """Give every attention layer of `unet` to the controller; the old processors come back whatever happens.
 
-    Raises ValueError for layers whose processor has weights of its own (an IP-Adapter, say), and RuntimeError on
-    leaving if the U-Net ran without passing through all of its attention layers: then the edit was not what it seems.
+    Raises ValueError for layers whose processor has weights of its own (an IP-Adapter, say), and RuntimeError
+    on leaving if the U-Net ran without passing through all of its attention layers: then the edit was not
+    what it seems.
     """
     before = dict(unet.attn_processors)
     _check_replaceable(before)
@@ -225,7 +233,7 @@ def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[C
 
 
 def grid(queries: int, height: int, width: int) -> tuple[int, int]:
-    """The (rows, columns) of a layer with this many queries in a U-Net that halves (height, width) repeatedly."""
+    """The (rows, columns) of a layer with this many queries in a U-Net that keeps halving (height, width)."""
     rows, columns = height, width
     while rows * columns > queries:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2
@@ -239,7 +247,9 @@ def _check_replaceable(processors: dict[str, object]) -> None:
         raise ValueError("this U-Net has no attention layer that could be controlled")
     for name, processor in processors.items():
         if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
-            raise ValueError(f"{name} ({type(processor).__name__}) has weights of its own and cannot be replaced")
+            raise ValueError(
+                f"{name} ({type(processor).__name__}) has weights of its own and cannot be replaced"
+            )
 
 
 def _check_all_seen(unet: UNet2DConditionModel, processor: PromptToPromptProcessor) -> None:

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import imagefolder, phantom
 from prism_lib.imagefolder import SPLITS, Folder, load_info, load_table, read_images
-from prism_lib.prompts import Edit, sample_caption, snake_case, vocabulary
+from prism_lib.prompts import Edit, sample_caption, vocabulary
 from prism_lib.sources import FITS, Rejection, Source, nih_source, phantom_source, seeded_order
 
 __all__ = [
+    "Example",
     "PrepareConfig",
+    "edit_examples",
     "editable",
     "load_info",
     "load_table",
@@ -134,9 +137,38 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> tupl
         return None
     config = info["config"]
     patients = phantom.sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"])
-    changes = dict.fromkeys(edit.remove, 0.0) | dict.fromkeys(edit.add, 1.0)
-    attributes = {snake_case(label): value for label, value in changes.items()}
-    return phantom.counterfactual(patients, config["size"], **attributes)
+    return phantom.counterfactual(patients, config["size"], **edit.attributes)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An edit and an image that it suits: panels (K, C, H, W) with a title each, the factual image first."""
+
+    edit: Edit
+    panels: Tensor
+    titles: tuple[str, ...]
+
+
+def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
+    """The first image that each edit suits, with true counterfactual and mask where they are known.
+
+    An edit that suits no image of the data set is left out; ValueError if none suits any.
+    """
+    table, examples = load_table(folder), []
+    for edit in edits:
+        row = editable(table, edit).head(1)
+        if row.empty:
+            continue
+        panels = [read_images(folder, row)]
+        truth = true_counterfactual(folder, row, edit)
+        panels += [] if truth is None else [truth[0], truth[1].float()]
+        titles = ("factual", f"true counterfactual: {edit.key.replace('_', ' ')}", "what had to change")
+        examples.append(Example(edit, torch.cat(panels), titles[: len(panels)]))
+    if not examples:
+        raise ValueError(
+            f"no image in {folder} suits any of {', '.join(edit.key for edit in edits) or 'no edits'}"
+        )
+    return examples
 
 
 SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {

@@ -1,8 +1,10 @@
-"""DDIM as pure tensor functions: the schedule, one step in either direction, and guidance (Song et al., ICLR 2021).
+"""DDIM as pure tensor functions: the schedule, one step in either direction, and guidance (Song et al., ICLR
+2021).
 
-A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at `timesteps[k]`, and a
-step leads from level k to k - 1. Inverting and denoising walk the same ladder, so the level is the one index that the
-inversion, the stored trajectory and the edit share: `trajectory[k]` is the latent at level k. No U-Net is known here.
+A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at
+`timesteps[k]`, and a step leads from level k to k - 1. Inverting and denoising walk the same ladder, so the
+level is the one index that the inversion, the stored trajectory and the edit share: `trajectory[k]` is the
+latent at level k. No U-Net is known here.
 
 All coefficients are Python floats computed in double precision, so a step costs no device synchronisation.
 """
@@ -23,8 +25,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Schedule:
     """The noise levels of a DDIM trajectory, level 0 (clean) to `num_steps` (noise).
 
-    `timesteps[k]` is what the U-Net is told at level k (level 0 is never evaluated and holds -1); `alphas[k]` is the
-    cumulative product abar there. What a step predicts is named by `prediction_type`.
+    `timesteps[k]` is what the U-Net is told at level k (level 0 is never evaluated and holds -1); `alphas[k]`
+    is the cumulative product abar there. What a step predicts is named by `prediction_type`.
     """
 
     timesteps: tuple[int, ...]
@@ -33,7 +35,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -44,10 +48,14 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
         """The schedule that a diffusers scheduler of this configuration follows, as DDIM.
 
-        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding of the predicted image are
-        ignored, because they make no sense for latents.
+        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding of the predicted
+        image are ignored, because they make no sense for latents.
         """
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        if (
+            isinstance(num_inference_steps, bool)
+            or not isinstance(num_inference_steps, int)
+            or num_inference_steps < 1
+        ):
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
         scheduler = DDIMScheduler.from_config(dict(config))
         scheduler.set_timesteps(num_inference_steps)
@@ -65,8 +73,10 @@ class Schedule:
         )
 
 
-def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """Split a sample at `level` into the predicted clean latent x0 and noise eps, given the U-Net's output."""
+def clean_and_noise(
+    schedule: Schedule, sample: Tensor, prediction: Tensor, level: int
+) -> tuple[Tensor, Tensor]:
+    """The clean latent x0 and the noise eps in a sample at `level`, as the U-Net's output has them."""
     signal, noise = _scales(schedule, level)
     if schedule.prediction_type == "v_prediction":
         return signal * sample - noise * prediction, signal * prediction + noise * sample
@@ -74,7 +84,7 @@ def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, leve
 
 
 def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
-    """One deterministic DDIM step from `level` to `level - 1`; the U-Net saw `sample` at `timesteps[level]`."""
+    """One deterministic DDIM step from `level` down to `level - 1`; the U-Net saw this `sample`."""
     return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level), level - 1)
 
 

@@ -1,16 +1,16 @@
 """Action and prediction: edit an inverted image by a pair of prompts, and put the result back into the input.
 
-Source and target start from the same noise x*_T and share the trajectory: at every step one U-Net call evaluates the
-source, the negative prompt and the target of each image (3 evaluations), prompt-to-prompt hands the source's attention
-to the target, and direct inversion returns the source to its stored latents. After decoding, only pixels inside a mask
-take the edit; all others are the input's own.
+Source and target start from the same noise x*_T and share the trajectory: at every step one U-Net call
+evaluates the source, the negative prompt and the target of each image (3 evaluations), prompt-to-prompt hands
+the source's attention to the target, and direct inversion returns the source to its stored latents. After
+decoding, only pixels inside a mask take the edit; all others are the input's own.
 
 Two choices differ from the reference implementations, and both can be switched back:
 
-- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then exactly the
-  difference that the edit asks for, and vanishes where the two prompts agree.
-- `correct_drift` gives the target the correction that direct inversion gives the source. It costs nothing, and an edit
-  that changes no word reproduces the source exactly.
+- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then
+  exactly the difference that the edit asks for, and vanishes where the two prompts agree.
+- `correct_drift` gives the target the correction that direct inversion gives the source. It costs nothing,
+  and an edit that changes no word reproduces the source exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prism_lib import ddim, masks
 from prism_lib.alignment import ALIGNMENTS, align, word_mask
 from prism_lib.attention import Controller, WordMaps, controlled
 from prism_lib.inversion import Callback, Inversion, predict_noise
-from prism_lib.masks import COMPOSITES, MaskConfig
+from prism_lib.masks import COMPOSITES, Areas, MaskConfig
 from prism_lib.models import decode_latents, encode_prompts
 from prism_lib.prompts import PromptPair
 
@@ -38,9 +38,10 @@ NEGATIVES = ("source", "empty")
 class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
-    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
-    attention to the words of the edit inside the cross window. Self-attention is injected in layers of at most
-    `self_max_tokens` queries. `local_blend` confines the edit in latent space to where the edit's words look.
+    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the
+    target's attention to the words of the edit inside the cross window. Self-attention is injected in layers
+    of at most `self_max_tokens` queries. `local_blend` confines the edit in latent space to where the edit's
+    words look.
     """
 
     guidance_scale: float = 2.0
@@ -60,7 +61,12 @@ class EditConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start"):
+        for name in (
+            "cross_replace_steps",
+            "self_replace_steps",
+            "local_blend_threshold",
+            "local_blend_start",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
         for name in ("guidance_scale", "word_weight"):
@@ -77,8 +83,8 @@ class EditConfig:
 class Counterfactual:
     """One edited image with what it was made of; images are (C, H, W) in [0, 1], masks (1, H, W).
 
-    `image` is the composite and `raw` the decoded edit before it; `factual` is the input and `reconstruction` the
-    source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched.
+    `image` is the composite and `raw` the decoded edit before it; `factual` is the input and `reconstruction`
+    the source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched.
     """
 
     image: Tensor
@@ -89,6 +95,11 @@ class Counterfactual:
     pair: PromptPair
     scores: Mapping[str, float]
     settings: EditConfig
+
+
+def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
+    """One field of many results as a batch: (N, C, H, W), or (N, 1, H, W) for "mask"."""
+    return torch.stack([getattr(result, name) for result in results])
 
 
 @dataclass
@@ -112,27 +123,24 @@ def edit(
     keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[Counterfactual]:
-    """Edit every image of an inversion by its own prompt pair (Hertz et al., ICLR 2023; Ju et al., ICLR 2024).
+    """Edit every image of an inversion by its own prompt pair (Hertz et al., ICLR 2023; Ju et al., ICLR
+    2024).
 
-    `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1], which then
-    also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the input's whatever the mask
-    says. `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
+    `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1],
+    which then also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the
+    input's whatever the mask says. `callback(i, timestep, latents)` is called after step i of every batch and
+    may raise to cancel.
     """
     _check_pairs(inversion, pairs, config)
-    area = _check_area(inversion, mask)
-    if keep is not None:
-        keep = masks.check_mask(keep, inversion.images, "keep", empty=True)
+    areas = Areas.checked(mask, keep, inversion.images)
     controllers = [_controller(pipe, pairs[rows], inversion, config) for rows in _batches(len(pairs), config)]
     results: list[Counterfactual] = []
     steps = inversion.schedule.num_steps * len(controllers)
     with tqdm(total=steps, desc="edit", leave=False) as progress:
         for controller, rows in zip(controllers, _batches(len(pairs), config), strict=True):
             part = inversion[rows]
-            part_area = area[rows] if isinstance(area, Tensor) else area
-            part_keep = None if keep is None else keep[rows]
-            region = _region(part, part_area, part_keep)
-            outcome = _denoise(pipe, part, pairs[rows], config, controller, region, progress, callback)
-            results += _finish(pipe, part, pairs[rows], config, outcome, part_area, part_keep)
+            outcome = _denoise(pipe, part, pairs[rows], config, controller, areas[rows], progress, callback)
+            results += _finish(pipe, part, pairs[rows], config, outcome, areas[rows])
     return results
 
 
@@ -142,7 +150,7 @@ def _denoise(
     pairs: Sequence[PromptPair],
     config: EditConfig,
     controller: Controller,
-    region: Tensor | None,
+    areas: Areas,
     progress: tqdm,
     callback: Callback | None,
 ) -> _Outcome:
@@ -150,6 +158,8 @@ def _denoise(
     schedule = inversion.schedule
     embeds = _embeds(pipe, pairs, config)
     source = target = inversion.latents[-1].to(pipe.device)
+    cells = areas.cells(*source.shape[-2:])
+    cells = None if cells is None else cells.to(source)
     noise_change = torch.zeros_like(source[:, :1])
     with controlled(pipe.unet, controller):
         for index, level in enumerate(range(schedule.num_steps, 0, -1)):
@@ -165,7 +175,7 @@ def _denoise(
             source = inversion.latents[level - 1].to(source) if inversion.exact else stepped
             if config.correct_drift:
                 target = target + (source - stepped)
-            if (bounds := _bounds(config, controller, region, index / schedule.num_steps, source)) is not None:
+            if (bounds := _bounds(config, controller, cells, index / schedule.num_steps, source)) is not None:
                 target = source + bounds * (target - source)
 
             progress.update()
@@ -175,14 +185,13 @@ def _denoise(
 
 
 def _bounds(
-    config: EditConfig, controller: Controller, region: Tensor | None, progress: float, latents: Tensor
+    config: EditConfig, controller: Controller, cells: Tensor | None, progress: float, latents: Tensor
 ) -> Tensor | None:
     """Where the target's latents may differ from the source's, (N, 1, h, w), or None for everywhere."""
-    if config.local_blend and progress >= config.local_blend_start:
-        maps = _word_maps(controller, latents)
-        attended = masks.attention_region(maps, config.local_blend_threshold)
-        return attended if region is None else attended * region.to(latents)
-    return None if region is None else region.to(latents)
+    if not config.local_blend or progress < config.local_blend_start:
+        return cells
+    attended = masks.attention_region(_word_maps(controller, latents), config.local_blend_threshold)
+    return attended if cells is None else attended * cells
 
 
 def _finish(
@@ -191,29 +200,37 @@ def _finish(
     pairs: Sequence[PromptPair],
     config: EditConfig,
     outcome: _Outcome,
-    area: Tensor | str,
-    keep: Tensor | None,
+    areas: Areas,
 ) -> list[Counterfactual]:
     """Decode, find the mask and composite with the input."""
     images = inversion.images
     channels = images.shape[1]
     raw = decode_latents(pipe.vae, outcome.target, channels).to(images)
     reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
-    if isinstance(area, Tensor):
-        mask = area
-    elif area == "off":
+    if isinstance(areas.mask, Tensor):
+        mask = areas.mask
+    elif areas.mask == "off":
         mask = torch.ones_like(images[:, :1])
     else:
-        coarse = masks.evidence(outcome.word_maps, outcome.noise_change, config.mask.attention_weight).to(images)
-        mask = masks.automatic_mask(masks.pixel_change(raw, reconstruction, config.mask.smooth), coarse, config.mask)
-    if keep is not None:
-        mask = masks.without(mask, keep, config.mask.feather)
-    plain = isinstance(area, str) and area == "off" and keep is None
-    image = raw if plain else masks.composite(images, raw, reconstruction, mask, config.composite)
+        coarse = masks.evidence(outcome.word_maps, outcome.noise_change, config.mask.attention_weight)
+        change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
+        mask = masks.automatic_mask(change, coarse.to(images), config.mask)
+    if areas.keep is not None:
+        mask = masks.without(mask, areas.keep, config.mask.feather)
+    image = raw
+    if not (isinstance(areas.mask, str) and areas.mask == "off") or areas.keep is not None:
+        image = masks.composite(images, raw, reconstruction, mask, config.composite)
     scores = _scores(images, image, raw, reconstruction, mask)
     return [
         Counterfactual(
-            image[n], raw[n], images[n], reconstruction[n], mask[n], pair, {k: v[n] for k, v in scores.items()}, config
+            image[n],
+            raw[n],
+            images[n],
+            reconstruction[n],
+            mask[n],
+            pair,
+            {k: v[n] for k, v in scores.items()},
+            config,
         )
         for n, pair in enumerate(pairs)
     ]
@@ -222,7 +239,7 @@ def _finish(
 def _scores(
     images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor
 ) -> dict[str, list[float]]:
-    """Per image: share of pixels in the mask, mean change of the result, and change that the mask kept out."""
+    """Per image: share of pixels in the mask, mean change of the result, and change kept out by the mask."""
     outside = (mask == 0).to(images)
     kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
     return {
@@ -267,17 +284,6 @@ def _word_maps(controller: Controller, latents: Tensor) -> Tensor:
     return controller.maps.mean(*latents.shape[-2:])
 
 
-def _region(inversion: Inversion, area: Tensor | str, keep: Tensor | None) -> Tensor | None:
-    """The latent cells that a user's masks leave open, or None for all."""
-    height, width = inversion.latents.shape[-2:]
-    if not isinstance(area, Tensor) and keep is None:
-        return None
-    open_pixels = area if isinstance(area, Tensor) else torch.ones_like(inversion.images[:, :1])
-    if keep is not None:
-        open_pixels = open_pixels * (keep == 0)
-    return masks.latent_region(open_pixels, height, width)
-
-
 def _batches(count: int, config: EditConfig) -> Iterator[slice]:
     for start in range(0, count, config.batch_size):
         yield slice(start, min(start + config.batch_size, count))
@@ -288,14 +294,8 @@ def _check_pairs(inversion: Inversion, pairs: Sequence[PromptPair], config: Edit
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     for index, (pair, prompt) in enumerate(zip(pairs, inversion.prompts, strict=True)):
         if pair.source != prompt:
-            raise ValueError(f"image {index} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
+            raise ValueError(
+                f"image {index} was inverted as {prompt!r}, but its edit starts from {pair.source!r}"
+            )
         if config.local_blend and not (pair.source_words or pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {index} names none")
-
-
-def _check_area(inversion: Inversion, mask: Tensor | str) -> Tensor | str:
-    if isinstance(mask, str):
-        if mask not in ("auto", "off"):
-            raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
-        return mask
-    return masks.check_mask(mask, inversion.images)

@@ -17,9 +17,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from prism_lib import datasets, metrics
-from prism_lib.classifier import predict
-from prism_lib.editing import EditConfig, edit
+from prism_lib import datasets, metrics, paths
+from prism_lib.cases import marker_masks, prompt_pairs
+from prism_lib.classifier import auc, load_classifier, predict
+from prism_lib.editing import EditConfig, edit, stack
 from prism_lib.inversion import invert
 from prism_lib.prompts import Edit
 
@@ -41,6 +42,29 @@ class Judge:
     labels: tuple[str, ...]
 
 
+def load_judge(name: str) -> Judge | None:
+    """The classifier below PRISM_WEIGHTS with this name, or None for an empty one."""
+    if not name:
+        return None
+    model, config = load_classifier(paths.weights() / name)
+    return Judge(model, config.labels)
+
+
+def judge_auc(judge: Judge | None, folder: str | Path, split: str = "test") -> dict[str, float]:
+    """AUC per label of the judge on a split; {} without a judge."""
+    if judge is None:
+        return {}
+    table = datasets.load_table(folder, split)
+    probabilities = torch.cat(
+        [
+            predict(judge.model, _gray(datasets.read_images(folder, table.iloc[i : i + 64])))
+            for i in range(0, len(table), 64)
+        ]
+    )
+    labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
+    return auc(probabilities, labels, judge.labels)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image."""
@@ -54,6 +78,10 @@ class Evaluation:
     mask: Tensor
     truth: Tensor | None
     truth_mask: Tensor | None
+
+    def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The first images for a sheet: factual, edited, and truth where it is known."""
+        return self.factual[:count], self.edited[:count], None if self.truth is None else self.truth[:count]
 
 
 def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
@@ -80,26 +108,25 @@ def evaluate_edit(
 ) -> Evaluation:
     """Invert, edit and measure the images of ``cases`` (rows of a prepared table)."""
     images = datasets.read_images(folder, cases)
-    pairs = [datasets.prompt_pair(folder, row, change) for row in cases.to_dict("records")]
+    pairs = prompt_pairs(folder, cases, change)
     inversion = invert(pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps)
     results = edit(pipe, inversion, pairs, config)
-    stacked = {name: torch.stack([getattr(r, name) for r in results]) for name in ("image", "raw", "reconstruction", "mask")}
     known = datasets.true_counterfactual(folder, cases, change)
     truth, truth_mask = known if known is not None else (None, None)
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
         images,
-        stacked["image"],
-        stacked["raw"],
-        stacked["reconstruction"],
-        stacked["mask"],
+        stack(results),
+        stack(results, "raw"),
+        stack(results, "reconstruction"),
+        stack(results, "mask"),
         truth,
         truth_mask,
     )
     columns = _appearance(evaluation)
     if truth is not None:
-        columns |= _against_truth(evaluation, datasets.marker_masks(folder, cases))
+        columns |= _against_truth(evaluation, marker_masks(folder, cases))
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
     return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})

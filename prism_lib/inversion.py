@@ -1,10 +1,10 @@
 """Abduction: from an image to the latents that the diffusion model would have made it from.
 
-Both methods walk up the same DDIM trajectory x*_0 .. x*_T, conditional on the source prompt and without guidance, at
-one U-Net evaluation per step. They differ in what an edit then does with it:
+Both methods walk up the same DDIM trajectory x*_0 .. x*_T, conditional on the source prompt and without
+guidance, at one U-Net evaluation per step. They differ in what an edit then does with it:
 
-- "direct" (Ju et al., ICLR 2024) keeps the whole trajectory and returns the source to it after every step, so the
-  source is reconstructed exactly, at no further cost;
+- "direct" (Ju et al., ICLR 2024) keeps the whole trajectory and returns the source to it after every step, so
+  the source is reconstructed exactly, at no further cost;
 - "ddim" lets the source find its own way down from x*_T and so shows what plain inversion loses.
 
 Further methods join `METHODS` under their own name.
@@ -30,8 +30,8 @@ Callback = Callable[[int, int, Tensor], None]
 class Inversion:
     """The abduced trajectory of N images.
 
-    `latents` is (T + 1, N, c, h, w) by level (0 clean, T noise), `images` (N, C, H, W) in [0, 1] are the inputs, and
-    `prompts` the source prompts that the trajectory was conditioned on.
+    `latents` is (T + 1, N, c, h, w) by level (0 clean, T noise), `images` (N, C, H, W) in [0, 1] are the
+    inputs, and `prompts` the source prompts that the trajectory was conditioned on.
     """
 
     images: Tensor
@@ -78,7 +78,8 @@ def invert(
     batch_size: int = 8,
     callback: Callback | None = None,
 ) -> Inversion:
-    """Invert images (N, C, H, W) in [0, 1], C 1 or 3, each under its own source prompt; T evaluations per image.
+    """Invert images (N, C, H, W) in [0, 1], C 1 or 3, each under its own source prompt; T evaluations per
+    image.
 
     `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
     """
@@ -106,7 +107,7 @@ def invert_ddim(
     batch_size: int,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM inversion of clean latents (N, c, h, w) to the trajectory (T + 1, N, c, h, w) (Dhariwal & Nichol, 2021)."""
+    """From clean latents (N, c, h, w) to the trajectory (T + 1, N, c, h, w) (Dhariwal & Nichol, 2021)."""
     trajectory = clean.new_empty(schedule.num_steps + 1, *clean.shape)
     trajectory[0] = clean
     batches = range(0, len(clean), batch_size)
@@ -128,10 +129,14 @@ def invert_ddim(
 METHODS: Mapping[str, Callable[..., Tensor]] = {"direct": invert_ddim, "ddim": invert_ddim}
 
 
-def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
+def predict_noise(
+    pipe: StableDiffusionPipeline, latents: Tensor, timestep: int, prompt_embeds: Tensor
+) -> Tensor:
     """One U-Net evaluation per row, in the U-Net's dtype; latents and the answer keep their own precision."""
     dtype = pipe.unet.dtype
-    return pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample.to(latents)
+    return pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample.to(
+        latents
+    )
 
 
 @torch.no_grad()

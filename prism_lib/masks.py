@@ -1,13 +1,14 @@
 """Where an edit may show: from attention and noise to a soft pixel mask, and the composite with the input.
 
-The latent grid is far too coarse for a lead wire of two pixels, and the decoded image alone changes a little everywhere.
-So the automatic mask asks both: coarse *evidence* (where the edit's words looked, where the noise predictions of source
-and target part) says which region the edit is about, and the *change* of the decoded image says which pixels. Strong
-pixels inside the evidence are seeds and grow through weaker ones that touch them: hysteresis, as in Canny's edges.
+The latent grid is far too coarse for a lead wire of two pixels, and the decoded image alone changes a little
+everywhere. So the automatic mask asks both: coarse *evidence* (where the edit's words looked, where the noise
+predictions of source and target part) says which region the edit is about, and the *change* of the decoded
+image says which pixels. Strong pixels inside the evidence are seeds and grow through weaker ones that touch
+them: hysteresis, as in Canny's edges.
 
-Every step is continuous in its input (ramps for thresholds, gray-scale reconstruction for growing), so rounding
-differences between batch sizes cannot flip a pixel. The mask is exactly 0 outside a compact support, and there the
-composite returns the input's own pixels bit for bit.
+Every step is continuous in its input (ramps for thresholds, gray-scale reconstruction for growing), so
+rounding differences between batch sizes cannot flip a pixel. The mask is exactly 0 outside a compact support,
+and there the composite returns the input's own pixels bit for bit.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ COMPOSITES = ("change", "paste")
 class MaskConfig:
     """Settings of the automatic mask; lengths in pixels, changes in units of the [0, 1] gray range.
 
-    A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x noise), where
-    noise is the image's median change. Seeds need `seed_evidence` (share of the image's maximal evidence), grown pixels
-    `grow_evidence`. `attention_weight` mixes attention (1) and noise difference (0) into the evidence.
+    A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x
+    noise), where noise is the image's median change. Seeds need `seed_evidence` (share of the image's maximal
+    evidence), grown pixels `grow_evidence`. `attention_weight` mixes attention (1) and noise difference (0)
+    into the evidence.
     """
 
-    min_change: float = 0.015
+    min_change: float = 0.02
     weak: float = 2.0
     strong: float = 4.0
     attention_weight: float = 0.25
     seed_evidence: float = 0.3
     grow_evidence: float = 0.1
-    smooth: int = 1
+    smooth: int = 0
     close: int = 2
-    dilate: int = 1
+    dilate: int = 2
     feather: int = 1
     softness: float = 0.2
 
@@ -58,10 +60,11 @@ class MaskConfig:
 
 
 def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
-    """Where the edit is about, (N, 1, h, w) in [0, 1] with maximum 1 per image (0 everywhere if nothing changed).
+    """Where the edit is about, (N, 1, h, w) in [0, 1] with maximum 1 per image (0 everywhere if nothing
+    changed).
 
-    `word_maps` (N, 2, h, w) is the attention to the edit's words in source and target, `noise_change` (N, 1, h, w) the
-    mean absolute difference of their noise predictions.
+    `word_maps` (N, 2, h, w) is the attention to the edit's words in source and target, `noise_change` (N, 1,
+    h, w) the mean absolute difference of their noise predictions.
     """
     change = _unit(noise_change)
     attention = _unit(word_maps.amax(1, keepdim=True))
@@ -71,13 +74,13 @@ def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -
     return _unit(weight * attention + (1 - weight) * change) * changed
 
 
-def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 1) -> Tensor:
+def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 0) -> Tensor:
     """Mean absolute change over channels, averaged over (2 smooth + 1)^2 pixels: (N, 1, H, W)."""
     return _box((edited - reference).abs().mean(1, keepdim=True), smooth)
 
 
 def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = MaskConfig()) -> Tensor:
-    """The soft mask (N, 1, H, W) of a pixel change (N, 1, H, W), given evidence (N, 1, h, w): see module docstring."""
+    """The soft mask (N, 1, H, W) of a pixel change (N, 1, H, W), given coarse evidence (N, 1, h, w)."""
     where = F.interpolate(coarse, size=change.shape[2:], mode="bilinear", align_corners=False)
     noise = change.flatten(1).median(1).values[:, None, None, None]
     weak = (config.weak * noise).clamp(min=config.min_change)
@@ -88,7 +91,7 @@ def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = MaskConf
 
 
 def grow(seeds: Tensor, body: Tensor) -> Tensor:
-    """Gray-scale hysteresis: what of `body` the seeds reach through it (Vincent, 1993); both (N, 1, H, W) in [0, 1]."""
+    """Gray-scale hysteresis: what of `body` the seeds reach through it (Vincent, 1993); (N, 1, H, W)."""
     start = torch.minimum(seeds, body).double().cpu().numpy()
     limit = body.double().cpu().numpy()
     grown = [reconstruction(s[0], b[0], footprint=np.ones((3, 3))) for s, b in zip(start, limit, strict=True)]
@@ -96,21 +99,62 @@ def grow(seeds: Tensor, body: Tensor) -> Tensor:
 
 
 def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
-    """Widen a mask by `dilate` pixels and let it fade over `feather` more; exactly 0 beyond dilate + feather."""
-    return _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2) if feather else _maximum(mask, dilate)
+    """Widen a mask by `dilate` pixels and let it fade over `feather` more; exactly 0 beyond both."""
+    return (
+        _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2)
+        if feather
+        else _maximum(mask, dilate)
+    )
 
 
-def check_mask(mask: Tensor, images: Tensor, name: str = "mask", empty: bool = False) -> Tensor:
-    """A user's mask as float (N, 1, H, W) in [0, 1]; raises for a wrong shape or range, or one without any pixel."""
+@dataclass(frozen=True)
+class Areas:
+    """Where a user lets an edit of N images show.
+
+    `mask` is "auto" (found from the edit itself), "off" (everywhere, no composite) or (N, 1, H, W) in [0, 1];
+    `keep` marks pixels of the same shape that stay the input's whatever the mask says.
+    """
+
+    mask: Tensor | str = "auto"
+    keep: Tensor | None = None
+
+    @classmethod
+    def checked(cls, mask: Tensor | str, keep: Tensor | None, images: Tensor) -> Areas:
+        """Areas for images (N, C, H, W); raises for a wrong shape or range, or if nothing is left to edit."""
+        if isinstance(mask, str) and mask not in ("auto", "off"):
+            raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
+        areas = cls(
+            mask if isinstance(mask, str) else _checked_mask("mask", mask, images),
+            None if keep is None else _checked_mask("keep", keep, images),
+        )
+        open_pixels = areas.cells(*images.shape[2:])
+        if open_pixels is not None and not bool((has_any := open_pixels.flatten(1).any(1)).all()):
+            raise ValueError(f"the masks of image {int(has_any.int().argmin())} leave no pixel to edit")
+        return areas
+
+    def __getitem__(self, rows: slice) -> Areas:
+        """The areas of some of the images, by slice."""
+        mask = self.mask if isinstance(self.mask, str) else self.mask[rows]
+        return Areas(mask, None if self.keep is None else self.keep[rows])
+
+    def cells(self, height: int, width: int) -> Tensor | None:
+        """The latent cells (N, 1, height, width) with any pixel that may be edited, or None for all."""
+        if isinstance(self.mask, Tensor):
+            return latent_region(
+                self.mask if self.keep is None else self.mask * (self.keep == 0), height, width
+            )
+        return None if self.keep is None else latent_region(self.keep == 0, height, width)
+
+
+def _checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
     expected = (len(images), 1, *images.shape[2:])
     if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
-        raise ValueError(f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}")
+        raise ValueError(
+            f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}"
+        )
     mask = mask.to(images)
     if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
         raise ValueError(f"{name} must be boolean or hold finite values in [0, 1]")
-    for index, amount in enumerate(mask.flatten(1).amax(1).tolist()):
-        if amount == 0 and not empty:
-            raise ValueError(f"{name} of image {index} is empty: nothing could be edited")
     return mask
 
 
@@ -121,24 +165,28 @@ def without(mask: Tensor, keep: Tensor, feather: int) -> Tensor:
 
 def latent_region(mask: Tensor, height: int, width: int) -> Tensor:
     """The latent cells (N, 1, height, width) that contain any pixel of a mask (N, 1, H, W)."""
-    return F.adaptive_max_pool2d((mask > 0).to(mask), (height, width))
+    return F.adaptive_max_pool2d((mask > 0).float(), (height, width))
 
 
 def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2) -> Tensor:
-    """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's maximum.
+    """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's
+    maximum.
 
-    `word_maps` (N, 2, h, w); a cell counts if the source or the target words look there. Returns (N, 1, h, w).
+    `word_maps` (N, 2, h, w); a cell counts if the source or the target words look there. Returns (N, 1, h,
+    w).
     """
     pooled = _maximum(word_maps, 1)
     relative = pooled / pooled.amax((2, 3), keepdim=True).clamp(min=torch.finfo(pooled.dtype).tiny)
     return _ramp(relative, threshold, softness).amax(1, keepdim=True)
 
 
-def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change") -> Tensor:
+def composite(
+    images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change"
+) -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
-    "change" adds what the edit changed (edited - reconstruction) to the input, which keeps detail that the autoencoder
-    loses; "paste" takes the edited pixels themselves.
+    "change" adds what the edit changed (edited - reconstruction) to the input, which keeps detail that the
+    autoencoder loses; "paste" takes the edited pixels themselves.
     """
     new = images + edited - reconstruction if how == "change" else edited
     return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)

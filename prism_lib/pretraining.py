@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import os
-import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from prism_lib import datasets, models, phantom
+from prism_lib import cases, datasets, models, phantom, prompts
 from prism_lib.checkpoints import load_checkpoint, save_checkpoint
 from prism_lib.models import PipelineConfig
 from prism_lib.textures import textures
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 class VaeConfig:
     """Recipe of the autoencoder; patients of ``patient_seed`` must not be used for evaluation."""
 
-    steps: int = 2500
+    steps: int = 3000
     batch_size: int = 8
     crop: int = 128
     image_size: int = 256
@@ -47,7 +46,9 @@ class VaeConfig:
     warmup: int = 100
     gradient_weight: float = 1.0
     square_weight: float = 4.0
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-8
+    kl_warmup_weight: float = 1e-6  # a stronger prior at first; kept on, it blurs everything
+    kl_warmup: int = 1250
     patient_seed: int = 100
     seed: int = 0
     checkpoint_every: int = 250
@@ -76,7 +77,8 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
             batch = _vae_batch(pools, config, step).contiguous(memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
             total = losses["l1"] + config.gradient_weight * losses["gradient"]
-            total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
+            kl_weight = config.kl_warmup_weight if step < config.kl_warmup else config.kl_weight
+            total = total + config.square_weight * losses["square"] + kl_weight * losses["kl"]
             total.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
@@ -183,7 +185,7 @@ class ClipConfig:
     steps: int = 500
     batch_size: int = 48
     image_size: int = 128
-    patch_size: int = 8
+    patch_size: int = 16
     vision_width: int = 128
     vision_layers: int = 4
     learning_rate: float = 1e-3
@@ -220,8 +222,9 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     generator = torch.Generator().manual_seed(config.seed)
     for step in tqdm(range(config.steps), desc="CLIP"):
         rows = torch.randint(len(table), (config.batch_size,), generator=generator)
-        rng = random.Random(f"{config.seed}:{step}")
-        texts = [captions[0] for captions in datasets.sample_captions(dataset, table.iloc[rows], rng, 1, config.explicit_share)]
+        # A fresh seed per step, so that an image meets many captions.
+        drawn = cases.sample_captions(dataset, table.iloc[rows], f"{config.seed}:{step}", 1, config.explicit_share)
+        texts = [captions[0] for captions in drawn]
         tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt")
         output = clip(
             input_ids=tokens.input_ids,
@@ -276,8 +279,8 @@ def pretrain(config: PretrainConfig) -> Path:
     if final.is_dir():
         return final
     table = datasets.load_table(config.dataset, "train")
-    captions = datasets.sample_captions(config.dataset, table, random.Random(config.seed), 2, 0.5)
-    texts = [text for several in captions for text in several]
+    captions = cases.sample_captions(config.dataset, table, config.seed, 2, 0.5)
+    texts = [text for several in captions for text in several] + prompts.corpus()
     pipeline = models.build_pipeline(config.pipeline, config.seed, texts)
     history = train_vae(pipeline.vae, config.vae, output / "vae")
     clip = train_clip(pipeline, config.dataset, config.clip)
@@ -287,6 +290,11 @@ def pretrain(config: PretrainConfig) -> Path:
         part.save_pretrained(partial, safe_serialization=True)
         os.replace(partial, folder)
     return final
+
+
+def start_from(model: str, scratch: PretrainConfig) -> str:
+    """The pipeline that fine-tuning starts from: ``model`` itself, or for "scratch" one that is trained first."""
+    return str(pretrain(scratch)) if model == "scratch" else model
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, card: str) -> Path:

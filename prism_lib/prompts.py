@@ -269,6 +269,12 @@ class Edit:
         parts += [f"add_{snake_case(label)}" for label in self.add]
         return "_and_".join(parts) or "unchanged"
 
+    @property
+    def attributes(self) -> dict[str, float]:
+        """What the edit sets in a causal model: {"support_devices": 0.0} for their removal."""
+        changes = dict.fromkeys(self.remove, 0.0) | dict.fromkeys(self.add, 1.0)
+        return {snake_case(label): value for label, value in changes.items()}
+
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
         """Raise ValueError if a label is unknown, a removed one labelled absent or an added one present."""
         for label in (*self.remove, *self.add):

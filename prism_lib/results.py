@@ -1,8 +1,7 @@
 """Records: the numbers of an experiment as JSON, with all it takes to make them again.
 
 A record is `figures/<dataset>/<name>.json`. Tables, curves and the README are redrawn from records alone,
-so a record refuses what would not survive: a number that is not finite, a metric that its readers expect
-and do not find.
+so a record refuses what would not survive it, such as a number that is not finite.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from prism_lib import paths
@@ -41,7 +41,7 @@ FIELDS = (
     "created",
 )
 
-# The records that tables and the README read, with the metrics that each must hold (at any depth; more may
+# The phantom's records that tables and the README read, with the metrics that each holds (at any depth; more may
 # stand beside them). A name that is not listed is free.
 RECORDS: dict[str, tuple[str, ...]] = {
     "counterfactual_quality": (
@@ -121,9 +121,6 @@ def record(
     if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
         raise ValueError(f"record name {name!r} must be snake_case")
     plain = {str(key): _numbers(value, str(key)) for key, value in metrics.items()}
-    missing = set(RECORDS.get(name, ())) - set(_keys(plain))
-    if missing:
-        raise ValueError(f"record {name!r} lacks the metrics {', '.join(sorted(missing))}")
     content = {
         "name": name,
         "notebook": notebook,
@@ -155,6 +152,29 @@ def load_record(name: str, dataset: str, figures_dir: str | os.PathLike[str] = "
     if missing:
         raise ValueError(f"{path} is not a record: it lacks {', '.join(missing)}")
     return content
+
+
+def missing_metrics(name: str, metrics: Mapping[str, Any]) -> list[str]:
+    """Metrics that readers of the phantom's record expect and do not find; real images cannot have them all."""
+    return sorted(set(RECORDS.get(name, ())) - set(_keys(metrics)))
+
+
+def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where the record holds bounds, empty where it is missing.
+
+    Args:
+        columns: metric name to heading, in the order to show.
+    """
+    rows = {key: [_cell(values, metric) for metric in columns] for key, values in metrics.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
+
+
+def _cell(values: Mapping[str, float], metric: str) -> str:
+    if metric not in values:
+        return ""
+    bounds = [values.get(f"{metric}_{end}") for end in ("low", "high")]
+    interval = f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if None not in bounds else ""
+    return f"{values[metric]:.2f}{interval}"
 
 
 def commit() -> str:

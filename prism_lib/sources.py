@@ -82,6 +82,11 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     return Source(table, PHANTOM_LABELS, policy, images, _phantom_details)
 
 
+def details(source: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """Phrases more precise than a label that a source knows of a row; {} where it knows none."""
+    return _phantom_details(row) if source == "phantom" else {}
+
+
 def _phantom_details(row: Mapping[str, Any]) -> dict[str, str]:
     """{"Support Devices": "pacemaker and ecg leads", "Pleural Effusion": "left pleural effusion"}"""
     details = {}

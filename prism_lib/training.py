@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 import sys
 import time
@@ -38,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib import datasets, models, prompts
+from prism_lib import cases, datasets, imagefolder, models
 from prism_lib.checkpoints import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -170,7 +169,9 @@ def build_cache(pipeline: StableDiffusionPipeline, config: FinetuneConfig, split
     table = datasets.load_table(config.dataset, split)
     if not len(table):
         raise ValueError(f"{config.dataset} has no image in split {split!r}")
-    captions = sample_captions(table, config)
+    captions = cases.sample_captions(
+        config.dataset, table, config.seed, config.captions_per_image, config.explicit_share
+    )
     distinct = ["", *dict.fromkeys(text for texts in captions for text in texts)]
     row = {text: i for i, text in enumerate(distinct)}
     embeddings = torch.cat([models.encode_prompts(pipeline, distinct[i : i + 64]) for i in range(0, len(distinct), 64)])
@@ -182,19 +183,10 @@ def build_cache(pipeline: StableDiffusionPipeline, config: FinetuneConfig, split
     )
 
 
-def sample_captions(table: pd.DataFrame, config: FinetuneConfig) -> list[list[str]]:
-    """``captions_per_image`` captions per row of a prepared table, from a seed per image."""
-    captions = []
-    for record in table.to_dict("records"):
-        rng = random.Random(stable_seed(config.seed, "captions", record["file_name"]))
-        captions.append(datasets.sample_captions(record, rng, config.captions_per_image, config.explicit_share))
-    return captions
-
-
 def _moments(pipeline: StableDiffusionPipeline, config: FinetuneConfig, split: str, table: pd.DataFrame) -> Tensor:
     """Posterior mean and deviation, scaled, (N, 2, c, h, w) float16, read from the cache file where it fits."""
     key = hashlib.sha256(
-        json.dumps([datasets.content_hash(config.dataset), split, model_hash(pipeline.vae)]).encode()
+        json.dumps([imagefolder.load_info(config.dataset)["content_hash"], split, model_hash(pipeline.vae)]).encode()
     ).hexdigest()
     path = Path(config.output) / "cache" / f"{split}-{key[:16]}.safetensors"
     if path.is_file():
@@ -449,6 +441,35 @@ def read_log(output: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{path} does not exist: no run has logged there")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return pd.DataFrame(rows).groupby("step", as_index=False).last()
+
+
+def curve(log: pd.DataFrame, column: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one column of a log, for a plot."""
+    rows = log.dropna(subset=[column])
+    return rows["step"].tolist(), rows[column].tolist()
+
+
+def summary(log: pd.DataFrame) -> dict[str, float]:
+    """First and last losses of a log, the training loss as the mean over its last tenth."""
+    loss, validation = log["loss"].dropna(), log["validation_loss"].dropna()
+    return {
+        "steps": float(log["step"].max()),
+        "loss": float(loss.tail(max(1, len(loss) // 10)).mean()),
+        "validation_loss_first": float(validation.iloc[0]),
+        "validation_loss": float(validation.iloc[-1]),
+    }
+
+
+@torch.no_grad()
+def text_samples(
+    pipeline_folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """Text-to-image samples (count, 1, H, W) for the first distinct captions of the validation split."""
+    pipeline = models.load_pipeline(pipeline_folder)
+    texts = datasets.load_table(dataset, "val")["text"].drop_duplicates().head(count).tolist()
+    embeddings = models.encode_prompts(pipeline, [*texts, ""])
+    empty = embeddings[-1:].expand(len(texts), -1, -1)
+    return sample_images(pipeline, pipeline.unet, embeddings[:-1], empty, seed=seed), texts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,10 @@ def test_a_word_without_tokens_is_refused(tokenizer, monkeypatch):
 def test_word_mask_marks_all_words_and_nothing_else(tokenizer):
     mask = word_mask(tokenizer, SOURCE, ("cardiomegaly", "support devices"), LENGTH)
     marked = set(mask.nonzero().flatten().tolist())
-    spans = {*token_span(tokenizer, SOURCE, "cardiomegaly"), *token_span(tokenizer, SOURCE, "support devices")}
+    spans = {
+        *token_span(tokenizer, SOURCE, "cardiomegaly"),
+        *token_span(tokenizer, SOURCE, "support devices"),
+    }
     assert marked == spans
     assert mask.shape == (LENGTH,)
 
@@ -78,14 +81,18 @@ def test_refine_leaves_new_words_to_themselves(tokenizer):
 def test_refine_follows_shared_words_across_an_insertion(tokenizer):
     target = SOURCE.replace("cardiomegaly", "severe cardiomegaly")
     transfer = align(tokenizer, SOURCE, target, LENGTH).transfer
-    old, new = token_span(tokenizer, SOURCE, "support devices"), token_span(tokenizer, target, "support devices")
+    old, new = (
+        token_span(tokenizer, SOURCE, "support devices"),
+        token_span(tokenizer, target, "support devices"),
+    )
     assert old != new
     assert torch.equal(transfer[old][:, new], torch.eye(len(old)))
 
 
 @pytest.mark.parametrize("method", ["refine", "replace"])
 @pytest.mark.parametrize(
-    ("source", "target"), [(SOURCE, "chest x-ray with cardiomegaly"), ("chest x-ray with cardiomegaly", SOURCE)]
+    ("source", "target"),
+    [(SOURCE, "chest x-ray with cardiomegaly"), ("chest x-ray with cardiomegaly", SOURCE)],
 )
 def test_padding_never_takes_the_map_of_a_word(tokenizer, method, source, target):
     if method == "replace":

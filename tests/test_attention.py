@@ -49,7 +49,7 @@ def test_outside_its_windows_the_controller_changes_nothing(unet, rows):
 
 
 def test_the_identity_controller_equals_no_controller(unet, rows):
-    """Source and target alike, all maps handed over: nothing may change, whatever path the attention takes."""
+    """Source and target alike, all maps handed over: nothing may change, whatever path is taken."""
     latents, text = (part[:IMAGES].repeat(3, *[1] * (part.ndim - 1)) for part in rows)
     identity = Alignment(torch.eye(LENGTH), torch.zeros(LENGTH))
     control = Controller.of(
@@ -58,7 +58,9 @@ def test_the_identity_controller_equals_no_controller(unet, rows):
     torch.testing.assert_close(run(unet, latents, text, control), run(unet, latents, text), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"cross_steps": 1}, {"self_steps": 1}, {"cross_steps": 1, "self_steps": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"cross_steps": 1}, {"self_steps": 1}, {"cross_steps": 1, "self_steps": 1}]
+)
 def test_only_the_target_row_is_edited(unet, rows, settings):
     plain, edited = run(unet, *rows), run(unet, *rows, controller(**settings))
     torch.testing.assert_close(edited[: 2 * IMAGES], plain[: 2 * IMAGES], atol=1e-5, rtol=0)
@@ -87,7 +89,8 @@ def test_injected_self_attention_equals_the_source_probabilities_on_the_target_v
     hidden = torch.randn(3 * IMAGES, 16, 8)
     processor = PromptToPromptProcessor(controller(self_steps=1))
     heads = [
-        layer(hidden).unflatten(2, (2, 4)).transpose(1, 2).detach() for layer in (attn.to_q, attn.to_k, attn.to_v)
+        layer(hidden).unflatten(2, (2, 4)).transpose(1, 2).detach()
+        for layer in (attn.to_q, attn.to_k, attn.to_v)
     ]
     query, key, value = (part[:IMAGES] if n < 2 else part[2 * IMAGES :] for n, part in enumerate(heads))
     probabilities = (query @ key.transpose(2, 3) / 4**0.5).softmax(-1)
@@ -131,32 +134,44 @@ def test_recording_does_not_change_the_prediction(unet, rows):
 def test_processors_come_back_after_an_exception(unet):
     before = unet.attn_processors
     assert all(isinstance(processor, AttnProcessor2_0) for processor in before.values())
-    with pytest.raises(KeyboardInterrupt), controlled(unet, controller()):
-        assert all(isinstance(p, PromptToPromptProcessor) for p in unet.attn_processors.values())
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with controlled(unet, controller()):
+            assert all(isinstance(p, PromptToPromptProcessor) for p in unet.attn_processors.values())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert unet.attn_processors == before
 
 
 def test_a_layer_that_was_passed_by_is_an_error(unet):
     before = unet.attn_processors
-    with pytest.raises(RuntimeError, match="attention layers were not controlled"), controlled(unet, controller()):
+    with (
+        pytest.raises(RuntimeError, match="attention layers were not controlled"),
+        controlled(unet, controller()),
+    ):
         pass
     assert unet.attn_processors == before
 
 
-def test_processors_with_weights_of_their_own_are_refused():
-    class Model(nn.Module):
-        attn_processors = {"up.attn": IPAdapterAttnProcessor2_0(8, cross_attention_dim=8)}
+def fake_unet(**processors):
+    model = nn.Module()
+    model.attn_processors = processors
+    return model
 
-    with pytest.raises(ValueError, match="up.attn .* has weights of its own"), controlled(Model(), controller()):
+
+def test_processors_with_weights_of_their_own_are_refused():
+    model = fake_unet(up=IPAdapterAttnProcessor2_0(8, cross_attention_dim=8))
+    with (
+        pytest.raises(ValueError, match=r"up \(IPAdapter.* has weights of its own"),
+        controlled(model, controller()),
+    ):
         pass
 
 
 def test_a_model_without_attention_is_refused():
-    class Model(nn.Module):
-        attn_processors = {}
-
-    with pytest.raises(ValueError, match="no attention layer"), controlled(Model(), controller()):
+    with pytest.raises(ValueError, match="no attention layer"), controlled(fake_unet(), controller()):
         pass
 
 

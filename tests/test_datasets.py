@@ -160,6 +160,20 @@ def test_true_counterfactual_undoes_itself(phantoms):
     assert torch.equal(restored, factual)
 
 
+def test_examples_show_what_the_source_knows(phantoms, nih):
+    edits = [Edit(remove=("Cardiomegaly",)), Edit(remove=("Support Devices",))]
+    examples = datasets.edit_examples(phantoms, edits)
+    assert [example.edit for example in examples] == edits
+    factual, truth, mask = examples[0].panels
+    assert torch.equal(mask > 0, factual != truth)
+    # Real images have no known counterfactual, and NIH has no label for devices.
+    (example,) = datasets.edit_examples(prepare(config_for(nih)), edits)
+    assert example.panels.shape == (1, 1, SIZE, SIZE)
+    assert example.titles == ("factual",)
+    with pytest.raises(ValueError, match="suits any of remove_support_devices"):
+        datasets.edit_examples(nih.parent / "prepared", edits[1:])
+
+
 def test_editable_refuses_an_unknown_label(phantoms):
     with pytest.raises(ValueError, match="no label 'Edema'"):
         datasets.editable(load_table(phantoms), Edit(add=("Edema",)))

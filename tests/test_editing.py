@@ -1,4 +1,4 @@
-"""Edits: against a plain implementation with full probability maps, against no edit, and against bad input."""
+"""Edits: against a plain implementation with full probability maps, against no edit, bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inverted(pair=REMOVE, count=1, method="direct", pipe=None):
     return replace(inversion, latents=inversion.latents.to(pipe.unet.dtype))
 
 
-# --- prompt-to-prompt, written out -------------------------------------------------------------------------------
+# --- prompt-to-prompt, written out
 
 
 class MapProcessor:
@@ -50,13 +50,15 @@ class MapProcessor:
 
 
 def reference_edit(pipe, inversion, pair, config):
-    """Methods of Hertz et al. in plain loops, one U-Net call per prompt; yields the target's latents of each step."""
+    """Hertz et al. in plain loops, one U-Net call per prompt; yields the target's latents of each step."""
     unet, length = pipe.unet, pipe.tokenizer.model_max_length
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(STEPS)
-    source_text, empty_text, target_text = encode_prompts(pipe, [pair.source, "", pair.target]).to(unet.dtype).split(1)
+    source_text, empty_text, target_text = (
+        encode_prompts(pipe, [pair.source, "", pair.target]).to(unet.dtype).split(1)
+    )
     # Source and target of REMOVE differ in one token: every other one keeps its index.
     new = token_span(pipe.tokenizer, pair.target, "without")
     weights = torch.ones(length)
@@ -71,7 +73,11 @@ def reference_edit(pipe, inversion, pair, config):
     def inject(name, probabilities, cross):
         if not cross:
             small = probabilities.shape[1] <= config.self_max_tokens
-            return stored[name] if small and step < int(config.self_replace_steps * STEPS + 0.5) else probabilities
+            return (
+                stored[name]
+                if small and step < int(config.self_replace_steps * STEPS + 0.5)
+                else probabilities
+            )
         if step >= int(config.cross_replace_steps * STEPS + 0.5):
             return probabilities
         edited = stored[name].clone()
@@ -97,7 +103,9 @@ def reference_edit(pipe, inversion, pair, config):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}]
+)
 def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
     """In double precision, so that only a difference of method could show."""
     pipe, config = tiny_pipeline(prediction_type, double=True), replace(REFERENCE, **change)
@@ -111,7 +119,7 @@ def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, c
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
-# --- no edit, and real ones --------------------------------------------------------------------------------------
+# --- no edit, and real ones
 
 
 NO_CHANGE = [
@@ -206,7 +214,7 @@ def test_three_evaluations_a_step():
     assert rows == [6] * STEPS + [3] * STEPS
 
 
-# --- masks -------------------------------------------------------------------------------------------------------
+# --- masks
 
 
 def box(rows=slice(8, 20), columns=slice(4, 16), count=1):
@@ -256,7 +264,7 @@ def test_a_users_mask_bounds_the_edit_in_latent_space():
     assert torch.equal(changed, expected)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- what is refused
 
 
 def test_a_cancelled_edit_restores_the_processors():
@@ -265,7 +273,9 @@ def test_a_cancelled_edit_restores_the_processors():
 
     with pytest.raises(KeyboardInterrupt):
         edit(tiny_pipeline(), inverted(), [REMOVE], callback=cancel)
-    assert not any(isinstance(p, PromptToPromptProcessor) for p in tiny_pipeline().unet.attn_processors.values())
+    assert not any(
+        isinstance(p, PromptToPromptProcessor) for p in tiny_pipeline().unet.attn_processors.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,8 +324,10 @@ def test_local_blend_without_words_is_refused():
     [
         ({"mask": "automatic"}, "mask is 'automatic'; expected 'auto', 'off' or a tensor"),
         ({"mask": torch.ones(1, 1, 16, 16)}, "mask must be a tensor of shape"),
-        ({"mask": torch.zeros(1, 1, 32, 32)}, "mask of image 0 is empty"),
+        ({"mask": torch.zeros(1, 1, 32, 32)}, "masks of image 0 leave no pixel"),
         ({"mask": torch.full((1, 1, 32, 32), 2.0)}, r"\[0, 1\]"),
+        ({"keep": torch.ones(1, 1, 32, 32)}, "masks of image 0 leave no pixel"),
+        ({"mask": box(), "keep": box()}, "masks of image 0 leave no pixel"),
         ({"keep": torch.ones(32, 32)}, "keep must be a tensor of shape"),
         ({"keep": torch.full((1, 1, 32, 32), float("nan"))}, "keep must be boolean"),
     ],

@@ -215,11 +215,11 @@ def smoke(tmp_path_factory):
     """The folder of one run of the profile `smoke`, by the command a user types."""
     if not NOTEBOOKS:
         pytest.skip("there are no notebooks yet")
-    runs = tmp_path_factory.mktemp("runs")
+    runs, data = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
     before = committed_figures()
     finished = subprocess.run(
         [sys.executable, "-m", "prism_lib.runner", "run", "smoke"],
-        env=os.environ | {"PRISM_RUNS": str(runs), "PYTHONPATH": str(paths.root())},
+        env=os.environ | {"PRISM_RUNS": str(runs), "PRISM_DATA": str(data), "PYTHONPATH": str(paths.root())},
         capture_output=True,
         text=True,
         timeout=SMOKE_SECONDS,

@@ -78,11 +78,32 @@ def test_what_is_no_finite_number_is_refused_by_key(tmp_path, metrics, key):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_known_records_must_hold_their_metrics(tmp_path):
-    with pytest.raises(ValueError, match="seconds_per_edit"):
-        write(tmp_path, "explorer", {"seconds_to_first_counterfactual": 1.0})
+def test_missing_metrics_are_found_at_any_depth():
+    assert results.missing_metrics("explorer", {"a": {"seconds_per_edit": 1.0}}) == [
+        "seconds_to_first_counterfactual"
+    ]
     complete = dict.fromkeys(results.RECORDS["counterfactual_quality"], 1.0)
-    write(tmp_path, "counterfactual_quality", {"remove_support_devices": complete})
+    assert results.missing_metrics("counterfactual_quality", {"remove_support_devices": complete}) == []
+    assert results.missing_metrics("another", {}) == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((paths.root() / "figures").glob("*/*.json")), ids=lambda path: path.stem
+)
+def test_committed_records_are_whole(path):
+    record = results.load_record(path.stem, path.parent.name)
+    assert (record["name"], record["dataset"]) == (path.stem, path.parent.name)
+    if record["dataset"] == "phantom":
+        assert results.missing_metrics(record["name"], record["metrics"]) == []
+
+
+def test_table_shows_intervals_where_there_are_any():
+    metrics = {"one": {"cpg": 0.876, "cpg_low": 0.8, "cpg_high": 0.9}, "two": {"cpg": 1, "l1": 0.5}}
+    shown = results.table(metrics, {"cpg": "CPG", "l1": "L1"})
+    assert shown.to_dict("index") == {
+        "one": {"CPG": "0.88 (0.80 to 0.90)", "L1": ""},
+        "two": {"CPG": "1.00", "L1": "0.50"},
+    }
 
 
 @pytest.mark.parametrize("name", ["Two Words", "../up", "a/b", ""])

@@ -1,0 +1,99 @@
+"""Tables and README sections, written from records alone: nothing here is measured and nothing is typed by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prism_lib import results
+
+# Metric -> column heading, in the order of the tables; an arrow says which way is better.
+HEADLINES: dict[str, str] = {
+    "true_error_ratio": "error to truth ↓",
+    "flip_rate": "flip rate ↑",
+    "cpg": "CPG ↑",
+    "side_effect_rate": "side effects ↓",
+    "changed_outside_mask": "changed outside mask ↓",
+    "mask_recall": "mask recall ↑",
+    "mask_area_ratio": "mask area / true ↓",
+    "marker_changed": "marker pixels changed ↓",
+    "latent_outside_l1_ratio": "latent L1 outside / VAE's ↓",
+    "identity_l1": "identity L1 ↓",
+}
+
+
+def quality_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals."""
+    rows = record["metrics"]
+    columns = [name for name in HEADLINES if any(name in values for values in rows.values())]
+    lines = ["| edit | " + " | ".join(HEADLINES[name] for name in columns) + " |", "|---|" + "---|" * len(columns)]
+    for edit, values in rows.items():
+        cells = [_cell(values, name) for name in columns]
+        lines.append(f"| {edit.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    images = sorted({int(values["images"]) for values in rows.values()})
+    source = f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
+    return "\n".join([*lines, "", f"{source}, {record['seconds']:.0f} s in all."]) + "\n"
+
+
+def _cell(values: Mapping[str, float], name: str) -> str:
+    if name not in values:
+        return "–"
+    text = f"{values[name]:.3g}"
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    return text if low is None or high is None or low == high else f"{text} ({low:.2g}–{high:.2g})"
+
+
+def frame(summary: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """The headline means of `evaluation.summarise` per edit, as a table to look at."""
+    table = pd.DataFrame(summary).T
+    return table[[name for name in HEADLINES if name in table]].rename(columns=HEADLINES)
+
+
+def drawn(record: Mapping[str, Any]) -> dict[str, str]:
+    """The headline metrics that a record has, with their labels."""
+    return {name: label for name, label in HEADLINES.items() if intervals(record, name)}
+
+
+def intervals(record: Mapping[str, Any], metric: str) -> dict[str, tuple[float, float, float]]:
+    """Edit -> (mean, low, high) of one metric, for the edits that have it."""
+    found = {}
+    for edit, values in record["metrics"].items():
+        if metric in values:
+            mean = values[metric]
+            found[edit] = (mean, values.get(f"{metric}_low", mean), values.get(f"{metric}_high", mean))
+    return found
+
+
+def update_readme(path: str | os.PathLike[str], dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
+    """Rewrite the results between the README's markers from the records; returns the section. '' writes nothing."""
+    section = quality_table(results.load_record("counterfactual_quality", dataset, figures_dir))
+    judge = results.load_record("judge", dataset, figures_dir)["metrics"]["auc"]
+    reading = ", ".join(f"{label} {value:.4f}" for label, value in judge.items())
+    section += f"\nThe judge's AUC on held-out renders: {reading}.\n"
+    if str(path):
+        replace_between(Path(path), "results", section)
+    return section
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in a file, atomically."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    content = path.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{path} needs exactly one {begin} and one {end}")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    write_text(path, pattern.sub(lambda _: f"{begin}\n{text}{end}", content))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path

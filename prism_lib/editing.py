@@ -61,12 +61,8 @@ class EditConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in (
-            "cross_replace_steps",
-            "self_replace_steps",
-            "local_blend_threshold",
-            "local_blend_start",
-        ):
+        shares = ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
         for name in ("guidance_scale", "word_weight"):
@@ -123,8 +119,7 @@ def edit(
     keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[Counterfactual]:
-    """Edit every image of an inversion by its own prompt pair (Hertz et al., ICLR 2023; Ju et al., ICLR
-    2024).
+    """Edit every image of an inversion by its own prompt pair: prompt-to-prompt on a shared trajectory.
 
     `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1],
     which then also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the
@@ -209,7 +204,7 @@ def _finish(
     reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
     if isinstance(areas.mask, Tensor):
         mask = areas.mask
-    elif areas.mask == "off":
+    elif areas.off:
         mask = torch.ones_like(images[:, :1])
     else:
         coarse = masks.evidence(outcome.word_maps, outcome.noise_change, config.mask.attention_weight)
@@ -217,20 +212,19 @@ def _finish(
         mask = masks.automatic_mask(change, coarse.to(images), config.mask)
     if areas.keep is not None:
         mask = masks.without(mask, areas.keep, config.mask.feather)
-    image = raw
-    if not (isinstance(areas.mask, str) and areas.mask == "off") or areas.keep is not None:
-        image = masks.composite(images, raw, reconstruction, mask, config.composite)
+    unbounded = areas.off and areas.keep is None
+    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask, config.composite)
     scores = _scores(images, image, raw, reconstruction, mask)
     return [
         Counterfactual(
-            image[n],
-            raw[n],
-            images[n],
-            reconstruction[n],
-            mask[n],
-            pair,
-            {k: v[n] for k, v in scores.items()},
-            config,
+            image=image[n],
+            raw=raw[n],
+            factual=images[n],
+            reconstruction=reconstruction[n],
+            mask=mask[n],
+            pair=pair,
+            scores={name: values[n] for name, values in scores.items()},
+            settings=config,
         )
         for n, pair in enumerate(pairs)
     ]
@@ -257,7 +251,7 @@ def _controller(
     alignments = [align(tokenizer, pair.source, pair.target, length, config.alignment) for pair in pairs]
     source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
     target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
-    height, width = inversion.latents.shape[-2:]
+    half_height, half_width = ((side + 1) // 2 for side in inversion.latents.shape[-2:])
     steps = inversion.schedule.num_steps
     return Controller.of(
         alignments,
@@ -267,7 +261,7 @@ def _controller(
         self_steps=round(config.self_replace_steps * steps),
         self_max_tokens=config.self_max_tokens,
         inject_negative=config.inject_negative,
-        maps=WordMaps(source.to(pipe.device), target.to(pipe.device), height * width // 4),
+        maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
     )
 
 

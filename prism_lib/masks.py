@@ -132,6 +132,11 @@ class Areas:
             raise ValueError(f"the masks of image {int(has_any.int().argmin())} leave no pixel to edit")
         return areas
 
+    @property
+    def off(self) -> bool:
+        """Whether the edit may show everywhere."""
+        return isinstance(self.mask, str) and self.mask == "off"
+
     def __getitem__(self, rows: slice) -> Areas:
         """The areas of some of the images, by slice."""
         mask = self.mask if isinstance(self.mask, str) else self.mask[rows]

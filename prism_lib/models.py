@@ -168,20 +168,12 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
 
 
 def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Load the shipped ``phantom-sd``, a diffusers folder, or a hub id, with a DDIM scheduler.
+    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
     The scheduler's betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as
     every inversion here needs them. Only safetensors are read. A missing folder raises before anything is loaded.
     """
-    name = str(name_or_path)
-    if name == SHIPPED:
-        folder = paths.weights() / SHIPPED
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
-        name = str(folder)
-    elif Path(name).exists() or _looks_like_path(name):
-        if not (Path(name) / "model_index.json").is_file():
-            raise FileNotFoundError(f"{name} is not a diffusers pipeline folder: it has no model_index.json")
+    name = _locate(str(name_or_path))
     pipeline = StableDiffusionPipeline.from_pretrained(
         name, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, use_safetensors=True
     )
@@ -198,9 +190,19 @@ def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch
     return pipeline
 
 
-def _looks_like_path(name: str) -> bool:
-    """Hub ids are one word or owner/name; everything else was meant as a folder."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+def _locate(name: str) -> str:
+    """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
+    if name == SHIPPED:
+        folder = paths.weights() / SHIPPED
+    else:
+        folder = next((path for path in (Path(name).expanduser(), paths.runs() / name) if path.exists()), Path(name))
+    if (folder / "model_index.json").is_file():
+        return str(folder)
+    if name == SHIPPED:
+        raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json")
+    return name
 
 
 def image_factor(vae: AutoencoderKL) -> int:

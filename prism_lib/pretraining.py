@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 class VaeConfig:
     """Recipe of the autoencoder; patients of ``patient_seed`` must not be used for evaluation."""
 
-    steps: int = 3000
+    steps: int = 4500
     batch_size: int = 8
-    crop: int = 128
+    crop: int = 96
     image_size: int = 256
     phantoms: int = 1600
     textures: int = 1000
@@ -46,9 +46,8 @@ class VaeConfig:
     warmup: int = 100
     gradient_weight: float = 1.0
     square_weight: float = 4.0
-    kl_weight: float = 1e-8
-    kl_warmup_weight: float = 1e-6  # a stronger prior at first; kept on, it blurs everything
-    kl_warmup: int = 1250
+    kl_weight: float = 1e-8  # of the sum over a latent; 1e-6 leaves one nat a value, and blurs everything
+    start_logvar: float = -6.0  # a posterior that starts wide learns to blur first
     patient_seed: int = 100
     seed: int = 0
     checkpoint_every: int = 250
@@ -69,6 +68,8 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
         raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
     history: list[dict[str, float]] = state.get("history", [])
     schedule.last_epoch = start = state.get("step", 0)
+    if start == 0:
+        _start_narrow(vae, config.start_logvar)
     if start < config.steps:
         pools = _pools(config)
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="autoencoder"):
@@ -77,8 +78,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
             batch = _vae_batch(pools, config, step).contiguous(memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
             total = losses["l1"] + config.gradient_weight * losses["gradient"]
-            kl_weight = config.kl_warmup_weight if step < config.kl_warmup else config.kl_weight
-            total = total + config.square_weight * losses["square"] + kl_weight * losses["kl"]
+            total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
             total.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
@@ -92,6 +92,14 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     vae.eval().to(memory_format=torch.contiguous_format)
     normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
     return history
+
+
+@torch.no_grad()
+def _start_narrow(vae: AutoencoderKL, logvar: float) -> None:
+    """Start with one small variance for every latent, whatever the image."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = logvar
 
 
 def _rates(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from prism_lib import results
+from prism_lib import paths, results
 
 # Metric -> column heading, in the order of the tables; an arrow says which way is better.
 HEADLINES: dict[str, str] = {
@@ -70,13 +70,17 @@ def intervals(record: Mapping[str, Any], metric: str) -> dict[str, tuple[float, 
 
 
 def update_readme(path: str | os.PathLike[str], dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
-    """Rewrite the results between the README's markers from the records; returns the section. '' writes nothing."""
+    """The README's results from the records; returns the section.
+
+    ``path`` is below the checkout, and '' writes nothing. Neither do records of a trial: only those that are
+    committed, in ``figures/<dataset>``, reach the README.
+    """
     section = quality_table(results.load_record("counterfactual_quality", dataset, figures_dir))
     judge = results.load_record("judge", dataset, figures_dir)["metrics"]["auc"]
     reading = ", ".join(f"{label} {value:.4f}" for label, value in judge.items())
     section += f"\nThe judge's AUC on held-out renders: {reading}.\n"
-    if str(path):
-        replace_between(Path(path), "results", section)
+    if str(path) and paths.figures(dataset, figures_dir) == paths.figures(dataset):
+        replace_between(paths.root() / path, "results", section)
     return section
 
 

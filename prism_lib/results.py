@@ -41,8 +41,8 @@ FIELDS = (
     "created",
 )
 
-# The phantom's records that tables and the README read, with the metrics that each holds (at any depth; more may
-# stand beside them). A name that is not listed is free.
+# The phantom's records that tables and the README read, with the metrics that each holds (at any depth; more
+# may stand beside them). A name that is not listed is free.
 RECORDS: dict[str, tuple[str, ...]] = {
     "counterfactual_quality": (
         "true_error_ratio",
@@ -155,12 +155,12 @@ def load_record(name: str, dataset: str, figures_dir: str | os.PathLike[str] = "
 
 
 def missing_metrics(name: str, metrics: Mapping[str, Any]) -> list[str]:
-    """Metrics that readers of the phantom's record expect and do not find; real images cannot have them all."""
+    """Metrics that the phantom's record should hold and lacks; real images cannot have them all."""
     return sorted(set(RECORDS.get(name, ())) - set(_keys(metrics)))
 
 
 def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where the record holds bounds, empty where it is missing.
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where there are bounds, empty where there is none.
 
     Args:
         columns: metric name to heading, in the order to show.

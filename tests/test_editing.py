@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ HALF = MaskConfig(weak=1.0, strong=1.2, seed_evidence=0.5, grow_evidence=0.3, cl
 REFERENCE = replace(STRONG, negative="empty", correct_drift=False)
 
 
-def inverted(pair=REMOVE, count=1, method="direct", pipe=None):
-    pipe = pipe or tiny_pipeline()
+@cache
+def inverted(pair=REMOVE, count=1, method="direct", **model):
+    pipe = tiny_pipeline(**model)
     inversion = invert(pipe, tiny_images(4)[:count], [pair.source] * count, method, num_inference_steps=STEPS)
     return replace(inversion, latents=inversion.latents.to(pipe.unet.dtype))
 
@@ -108,8 +110,8 @@ def reference_edit(pipe, inversion, pair, config):
 )
 def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
     """In double precision, so that only a difference of method could show."""
-    pipe, config = tiny_pipeline(prediction_type, double=True), replace(REFERENCE, **change)
-    inversion = inverted(pipe=pipe)
+    model, config = {"prediction_type": prediction_type, "double": True}, replace(REFERENCE, **change)
+    pipe, inversion = tiny_pipeline(**model), inverted(**model)
     fast = []
     edit(pipe, inversion, [REMOVE], config, callback=lambda i, t, latents: fast.append(latents))
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_an_edit_without_change_returns_the_reconstruction_and_the_input_itself(
 @pytest.mark.parametrize("config", NO_CHANGE)
 def test_an_edit_without_change_walks_the_sources_own_way(config):
     pipe = tiny_pipeline(double=True)
-    inversion, latents = inverted(UNCHANGED, pipe=pipe), []
+    inversion, latents = inverted(UNCHANGED, double=True), []
     edit(pipe, inversion, [UNCHANGED], config, callback=lambda i, t, x: latents.append(x))
     torch.testing.assert_close(torch.stack(latents), inversion.latents[:-1].flip(0), atol=1e-9, rtol=0)
 

@@ -1,0 +1,89 @@
+"""Evaluation: the numbers of an edit, on a tiny pipeline and small phantoms."""
+
+import pytest
+import torch
+
+from prism_lib import cases, datasets, evaluation, phantom
+from prism_lib.editing import EditConfig
+from prism_lib.evaluation import Judge
+from prism_lib.prompts import Edit
+from tests.tiny import tiny_pipeline
+
+REMOVE = Edit(remove=("Support Devices",))
+LABELS = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
+
+
+class Oracle(torch.nn.Module):
+    """Reads a device where the image has a very bright pixel; sees no disease."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        bright = (images.amax((1, 2, 3)) > 0.5).float() * 10 - 5
+        return torch.stack([torch.full_like(bright, -5), torch.full_like(bright, -5), bright], 1) + self.zero
+
+
+@pytest.fixture(scope="module")
+def evaluated(phantom_folder):
+    chosen = evaluation.choose_cases(phantom_folder, REMOVE, 3)
+    return evaluation.evaluate_edit(
+        tiny_pipeline(), phantom_folder, chosen, REMOVE, EditConfig(), num_inference_steps=2, judge=Judge(Oracle(), LABELS)
+    )
+
+
+def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):
+    chosen = evaluation.choose_cases(phantom_folder, REMOVE, 3)
+    assert set(chosen["split"]) == {"test"} and set(chosen["Support Devices"]) == {1.0}
+    assert chosen["patient_id"].is_unique
+    with pytest.raises(ValueError, match=r"remove_support_devices applies to \d+ patients"):
+        evaluation.choose_cases(phantom_folder, REMOVE, 1000)
+
+
+def test_an_edit_is_measured_per_image(evaluated):
+    expected = {"true_error_ratio", "mask_recall", "mask_area_ratio", "latent_outside_l1_ratio", "marker_changed", "cpg"}
+    assert expected <= set(evaluated.table.columns)
+    assert len(evaluated.table) == 3 and evaluated.table.notna().all(axis=None)
+    assert (evaluated.table["changed_outside_mask"] == 0).all()
+
+
+def test_the_truth_itself_would_be_perfect(evaluated):
+    perfect = evaluation.Evaluation(
+        **{**vars(evaluated), "edited": evaluated.truth, "mask": evaluated.truth_mask.float()}
+    )
+    columns = evaluation._against_truth(perfect, None)
+    assert columns["true_error_ratio"] == [0.0] * 3
+    assert columns["mask_recall"] == columns["mask_area_ratio"] == [1.0] * 3
+
+
+def test_the_judge_counts_only_what_can_flip(evaluated):
+    table = evaluated.table.assign(p_before=[0.9, 0.8, 0.1], flipped=[1.0, 0.0, 1.0])
+    summary = evaluation.summarise(evaluation.Evaluation(**{**vars(evaluated), "table": table}))
+    assert summary["flip_denominator"] == 2
+    assert summary["flip_rate"] == 0.5
+    assert summary["images"] == 3
+    assert summary["identity_l1_low"] <= summary["identity_l1"] <= summary["identity_l1_high"]
+
+
+def test_captions_depend_on_image_and_seed_alone(phantom_folder):
+    table = datasets.load_table(phantom_folder, "train")
+    whole = cases.sample_captions(phantom_folder, table, 0, 3, 0.5)
+    assert cases.sample_captions(phantom_folder, table.iloc[5:7], 0, 3, 0.5) == whole[5:7]
+    assert cases.sample_captions(phantom_folder, table, 1, 3, 0.5) != whole
+
+
+def test_markers_are_those_of_the_rows(phantom_folder):
+    table = datasets.load_table(phantom_folder, "val").iloc[[2, 0]]
+    masks = cases.marker_masks(phantom_folder, table)
+    patients = phantom.sample_patients([int(i) for i in table["phantom_index"]], 0)
+    assert torch.equal(masks, phantom.marker_mask(patients, 32))
+    images = datasets.read_images(phantom_folder, table)
+    assert images[masks].mean() > images[~masks].mean()
+
+
+def test_no_judge_no_verdict(phantom_folder):
+    assert evaluation.load_judge("") is None
+    assert evaluation.judge_auc(None, phantom_folder) == {}
+    with pytest.raises(FileNotFoundError, match="no classifier"):
+        evaluation.load_judge("nobody")

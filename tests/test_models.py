@@ -1,0 +1,94 @@
+"""Pipelines: built from seeds, saved and loaded whole, and strict about what they are given."""
+
+import pytest
+import torch
+
+from prism_lib import models, prompts
+from tests.tiny import tiny_images, tiny_pipeline
+
+
+def test_weights_follow_the_seed():
+    one, same, other = (models.build_pipeline(models.tiny_config(), seed) for seed in (1, 1, 2))
+    for part in ("vae", "unet", "text_encoder"):
+        first, second, third = (next(iter(getattr(p, part).parameters())) for p in (one, same, other))
+        assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_building_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    models.build_pipeline(models.tiny_config(), seed=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_saved_pipeline_is_the_same_when_loaded(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipe")
+    loaded = models.load_pipeline(tmp_path / "pipe")
+    text = ["chest x-ray with cardiomegaly"]
+    assert torch.equal(models.encode_prompts(loaded, text), models.encode_prompts(pipeline, text))
+    images = tiny_images(2)
+    assert torch.equal(models.encode_images(loaded.vae, images), models.encode_images(pipeline.vae, images))
+    config = loaded.scheduler.config
+    assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_the_tokenizer_knows_the_vocabulary_as_whole_words():
+    tokenizer = models.train_tokenizer(prompts.corpus(), 1024)
+    for word in ("with", "without", "cardiomegaly", "effusion", "devices"):
+        assert len(tokenizer(word).input_ids) == 3, f"{word} is one token between start and end"
+
+
+def test_gray_and_colour_go_through_the_autoencoder():
+    vae = tiny_pipeline().vae
+    gray = tiny_images(2)
+    latents = models.encode_images(vae, gray)
+    assert latents.shape == (2, 4, 16, 16)
+    assert torch.equal(latents, models.encode_images(vae, gray.expand(-1, 3, -1, -1)))
+    assert models.decode_latents(vae, latents, 1).shape == (2, 1, 32, 32)
+    colour = models.decode_latents(vae, latents, 3)
+    assert colour.shape == (2, 3, 32, 32) and colour.min() >= 0 and colour.max() <= 1
+
+
+def test_each_prompt_gets_its_own_embedding_in_order():
+    texts = ["chest x-ray", "", "chest x-ray", "cardiomegaly"]
+    embeddings = models.encode_prompts(tiny_pipeline(), texts)
+    assert torch.equal(embeddings[0], embeddings[2])
+    assert not torch.equal(embeddings[0], embeddings[3])
+    alone = torch.cat([models.encode_prompts(tiny_pipeline(), [text]) for text in texts])
+    torch.testing.assert_close(embeddings, alone)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 32, 32), r"must be \(N, 1 or 3, H, W\)"),
+        (torch.rand(1, 2, 32, 32), r"must be \(N, 1 or 3, H, W\)"),
+        (torch.zeros(1, 1, 32, 32, dtype=torch.uint8), "torch.uint8"),
+        (torch.full((2, 1, 32, 32), torch.nan), r"images \[0, 1\]"),
+        (torch.full((1, 1, 32, 32), 200.0), "200"),
+        (torch.rand(1, 1, 33, 32), "33x32"),
+    ],
+)
+def test_images_that_do_not_fit_are_named(images, message):
+    with pytest.raises(ValueError, match=message):
+        models.encode_images(tiny_pipeline().vae, images)
+
+
+def test_long_prompts_are_never_cut():
+    with pytest.raises(ValueError, match="the model reads 77"):
+        models.encode_prompts(tiny_pipeline(), ["cardiomegaly " * 90])
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "runs/a/pipeline"])
+def test_missing_folders_are_named_before_anything_loads(name):
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        models.load_pipeline(name)
+
+
+def test_missing_shipped_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="shipped weights are missing"):
+        models.load_pipeline()

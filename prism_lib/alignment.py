@@ -119,9 +119,7 @@ def _common_tokens(source: list[int], target: list[int]) -> list[tuple[int, int]
     return pairs
 
 
-def _word_pairs(
-    tokenizer: PreTrainedTokenizerBase, source: str, target: str
-) -> list[tuple[list[int], list[int]]]:
+def _word_pairs(tokenizer: PreTrainedTokenizerBase, source: str, target: str) -> list[tuple[list[int], list[int]]]:
     """Token indices of the n-th word of either prompt, for every n."""
     old, new = _words(tokenizer, source), _words(tokenizer, target)
     if len(old) != len(new):
@@ -136,8 +134,7 @@ def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
     offsets = _offsets(tokenizer, prompt)
     words = [match.span() for match in re.finditer(r"\S+", prompt)]
     return [
-        [index for index, (start, stop) in enumerate(offsets) if start < last and stop > first]
-        for first, last in words
+        [index for index, (start, stop) in enumerate(offsets) if start < last and stop > first] for first, last in words
     ]
 
 

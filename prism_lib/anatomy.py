@@ -12,6 +12,7 @@ is at x > 0. ``side`` 0 is the patient's right lung (x < 0), 1 the left.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -62,7 +63,11 @@ def radiograph(scene: Scene, size: int) -> Tensor:
 
     body = body_thickness(scene, frame)
     mediastinum = mediastinum_thickness(scene, frame)
-    fixed = BONE * bone_thickness(scene, frame, lungs) - SOFT * stomach_gas(scene, frame, lungs) + marker_of_sex(scene, frame)
+    fixed = (
+        BONE * bone_thickness(scene, frame, lungs)
+        - SOFT * stomach_gas(scene, frame, lungs)
+        + marker_of_sex(scene, frame)
+    )
 
     def attenuation(heart: Tensor, fluid: Tensor, vessels: Tensor) -> Tensor:
         air = (lungs.depth - mediastinum - heart).clamp(min=0) * (1 - fluid)
@@ -132,7 +137,7 @@ def stamp(pixels: Tensor, radius: Tensor, size: int) -> Tensor:
     """Chord lengths in pixels, (N, size, size), of balls at ``pixels`` (N, P, 2) with ``radius`` (N, P) in pixels."""
     count = pixels.shape[0]
     drawn = torch.where(radius > 0, radius.clamp(min=0.9), radius)
-    reach = int(math.ceil(float(drawn.max()))) if drawn.numel() else 0
+    reach = math.ceil(float(drawn.max())) if drawn.numel() else 0
     base = pixels.round()
     fraction = pixels - base
     steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
@@ -233,7 +238,9 @@ class Lungs:
         width = chest_half_width(scene)[:, None, None]
         apex, middle = _per(u[:, 2], -0.80, -0.72), -0.05
         rise = ((middle - frame.y) / (middle - apex)).clamp(0, 1)
-        outer = width * (1 - rise * rise * rise.sqrt()).clamp(min=0).sqrt() * (1 + 0.07 * (frame.y - middle).clamp(0, 1))
+        outer = (
+            width * (1 - rise * rise * rise.sqrt()).clamp(min=0).sqrt() * (1 + 0.07 * (frame.y - middle).clamp(0, 1))
+        )
         inner = 0.07
         half = ((outer - inner) / 2).clamp(min=1e-3)
         across = ((a - inner - half) / half).clamp(-1, 1)
@@ -247,7 +254,9 @@ class Lungs:
         drop = _by_side(frame, dome + offset, dome)
         floor = peak + drop * (lateral**2 + 0.35 * medial**2)
         taper = ((floor - frame.y) / 0.14).clamp(0, 1).sqrt() * (0.92 + 0.08 * _smooth((floor - frame.y) / 0.5))
-        depth = LUNG_DEPTH * (1 - across**4).clamp(min=0).sqrt() * taper * (0.72 + 0.28 * _smooth((frame.y + 0.75) / 0.5))
+        depth = (
+            LUNG_DEPTH * (1 - across**4).clamp(min=0).sqrt() * taper * (0.72 + 0.28 * _smooth((frame.y + 0.75) / 0.5))
+        )
         return cls(depth * (a > inner), outer, floor, base[:, None, None].expand_as(depth))
 
 
@@ -329,7 +338,10 @@ def bone_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     cage = _ramp((lungs.outer + 0.035 - a) / 0.03) * _ramp((0.58 - y) / 0.30) * _ramp((y + 0.86) / 0.05)
     steep = _per(u[:, 2], 0.36, 0.50)
     fan = 1 + 0.10 * y
-    posterior = _rib((y / fan - steep * (a - 0.02).square() + 0.07 * _ramp((a - 0.05) / 0.2)) / spacing + u[:, 0, None, None], 0.21)
+    posterior = _rib(
+        (y / fan - steep * (a - 0.02).square() + 0.07 * _ramp((a - 0.05) / 0.2)) / spacing + u[:, 0, None, None],
+        0.21,
+    )
     posterior = posterior * _ramp((a - 0.07) / 0.05)
     front = _ramp((a - 0.30 - 0.10 * _ramp((y + 0.5) / 0.8)) / 0.10)
     anterior = _rib((y / fan + 0.95 * (a - 0.70) + 0.25 * (a - 0.70) ** 2) / spacing + u[:, 0, None, None] + 0.4, 0.24)
@@ -433,7 +445,14 @@ def device_attenuation(scene: Scene, frame: Frame) -> Tensor:
     for kind, draw in enumerate((pacemaker, venous_catheter, ecg_leads, endotracheal_tube)):
         rows = scene.device_kinds[:, kind].nonzero()[:, 0]
         if len(rows):
-            part = Frame(frame.x[rows], frame.y[rows], frame.size, frame.rotation[rows], frame.shift[rows], frame.zoom[rows])
+            part = Frame(
+                frame.x[rows],
+                frame.y[rows],
+                frame.size,
+                frame.rotation[rows],
+                frame.shift[rows],
+                frame.zoom[rows],
+            )
             total[rows] = total[rows] + draw({name: value[rows] for name, value in scene.noise.items()}, part)
     return total
 
@@ -456,8 +475,27 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     like = u[:, 0]
     lead = torch.cat(
         [
-            bezier(_curve((x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), (-0.10 + 0.04 * side, -0.42), like=like), 2 * frame.size),
-            bezier(_curve((-0.10 + 0.04 * side, -0.42), (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6]), like=like), 2 * frame.size),
+            bezier(
+                _curve(
+                    (x0, top),
+                    (x0 - side * 0.10, top - 0.16),
+                    (side * 0.22, -0.60),
+                    (-0.10 + 0.04 * side, -0.42),
+                    like=like,
+                ),
+                2 * frame.size,
+            ),
+            bezier(
+                _curve(
+                    (-0.10 + 0.04 * side, -0.42),
+                    (-0.15, -0.25),
+                    (-0.17, 0.10 + 0.05 * u[:, 4]),
+                    (-0.02, 0.30),
+                    (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6]),
+                    like=like,
+                ),
+                2 * frame.size,
+            ),
         ],
         dim=1,
     )
@@ -489,7 +527,13 @@ def ecg_leads(noise: dict[str, Tensor], frame: Frame) -> Tensor:
         ux, uy, ub, ue = (u[:, 4 * k + j] for j in range(4))
         x, y = x0 + 0.16 * (ux - 0.5), y0 + 0.16 * (uy - 0.5)
         bow = 0.22 * (ub - 0.5)
-        control = _curve((x, y), (x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10), (x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)), (x1, y1 + 0.2 * (ue - 0.5)), like=like)
+        control = _curve(
+            (x, y),
+            (x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10),
+            (x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)),
+            (x1, y1 + 0.2 * (ue - 0.5)),
+            like=like,
+        )
         wire = 45.0 * tubes(bezier(control, 2 * frame.size), 0.0075, frame)
         radial = ((frame.x - x[:, None, None]) ** 2 + (frame.y - y[:, None, None]) ** 2).sqrt()
         pad = 0.16 * (radial < 0.050) + 1.5 * (radial < 0.020)
@@ -551,7 +595,10 @@ def film(scene: Scene, intensity: Tensor) -> Tensor:
 
 _GLYPHS: dict[str, list[list[tuple[float, float]]]] = {
     "L": [[(0, 0), (0, 1), (0.6, 1)]],
-    "R": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.38), (0.45, 0.52), (0, 0.52)], [(0.28, 0.52), (0.62, 1)]],
+    "R": [
+        [(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.38), (0.45, 0.52), (0, 0.52)],
+        [(0.28, 0.52), (0.62, 1)],
+    ],
     "A": [[(0, 1), (0.32, 0), (0.64, 1)], [(0.12, 0.65), (0.52, 0.65)]],
     "P": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.4), (0.45, 0.55), (0, 0.55)]],
 }
@@ -561,7 +608,7 @@ def _glyph(letter: str, origin: tuple[float, float], height: float, per_unit: in
     """Dense points (P, 2) along the strokes of a letter."""
     strokes = []
     for stroke in _GLYPHS[letter]:
-        for (xa, ya), (xb, yb) in zip(stroke[:-1], stroke[1:], strict=True):
+        for (xa, ya), (xb, yb) in itertools.pairwise(stroke):
             steps = max(2, int(math.hypot(xb - xa, yb - ya) * height * per_unit))
             t = torch.linspace(0, 1, steps)[:, None]
             strokes.append(torch.tensor([[xa, ya]]) * (1 - t) + torch.tensor([[xb, yb]]) * t)

@@ -247,9 +247,7 @@ def _check_replaceable(processors: dict[str, object]) -> None:
         raise ValueError("this U-Net has no attention layer that could be controlled")
     for name, processor in processors.items():
         if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
-            raise ValueError(
-                f"{name} ({type(processor).__name__}) has weights of its own and cannot be replaced"
-            )
+            raise ValueError(f"{name} ({type(processor).__name__}) has weights of its own and cannot be replaced")
 
 
 def _check_all_seen(unet: UNet2DConditionModel, processor: PromptToPromptProcessor) -> None:

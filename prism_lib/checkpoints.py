@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -34,12 +33,15 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in modules.items():
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial / f"{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in module.state_dict().items()},
+            partial / f"{name}.safetensors",
+        )
     save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
     hashes = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
     (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes, **info}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    partial.replace(final)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -131,7 +131,7 @@ def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) ->
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
     (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)
     return folder
 
 
@@ -143,5 +143,10 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     raw = json.loads(path.read_text())
     config = ClassifierConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
     model = build_classifier(config)
-    model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in load_file(folder / "model.safetensors").items()})
+    model.load_state_dict(
+        {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in load_file(folder / "model.safetensors").items()
+        }
+    )
     return model.eval(), config

@@ -165,9 +165,7 @@ def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
         titles = ("factual", f"true counterfactual: {edit.key.replace('_', ' ')}", "what had to change")
         examples.append(Example(edit, torch.cat(panels), titles[: len(panels)]))
     if not examples:
-        raise ValueError(
-            f"no image in {folder} suits any of {', '.join(edit.key for edit in edits) or 'no edits'}"
-        )
+        raise ValueError(f"no image in {folder} suits any of {', '.join(edit.key for edit in edits) or 'no edits'}")
     return examples
 
 
@@ -179,14 +177,10 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
 
 def _data_root(config: PrepareConfig) -> Path:
     if config.data_root is None:
-        raise ValueError(
-            f"dataset {config.dataset!r} needs a data_root: the folder with its table and images"
-        )
+        raise ValueError(f"dataset {config.dataset!r} needs a data_root: the folder with its table and images")
     root = Path(config.data_root)
     if Path(config.output).resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"output {config.output} lies inside the data root {root}, where images are searched"
-        )
+        raise ValueError(f"output {config.output} lies inside the data root {root}, where images are searched")
     return root
 
 
@@ -317,9 +311,7 @@ def _already_prepared(config: PrepareConfig) -> bool:
     there, asked = load_info(output)["config"], _settings(config)
     if differing := [name for name in asked if there.get(name) != asked[name]]:
         changes = ", ".join(f"{name} is {there.get(name)!r} and not {asked[name]!r}" for name in differing)
-        raise FileExistsError(
-            f"output {output} was prepared otherwise: {changes}. Delete it or choose another"
-        )
+        raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")
     if gone := [name for name in load_table(output)["file_name"] if not (output / name).is_file()]:
         raise FileNotFoundError(f"prepared data set {output} is incomplete: {gone[0]} is missing. Delete it")
     return True

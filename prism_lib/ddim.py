@@ -35,9 +35,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
-            )
+            raise ValueError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
     @property
     def num_steps(self) -> int:
@@ -51,11 +49,7 @@ class Schedule:
         `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding of the predicted
         image are ignored, because they make no sense for latents.
         """
-        if (
-            isinstance(num_inference_steps, bool)
-            or not isinstance(num_inference_steps, int)
-            or num_inference_steps < 1
-        ):
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
         scheduler = DDIMScheduler.from_config(dict(config))
         scheduler.set_timesteps(num_inference_steps)
@@ -73,9 +67,7 @@ class Schedule:
         )
 
 
-def clean_and_noise(
-    schedule: Schedule, sample: Tensor, prediction: Tensor, level: int
-) -> tuple[Tensor, Tensor]:
+def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """The clean latent x0 and the noise eps in a sample at `level`, as the U-Net's output has them."""
     signal, noise = _scales(schedule, level)
     if schedule.prediction_type == "v_prediction":

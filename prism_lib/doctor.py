@@ -55,16 +55,12 @@ def _versions() -> Check:
     if not lock.is_file():
         return Check("versions", False, f"no {lock}", required=False)
     pinned = dict(
-        line.split("==")
-        for line in lock.read_text(encoding="utf-8").splitlines()
-        if "==" in line and line[0] != "#"
+        line.split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line and line[0] != "#"
     )
     missing, other = [], []
     for package, wanted in pinned.items():
         try:
-            found = metadata.version(package).split("+")[
-                0
-            ]  # the build, such as +cpu, is the machine's choice
+            found = metadata.version(package).split("+")[0]  # the build, such as +cpu, is the machine's choice
         except metadata.PackageNotFoundError:
             missing.append(package)
             continue

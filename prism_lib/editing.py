@@ -230,9 +230,7 @@ def _finish(
     ]
 
 
-def _scores(
-    images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor
-) -> dict[str, list[float]]:
+def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor) -> dict[str, list[float]]:
     """Per image: share of pixels in the mask, mean change of the result, and change kept out by the mask."""
     outside = (mask == 0).to(images)
     kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
@@ -288,8 +286,6 @@ def _check_pairs(inversion: Inversion, pairs: Sequence[PromptPair], config: Edit
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     for index, (pair, prompt) in enumerate(zip(pairs, inversion.prompts, strict=True)):
         if pair.source != prompt:
-            raise ValueError(
-                f"image {index} was inverted as {prompt!r}, but its edit starts from {pair.source!r}"
-            )
+            raise ValueError(f"image {index} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
         if config.local_blend and not (pair.source_words or pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {index} names none")

@@ -91,7 +91,9 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     """
     rows = datasets.editable(datasets.load_table(folder, split), edit).drop_duplicates("patient_id")
     if len(rows) < count:
-        raise ValueError(f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for")
+        raise ValueError(
+            f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for"
+        )
     return rows.head(count).reset_index(drop=True)
 
 
@@ -109,7 +111,9 @@ def evaluate_edit(
     """Invert, edit and measure the images of ``cases`` (rows of a prepared table)."""
     images = datasets.read_images(folder, cases)
     pairs = prompt_pairs(folder, cases, change)
-    inversion = invert(pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps)
+    inversion = invert(
+        pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps
+    )
     results = edit(pipe, inversion, pairs, config)
     known = datasets.true_counterfactual(folder, cases, change)
     truth, truth_mask = known if known is not None else (None, None)
@@ -157,9 +161,7 @@ def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
         "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask).tolist(),
         "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask).tolist(),
         "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask).tolist(),
-        "latent_outside_l1_ratio": metrics.outside_l1_ratio(
-            e.raw, e.reconstruction, e.factual, e.truth_mask
-        ).tolist(),
+        "latent_outside_l1_ratio": metrics.outside_l1_ratio(e.raw, e.reconstruction, e.factual, e.truth_mask).tolist(),
     }
     if marker is not None:
         # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
@@ -216,7 +218,13 @@ def _interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> d
 
 def notes(evaluation: Evaluation, columns: Sequence[str] = ("true_error_ratio", "cpg", "mask_recall")) -> list[str]:
     """A short text per image for the margin of a sheet."""
-    words = {"true_error_ratio": "error", "cpg": "CPG", "mask_recall": "recall", "identity_l1": "L1", "mask_share": "mask"}
+    words = {
+        "true_error_ratio": "error",
+        "cpg": "CPG",
+        "mask_recall": "recall",
+        "identity_l1": "L1",
+        "mask_share": "mask",
+    }
     present = [name for name in columns if name in evaluation.table]
     return [
         "\n".join(f"{words.get(name, name)} {row[name]:.2f}" for name in present)

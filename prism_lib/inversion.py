@@ -45,9 +45,7 @@ class Inversion:
 
     def __getitem__(self, rows: slice) -> Inversion:
         """The inversion of some of the images, by slice."""
-        return replace(
-            self, images=self.images[rows], prompts=self.prompts[rows], latents=self.latents[:, rows]
-        )
+        return replace(self, images=self.images[rows], prompts=self.prompts[rows], latents=self.latents[:, rows])
 
     @property
     def exact(self) -> bool:
@@ -129,14 +127,10 @@ def invert_ddim(
 METHODS: Mapping[str, Callable[..., Tensor]] = {"direct": invert_ddim, "ddim": invert_ddim}
 
 
-def predict_noise(
-    pipe: StableDiffusionPipeline, latents: Tensor, timestep: int, prompt_embeds: Tensor
-) -> Tensor:
+def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
     """One U-Net evaluation per row, in the U-Net's dtype; latents and the answer keep their own precision."""
     dtype = pipe.unet.dtype
-    return pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample.to(
-        latents
-    )
+    return pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample.to(latents)
 
 
 @torch.no_grad()

@@ -101,9 +101,7 @@ def grow(seeds: Tensor, body: Tensor) -> Tensor:
 def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
     """Widen a mask by `dilate` pixels and let it fade over `feather` more; exactly 0 beyond both."""
     return (
-        _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2)
-        if feather
-        else _maximum(mask, dilate)
+        _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2) if feather else _maximum(mask, dilate)
     )
 
 
@@ -145,18 +143,14 @@ class Areas:
     def cells(self, height: int, width: int) -> Tensor | None:
         """The latent cells (N, 1, height, width) with any pixel that may be edited, or None for all."""
         if isinstance(self.mask, Tensor):
-            return latent_region(
-                self.mask if self.keep is None else self.mask * (self.keep == 0), height, width
-            )
+            return latent_region(self.mask if self.keep is None else self.mask * (self.keep == 0), height, width)
         return None if self.keep is None else latent_region(self.keep == 0, height, width)
 
 
 def _checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
     expected = (len(images), 1, *images.shape[2:])
     if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
-        raise ValueError(
-            f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}"
-        )
+        raise ValueError(f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}")
     mask = mask.to(images)
     if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
         raise ValueError(f"{name} must be boolean or hold finite values in [0, 1]")
@@ -185,9 +179,7 @@ def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2)
     return _ramp(relative, threshold, softness).amax(1, keepdim=True)
 
 
-def composite(
-    images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change"
-) -> Tensor:
+def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change") -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
     "change" adds what the edit changed (edited - reconstruction) to the input, which keeps detail that the

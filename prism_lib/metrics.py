@@ -201,8 +201,7 @@ def bootstrap_ci(
     values = values.double().cpu()
     draws = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
     estimates = [
-        float(statistic(values[torch.from_numpy(np.concatenate([groups[g] for g in draw]))]))
-        for draw in draws
+        float(statistic(values[torch.from_numpy(np.concatenate([groups[g] for g in draw]))])) for draw in draws
     ]
     low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
@@ -227,9 +226,7 @@ def _check_images(**images: Tensor) -> None:
 
 def _check_mask(mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
-        raise ValueError(
-            f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
+        raise ValueError(f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
 
 
 def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
@@ -239,9 +236,7 @@ def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
     region = ~mask if outside else mask
     empty = (~region.flatten(1).any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
-            f"the region {'outside' if outside else 'inside'} the mask is empty for images {empty}"
-        )
+        raise ValueError(f"the region {'outside' if outside else 'inside'} the mask is empty for images {empty}")
     return region
 
 

@@ -8,6 +8,7 @@ function assumes four latent channels or a factor of eight.
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,11 @@ class PipelineConfig:
     """Sizes of a complete small Stable Diffusion; the defaults are the shipped `phantom-sd`."""
 
     image_size: int = 256
-    vae_channels: tuple[int, ...] = (16, 32, 64, 128)
-    latent_channels: int = 8
-    unet_channels: tuple[int, ...] = (64, 128, 192)
-    unet_attention: tuple[bool, ...] = (False, True, True)  # cross-attention at each resolution
-    unet_layers: int = 2
+    vae_channels: tuple[int, ...] = (16, 32, 64)
+    latent_channels: int = 4
+    unet_channels: tuple[int, ...] = (32, 64, 128, 192)
+    unet_attention: tuple[bool, ...] = (False, False, True, True)  # cross-attention at each resolution
+    unet_layers: int = 1
     text_width: int = 128
     text_layers: int = 4
     attention_heads: int = 4
@@ -161,7 +162,8 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    backend.train_from_iterator(captions, trainer)
+    # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
+    backend.train_from_iterator([*captions, " ".join(string.ascii_lowercase + string.digits)], trainer)
     learned = json.loads(backend.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
@@ -175,7 +177,12 @@ def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch
     """
     name = _locate(str(name_or_path))
     pipeline = StableDiffusionPipeline.from_pretrained(
-        name, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, use_safetensors=True
+        name,
+        dtype=dtype,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
     )
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config,
@@ -201,7 +208,9 @@ def _locate(name: str) -> str:
     if name == SHIPPED:
         raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json")
+        raise FileNotFoundError(
+            f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
+        )
     return name
 
 
@@ -260,7 +269,9 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
         length = len(tokenizer(text).input_ids)
         if length > tokenizer.model_max_length:
             raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
-    ids = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = tokenizer(
+        distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
     embeddings = encoder(ids.to(encoder.device))[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]

@@ -80,10 +80,7 @@ class Patients:
             if name not in changed:
                 raise ValueError(f"unknown phantom attribute {name!r}; the phantom has {', '.join(ATTRIBUTES)}")
             new = torch.as_tensor(value, dtype=torch.float32).expand(len(self)).clone()
-            if name == "age":
-                valid = (new >= 0) & (new <= 120)
-            else:
-                valid = (new == 0) | (new == 1)
+            valid = (new >= 0) & (new <= 120) if name == "age" else (new == 0) | (new == 1)
             if not bool(valid.all()):
                 raise ValueError(f"{name}={new[~valid][0].item():g} is outside what the phantom knows")
             changed[name] = new
@@ -140,7 +137,9 @@ def sample_patients(patients: int | Sequence[int], seed: int, confounding: float
     # Philox is counter based: key (seed, i) makes each patient's stream independent of the batch.
     table = np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(width) for i in index])
     columns = torch.from_numpy(table).float().split(list(names.values()), dim=1)
-    noise = {name: column[:, 0] if column.shape[1] == 1 else column for name, column in zip(names, columns, strict=True)}
+    noise = {
+        name: column[:, 0] if column.shape[1] == 1 else column for name, column in zip(names, columns, strict=True)
+    }
     return Patients(index, seed, confounding, noise, _attributes(noise, confounding))
 
 

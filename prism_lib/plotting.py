@@ -35,15 +35,11 @@ def _style() -> Iterator[None]:
     """seaborn's look and a palette that colour-blind readers can tell apart, for the figures made inside."""
     look = {**sns.plotting_context("paper"), **sns.axes_style("ticks")}
     cycle = plt.cycler(color=sns.color_palette("colorblind"))
-    with plt.rc_context(
-        {**look, "axes.prop_cycle": cycle, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with plt.rc_context({**look, "axes.prop_cycle": cycle, "axes.spines.top": False, "axes.spines.right": False}):
         yield
 
 
-def show_grid(
-    images: Tensor, titles: Sequence[str] = (), *, columns: int | None = None, title: str = ""
-) -> Figure:
+def show_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int | None = None, title: str = "") -> Figure:
     """Images (N, C, H, W) in [0, 1] in rows of ``columns`` (a near-square layout by default)."""
     count = _check(images, "images")
     _check_length(titles, count, "titles")
@@ -117,9 +113,7 @@ def counterfactual_sheet(
     return figure
 
 
-def _cells(
-    rows: int, columns: int, titles: bool, notes: bool, title: bool
-) -> tuple[Figure, np.ndarray, Axes]:
+def _cells(rows: int, columns: int, titles: bool, notes: bool, title: bool) -> tuple[Figure, np.ndarray, Axes]:
     """Square cells of one size, laid out in inches, and an axis for the colour bar below the last column.
 
     matplotlib's own layouts move square axes after they have measured them, which cuts off headings.
@@ -145,9 +139,7 @@ def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
     return axis.imshow(difference, cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
 
 
-def curves(
-    series: Mapping[str, Curve], *, xlabel: str, ylabel: str, title: str = "", logy: bool = False
-) -> Figure:
+def curves(series: Mapping[str, Curve], *, xlabel: str, ylabel: str, title: str = "", logy: bool = False) -> Figure:
     """Lines by name, each ``(x, y)`` or ``(x, y, low, high)`` with a band between low and high."""
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
@@ -156,9 +148,7 @@ def curves(
                 raise ValueError(f"curve {name!r} must be (x, y) or (x, y, low, high) of one length")
             (line,) = axis.plot(curve[0], curve[1], label=name, marker="o" if len(curve[0]) < 12 else "")
             if len(curve) == 4:
-                axis.fill_between(
-                    curve[0], curve[2], curve[3], color=line.get_color(), alpha=0.2, linewidth=0
-                )
+                axis.fill_between(curve[0], curve[2], curve[3], color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if logy else "linear")
         if len(series) > 1:
             axis.legend(frameon=False)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 class VaeConfig:
     """Recipe of the autoencoder; patients of ``patient_seed`` must not be used for evaluation."""
 
-    steps: int = 4500
+    steps: int = 2800
     batch_size: int = 8
     crop: int = 96
     image_size: int = 256
@@ -60,9 +59,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     """
     vae.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
-    schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
-    )
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     state = load_checkpoint(folder, {"vae": vae}, optimizer)
     if state and state["config"] != asdict(config):
         raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
@@ -271,9 +268,9 @@ class PretrainConfig:
 
     dataset: str  # a prepared folder
     output: str
-    pipeline: PipelineConfig = PipelineConfig()
-    vae: VaeConfig = VaeConfig()
-    clip: ClipConfig = ClipConfig()
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     seed: int = 0
 
 
@@ -296,7 +293,7 @@ def pretrain(config: PretrainConfig) -> Path:
     for folder, part in ((output / "clip", clip), (final, pipeline)):
         partial = folder.with_name(f".partial-{folder.name}")
         part.save_pretrained(partial, safe_serialization=True)
-        os.replace(partial, folder)
+        partial.replace(folder)
     return final
 
 
@@ -323,5 +320,5 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, card: str) -> Path:
     ).save_pretrained(partial, safe_serialization=True)
     (partial / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)
     return folder

@@ -149,14 +149,10 @@ def plan(
     for name, section in profile.sections.items():
         defaults = declared[name]
         given = {**section, **{parameter: value for parameter, value in overrides if parameter in defaults}}
-        values = {
-            parameter: coerce(parameter, value, defaults[parameter]) for parameter, value in given.items()
-        }
+        values = {parameter: coerce(parameter, value, defaults[parameter]) for parameter, value in given.items()}
         if figures_dir is not None and FIGURES_PARAMETER not in values:
             if FIGURES_PARAMETER not in defaults:
-                raise UsageError(
-                    f"{name} has no parameter {FIGURES_PARAMETER}: it would write committed figures"
-                )
+                raise UsageError(f"{name} has no parameter {FIGURES_PARAMETER}: it would write committed figures")
             values[FIGURES_PARAMETER] = str(figures_dir)
         notebook = paths.notebooks() / f"{name}.ipynb"
         content = [key, json.dumps(values, sort_keys=True), notebook.read_text(encoding="utf-8")]
@@ -181,9 +177,7 @@ def _declared(name: str, profile: Profile) -> dict[str, Any]:
 def _select(names: Sequence[str], start: str | None, only: Sequence[str]) -> list[str]:
     def find(wanted: str) -> str:
         number = wanted.zfill(2) if wanted.isdigit() else None
-        matches = [
-            name for name in names if wanted in (name, f"{name}.ipynb") or name.split("_")[0] == number
-        ]
+        matches = [name for name in names if wanted in (name, f"{name}.ipynb") or name.split("_")[0] == number]
         if len(matches) != 1:
             raise UsageError(f"no notebook {wanted!r} in this profile; it has {', '.join(names)}")
         return matches[0]

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from prism_lib import paths, results
 
 # Metric -> column heading, in the order of the tables; an arrow says which way is better.
@@ -30,28 +28,15 @@ HEADLINES: dict[str, str] = {
 def quality_table(record: Mapping[str, Any]) -> str:
     """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals."""
     rows = record["metrics"]
-    columns = [name for name in HEADLINES if any(name in values for values in rows.values())]
-    lines = ["| edit | " + " | ".join(HEADLINES[name] for name in columns) + " |", "|---|" + "---|" * len(columns)]
-    for edit, values in rows.items():
-        cells = [_cell(values, name) for name in columns]
-        lines.append(f"| {edit.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    frame = results.table(rows, drawn(record))
+    lines = ["| edit | " + " | ".join(frame.columns) + " |", "|---" * (len(frame.columns) + 1) + "|"]
+    for edit, cells in frame.iterrows():
+        lines.append(f"| {str(edit).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
     images = sorted({int(values["images"]) for values in rows.values()})
-    source = f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
+    source = (
+        f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
+    )
     return "\n".join([*lines, "", f"{source}, {record['seconds']:.0f} s in all."]) + "\n"
-
-
-def _cell(values: Mapping[str, float], name: str) -> str:
-    if name not in values:
-        return "–"
-    text = f"{values[name]:.3g}"
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    return text if low is None or high is None or low == high else f"{text} ({low:.2g}–{high:.2g})"
-
-
-def frame(summary: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """The headline means of `evaluation.summarise` per edit, as a table to look at."""
-    table = pd.DataFrame(summary).T
-    return table[[name for name in HEADLINES if name in table]].rename(columns=HEADLINES)
 
 
 def drawn(record: Mapping[str, Any]) -> dict[str, str]:
@@ -91,13 +76,4 @@ def replace_between(path: Path, name: str, text: str) -> None:
     if content.count(begin) != 1 or content.count(end) != 1:
         raise ValueError(f"{path} needs exactly one {begin} and one {end}")
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    write_text(path, pattern.sub(lambda _: f"{begin}\n{text}{end}", content))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    results.write_text(path, pattern.sub(lambda _: f"{begin}\n{text}{end}", content))

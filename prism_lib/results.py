@@ -135,7 +135,7 @@ def record(
         "seconds": _numbers(round(float(seconds), 2), "seconds"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return _write(paths.figures(dataset, figures_dir) / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    return write_text(paths.figures(dataset, figures_dir) / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_record(name: str, dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, Any]:
@@ -160,7 +160,7 @@ def missing_metrics(name: str, metrics: Mapping[str, Any]) -> list[str]:
 
 
 def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where there are bounds, empty where there is none.
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` with its bounds if it has any, empty if missing.
 
     Args:
         columns: metric name to heading, in the order to show.
@@ -259,7 +259,7 @@ def _keys(metrics: Mapping[str, Any]) -> Iterator[str]:
             yield from _keys(value)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Write by way of a temporary name: a reader finds the old record or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

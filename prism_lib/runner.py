@@ -75,13 +75,9 @@ def execute(job: Job, folder: Path) -> None:
         source = [line for line in error.source.splitlines() if line.strip()][:3]
         cell = "\n".join(f"    {line}" for line in source)
         reason = f"{error.ename}: {error.evalue}"
-        raise NotebookFailedError(
-            f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}"
-        ) from None
+        raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
     except DeadKernelError:
-        raise NotebookFailedError(
-            f"{job.name}: the kernel died, most often for want of memory\nsee {target}"
-        ) from None
+        raise NotebookFailedError(f"{job.name}: the kernel died, most often for want of memory\nsee {target}") from None
 
 
 def _kernel_manager() -> type:
@@ -93,9 +89,7 @@ def _kernel_manager() -> type:
 
     class ThisInterpreter(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(
-                resource_dir=RESOURCES, **get_kernel_dict(python_arguments=["-Xfrozen_modules=off"])
-            )
+            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]))
 
     class Manager(AsyncKernelManager):
         @default("kernel_spec_manager")

@@ -70,7 +70,13 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "captions_per_image", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation",
+            "captions_per_image",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("caption_dropout", "explicit_share", "ema_decay"):
@@ -129,7 +135,12 @@ class Draw:
 
 
 def draw_batch(
-    cache: Cache, config: FinetuneConfig, micro_step: int, rank: int = 0, world: int = 1, num_timesteps: int = 1000
+    cache: Cache,
+    config: FinetuneConfig,
+    micro_step: int,
+    rank: int = 0,
+    world: int = 1,
+    num_timesteps: int = 1000,
 ) -> Draw:
     """The batch of a process at a micro-step. Positions run through shuffled epochs, split over processes."""
     start = (micro_step * world + rank) * config.batch_size
@@ -205,7 +216,7 @@ def _moments(pipeline: StableDiffusionPipeline, config: FinetuneConfig, split: s
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     save_file({"moments": moments}, partial)
-    os.replace(partial, path)
+    partial.replace(path)
     return moments
 
 
@@ -243,7 +254,9 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
     unet = pipeline.unet.requires_grad_(True).train()
     averaged = copy.deepcopy(unet).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     schedule = get_scheduler(
         config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
     )
@@ -277,7 +290,7 @@ def _claim(output: Path, config: FinetuneConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     partial.write_text(json.dumps(wanted, indent=1))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 @dataclass
@@ -319,7 +332,12 @@ class _Run:
             micro = step * config.gradient_accumulation + k
             with accelerator.accumulate(self.unet):
                 batch = draw_batch(
-                    self.train, config, micro, accelerator.process_index, accelerator.num_processes, self._timesteps
+                    self.train,
+                    config,
+                    micro,
+                    accelerator.process_index,
+                    accelerator.num_processes,
+                    self._timesteps,
                 )
                 with accelerator.autocast():
                     losses = self._losses(self.unet, batch, config.snr_gamma)
@@ -342,11 +360,18 @@ class _Run:
     def _losses(self, unet: Any, batch: Draw, snr_gamma: float = 0.0) -> Tensor:
         parts = (batch.latents, batch.noise, batch.timesteps, batch.embeddings)
         return diffusion_loss(
-            unet, self.pipeline.scheduler, *(part.to(self.accelerator.device) for part in parts), snr_gamma=snr_gamma
+            unet,
+            self.pipeline.scheduler,
+            *(part.to(self.accelerator.device) for part in parts),
+            snr_gamma=snr_gamma,
         )
 
     def _refuse(self, step: int, batch: Draw, losses: Tensor) -> None:
-        names = [self.train.names[row] for row, loss in zip(batch.rows.tolist(), losses.tolist(), strict=True) if not np.isfinite(loss)]
+        names = [
+            self.train.names[row]
+            for row, loss in zip(batch.rows.tolist(), losses.tolist(), strict=True)
+            if not np.isfinite(loss)
+        ]
         path = Path(self.config.output) / f"not-finite-step-{step}.json"
         path.write_text(json.dumps({"step": step, "files": names}, indent=1))
         raise FloatingPointError(f"the loss is not finite at step {step} for {', '.join(names)} (listed in {path})")
@@ -408,7 +433,7 @@ class _Run:
         partial = final.with_name(f".partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         self.pipeline.save_pretrained(partial, safe_serialization=True)
-        os.replace(partial, final)
+        partial.replace(final)
 
 
 @torch.no_grad()

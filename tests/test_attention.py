@@ -58,9 +58,7 @@ def test_the_identity_controller_equals_no_controller(unet, rows):
     torch.testing.assert_close(run(unet, latents, text, control), run(unet, latents, text), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"cross_steps": 1}, {"self_steps": 1}, {"cross_steps": 1, "self_steps": 1}]
-)
+@pytest.mark.parametrize("settings", [{"cross_steps": 1}, {"self_steps": 1}, {"cross_steps": 1, "self_steps": 1}])
 def test_only_the_target_row_is_edited(unet, rows, settings):
     plain, edited = run(unet, *rows), run(unet, *rows, controller(**settings))
     torch.testing.assert_close(edited[: 2 * IMAGES], plain[: 2 * IMAGES], atol=1e-5, rtol=0)
@@ -88,10 +86,7 @@ def test_injected_self_attention_equals_the_source_probabilities_on_the_target_v
     attn = Attention(query_dim=8, heads=2, dim_head=4)
     hidden = torch.randn(3 * IMAGES, 16, 8)
     processor = PromptToPromptProcessor(controller(self_steps=1))
-    heads = [
-        layer(hidden).unflatten(2, (2, 4)).transpose(1, 2).detach()
-        for layer in (attn.to_q, attn.to_k, attn.to_v)
-    ]
+    heads = [layer(hidden).unflatten(2, (2, 4)).transpose(1, 2).detach() for layer in (attn.to_q, attn.to_k, attn.to_v)]
     query, key, value = (part[:IMAGES] if n < 2 else part[2 * IMAGES :] for n, part in enumerate(heads))
     probabilities = (query @ key.transpose(2, 3) / 4**0.5).softmax(-1)
     expected = attn.to_out[0]((probabilities @ value).transpose(1, 2).flatten(2))

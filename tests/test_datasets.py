@@ -25,9 +25,7 @@ NIH_SAMPLE = paths.data() / "nih-sample"
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     """A prepared folder of 40 phantoms."""
-    return prepare(
-        PrepareConfig("phantom", tmp_path_factory.mktemp("data") / "phantom", size=SIZE, num_images=40)
-    )
+    return prepare(PrepareConfig("phantom", tmp_path_factory.mktemp("data") / "phantom", size=SIZE, num_images=40))
 
 
 def noise_image(seed: int, width: int = 48, height: int = 48) -> Image.Image:

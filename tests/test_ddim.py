@@ -30,9 +30,7 @@ def test_steps_equal_diffusers_schedulers(prediction_type, steps):
         down = scheduler.step(prediction, t, sample).prev_sample
         torch.testing.assert_close(ddim.step(schedule, sample, prediction, level), down, atol=2e-5, rtol=1e-5)
         up = inverse.step(prediction, t, sample).prev_sample
-        torch.testing.assert_close(
-            ddim.inverse_step(schedule, sample, prediction, level), up, atol=2e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(ddim.inverse_step(schedule, sample, prediction, level), up, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", [1, 2, 25, 50])

@@ -58,9 +58,7 @@ def reference_edit(pipe, inversion, pair, config):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(STEPS)
-    source_text, empty_text, target_text = (
-        encode_prompts(pipe, [pair.source, "", pair.target]).to(unet.dtype).split(1)
-    )
+    source_text, empty_text, target_text = encode_prompts(pipe, [pair.source, "", pair.target]).to(unet.dtype).split(1)
     # Source and target of REMOVE differ in one token: every other one keeps its index.
     new = token_span(pipe.tokenizer, pair.target, "without")
     weights = torch.ones(length)
@@ -75,11 +73,7 @@ def reference_edit(pipe, inversion, pair, config):
     def inject(name, probabilities, cross):
         if not cross:
             small = probabilities.shape[1] <= config.self_max_tokens
-            return (
-                stored[name]
-                if small and step < int(config.self_replace_steps * STEPS + 0.5)
-                else probabilities
-            )
+            return stored[name] if small and step < int(config.self_replace_steps * STEPS + 0.5) else probabilities
         if step >= int(config.cross_replace_steps * STEPS + 0.5):
             return probabilities
         edited = stored[name].clone()
@@ -105,9 +99,7 @@ def reference_edit(pipe, inversion, pair, config):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
-    "change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}]
-)
+@pytest.mark.parametrize("change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}])
 def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
     """In double precision, so that only a difference of method could show."""
     model, config = {"prediction_type": prediction_type, "double": True}, replace(REFERENCE, **change)
@@ -275,9 +267,7 @@ def test_a_cancelled_edit_restores_the_processors():
 
     with pytest.raises(KeyboardInterrupt):
         edit(tiny_pipeline(), inverted(), [REMOVE], callback=cancel)
-    assert not any(
-        isinstance(p, PromptToPromptProcessor) for p in tiny_pipeline().unet.attn_processors.values()
-    )
+    assert not any(isinstance(p, PromptToPromptProcessor) for p in tiny_pipeline().unet.attn_processors.values())
 
 
 @pytest.mark.parametrize(

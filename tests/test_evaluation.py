@@ -29,7 +29,13 @@ class Oracle(torch.nn.Module):
 def evaluated(phantom_folder):
     chosen = evaluation.choose_cases(phantom_folder, REMOVE, 3)
     return evaluation.evaluate_edit(
-        tiny_pipeline(), phantom_folder, chosen, REMOVE, EditConfig(), num_inference_steps=2, judge=Judge(Oracle(), LABELS)
+        tiny_pipeline(),
+        phantom_folder,
+        chosen,
+        REMOVE,
+        EditConfig(),
+        num_inference_steps=2,
+        judge=Judge(Oracle(), LABELS),
     )
 
 
@@ -42,7 +48,14 @@ def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):
 
 
 def test_an_edit_is_measured_per_image(evaluated):
-    expected = {"true_error_ratio", "mask_recall", "mask_area_ratio", "latent_outside_l1_ratio", "marker_changed", "cpg"}
+    expected = {
+        "true_error_ratio",
+        "mask_recall",
+        "mask_area_ratio",
+        "latent_outside_l1_ratio",
+        "marker_changed",
+        "cpg",
+    }
     assert expected <= set(evaluated.table.columns)
     assert len(evaluated.table) == 3 and evaluated.table.notna().all(axis=None)
     assert (evaluated.table["changed_outside_mask"] == 0).all()

@@ -57,9 +57,7 @@ def test_rounding_differences_do_not_move_the_mask():
     change, _, evidence = scene()
     shaken = change + 1e-6 * torch.randn(change.shape, generator=torch.Generator().manual_seed(1))
     config = MaskConfig()
-    difference = masks.automatic_mask(change, evidence, config) - masks.automatic_mask(
-        shaken, evidence, config
-    )
+    difference = masks.automatic_mask(change, evidence, config) - masks.automatic_mask(shaken, evidence, config)
     assert difference.abs().max() < 1e-3
 
 
@@ -95,9 +93,7 @@ def test_evidence_mixes_attention_and_noise_and_peaks_at_one():
     for weight in (0.0, 0.3, 1.0):
         coarse = masks.evidence(attention, 7 * noise, weight)
         torch.testing.assert_close(coarse.amax((1, 2, 3)), torch.ones(2))
-    torch.testing.assert_close(
-        masks.evidence(attention, noise, 0.0), noise / noise.amax((1, 2, 3), keepdim=True)
-    )
+    torch.testing.assert_close(masks.evidence(attention, noise, 0.0), noise / noise.amax((1, 2, 3), keepdim=True))
     without_words = masks.evidence(0 * attention, noise, 1.0)
     torch.testing.assert_close(without_words, masks.evidence(attention, noise, 0.0))
 

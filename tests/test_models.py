@@ -84,7 +84,7 @@ def test_long_prompts_are_never_cut():
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/a/pipeline"])
 def test_missing_folders_are_named_before_anything_loads(name):
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         models.load_pipeline(name)
 
 

@@ -69,9 +69,7 @@ def parameters(notebook):
 
 def thin(notebook):
     for cell in code_cells(notebook):
-        lines = [
-            line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")
-        ]
+        lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
         if len(lines) > MAX_LINES and "parameters" not in cell.metadata.get("tags", []):
             yield f"{len(lines)} lines of code: {head(cell)}"
         for node in ast.walk(parsed(cell)):
@@ -106,9 +104,7 @@ def parameters_read_once(notebook):
 
 def parsed(cell):
     """The cell's syntax tree, without lines for IPython."""
-    return ast.parse(
-        "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!")))
-    )
+    return ast.parse("\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!"))))
 
 
 def head(cell):

@@ -42,9 +42,7 @@ def test_brighter_is_red_darker_is_blue_unchanged_is_white():
     image = torch.full((1, 2, 2), 0.5)
     edited = image + torch.tensor([[[0.5, -0.5], [0.0, 0.0]]])
     _, axis = plt.subplots()
-    red, blue, white = plotting.difference_map(axis, edited, image).to_rgba(
-        torch.tensor([0.5, -0.5, 0.0]).numpy()
-    )
+    red, blue, white = plotting.difference_map(axis, edited, image).to_rgba(torch.tensor([0.5, -0.5, 0.0]).numpy())
     assert red[0] > 2 * red[2]
     assert blue[2] > 2 * blue[0]
     assert min(white[:3]) > 0.95
@@ -77,9 +75,7 @@ def test_curves_and_dots_draw_the_numbers():
 
 def test_a_figure_drawn_twice_is_the_same_file(tmp_path):
     first, second = (
-        plotting.save_figure(
-            plotting.counterfactual_sheet(IMAGES, IMAGES), "sheet", tmp_path / name, pdf=True
-        )
+        plotting.save_figure(plotting.counterfactual_sheet(IMAGES, IMAGES), "sheet", tmp_path / name, pdf=True)
         for name in ("one", "two")
     )
     assert first.read_bytes() == second.read_bytes()

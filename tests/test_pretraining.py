@@ -12,7 +12,9 @@ from tests.tiny import tiny_images
 TINY_VAE = pretraining.VaeConfig(
     steps=4, batch_size=2, crop=16, image_size=32, phantoms=32, textures=8, warmup=1, checkpoint_every=2
 )
-TINY_CLIP = pretraining.ClipConfig(steps=2, batch_size=4, image_size=32, patch_size=16, vision_width=16, vision_layers=1)
+TINY_CLIP = pretraining.ClipConfig(
+    steps=2, batch_size=4, image_size=32, patch_size=16, vision_width=16, vision_layers=1
+)
 
 
 def test_textures_follow_their_generator():
@@ -70,9 +72,7 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path, monkeypatch
 
 
 def test_from_scratch_to_a_pipeline_folder(phantom_folder, tmp_path):
-    config = pretraining.PretrainConfig(
-        str(phantom_folder), str(tmp_path), models.tiny_config(), TINY_VAE, TINY_CLIP
-    )
+    config = pretraining.PretrainConfig(str(phantom_folder), str(tmp_path), models.tiny_config(), TINY_VAE, TINY_CLIP)
     folder = pretraining.pretrain(config)
     pipeline = models.load_pipeline(folder)
     untrained = models.build_pipeline(models.tiny_config(), 0)

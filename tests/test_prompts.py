@@ -75,8 +75,7 @@ def test_prism_templates_word_for_word():
         ("negated", "chest x-ray showing cardiomegaly, no pleural effusion, showing support devices"),
         (
             "report",
-            "there is evidence of cardiomegaly. there is no pleural effusion. "
-            "there is evidence of support devices.",
+            "there is evidence of cardiomegaly. there is no pleural effusion. there is evidence of support devices.",
         ),
         (
             "patient",

@@ -20,11 +20,7 @@ pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md")
 
 def blocks(text, *languages):
     """The fenced code blocks of a language, in order."""
-    return [
-        body
-        for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
-        if language in languages
-    ]
+    return [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in languages]
 
 
 def commands(text):
@@ -48,9 +44,7 @@ def problem(words):
     """What is wrong with a command, or nothing."""
     command, *arguments = words
     if command == "make":
-        targets = set(
-            re.findall(r"^([a-z]+):", (paths.root() / "Makefile").read_text(encoding="utf-8"), re.M)
-        )
+        targets = set(re.findall(r"^([a-z]+):", (paths.root() / "Makefile").read_text(encoding="utf-8"), re.M))
         unknown = {word for word in arguments if "=" not in word} - targets
         return f"make has no {', '.join(sorted(unknown))}" if unknown else ""
     if command == "prism":

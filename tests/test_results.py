@@ -16,9 +16,7 @@ from prism_lib import paths, results
 def write(folder, name="trial", metrics=None, parameters=None, **given):
     metrics = {"error": 0.5} if metrics is None else metrics
     given = {"notebook": "03_counterfactuals", "seed": 3, "model": "phantom-sd", "seconds": 1.234} | given
-    return results.record(
-        name, "phantom", parameters=parameters or {}, metrics=metrics, figures_dir=folder, **given
-    )
+    return results.record(name, "phantom", parameters=parameters or {}, metrics=metrics, figures_dir=folder, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +77,13 @@ def test_what_is_no_finite_number_is_refused_by_key(tmp_path, metrics, key):
 
 
 def test_missing_metrics_are_found_at_any_depth():
-    assert results.missing_metrics("explorer", {"a": {"seconds_per_edit": 1.0}}) == [
-        "seconds_to_first_counterfactual"
-    ]
+    assert results.missing_metrics("explorer", {"a": {"seconds_per_edit": 1.0}}) == ["seconds_to_first_counterfactual"]
     complete = dict.fromkeys(results.RECORDS["counterfactual_quality"], 1.0)
     assert results.missing_metrics("counterfactual_quality", {"remove_support_devices": complete}) == []
     assert results.missing_metrics("another", {}) == []
 
 
-@pytest.mark.parametrize(
-    "path", sorted((paths.root() / "figures").glob("*/*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((paths.root() / "figures").glob("*/*.json")), ids=lambda path: path.stem)
 def test_committed_records_are_whole(path):
     record = results.load_record(path.stem, path.parent.name)
     assert (record["name"], record["dataset"]) == (path.stem, path.parent.name)

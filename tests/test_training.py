@@ -78,7 +78,10 @@ def test_every_sample_once_per_epoch(config, processes):
     count, epochs = 30, 2
     small = replace(config, batch_size=3)
     cache = training.Cache(
-        torch.zeros(count, 2, 1, 2, 2), torch.zeros(count, 1, dtype=torch.long), torch.zeros(1, 2, 2), ("",) * count
+        torch.zeros(count, 2, 1, 2, 2),
+        torch.zeros(count, 1, dtype=torch.long),
+        torch.zeros(1, 2, 2),
+        ("",) * count,
     )
     steps = count * epochs // (small.batch_size * processes)
     seen = [
@@ -94,7 +97,10 @@ def test_every_sample_once_per_epoch(config, processes):
 
 def test_captions_are_dropped_as_often_as_asked(config):
     cache = training.Cache(
-        torch.zeros(4, 2, 1, 1, 1), torch.ones(4, 1, dtype=torch.long), torch.tensor([[[0.0]], [[1.0]]]), ("",) * 4
+        torch.zeros(4, 2, 1, 1, 1),
+        torch.ones(4, 1, dtype=torch.long),
+        torch.tensor([[[0.0]], [[1.0]]]),
+        ("",) * 4,
     )
     many = replace(config, batch_size=2000, caption_dropout=0.25)
     kept = training.draw_batch(cache, many, 0).embeddings.mean()

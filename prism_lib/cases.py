@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, cast
 
 import pandas as pd
 from torch import Tensor
@@ -23,7 +24,7 @@ def sample_captions(
     for row in table.to_dict("records"):
         rng = random.Random(f"{seed}:{row['file_name']}")
         labels = {label: row[label] for label in info["labels"]}
-        more = details(info["source"], row)
+        more = details(info["source"], cast(dict[str, Any], row))
         captions.append([sample_caption(labels, rng, vocab, explicit_share, more) for _ in range(count)])
     return captions
 

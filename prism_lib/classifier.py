@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def train_classifier(images: Tensor, labels: Tensor, config: ClassifierConfig, d
     for column, label in enumerate(config.labels):
         if len(torch.unique(labels[known[:, column], column])) < 2:
             raise ValueError(f"label {label!r} has one class only in the training set")
-    model = build_classifier(config).to(device, memory_format=torch.channels_last).train()
+    model = build_classifier(config).to(device).train()
+    model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     per_epoch = len(images) // config.batch_size
     if not per_epoch:
@@ -84,7 +86,7 @@ def train_classifier(images: Tensor, labels: Tensor, config: ClassifierConfig, d
             loss.backward()
             optimizer.step()
             cycle.step()
-    return model.eval().to(memory_format=torch.contiguous_format)
+    return model.eval()
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     if not path.is_file():
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
     raw = json.loads(path.read_text())
-    config = ClassifierConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    config = ClassifierConfig(**values)
     model = build_classifier(config)
     model.load_state_dict(
         {

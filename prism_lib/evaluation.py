@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from prism_lib import datasets, metrics, paths
 from prism_lib.cases import marker_masks, prompt_pairs
-from prism_lib.classifier import auc, load_classifier, predict
+from prism_lib.classifier import (
+    ClassifierConfig,
+    auc,
+    load_classifier,
+    predict,
+    save_classifier,
+    train_classifier,
+)
 from prism_lib.editing import EditConfig, edit, stack
 from prism_lib.inversion import invert
 from prism_lib.prompts import Edit
@@ -47,6 +54,17 @@ def load_judge(name: str) -> Judge | None:
     if not name:
         return None
     model, config = load_classifier(paths.weights() / name)
+    return Judge(model, config.labels)
+
+
+def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Judge:
+    """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
+    table = datasets.load_table(folder, "train").head(images)
+    chunks = [datasets.read_images(folder, table.iloc[i : i + 64]) for i in range(0, len(table), 64)]
+    pixels = torch.cat([(_gray(chunk) * 255).round().byte() for chunk in chunks])
+    labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
+    model = train_classifier(pixels, labels, config)
+    save_classifier(model, config, output)
     return Judge(model, config.labels)
 
 

@@ -101,7 +101,7 @@ def _start_narrow(vae: AutoencoderKL, logvar: float) -> None:
 
 def _rates(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:
     """Learning rates at a step, as a pure function of the step: nothing to save for a resume."""
-    return [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    return [float(base) * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
 
 
 def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,8 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     for step in tqdm(range(config.steps), desc="CLIP"):
         rows = torch.randint(len(table), (config.batch_size,), generator=generator)
         # A fresh seed per step, so that an image meets many captions.
-        drawn = cases.sample_captions(dataset, table.iloc[rows], f"{config.seed}:{step}", 1, config.explicit_share)
+        some = table.iloc[rows.tolist()]
+        drawn = cases.sample_captions(dataset, some, f"{config.seed}:{step}", 1, config.explicit_share)
         texts = [captions[0] for captions in drawn]
         tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt")
         output = clip(

@@ -358,12 +358,15 @@ class _Run:
         return int(self.pipeline.scheduler.config.num_train_timesteps)
 
     def _losses(self, unet: Any, batch: Draw, snr_gamma: float = 0.0) -> Tensor:
-        parts = (batch.latents, batch.noise, batch.timesteps, batch.embeddings)
+        device = self.accelerator.device
         return diffusion_loss(
             unet,
             self.pipeline.scheduler,
-            *(part.to(self.accelerator.device) for part in parts),
-            snr_gamma=snr_gamma,
+            batch.latents.to(device),
+            batch.noise.to(device),
+            batch.timesteps.to(device),
+            batch.embeddings.to(device),
+            snr_gamma,
         )
 
     def _refuse(self, step: int, batch: Draw, losses: Tensor) -> None:

@@ -31,7 +31,7 @@ class PipelineConfig:
     image_size: int = 256
     vae_channels: tuple[int, ...] = (16, 32, 64)
     latent_channels: int = 4
-    unet_channels: tuple[int, ...] = (32, 64, 128, 192)
+    unet_channels: tuple[int, ...] = (32, 64, 128, 128)
     unet_attention: tuple[bool, ...] = (False, False, True, True)  # cross-attention at each resolution
     unet_layers: int = 1
     text_width: int = 128

@@ -133,7 +133,8 @@ def evaluate_edit(
         pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps
     )
     results = edit(pipe, inversion, pairs, config)
-    known = datasets.true_counterfactual(folder, cases, change)
+    # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
+    known = datasets.true_counterfactual(folder, cases, change) if change.attributes else None
     truth, truth_mask = known if known is not None else (None, None)
     evaluation = Evaluation(
         change,

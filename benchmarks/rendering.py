@@ -1,0 +1,35 @@
+"""How many phantoms a second: `python benchmarks/rendering.py` writes figures/phantom/rendering.json."""
+
+import time
+
+import torch
+
+from prism_lib import phantom, results
+
+SIZE, COUNT, ROUNDS = 256, 64, 5
+
+
+def main() -> None:
+    """Render the same patients several times; the median round counts, because machines are shared."""
+    patients = phantom.sample_patients(COUNT, seed=0)
+    phantom.render(patients[:8], SIZE)
+    with results.Timer() as timer:
+        rates = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            phantom.render(patients, SIZE)
+            rates.append(COUNT / (time.perf_counter() - start))
+    results.record(
+        "rendering",
+        dataset="phantom",
+        notebook="benchmarks/rendering.py",
+        parameters={"size": SIZE, "images": COUNT, "rounds": ROUNDS, "threads": torch.get_num_threads()},
+        seed=0,
+        metrics={"images_per_second": sorted(rates)[ROUNDS // 2], "fastest": max(rates), "slowest": min(rates)},
+        model="none",
+        seconds=timer.seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

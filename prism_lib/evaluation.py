@@ -8,7 +8,7 @@ only reads; it never guides or selects.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,33 @@ def evaluate_edit(
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
     return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
+
+
+def batch_difference(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    config: EditConfig,
+    *,
+    method: str = "direct",
+    num_inference_steps: int = 50,
+) -> float:
+    """Largest difference of any pixel between editing up to four images one by one and all in one batch."""
+    some = cases.head(4)
+    images, pairs = datasets.read_images(folder, some), prompt_pairs(folder, some, change)
+    outcomes = []
+    for size in (1, len(some)):
+        inversion = invert(
+            pipe,
+            images,
+            [pair.source for pair in pairs],
+            method=method,
+            num_inference_steps=num_inference_steps,
+            batch_size=size,
+        )
+        outcomes.append(stack(edit(pipe, inversion, pairs, replace(config, batch_size=size))))
+    return float((outcomes[0] - outcomes[1]).abs().max())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import torch
 from prism_lib import classifier
 from prism_lib.classifier import ClassifierConfig
 
-SMALL = ClassifierConfig(labels=("Bright", "Square"), blocks=(2, 2), growth=4, features=8, epochs=10, batch_size=8, learning_rate=1e-2)
+SMALL = ClassifierConfig(
+    labels=("Bright", "Square"), blocks=(2, 2), growth=4, features=8, epochs=10, batch_size=8, learning_rate=1e-2
+)
 
 
 @pytest.fixture(scope="module")

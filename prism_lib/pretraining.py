@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
@@ -191,7 +191,7 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
 class ClipConfig:
     """Recipe of the small CLIP whose text encoder conditions the U-Net."""
 
-    steps: int = 500
+    steps: int = 600
     batch_size: int = 48
     image_size: int = 128
     patch_size: int = 16
@@ -199,6 +199,7 @@ class ClipConfig:
     vision_layers: int = 4
     learning_rate: float = 1e-3
     warmup: int = 50
+    label_weight: float = 1.0
     explicit_share: float = 0.5
     seed: int = 0
 
@@ -206,7 +207,9 @@ class ClipConfig:
 def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: ClipConfig) -> CLIPModel:
     """Contrastive training on a prepared folder (Radford et al. 2021); the pipeline's text encoder takes the result.
 
-    Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions.
+    Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions. Contrast
+    alone is slow to tell "with" from "without" on so little data, so both towers also learn to read the labels: the
+    image from its pooled state, the text from its pooled state and from the mean of its tokens.
     """
     text = pipeline.text_encoder.config
     vision = CLIPVisionConfig(
@@ -226,7 +229,14 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         clip = CLIPModel(joint).train()
     table = datasets.load_table(dataset, "train")
     images = _small_images(dataset, table, config.image_size)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    labels = torch.tensor(table[datasets.load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        readers = nn.ModuleList(
+            nn.Linear(width, labels.shape[1]) for width in (vision.hidden_size, text.hidden_size, text.hidden_size)
+        )
+    trained = [*clip.parameters(), *readers.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     generator = torch.Generator().manual_seed(config.seed)
     for step in tqdm(range(config.steps), desc="CLIP"):
@@ -244,17 +254,37 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         same = torch.tensor([[float(a == b) for b in texts] for a in texts])
         target = same / same.sum(1, keepdim=True)
         logits = output.logits_per_image
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        words = output.text_model_output.last_hidden_state * tokens.attention_mask[..., None]
+        states = (
+            output.vision_model_output.pooler_output,
+            output.text_model_output.pooler_output,
+            words.sum(1) / tokens.attention_mask.sum(1, keepdim=True),
+        )
+        reading = [_known_bce(head(state), labels[rows]) for head, state in zip(readers, states, strict=True)]
+        loss = contrast + config.label_weight * torch.stack(reading).sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            logger.info("CLIP step %d: loss %.4f", step + 1, float(loss))
+            logger.info(
+                "CLIP step %d: contrast %.3f, labels %s",
+                step + 1,
+                contrast.item(),
+                [f"{value.item():.3f}" for value in reading],
+            )
     clip.eval().requires_grad_(False)
     pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
     return clip
+
+
+def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy over the labels that are known, 1 or 0."""
+    known = torch.isfinite(labels) & (labels >= 0)
+    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
 
 
 def _small_images(dataset: str | Path, table: pd.DataFrame, size: int) -> Tensor:

@@ -44,9 +44,9 @@ class EditConfig:
     words look.
     """
 
-    guidance_scale: float = 2.0
-    cross_replace_steps: float = 0.4
-    self_replace_steps: float = 0.3
+    guidance_scale: float = 3.0
+    cross_replace_steps: float = 0.1
+    self_replace_steps: float = 0.2
     alignment: str = "refine"
     word_weight: float = 1.0
     negative: str = "source"

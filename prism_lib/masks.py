@@ -34,13 +34,13 @@ class MaskConfig:
     into the evidence.
     """
 
-    min_change: float = 0.02
-    weak: float = 2.0
+    min_change: float = 0.045
+    weak: float = 3.0
     strong: float = 4.0
     attention_weight: float = 0.25
     seed_evidence: float = 0.3
-    grow_evidence: float = 0.1
-    smooth: int = 0
+    grow_evidence: float = 0.25
+    smooth: int = 1
     close: int = 2
     dilate: int = 2
     feather: int = 1
@@ -74,7 +74,7 @@ def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -
     return _unit(weight * attention + (1 - weight) * change) * changed
 
 
-def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 0) -> Tensor:
+def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 1) -> Tensor:
     """Mean absolute change over channels, averaged over (2 smooth + 1)^2 pixels: (N, 1, H, W)."""
     return _box((edited - reference).abs().mean(1, keepdim=True), smooth)
 

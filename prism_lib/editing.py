@@ -38,10 +38,10 @@ NEGATIVES = ("source", "empty")
 class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
-    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the
-    target's attention to the words of the edit inside the cross window. Self-attention is injected in layers
-    of at most `self_max_tokens` queries. `local_blend` confines the edit in latent space to where the edit's
-    words look.
+    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
+    attention to the words of the edit inside the cross window. Self-attention is injected in layers of at most
+    `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
+    `local_blend` confines the edit in latent space to where the edit's words look.
     """
 
     guidance_scale: float = 3.0
@@ -57,6 +57,7 @@ class EditConfig:
     local_blend_threshold: float = 0.3
     local_blend_start: float = 0.2
     composite: str = "change"
+    protect_text: bool = True
     mask: MaskConfig = field(default_factory=MaskConfig)
     batch_size: int = 4
 
@@ -210,6 +211,8 @@ def _finish(
         coarse = masks.evidence(outcome.word_maps, outcome.noise_change, config.mask.attention_weight)
         change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
         mask = masks.automatic_mask(change, coarse.to(images), config.mask)
+        if config.protect_text:
+            mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
     if areas.keep is not None:
         mask = masks.without(mask, areas.keep, config.mask.feather)
     unbounded = areas.off and areas.keep is None

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from skimage.morphology import reconstruction
 from torch import Tensor
 
 COMPOSITES = ("change", "paste")
+_REPLACED = 0.12  # a change of gray from which on nothing of the input's detail is kept
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,43 @@ def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2)
     return _ramp(relative, threshold, softness).amax(1, keepdim=True)
 
 
+def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -> Tensor:
+    """Letters burnt into the corners of a film, bool (N, 1, H, W): no edit of the patient may touch them.
+
+    A letter is small (at most ``extent`` of the width), much brighter than a closely surrounding dark ground (by
+    ``contrast``), lies in the outer fifth of the image, left or right, and touches no border, as a wire that leaves the
+    film does. Letters over the patient are not found.
+    """
+    gray = images.mean(1).cpu().numpy()
+    width = gray.shape[-1]
+    found = np.zeros(gray.shape, dtype=bool)
+    size = max(3, round(0.05 * width))
+    for image, text in zip(gray, found, strict=True):
+        ground = ndimage.minimum_filter(image, size)
+        labels, count = ndimage.label(image - ndimage.maximum_filter(ground, size) > contrast, np.ones((3, 3)))
+        for label, box in enumerate(ndimage.find_objects(labels, count), 1):
+            rows, columns = box
+            centre = (columns.start + columns.stop) / 2 / width
+            inside = min(rows.start, columns.start) > 0 and rows.stop < len(image) and columns.stop < width
+            small = max(rows.stop - rows.start, columns.stop - columns.start) <= extent * width
+            if inside and small and not 0.2 < centre < 0.8:
+                text[box] |= labels[box] == label
+        # The soft rim of a letter belongs to it.
+        text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))
+    return torch.from_numpy(found)[:, None].to(images.device)
+
+
 def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change") -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
-    "change" adds what the edit changed (edited - reconstruction) to the input, which keeps detail that the
-    autoencoder loses; "paste" takes the edited pixels themselves.
+    "change" keeps the detail that the autoencoder loses (images - reconstruction) where the edit changes little;
+    "paste" takes the edited pixels themselves.
     """
-    new = images + edited - reconstruction if how == "change" else edited
+    change = edited - reconstruction
+    # Where the edit replaces a structure, the detail that the autoencoder lost belongs to that very structure: kept, it
+    # would leave a ghost of a lead that was removed. So it fades as the change nears `_REPLACED`.
+    kept = (1 - _maximum(change.abs(), 2) / _REPLACED).clamp(min=0)
+    new = edited + kept * (images - reconstruction) if how == "change" else edited
     return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prism_lib import masks
+from prism_lib import masks, phantom
 from prism_lib.masks import MaskConfig
 
 SIZE, CELLS = 128, 16
@@ -114,8 +114,24 @@ def test_a_composite_is_the_input_where_the_mask_is_zero_and_the_edit_where_it_i
     mask[..., :4, :] = 1
     result = masks.composite(images, edited, reconstruction, mask, how)
     assert torch.equal(result[..., 4:, :], images[..., 4:, :])
-    expected = edited if how == "paste" else (images + edited - reconstruction).clamp(0, 1)
-    torch.testing.assert_close(result[..., :4, :], expected[..., :4, :])
+    if how == "paste":
+        assert torch.equal(result[..., :4, :], edited[..., :4, :])
+    else:
+        # Far from the reconstruction the edit replaces the input; without an edit the input stays.
+        far = masks.composite(images, (reconstruction + 0.5) % 1, reconstruction, mask, how)
+        torch.testing.assert_close(far[..., :4, :], ((reconstruction + 0.5) % 1)[..., :4, :])
+        torch.testing.assert_close(masks.composite(images, reconstruction, reconstruction, mask, how), images)
+
+
+def test_letters_in_the_corners_are_found_and_devices_are_not():
+    patients = phantom.sample_patients(12, seed=5).intervene(support_devices=1)
+    images, marker = phantom.render(patients), phantom.marker_mask(patients)
+    text = masks.burnt_in_text(images)
+    assert (text & marker).sum() / marker.sum() > 0.99
+    corners = torch.zeros_like(text)
+    corners[..., :64, :56] = corners[..., :64, -56:] = True
+    assert not (text & ~corners).any()
+    assert not masks.burnt_in_text(torch.rand(1, 1, 64, 64) * 0.2).any()
 
 
 @pytest.mark.parametrize("feather", [0, 2])

@@ -68,6 +68,7 @@ def counterfactual_sheet(
     titles: Sequence[str] = (),
     notes: Sequence[str] = (),
     title: str = "",
+    edited_name: str = "counterfactual",
 ) -> Figure:
     """A row per image: original | counterfactual | true counterfactual | signed difference.
 
@@ -77,7 +78,7 @@ def counterfactual_sheet(
         notes: numbers right of each row, several lines allowed.
     """
     count = _check(original, "original")
-    columns = {"original": original, "counterfactual": edited}
+    columns = {"original": original, edited_name: edited}
     columns |= {} if truth is None else {"true counterfactual": truth}
     for name, images in columns.items():
         if images.shape != original.shape:

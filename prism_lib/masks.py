@@ -185,8 +185,8 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
     """Letters burnt into the corners of a film, bool (N, 1, H, W): no edit of the patient may touch them.
 
     A letter is small (at most ``extent`` of the width), much brighter than a closely surrounding dark ground (by
-    ``contrast``), lies in the outer fifth of the image, left or right, and touches no border, as a wire that leaves the
-    film does. Letters over the patient are not found.
+    ``contrast``), lies in a corner (the outer seventh sideways, the upper or lower quarter) and touches no border, as a
+    wire that leaves the film does. Letters over the patient are not found.
     """
     gray = images.mean(1).cpu().numpy()
     width = gray.shape[-1]
@@ -197,10 +197,10 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
         labels, count = ndimage.label(image - ndimage.maximum_filter(ground, size) > contrast, np.ones((3, 3)))
         for label, box in enumerate(ndimage.find_objects(labels, count), 1):
             rows, columns = box
-            centre = (columns.start + columns.stop) / 2 / width
+            x, y = (columns.start + columns.stop) / 2 / width, (rows.start + rows.stop) / 2 / len(image)
             inside = min(rows.start, columns.start) > 0 and rows.stop < len(image) and columns.stop < width
             small = max(rows.stop - rows.start, columns.stop - columns.start) <= extent * width
-            if inside and small and not 0.2 < centre < 0.8:
+            if inside and small and abs(x - 0.5) > 0.36 and abs(y - 0.5) > 0.25:
                 text[box] |= labels[box] == label
         # The soft rim of a letter belongs to it.
         text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))

@@ -22,7 +22,8 @@ class Vocabulary:
     """The words for a set of labels: `phrases` maps label to phrase, in the order of the clauses.
 
     `stated` names the labels whose absence the explicit template says; a present label is always said. Saying
-    every absence would overflow CLIP's 77 tokens. `synonyms` say the same as a label, `details` say more.
+    every absence would overflow CLIP's 77 tokens. `synonyms` say the same as a label, `details` say more; captions use
+    both. `aliases` are words of users for a label or a detail, which `prism_lib.language` reads and no caption says.
     """
 
     name: str
@@ -31,18 +32,28 @@ class Vocabulary:
     stated: tuple[str, ...]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """All label names, "No Finding" included, in order."""
         return (NO_FINDING, *self.phrases)
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """Detail -> the label that it belongs to: {"pacemaker": "Support Devices"}."""
+        return {detail: label for label in self.phrases for detail in self.details.get(label, ())}
+
     def label(self, key: str) -> str:
-        """The label whose snake-case form is `key`: "pleural_effusion" -> "Pleural Effusion"."""
-        keys = {snake_case(label): label for label in self.labels}
+        """The label or detail whose snake-case form is `key`: "pleural_effusion" -> "Pleural Effusion"."""
+        keys = {snake_case(name): name for name in (*self.labels, *self.owners)}
         if key not in keys:
             raise ValueError(f"unknown label {key!r} in vocabulary {self.name!r}; it has {', '.join(keys)}")
         return keys[key]
+
+    def phrase(self, name: str) -> str:
+        """The words for a label, or a detail itself: it is its own phrase."""
+        return self.phrases.get(name, name)
 
 
 CHEXPERT_LABELS = (
@@ -91,6 +102,33 @@ _DETAILS = {
     "Pleural Effusion": ("left pleural effusion", "right pleural effusion", "bilateral pleural effusion"),
     "Support Devices": ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube"),
 }
+# What users call them; sides and kinds that a detail has words for are aliases of that detail.
+_EFFUSIONS = ("effusion", "pleural fluid", "fluid")
+_SIDES = ("left", "right", "bilateral")
+_ALIASES = {
+    "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
+    "Cardiomegaly": ("cardiac enlargement", "heart enlargement", "big heart", "large heart"),
+    "Lung Opacity": ("opacity", "opacities", "lung opacities", "opacification"),
+    "Lung Lesion": ("lesion", "lung nodule"),
+    "Edema": ("oedema", "pulmonary edema", "pulmonary oedema"),
+    "Consolidation": ("airspace consolidation",),
+    "Atelectasis": ("atelectases",),
+    "Pneumothorax": ("collapsed lung", "ptx"),
+    "Pleural Effusion": ("effusion", "fluid"),
+    "Fracture": ("rib fracture", "broken rib"),
+    "Support Devices": ("device", "support device", "medical device", "medical hardware", "hardware"),
+    "pacemaker": ("pacer", "pace maker", "cardiac pacemaker"),
+    "central venous catheter": ("central line", "cvc", "central catheter", "venous catheter"),
+    "ecg leads": ("ecg lead", "ekg lead", "ecg electrode", "lead", "electrode", "ecg wire"),
+    "endotracheal tube": ("ett", "et tube", "breathing tube", "intubation tube"),
+} | {
+    f"{side} pleural effusion": tuple(
+        words.format(side=side, fluid=fluid)
+        for fluid in ("pleural effusion", *_EFFUSIONS)
+        for words in ("{side} {fluid}", "{side} sided {fluid}", "{fluid} on the {side}", "{fluid} on the {side} side")
+    )
+    for side in _SIDES
+}
 
 # The absences CHEST states are CheXpert's five competition findings, pneumothorax and devices.
 CHEST = Vocabulary(
@@ -108,6 +146,7 @@ CHEST = Vocabulary(
     ),
     synonyms=_SYNONYMS,
     details=_DETAILS,
+    aliases=_ALIASES,
 )
 PHANTOM = Vocabulary(
     name="phantom",
@@ -116,6 +155,7 @@ PHANTOM = Vocabulary(
     stated=PHANTOM_LABELS[1:],
     synonyms=_SYNONYMS,
     details=_DETAILS,
+    aliases=_ALIASES,
 )
 VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM)}
 

@@ -1,25 +1,34 @@
-"""Labels become captions, and an edit of labels becomes a pair of prompts.
+"""An edit of labels becomes a pair of prompts.
 
 Prompt-to-prompt edits an image by the difference of two prompts, so a prompt must be text that the model has
-been trained on, and the pair should differ as little as possible. Hence two rules. Training captions come
-from several templates that also *negate* ("without support devices"), and a fixed share of them follows the
-"explicit" template word for word. An edit writes both of its prompts with that same template: they differ
-only in "with" -> "without" and have equal length, so that no padding token of the target inherits the
-attention map of a word that was removed.
+been trained on, and the pair should differ as little as possible. Captions (`prism_lib.captions`) come from several
+templates, and a fixed share of them follows the "explicit" one word for word. An edit writes both of its prompts with
+that same template: they differ only in "with" -> "without" and have equal length, so that no padding token of the
+target inherits the attention map of a word that was removed.
 
-Only what is known is said: neither an uncertain nor a missing label is ever written as an absence. The names
-and phrases of labels are in `prism_lib.labels`, and can be had from here too.
+An edit is built from labels, from a key (`Edit.from_key`), from plain language (`Edit.parse`, whose grammar is in
+`prism_lib.language`), or from two prompts in the user's own words (`Edit.text`). The names and phrases of labels are in
+`prism_lib.labels`, and can be had from here too, as can captions.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from prism_lib import language
+from prism_lib.captions import (
+    TEMPLATES,
+    caption,
+    corpus,
+    explicit,
+    sample_caption,
+    statement,
+    unseen_words,
+)
 from prism_lib.labels import (
     CHEST,
     NO_FINDING,
@@ -48,158 +57,7 @@ __all__ = [
 ]
 
 _PUNCTUATION = ".,;:!?()\"'"
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One label in a caption: its name, the phrase chosen for it, and whether it is present."""
-
-    label: str
-    phrase: str
-    present: bool
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What a caption has to say: subject, clauses in order, and whether the film is labelled normal."""
-
-    subject: str
-    clauses: tuple[Clause, ...]
-    normal: bool
-
-    def phrases(self, present: bool) -> list[str]:
-        """The phrases of all present, or of all absent, labels."""
-        return [clause.phrase for clause in self.clauses if clause.present == present]
-
-
-def _explicit(said: Statement) -> str:
-    """chest x-ray with cardiomegaly, without pleural effusion, with support devices"""
-    clauses = [f"{'with' if clause.present else 'without'} {clause.phrase}" for clause in said.clauses]
-    return f"{said.subject} {', '.join(clauses)}".strip()
-
-
-def _prism(said: Statement) -> str:
-    """PRISM's own two: 'Chest X-ray showing A, B' and 'Normal chest X-ray with no significant findings'"""
-    present = [clause.label for clause in said.clauses if clause.present]
-    if present:
-        return f"Chest X-ray showing {', '.join(present)}"
-    # Only what is labelled normal is called normal; PRISM's code says it of every film without a label.
-    return "Normal chest X-ray with no significant findings" if said.normal else "Chest X-ray"
-
-
-def _present(said: Statement) -> str:
-    """chest x-ray with cardiomegaly and support devices"""
-    phrases = said.phrases(present=True)
-    return f"{said.subject} with {_enumerate(phrases, 'and')}" if phrases else said.subject
-
-
-def _absent(said: Statement) -> str:
-    """chest x-ray without pleural effusion or support devices"""
-    phrases = said.phrases(present=False)
-    return f"{said.subject} without {_enumerate(phrases, 'or')}" if phrases else said.subject
-
-
-def _negated(said: Statement) -> str:
-    """chest x-ray showing cardiomegaly, no pleural effusion"""
-    clauses = [f"{'showing' if clause.present else 'no'} {clause.phrase}" for clause in said.clauses]
-    return f"{said.subject} {', '.join(clauses)}".strip()
-
-
-def _report(said: Statement) -> str:
-    """there is evidence of cardiomegaly. there is no pleural effusion."""
-    sentences = [f"there is {'evidence of' if c.present else 'no'} {c.phrase}." for c in said.clauses]
-    return " ".join(sentences) or said.subject
-
-
-def _patient(said: Statement) -> str:
-    """chest x-ray of a patient with cardiomegaly, without pleural effusion"""
-    return _explicit(replace(said, subject=f"{said.subject} of a patient"))
-
-
-TEMPLATES: Mapping[str, Callable[[Statement], str]] = {
-    "explicit": _explicit,
-    "prism": _prism,
-    "present": _present,
-    "absent": _absent,
-    "negated": _negated,
-    "report": _report,
-    "patient": _patient,
-}
-
-
-def caption(labels: Labels, template: str = "explicit", vocab: Vocabulary = CHEST) -> str:
-    """The caption of `labels` in one of TEMPLATES: plain phrases in the vocabulary's order."""
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown caption template {template!r}; known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[template](_statement(labels, vocab))
-
-
-def sample_caption(
-    labels: Labels,
-    rng: random.Random,
-    vocab: Vocabulary = CHEST,
-    explicit_share: float = 0.5,
-    details: Mapping[str, str] | None = None,
-) -> str:
-    """A training caption: the explicit one with probability `explicit_share`, else any other template.
-
-    The others shuffle their clauses and may say a synonym, or for a present label its entry in `details`:
-    {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
-    """
-    if not 0 <= explicit_share <= 1:
-        raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
-    said = _statement(labels, vocab)
-    if rng.random() < explicit_share:
-        return _explicit(said)
-    clauses = [_reworded(clause, rng, vocab, details or {}) for clause in said.clauses]
-    rng.shuffle(clauses)
-    template = rng.choice([name for name in TEMPLATES if name != "explicit"])
-    return TEMPLATES[template](replace(said, clauses=tuple(clauses)))
-
-
-def corpus(vocab: Vocabulary = CHEST) -> list[str]:
-    """Every phrase of a vocabulary in every template, present and absent: text to train a tokenizer on."""
-    texts = [caption({NO_FINDING: 1}, template, vocab) for template in TEMPLATES]
-    for label, phrase in vocab.phrases.items():
-        wordings = (phrase, *vocab.synonyms.get(label, ()), *vocab.details.get(label, ()))
-        clauses = [Clause(label, wording, present) for wording in wordings for present in (True, False)]
-        statements = [Statement(vocab.subject, (clause, clause), False) for clause in clauses]
-        texts += [template(said) for said in statements for template in TEMPLATES.values()]
-    return texts
-
-
-def unseen_words(prompts: Iterable[str], captions: Iterable[str]) -> tuple[str, ...]:
-    """The words of `prompts` that no caption has, sorted: a model cannot follow what it never read."""
-    seen = {word for text in captions for word in _words(text)}
-    return tuple(sorted({word for text in prompts for word in _words(text)} - seen))
-
-
-def _statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> Statement:
-    """All that is present, and the known absences among `vocab.stated` and `also`, in order."""
-    clauses = []
-    for label, phrase in vocab.phrases.items():
-        state = label_state(label, labels.get(label))
-        if state or (state is False and (label in vocab.stated or label in also)):
-            clauses.append(Clause(label, phrase, state))
-    normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
-    return Statement(vocab.subject, tuple(clauses), normal)
-
-
-def _reworded(clause: Clause, rng: random.Random, vocab: Vocabulary, details: Mapping[str, str]) -> Clause:
-    """The same clause in a phrase drawn from its plain one, its synonyms and, where present, its detail."""
-    phrases = [clause.phrase, *vocab.synonyms.get(clause.label, ())]
-    if clause.present and clause.label in details:
-        phrases.append(details[clause.label])
-    return Clause(clause.label, rng.choice(phrases), clause.present)
-
-
-def _enumerate(phrases: Sequence[str], conjunction: str) -> str:
-    """a; a and b; a, b and c"""
-    return f" {conjunction} ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+_VERBS = ("remove", "add", "keep")
 
 
 @dataclass(frozen=True)
@@ -214,24 +72,31 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class Edit:
-    """An intervention: labels to remove and labels to add, or a pair of free texts (`Edit.text`)."""
+    """An intervention: labels to remove and labels to add, or a pair of free texts (`Edit.text`).
+
+    A label may be narrowed to one of its details ("pacemaker", "left pleural effusion"), which the prompts then say in
+    its place. What is in `keep` is present and has to stay: both prompts say so.
+    """
 
     remove: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
     source: str = ""
     target: str = ""
     words: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if {type(self.remove), type(self.add)} != {tuple}:
-            raise ValueError(f"remove and add take tuples of labels: {self}")
+        if {type(self.remove), type(self.add), type(self.keep)} != {tuple}:
+            raise ValueError(f"remove, add and keep take tuples of labels: {self}")
         if both := set(self.remove) & set(self.add):
             raise ValueError(f"contradictory edit: {_listed(both)} both removed and added")
-        if NO_FINDING in (*self.remove, *self.add):
+        if both := set(self.keep) & {*self.remove, *self.add}:
+            raise ValueError(f"contradictory edit: {_listed(both)} both kept and changed")
+        if NO_FINDING in (*self.remove, *self.add, *self.keep):
             raise ValueError(f"{NO_FINDING!r} cannot be edited: name the findings to remove or add")
         if bool(self.source) != bool(self.target):
             raise ValueError(f"a text edit needs both prompts, got {self.source!r} and {self.target!r}")
-        if self.source and (self.remove or self.add):
+        if self.source and (self.remove or self.add or self.keep):
             raise ValueError(f"an edit has either labels or free text, not both: {self}")
 
     @classmethod
@@ -249,15 +114,26 @@ class Edit:
         return cls(source=source, target=target, words=tuple(words))
 
     @classmethod
+    def parse(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
+        """The edit that a sentence asks for: "remove the pacemaker, keep the effusion" (see `prism_lib.language`).
+
+        Raises ValueError naming every word that is not understood, and what contradicts itself.
+        """
+        asked = language.parse(text, vocab)
+        edit = cls(**{verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS})
+        edit._check_names(vocab)
+        return edit
+
+    @classmethod
     def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:
         """The edit of a key such as "remove_support_devices" or "remove_edema_and_add_fracture"."""
-        changes: dict[str, list[str]] = {"remove": [], "add": []}
-        for part in [] if key == "unchanged" else re.split(r"_and_(?=remove_|add_)", key):
+        changes: dict[str, list[str]] = {verb: [] for verb in _VERBS}
+        for part in [] if key == "unchanged" else re.split(r"_and_(?=remove_|add_|keep_)", key):
             verb, _, name = part.partition("_")
             if verb not in changes:
                 raise ValueError(f"unknown edit {key!r}: {part!r} does not start with remove_ or add_")
             changes[verb].append(vocab.label(name))
-        return cls(tuple(changes["remove"]), tuple(changes["add"]))
+        return cls(**{verb: tuple(names) for verb, names in changes.items()})
 
     @property
     def key(self) -> str:
@@ -267,6 +143,7 @@ class Edit:
             return f"text_{snake_case(self.target)[:48]}_{digest}"
         parts = [f"remove_{snake_case(label)}" for label in self.remove]
         parts += [f"add_{snake_case(label)}" for label in self.add]
+        parts += [f"keep_{snake_case(label)}" for label in self.keep]
         return "_and_".join(parts) or "unchanged"
 
     @property
@@ -276,18 +153,36 @@ class Edit:
         return {snake_case(label): value for label, value in changes.items()}
 
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
-        """Raise ValueError if a label is unknown, a removed one labelled absent or an added one present."""
-        for label in (*self.remove, *self.add):
-            if label not in vocab.phrases:
-                raise ValueError(f"unknown label {label!r} in an edit; known: {', '.join(vocab.phrases)}")
-        if absent := [label for label in self.remove if label_state(label, labels.get(label)) is False]:
-            raise ValueError(f"contradictory edit {self.key}: {_listed(absent)} already labelled absent")
-        if present := [label for label in self.add if label_state(label, labels.get(label))]:
+        """Raise ValueError if a label is unknown, a removed or kept one labelled absent or an added one present.
+
+        A detail may be added to a label that is present: there are many devices.
+        """
+        self._check_names(vocab)
+        owners = vocab.owners
+        for names, verb in ((self.remove, ""), (self.keep, " and cannot be kept")):
+            if absent := [n for n in names if label_state(owners.get(n, n), labels.get(owners.get(n, n))) is False]:
+                raise ValueError(f"contradictory edit {self.key}: {_listed(absent)} already labelled absent{verb}")
+        if present := [name for name in self.add if label_state(name, labels.get(name))]:
             raise ValueError(f"contradictory edit {self.key}: {_listed(present)} already labelled present")
 
-    def apply(self, labels: Labels) -> dict[str, float | None]:
-        """The labels the counterfactual should have; "No Finding", where given, follows from the others."""
-        edited = dict(labels) | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
+    def _check_names(self, vocab: Vocabulary) -> None:
+        """Every name belongs to the vocabulary, and no label is changed together with one of its own details."""
+        names, owners = (*self.remove, *self.add, *self.keep), vocab.owners
+        for name in names:
+            if name not in vocab.phrases and name not in owners:
+                known = ", ".join((*vocab.phrases, *owners))
+                raise ValueError(f"unknown label {name!r} in an edit; known: {known}")
+        if both := [name for name in names if owners.get(name) in names]:
+            raise ValueError(f"contradictory edit {self.key}: {both[0]!r} is part of {owners[both[0]]!r}: name one")
+
+    def apply(self, labels: Labels, vocab: Vocabulary = CHEST) -> dict[str, float | None]:
+        """The labels the counterfactual should have; "No Finding", where given, follows from the others.
+
+        With one detail removed, whether its label is still present is unknown: there may be other devices.
+        """
+        owners = vocab.owners
+        edited = dict(labels) | {owners.get(name, name): None if name in owners else 0 for name in self.remove}
+        edited |= dict.fromkeys((owners.get(name, name) for name in (*self.add, *self.keep)), 1)
         if NO_FINDING in labels and (self.remove or self.add):
             edited[NO_FINDING] = _no_finding(edited)
         return edited
@@ -297,10 +192,12 @@ class Edit:
         self.check(labels, vocab)
         if self.source:
             return PromptPair(self.source, self.target, *self._text_words())
-        changed = (*self.remove, *self.add)
-        before = dict(labels) | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
-        source, target = (_explicit(_statement(x, vocab, changed)) for x in (before, self.apply(before)))
-        words = tuple(vocab.phrases[label] for label in changed)
+        changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
+        named = (*changed, *self.keep)
+        before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
+        after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
+        source, target = (explicit(statement(state, vocab, named)) for state in (before, after))
+        words = tuple(vocab.phrase(name) for name in changed)
         return PromptPair(source, target, words, words)
 
     def _text_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

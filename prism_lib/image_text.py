@@ -1,0 +1,90 @@
+"""Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers.
+
+`pretraining.train_clip` leaves such a model in `clip/`, made of the very images and captions that the diffusion model
+knows; BiomedCLIP-like hub models in transformers' layout load the same way. A general CLIP tells chest X-rays apart
+poorly, so thresholds never carry over from one model to another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+from prism_lib import paths
+
+
+@dataclass(frozen=True)
+class ImageTextModel:
+    """A model with `get_image_features` and `get_text_features`, its tokenizer, and how it wants its pixels.
+
+    `mean` and `std` are per channel, of images in [0, 1].
+    """
+
+    model: Any
+    tokenizer: Any
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+        """Images (N, 1 or 3, H, W) in [0, 1] to embeddings (N, D) of length 1; they are resized, never cropped."""
+        size = self.model.config.vision_config.image_size
+        pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        pixels = (pixels.clamp(0, 1).expand(-1, 3, -1, -1).cpu() - mean) / std
+        chunks = [
+            _features(self.model.get_image_features(pixel_values=chunk.to(self.model.device, self.model.dtype)))
+            for chunk in pixels.split(batch_size)
+        ]
+        return torch.cat(chunks)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to embeddings (N, D) of length 1; one that is too long raises ValueError, as it would be cut."""
+        longest = self.model.config.text_config.max_position_embeddings
+        for text in texts:
+            if (length := len(self.tokenizer(text).input_ids)) > longest:
+                raise ValueError(f"text has {length} tokens, the image-text model reads {longest}: {text!r}")
+        # SigLIP was trained on padded texts without a mask; CLIP reads its last token and ignores what follows.
+        ids = self.tokenizer(list(texts), padding="max_length", max_length=longest, return_tensors="pt").input_ids
+        return _features(self.model.get_text_features(input_ids=ids.to(self.model.device)))
+
+
+def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> ImageTextModel:
+    """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
+
+    `tokenizer` is for a folder without one, such as `clip/` beside the pipeline that it was trained for.
+    """
+    name = _locate(str(name_or_path))
+    model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    preprocessing = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    stated = json.loads(Path(preprocessing).read_text(encoding="utf-8")) if preprocessing else {}
+    normal = {"mean": "image_mean", "std": "image_std"}
+    return ImageTextModel(model, tokenizer, **{key: tuple(stated[n]) for key, n in normal.items() if n in stated})
+
+
+def _locate(name: str) -> str:
+    places = (Path(name).expanduser(), paths.runs() / name, paths.weights() / name)
+    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    if folder is None and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name} is no image-text model: no config.json, here or below {paths.runs()}")
+    return name if folder is None else str(folder)
+
+
+def _features(output: Any) -> Tensor:
+    """Unit vectors (N, D) in float32, from the tensor or the output object that versions of transformers return."""
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return F.normalize(features.float(), dim=-1).cpu()

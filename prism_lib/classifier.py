@@ -1,7 +1,8 @@
 """Multi-label image classifiers: the judge that reads counterfactuals, and the downstream models.
 
-A MONAI DenseNet reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in
-the loss. The judge never guides or selects an edit. Weights are safetensors beside a small JSON.
+A MONAI network reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in the
+loss. Two ways of using groups (such as disease with device) are built in, because counterfactual training sets have to
+be compared with them. The judge never guides or selects an edit. Weights are safetensors beside a small JSON.
 """
 
 from __future__ import annotations
@@ -9,24 +10,35 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import DenseNet
+from monai.networks.nets import DenseNet, EfficientNetBN
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+OBJECTIVES = ("erm", "reweighted", "group_dro")
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Architecture and recipe. ``blocks=(6, 12, 24, 16), growth=32, features=64`` is DenseNet-121."""
+    """Architecture and recipe.
+
+    Args:
+        network: "densenet", built of `blocks`, `growth` and `features`, or the name of a MONAI EfficientNet such as
+            "efficientnet-b0", which ignores these three.
+        steps: optimizer steps; 0 for as many as `epochs` come to. Sets of different size compare at equal steps.
+        objective: "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR
+            2022); "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
+        group_step: step size of Group-DRO's weights.
+    """
 
     labels: tuple[str, ...] = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
     blocks: tuple[int, ...] = (4, 8, 12, 8)
@@ -37,12 +49,44 @@ class ClassifierConfig:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     seed: int = 0
+    network: str = "densenet"
+    steps: int = 0
+    objective: str = "erm"
+    group_step: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        if self.batch_size < 1 or self.steps < 0 or self.epochs < 1:
+            raise ValueError(
+                f"need batch_size and epochs >= 1 and steps >= 0, got {self.batch_size}, {self.epochs}, {self.steps}"
+            )
+
+
+# Networks by name; the two small ones are for processors and images of about 128 pixels.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "densenet121": {"blocks": (6, 12, 24, 16), "growth": 32, "features": 64},
+    "densenet-small": {"blocks": (4, 8, 12, 8), "growth": 16, "features": 32},
+    "densenet-tiny": {"blocks": (2, 4, 4, 2), "growth": 12, "features": 24},
+    "efficientnet-b0": {"network": "efficientnet-b0"},
+}
+
+
+def named_network(name: str, config: ClassifierConfig) -> ClassifierConfig:
+    """The configuration with the architecture of one of `NETWORKS`."""
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
+    return replace(config, **NETWORKS[name])
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
-    """A MONAI DenseNet with one logit per label, weights drawn from the config's seed."""
+    """A MONAI DenseNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.network != "densenet":
+            return EfficientNetBN(
+                config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=len(config.labels)
+            )
         return DenseNet(
             spatial_dims=2,
             in_channels=1,
@@ -53,40 +97,90 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
         )
 
 
-def train_classifier(images: Tensor, labels: Tensor, config: ClassifierConfig, device: str = "cpu") -> nn.Module:
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    config: ClassifierConfig,
+    device: str | torch.device = "cpu",
+    groups: Tensor | None = None,
+) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
     Small shifts and changes of contrast augment; chests are never mirrored. One-cycle AdamW, deterministic in the seed.
+    ``groups`` (N,), whole numbers, are what the objectives "reweighted" and "group_dro" need.
     """
+    known = _check_training(images, labels, config, groups)
+    model = build_classifier(config).to(device).train()
+    model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    total = config.steps or config.epochs * (len(images) // config.batch_size)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
+    generator = torch.Generator().manual_seed(config.seed)
+    worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
+    batches = _batches(len(images), total, config, groups, generator)
+    for rows in tqdm(batches, total=total, desc="classifier", leave=False):
+        batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
+        mask = known[rows].to(device)
+        target = torch.where(known[rows], labels[rows], 0.0).to(device)
+        loss = F.binary_cross_entropy_with_logits(model(batch), target.float(), reduction="none") * mask
+        if worst is not None:
+            objective = worst(loss.sum(1) / mask.sum(1).clamp(min=1), rows)
+        else:
+            objective = loss.sum() / mask.sum().clamp(min=1)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        cycle.step()
+    return model.eval()
+
+
+def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, groups: Tensor | None) -> Tensor:
+    """Which labels are known, (N, L); raises ValueError for what cannot be learnt from."""
     if len(images) != len(labels) or labels.shape[1] != len(config.labels):
         raise ValueError(f"{len(images)} images do not go with labels {tuple(labels.shape)} for {config.labels}")
+    if len(images) < config.batch_size:
+        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}")
     known = torch.isfinite(labels) & (labels >= 0)
     for column, label in enumerate(config.labels):
         if len(torch.unique(labels[known[:, column], column])) < 2:
             raise ValueError(f"label {label!r} has one class only in the training set")
-    model = build_classifier(config).to(device).train()
-    model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    per_epoch = len(images) // config.batch_size
-    if not per_epoch:
-        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}")
-    total = config.epochs * per_epoch
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
-    generator = torch.Generator().manual_seed(config.seed)
-    for epoch in range(config.epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for k in tqdm(range(per_epoch), desc=f"classifier, epoch {epoch + 1} of {config.epochs}"):
-            rows = order[k * config.batch_size : (k + 1) * config.batch_size]
-            batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
-            mask = known[rows].to(device)
-            target = torch.where(known[rows], labels[rows], 0.0).to(device)
-            loss = F.binary_cross_entropy_with_logits(model(batch), target.float(), reduction="none")
-            loss = (loss * mask).sum() / mask.sum().clamp(min=1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-    return model.eval()
+    if config.objective != "erm" and (groups is None or len(groups) != len(images)):
+        raise ValueError(f"objective {config.objective!r} needs the group of each of the {len(images)} images")
+    return known
+
+
+def _batches(
+    count: int, total: int, config: ClassifierConfig, groups: Tensor | None, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The rows of each optimizer step: whole epochs of all images, or groups drawn equally often."""
+    if config.objective == "erm" or groups is None:
+        per_epoch, order = count // config.batch_size, torch.empty(0, dtype=torch.long)
+        for step in range(total):
+            k = step % per_epoch
+            order = order if k else torch.randperm(count, generator=generator)
+            yield order[k * config.batch_size : (k + 1) * config.batch_size]
+        return
+    _, member, sizes = groups.unique(return_inverse=True, return_counts=True)
+    weights = 1 / sizes[member].float()
+    for _ in range(total):
+        yield torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
+
+
+class _WorstGroup:
+    """Group-DRO's online weights: q_g is multiplied by exp(step loss_g), the objective is sum_g q_g loss_g."""
+
+    def __init__(self, groups: Tensor, step: float) -> None:
+        names, self.member = groups.unique(return_inverse=True)
+        self.q = torch.full((len(names),), 1 / len(names))
+        self.step = step
+
+    def __call__(self, losses: Tensor, rows: Tensor) -> Tensor:
+        """The objective of one batch's losses (B,)."""
+        onehot = F.one_hot(self.member[rows], len(self.q)).to(losses)  # (B, G)
+        group_losses = (onehot * losses[:, None]).sum(0) / onehot.sum(0).clamp(min=1)
+        q = self.q.to(losses) * (self.step * group_losses.detach()).exp()
+        self.q = (q / q.sum()).cpu()
+        return (q / q.sum() * group_losses).sum()
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -107,6 +201,19 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     """Probabilities (N, L) in [0, 1] for images (N, 1, H, W), uint8 or in [0, 1]."""
     device = next(model.parameters()).device
     return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+    """What the last linear layer reads, (N, D): a feature space of the domain for `prism_lib.realism`."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+    try:
+        predict(model, images, batch_size)
+    finally:
+        handle.remove()
+    return torch.cat(seen)
 
 
 def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:

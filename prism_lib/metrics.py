@@ -1,5 +1,8 @@
 """What a counterfactual is worth: identity, error against the truth, effectiveness, side effects, masks.
 
+What needs a feature space (directional similarity, FID, KID) is in `prism_lib.realism`, what a classifier is worth to
+groups of patients in `prism_lib.robustness`.
+
 Pure functions, tensors in, tensors out. Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W)
 booleans, a judge's probabilities (N,) or (N, L) in [0, 1]. A metric of images returns one value per image,
 (N,), so that the caller can average and `bootstrap_ci` can put an interval around any of them. Nothing is
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 # --- identity -------------------------------------------------------------------------------------
 
@@ -61,6 +65,23 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=images.device)
 
 
+def ms_ssim(images: Tensor, others: Tensor) -> Tensor:
+    """SSIM over five scales (Wang et al. 2003), (N,), by torchmetrics; 1 if equal, at least 161 pixels a side."""
+    _check_images(images=images, others=others)
+    if min(images.shape[-2:]) < 161:
+        raise ValueError(f"five scales of an 11 x 11 window need 161 x 161 pixels, got {tuple(images.shape[-2:])}")
+    return multiscale_structural_similarity_index_measure(images, others, data_range=1.0, reduction="none")
+
+
+def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Tensor:
+    """L1 to the original in units of the autoencoder's own error, (N,); 1 is as close as the model can decode.
+
+    Of images after null edits this is *composition*, of images edited and edited back *reversibility* (Monteiro et al.,
+    "Measuring axiomatic soundness of counterfactual image models", ICLR 2023); ``reconstruction`` is the autoencoder's.
+    """
+    return _ratio(l1(images, original), l1(reconstruction, original), "the autoencoder has no error")
+
+
 # --- against the true counterfactual --------------------------------------------------------------
 
 
@@ -89,6 +110,22 @@ def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, m
     )
 
 
+def minimality(edited: Tensor, truth: Tensor, original: Tensor) -> Tensor:
+    """How much an edit changes over how much had to change, (N,): L1(edited, original) / L1(truth, original).
+
+    1 is as much as the truth, more is too much; it does not ask *where* (`localisation` does).
+    """
+    return _ratio(l1(edited, original), l1(truth, original), "the true counterfactual equals the original")
+
+
+def localisation(edited: Tensor, original: Tensor, true_mask: Tensor) -> Tensor:
+    """Share of all change that lies where pixels had to change, (N,): sum_T |e - o| / sum |e - o|."""
+    _check_images(edited=edited, original=original)
+    region = _region(true_mask, edited, outside=False)
+    change = (edited - original).abs().mean(1, keepdim=True)
+    return _ratio((change * region).flatten(1).sum(1), change.flatten(1).sum(1), "the edit changed nothing")
+
+
 def changed_fraction(edited: Tensor, original: Tensor, region: Tensor) -> Tensor:
     """Share of the region's pixels that differ at all, in any channel, (N,): equality is bit for bit."""
     _check_images(edited=edited, original=original)
@@ -115,6 +152,12 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
     return mask.flatten(1).sum(1) / area
 
 
+def mask_iou(mask: Tensor, true_mask: Tensor) -> Tensor:
+    """Intersection over union of the mask and the pixels that had to change, (N,): |M & T| / |M | T|."""
+    _true_area(mask, true_mask)
+    return (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(1)
+
+
 # --- by the judge ---------------------------------------------------------------------------------
 
 
@@ -125,7 +168,7 @@ def flip_rate(before: Tensor, after: Tensor, target: int, threshold: float = 0.5
     or 1. Images that already read as the target cannot flip and do not count (cf. `effectiveness`, Monteiro
     et al. 2023).
     """
-    _check_probabilities(1, before=before, after=after)
+    check_probabilities(1, before=before, after=after)
     reads_target = _reads(before, threshold) == bool(_check_target(target))
     if reads_target.all():
         raise ValueError(f"no image can flip: the judge reads {target} on all {len(before)} before the edit")
@@ -140,7 +183,7 @@ def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -
     predictions for an edit in the intended direction, and counts against the method in the other, where
     |difference| would not.
     """
-    _check_probabilities(1, before=before, after=after)
+    check_probabilities(1, before=before, after=after)
     gain = after - before
     return gain if _check_target(target) == 1 else -gain
 
@@ -150,8 +193,43 @@ def side_effect_rate(before: Tensor, after: Tensor, threshold: float = 0.5) -> T
 
     Leave out labels that follow from the edited one by definition, such as "No Finding".
     """
-    _check_probabilities(2, before=before, after=after)
+    check_probabilities(2, before=before, after=after)
     return (_reads(before, threshold) != _reads(after, threshold)).float().mean(1)
+
+
+def effectiveness(after: Tensor, intended: Tensor, threshold: float = 0.5) -> Tensor:
+    """Share of counterfactuals on which the judge reads the intended value, per label (L,) (Monteiro et al. 2023).
+
+    ``after`` and ``intended`` are (N, L), the latter 1, 0 or NaN for unknown. All labels count, not the edited one
+    alone: a label that was to stay and did not is a failure too.
+    """
+    check_probabilities(2, after=after)
+    if intended.shape != after.shape:
+        raise ValueError(f"intended labels {tuple(intended.shape)} for probabilities {tuple(after.shape)}")
+    known = (intended == 0) | (intended == 1)
+    if not bool(known.any(0).all()):
+        raise ValueError(f"no image has a known value of labels {(~known.any(0)).nonzero().flatten().tolist()}")
+    right = (_reads(after, threshold) == (intended == 1)) & known
+    return right.sum(0) / known.sum(0)
+
+
+def cout(images: Tensor, edited: Tensor, score: Callable[[Tensor], Tensor], steps: int = 10) -> Tensor:
+    """Counterfactual transition score in [-1, 1], (N,) (Khorram & Li, CVPR 2022): how soon the judge follows.
+
+    Changed pixels are handed over in ``steps`` equal shares, the most changed first; ``score`` gives the target's
+    probability (N,). With AUPC the area under that curve, COUT = AUPC(target) - AUPC(other) = 2 AUPC - 1.
+    """
+    _check_images(images=images, edited=edited)
+    change = (edited - images).abs().mean(1).flatten(1)  # (N, H W)
+    rank = change.argsort(1, descending=True).argsort(1)
+    changed = (change > 0).sum(1, keepdim=True)
+    curve = []
+    for step in range(steps + 1):
+        taken = (rank < (changed * step / steps)).view(-1, 1, *images.shape[-2:])
+        curve.append(score(torch.where(taken, edited, images)))
+    scores = torch.stack(curve)  # (steps + 1, N)
+    check_probabilities(2, score=scores)
+    return 2 * torch.trapezoid(scores, dim=0) / steps - 1
 
 
 # --- uncertainty ----------------------------------------------------------------------------------
@@ -258,7 +336,8 @@ def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
     return numerator / denominator
 
 
-def _check_probabilities(ndim: int, **probabilities: Tensor) -> None:
+def check_probabilities(ndim: int, **probabilities: Tensor) -> None:
+    """Raise ValueError, by name, for what is not probabilities (N,) or (N, L) of one shape."""
     shapes = {name: tuple(values.shape) for name, values in probabilities.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"probabilities differ in shape: {shapes}")

@@ -152,9 +152,73 @@ def test_bootstrap_keeps_columns_together():
     assert metrics.Interval(0.5, 0.4, 0.6).named("cpg") == {"cpg": 0.5, "cpg_low": 0.4, "cpg_high": 0.6}
 
 
+def test_ms_ssim_of_constant_images_is_the_luminance_term():
+    """Contrast and structure are 1 at every scale; the luminance of the last has the exponent 0.1333."""
+    a, b, c1 = torch.full((2, 1, 176, 176), 0.5), torch.full((2, 1, 176, 176), 0.8), 0.01**2
+    luminance = (2 * 0.5 * 0.8 + c1) / (0.5**2 + 0.8**2 + c1)
+    torch.testing.assert_close(metrics.ms_ssim(a, b), torch.full((2,), luminance**0.1333), atol=1e-3, rtol=0)
+    torch.testing.assert_close(metrics.ms_ssim(a, a), torch.ones(2), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="161 x 161"):
+        metrics.ms_ssim(HALF, HALF)
+
+
+def test_relative_l1_is_in_units_of_the_autoencoder():
+    close(metrics.relative_l1(HALF, HALF, shifted(0.2)), [0.0, 0.0])
+    close(metrics.relative_l1(shifted(0.2), HALF, shifted(0.2)), [1.0, 1.0])
+    close(metrics.relative_l1(shifted(0.3), HALF, shifted(0.2)), [1.5, 1.5])
+    with pytest.raises(ValueError, match="the autoencoder has no error"):
+        metrics.relative_l1(HALF, HALF, HALF)
+
+
+def test_minimality_is_one_for_the_truth_wherever_the_change_is():
+    truth = shifted(0.4, LEFT)
+    close(metrics.minimality(truth, truth, HALF), [1.0, 1.0])
+    close(metrics.minimality(HALF, truth, HALF), [0.0, 0.0])
+    close(metrics.minimality(shifted(0.4), truth, HALF), [4.0, 4.0])
+    close(metrics.minimality(shifted(0.4, LEFT.flip(-1)), truth, HALF), [1.0, 1.0])
+
+
+def test_localisation_is_the_share_of_change_inside():
+    close(metrics.localisation(shifted(0.4, LEFT), HALF, LEFT), [1.0, 1.0])
+    close(metrics.localisation(shifted(0.4), HALF, LEFT), [0.25, 0.25])
+    close(metrics.localisation(shifted(0.4, ~LEFT), HALF, LEFT), [0.0, 0.0])
+    with pytest.raises(ValueError, match="the edit changed nothing"):
+        metrics.localisation(HALF, HALF, LEFT)
+
+
+def test_mask_iou_by_hand():
+    half = LEFT.clone()
+    half[..., :8] = True  # twice as wide
+    close(metrics.mask_iou(LEFT, LEFT), [1.0, 1.0])
+    close(metrics.mask_iou(half, LEFT), [0.5, 0.5])
+    close(metrics.mask_iou(~LEFT, LEFT), [0.0, 0.0])
+
+
+def test_effectiveness_counts_every_label_and_skips_what_is_unknown():
+    after = torch.tensor([[0.9, 0.2], [0.1, 0.7], [0.8, 0.6]])
+    intended = torch.tensor([[1, 0], [1, 1], [1, math.nan]])
+    close(metrics.effectiveness(after, intended), [2 / 3, 1.0])
+    with pytest.raises(ValueError, match=r"no image has a known value of labels \[1\]"):
+        metrics.effectiveness(after, torch.tensor([[1, math.nan]] * 3))
+
+
+def test_cout_by_hand_and_at_its_limits():
+    original, edited = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.8, 0.4], [0.0, 0.0]]]])
+    assert metrics.cout(original, edited, lambda x: torch.ones(len(x))).item() == 1
+    assert metrics.cout(original, edited, lambda x: torch.zeros(len(x))).item() == -1
+    # The larger change goes first: p = 0, 1, 1 over two shares has the area 3/4.
+    follows = metrics.cout(original, edited, lambda x: (x.amax((1, 2, 3)) > 0.5).float(), steps=2)
+    close(follows, [0.5])
+    late = metrics.cout(original, edited, lambda x: (x[:, 0, 0, 1] > 0.3).float(), steps=2)
+    close(late, [-0.5])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: metrics.effectiveness(BEFORE[None], BEFORE[None, :2]), "intended labels"),
+        (lambda: metrics.cout(HALF, HALF, lambda x: x.mean((1, 2, 3)) * math.nan), "score must be probabilities"),
+        (lambda: metrics.mask_iou(LEFT, LEFT & ~LEFT), "true mask is empty"),
         (lambda: metrics.l1(HALF, HALF[:1]), "differ in shape"),
         (lambda: metrics.l1(HALF[0], HALF[0]), r"\(N, C, H, W\)"),
         (lambda: metrics.l1(HALF[:0], HALF[:0]), r"\(N, C, H, W\)"),

@@ -134,7 +134,9 @@ class _State:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `prism`."""
-    parser = argparse.ArgumentParser(prog="prism", description="Run PRISM's notebooks.")
+    parser = argparse.ArgumentParser(
+        prog="prism", description="Run PRISM's notebooks, or make counterfactuals in bulk."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the notebooks of a profile in order")
     run.add_argument("profile", metavar="PROFILE")
@@ -145,6 +147,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
         help="another value for a parameter; figures then go to the run's own folder",
+    )  # fmt: skip
+    generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
+    generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
+    generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
+    generate.add_argument("--out", required=True, metavar="FOLDER", help="where images and metadata.csv go")
+    generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
+    generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
+    generate.add_argument(
+        "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
+        help="another setting: split, model, method, num_inference_steps, bits, guidance_scale, ...",
     )  # fmt: skip
     verbs.add_parser("profiles", help="list the profiles")
     verbs.add_parser("doctor", help="check this machine: versions, device, weights, write access, disk")
@@ -163,10 +175,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from prism_lib import doctor  # it imports torch's device and every version
 
             return doctor.report(print)
-        return _run(options)
+        return _generate(options) if options.verb == "generate" else _run(options)
     except (UsageError, OSError) as error:
         print(f"prism: {error}", file=sys.stderr)
         return 2
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from prism_lib import bulk, bulk_plan  # they import torch
+
+    try:
+        config = bulk_plan.BulkConfig(options.data, options.edits, options.out)
+        config = bulk_plan.configured(config, [tuple(pair) for pair in options.overrides])
+        planned = len(bulk_plan.plan(config))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(f"{planned} counterfactuals into {options.out}", flush=True)
+    if options.check:
+        return 0
+    try:
+        bulk.launch(config, options.processes)
+    except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+        print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
+        return 1
+    print(f"{bulk.MANIFEST} in {options.out} has a row for each", flush=True)
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,0 +1,348 @@
+"""Counterfactuals by the thousand: over processes, resumable, with one manifest row each.
+
+    prism generate --data FOLDER --edits FILE --out FOLDER
+    accelerate launch -m prism_lib.bulk CONFIG.json
+
+The plan (`prism_lib.bulk_plan`) is cut into batches that depend on the plan alone, and processes share out whole
+batches. So a file is the same, bit for bit, whatever the number of processes. Its name says image, edit and a digest
+of all that decides its content. Every file is written under a temporary name and renamed, then its row is appended to
+the process's own part of the manifest: whatever is killed at whatever moment, a file that counts is whole, and a run
+that is started again goes on where the last one stopped.
+
+`out/` holds `images/`, the files as the prepared folder names them, and `metadata.csv`, the manifest in the Hugging
+Face *imagefolder* convention: the caption and labels that the counterfactual should have, where it came from, how it
+was made, its scores and its SHA-256. PNG only, of 8 or 16 bits; pixels that an edit left alone equal the input's.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
+from prism_lib.editing import Counterfactual, edit
+from prism_lib.imagefolder import load_info, read_images
+from prism_lib.inversion import invert
+from prism_lib.lock import exclusive
+from prism_lib.models import load_pipeline
+from prism_lib.results import write_text
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "metadata.csv"
+_SPARE = 1.1  # of the disk space that uncompressed outputs would take
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run leaves: the manifest, how many outputs the plan has, and how many this run had to make."""
+
+    manifest: Path
+    planned: int
+    made: int
+
+
+def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
+    """Make every counterfactual of the plan that `config.out` does not hold yet; the manifest is then complete.
+
+    Runs in every process of an `accelerate launch`, or in this one. `pipe` replaces `config.model` (a notebook has it
+    loaded already). Data, edits, prompts, disk and write access are checked before the first image is touched.
+    """
+    tasks, state = plan(config), PartialState()
+    out = Path(config.out).expanduser().resolve()
+    if state.is_main_process:
+        _check_place(out, config, tasks)
+    pipe = (load_pipeline(config.model) if pipe is None else pipe).to(state.device)
+    _check_lengths(pipe, tasks)
+    names = _names(config, tasks, _model_digest(pipe))
+    with exclusive(out) if state.is_main_process else nullcontext():
+        run, pending = _start(state, out, batches(tasks, config.batch_size), names)
+        own = pending[state.process_index :: state.num_processes]
+        part = out / "parts" / f"{run:06d}-{state.process_index:04d}.jsonl"
+        with _threads(config.threads):
+            _work(pipe, config, own, names, out, part, show=state.is_main_process)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _merge(out)
+    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the block; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def output_path(task: Task, digest: str) -> str:
+    """Below `out`: the image's own path, the edit's key and the digest of all that decides the content."""
+    source = PurePosixPath(task.file_name).with_suffix("")
+    return f"images/{source}__{task.edit.key[:80]}__{digest[:16]}.png"
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
+    """The output can be written and has room for everything, and 16 bits suit the images."""
+    height, width, channels = image_shape(config, tasks)
+    if config.bits == 16 and channels != 1:
+        raise ValueError(f"16-bit PNG holds gray images, and those of {config.data} have {channels} channels")
+    try:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"output {out} cannot be written: {error.strerror or error}") from None
+    needed = round(_SPARE * len(tasks) * height * width * channels * config.bits / 8)
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise OSError(f"output {out} has {free / 1e9:.2f} GB free; {len(tasks)} images may take {needed / 1e9:.2f} GB")
+
+
+def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None:
+    """No prompt is longer than the model reads: the first that is raises ValueError with its image."""
+    limit = pipe.tokenizer.model_max_length
+    prompts = {prompt: task.file_name for task in tasks for prompt in (task.pair.source, task.pair.target)}
+    for prompt, file_name in prompts.items():
+        if (length := len(pipe.tokenizer(prompt).input_ids)) > limit:
+            raise ValueError(f"{file_name}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
+
+
+def _model_digest(pipe: StableDiffusionPipeline) -> str:
+    """SHA-256 over the weights and the schedule of a pipeline, wherever it was loaded from."""
+    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _names(config: BulkConfig, tasks: Sequence[Task], model: str) -> dict[int, str]:
+    """id(task) -> its output path."""
+    common = {"data": load_info(config.data)["content_hash"], "model": model, "bits": config.bits}
+    names = {}
+    for task in tasks:
+        pair = [task.pair.source, task.pair.target, task.pair.source_words, task.pair.target_words]
+        content = common | {"image": task.file_name, "prompts": pair, "settings": task.settings.text}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        names[id(task)] = output_path(task, digest)
+    return names
+
+
+def _start(
+    state: PartialState, out: Path, planned: Sequence[list[Task]], names: dict[int, str]
+) -> tuple[int, list[list[Task]]]:
+    """The number of this run and the batches it has to do: the main process looks, and all are told the same.
+
+    A batch of which anything is missing is done whole, so that its images see the neighbours they always had.
+    """
+    told: list[Any] = [None]
+    if state.is_main_process:
+        for leftover in (*(out / "images").rglob(".*.part"), *out.glob(f".{MANIFEST}.*")):
+            leftover.unlink()
+        run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
+        done = _merge(out)
+        told = [(run, [k for k, batch in enumerate(planned) if any(names[id(task)] not in done for task in batch)])]
+    run, pending = broadcast_object_list(told)[0] if state.num_processes > 1 else told[0]
+    return run, [planned[k] for k in pending]
+
+
+# --- the work -------------------------------------------------------------------------------------
+
+
+def _work(
+    pipe: StableDiffusionPipeline,
+    config: BulkConfig,
+    own: Sequence[list[Task]],
+    names: dict[int, str],
+    out: Path,
+    part: Path,
+    show: bool,
+) -> None:
+    """Edit batch after batch; tqdm shows the images done by this process and how long the rest will take."""
+    with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
+        for batch in own:
+            for task, result in zip(batch, _edited(pipe, config, batch), strict=True):
+                content = _png(result.image, config.bits)
+                _write(out / names[id(task)], content)
+                _append(part, _row(task, result, names[id(task)], content))
+            progress.update(len(batch))
+
+
+def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[Counterfactual]:
+    """Edit one batch; without room for it, its halves, and so on. Smaller parts change results by rounding alone."""
+    try:
+        images = read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in batch]}))
+        return _edit_batch(pipe, images, batch, batch[0].settings)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        half = len(batch) // 2
+        logger.warning("out of memory: a batch of %d is done in two parts", len(batch))
+    torch.cuda.empty_cache()
+    return [result for some in (batch[:half], batch[half:]) for result in _edited(pipe, config, some)]
+
+
+def _edit_batch(
+    pipe: StableDiffusionPipeline, images: Tensor, batch: Sequence[Task], settings: Settings
+) -> list[Counterfactual]:
+    pairs, size = [task.pair for task in batch], len(batch)
+    inversion = invert(
+        pipe,
+        images,
+        [pair.source for pair in pairs],
+        method=settings.method,
+        num_inference_steps=settings.num_inference_steps,
+        batch_size=size,
+    )
+    return edit(pipe, inversion, pairs, replace(settings.edit, batch_size=size))
+
+
+def _png(image: Tensor, bits: int) -> bytes:
+    """An image (C, H, W) in [0, 1] as the bytes of a PNG file; 8 bits give an 8-bit input back exactly."""
+    levels = (image.detach().cpu().double() * (2**bits - 1)).round().permute(1, 2, 0).numpy()
+    pixels = levels.astype(np.uint8 if bits == 8 else np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that appears whole; what was there, of an unfinished batch, is replaced by the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+
+def _row(task: Task, result: Counterfactual, name: str, content: bytes) -> dict[str, Any]:
+    """One row of the manifest: what it is, what it should be, how it was made, its scores and its hash."""
+    about = {key: None if value != value else value for key, value in task.about.items()}
+    return {
+        "file_name": name,
+        "text": task.pair.target,
+        **about,
+        "source_file": task.file_name,
+        "source_text": task.pair.source,
+        "edit": task.edit.key,
+        "settings": task.settings.text,
+        **{f"score_{key}": value for key, value in result.scores.items()},
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _append(part: Path, row: dict[str, Any]) -> None:
+    """A row joins the part in one write; a line that a kill cut short is not JSON and does not count."""
+    with part.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _merge(out: Path) -> set[str]:
+    """Manifest and parts become one manifest of all files that are whole; returns their names."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (*_read_manifest(out / MANIFEST), *_read_parts(out)):
+        if _intact(out / row["file_name"], row["sha256"]):
+            rows[row["file_name"]] = row
+    rows = {name: rows[name] for name in sorted(rows)}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    if rows:
+        write_text(out / MANIFEST, text.getvalue())
+    for part in (out / "parts").glob("*.jsonl"):
+        part.unlink()
+    return set(rows)
+
+
+def _read_manifest(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not {"file_name", "sha256", "settings"} <= set(rows[0]):
+        raise ValueError(f"{path} is no manifest of a bulk run: choose another output folder")
+    return rows
+
+
+def _read_parts(out: Path) -> Iterator[dict[str, Any]]:
+    for part in sorted((out / "parts").glob("*.jsonl")):
+        for line in part.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # cut short by a kill
+                logger.warning("%s: a row was cut short; its image is made again", part)
+
+
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def launch(config: BulkConfig, processes: int) -> None:
+    """`generate` in this process, or by `accelerate launch` in several; RuntimeError if that fails.
+
+    0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
+    """
+    gpus = torch.cuda.device_count()
+    processes = processes or gpus or min(os.cpu_count() or 1, 4)
+    if processes == 1:
+        generate(config)
+        return
+    plan(config)  # what is wrong is said once, not by every process
+    path = write_text(Path(config.out) / "config.json", config_json(config))
+    kind = "--multi_gpu" if gpus else "--cpu"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launcher, "--main_process_port", "0", "-m", "prism_lib.bulk", str(path)]
+    if code := subprocess.run(command).returncode:
+        raise RuntimeError(f"a process of the run ended with status {code}; the same command goes on where it stopped")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``accelerate launch -m prism_lib.bulk CONFIG.json``."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if len(argv) != 1:
+        sys.stderr.write("usage: accelerate launch -m prism_lib.bulk CONFIG.json\n")
+        return 2
+    generate(load_config(argv[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

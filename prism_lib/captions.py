@@ -31,6 +31,7 @@ class Statement:
     subject: str
     clauses: tuple[Clause, ...]
     normal: bool
+    title: str = CHEST.title
 
     def phrases(self, present: bool) -> list[str]:
         """The phrases of all present, or of all absent, labels."""
@@ -47,9 +48,10 @@ def _prism(said: Statement) -> str:
     """PRISM's own two: 'Chest X-ray showing A, B' and 'Normal chest X-ray with no significant findings'"""
     present = [clause.label for clause in said.clauses if clause.present]
     if present:
-        return f"Chest X-ray showing {', '.join(present)}"
+        return f"{said.title} showing {', '.join(present)}"
     # Only what is labelled normal is called normal; PRISM's code says it of every film without a label.
-    return "Normal chest X-ray with no significant findings" if said.normal else "Chest X-ray"
+    title = said.title[:1].lower() + said.title[1:]
+    return f"Normal {title} with no significant findings" if said.normal else said.title
 
 
 def _present(said: Statement) -> str:
@@ -128,7 +130,7 @@ def corpus(vocab: Vocabulary = CHEST) -> list[str]:
     for label, phrase in vocab.phrases.items():
         wordings = (phrase, *vocab.synonyms.get(label, ()), *vocab.details.get(label, ()))
         clauses = [Clause(label, wording, present) for wording in wordings for present in (True, False)]
-        statements = [Statement(vocab.subject, (clause, clause), False) for clause in clauses]
+        statements = [Statement(vocab.subject, (clause, clause), False, vocab.title) for clause in clauses]
         texts += [template(said) for said in statements for template in TEMPLATES.values()]
     return texts
 
@@ -152,7 +154,7 @@ def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> St
             if state or (state is False and (name in vocab.stated or name in also)):
                 clauses.append(Clause(label, vocab.phrase(name), state))
     normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
-    return Statement(vocab.subject, tuple(clauses), normal)
+    return Statement(vocab.subject, tuple(clauses), normal, vocab.title)
 
 
 def _reworded(clause: Clause, rng: random.Random, vocab: Vocabulary, details: Mapping[str, str]) -> Clause:

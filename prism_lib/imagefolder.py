@@ -8,7 +8,7 @@ Hugging Face's *imagefolder* convention, so that nothing of ours is needed to us
                                          images and ignores a table above the split folders
     dataset.json                         where it all came from: configuration, counts, rejects, hash
 
-A folder is built under a temporary name beside its place and renamed when it is complete.
+A folder is built under a hidden name beside its place, by one process at a time, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+
+from prism_lib.lock import exclusive
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -80,12 +82,27 @@ def verify(folder: Folder) -> None:
         raise ValueError(f"{folder} has changed since it was prepared: its content hash differs")
 
 
-def content_hash(folder: Path, file_names: Iterable[str]) -> str:
-    """SHA-256 over metadata.csv and every image file, in the order of the names."""
+def content_hash(folder: Path, file_names: Iterable[str], hashes: Iterable[str] | None = None) -> str:
+    """SHA-256 over metadata.csv and every image file, in the order of the names.
+
+    `hashes` are the SHA-256 of the files, in hexadecimal, where they are known; else every file is read.
+    """
+    if hashes is None:
+        file_names = list(file_names)
+        hashes = (hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in file_names)
     content = hashlib.sha256((folder / "metadata.csv").read_bytes())
-    for name in file_names:
-        content.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    for name, digest in zip(file_names, hashes, strict=True):
+        content.update(name.encode() + bytes.fromhex(digest))
     return content.hexdigest()
+
+
+def remove_others(folder: Path, file_names: Iterable[str]) -> None:
+    """Remove all files of a folder in the making but the named images."""
+    kept = set(file_names)
+    for split in SPLITS:
+        for path in (folder / split).iterdir():
+            if f"{split}/{path.name}" not in kept:
+                path.unlink()
 
 
 def write_tables(folder: Path, metadata: pd.DataFrame) -> None:
@@ -104,20 +121,27 @@ def write_info(folder: Path, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A temporary sibling with the split folders: becomes `output` if the block ends well, else vanishes."""
-    folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    """A hidden sibling with the split folders: becomes `output` if the block ends well.
+
+    If it does not, what images are there are kept for the next attempt. RuntimeError if another process is at it.
+    """
+    folder = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
         for split in SPLITS:
-            (folder / split).mkdir(parents=True)
+            (folder / split).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to the output {output}: {error}") from error
-    try:
-        yield folder
-        folder.replace(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with exclusive(folder):
+        try:
+            yield folder
+        except BaseException:
+            if not any(True for split in SPLITS for _ in (folder / split).iterdir()):
+                shutil.rmtree(folder)
+            raise
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("metadata.csv", "dataset.json"):
+            path.unlink()  # the journal of the work
+    folder.replace(output)
 
 
 def _read_image(root: Path, name: str) -> np.ndarray:

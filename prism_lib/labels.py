@@ -1,7 +1,8 @@
-"""The labels of chest X-rays: their names, their states, and the words that captions use for them.
+"""The labels of medical images: their names, their states, and the words that captions use for them.
 
-Columns bear CheXpert's names throughout, and other data sets are mapped onto them where they mean the same. A
-label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); the last two never count as 0.
+Columns of chest X-rays bear CheXpert's names throughout, and other data sets are mapped onto them where they mean the
+same; those of dermoscopic images bear ISIC's diagnoses in words. A label is 1 (present), 0 (absent), -1 (uncertain) or
+missing (not mentioned); the last two never count as 0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Vocabulary:
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -157,11 +159,46 @@ PHANTOM = Vocabulary(
     details=_DETAILS,
     aliases=_ALIASES,
 )
-VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM)}
+# ISIC's diagnoses, of which an image has one, in the order of the columns of 2019; and what is on the skin beside it.
+SKIN_DIAGNOSES = (
+    "Melanoma",
+    "Melanocytic Nevus",
+    "Basal Cell Carcinoma",
+    "Actinic Keratosis",
+    "Benign Keratosis",
+    "Dermatofibroma",
+    "Vascular Lesion",
+    "Squamous Cell Carcinoma",
+)
+SKIN_ARTEFACTS = {
+    "ruler": "Ruler",
+    "ink": "Ink",
+    "hair": "Hair",
+    "dark_corner": "Dark Corner",
+    "gel_border": "Gel Border",
+    "gel_bubble": "Gel Bubble",
+    "patches": "Patches",
+}
+_SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
+SKIN = Vocabulary(
+    name="skin",
+    subject="dermoscopic image",
+    phrases=_SKIN_PHRASES
+    | {
+        "Ink": "ink marks",
+        "Dark Corner": "dark corners",
+        "Gel Bubble": "gel bubbles",
+        "Patches": "colour patches",
+    },
+    stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
+    synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
+    title="Dermoscopic image",
+)
+VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM, SKIN)}
 
 
 def vocabulary(name: str) -> Vocabulary:
-    """The vocabulary called `name`: "chest" (CheXpert's and NIH's labels) or "phantom" (four labels)."""
+    """The vocabulary called `name`: "chest" (CheXpert's and NIH's labels), "phantom" (four of them) or "skin"."""
     if name not in VOCABULARIES:
         raise ValueError(f"unknown vocabulary {name!r}; known: {', '.join(VOCABULARIES)}")
     return VOCABULARIES[name]

@@ -34,6 +34,7 @@ from prism_lib.labels import (
     NO_FINDING,
     NOT_A_DISEASE,
     PHANTOM,
+    SKIN,
     Labels,
     Vocabulary,
     label_state,
@@ -44,6 +45,7 @@ from prism_lib.labels import (
 __all__ = [
     "CHEST",
     "PHANTOM",
+    "SKIN",
     "TEMPLATES",
     "Edit",
     "PromptPair",

@@ -16,7 +16,10 @@ from PIL import Image
 from prism_lib import datasets, imagefolder, paths, phantom
 from prism_lib.datasets import PrepareConfig, load_info, load_table, prepare, read_images
 from prism_lib.prompts import PHANTOM, Edit, caption
-from prism_lib.sources import NIH_COLUMNS, read_gray, seeded_order
+from prism_lib.chest import NIH_COLUMNS, nih_source
+from prism_lib.preparation import split_patients
+from prism_lib.prepare_config import SOURCES
+from prism_lib.sources import ImageFiles, read_gray, seeded_order
 
 SIZE = 32
 NIH_SAMPLE = paths.data() / "nih-sample"
@@ -184,9 +187,9 @@ def test_split_does_not_depend_on_the_order_of_patients():
     patients = pd.Series([f"p{i}" for i in range(50)])
     shuffled = patients.sample(frac=1, random_state=1)
     shares = (0.7, 0.15, 0.15)
-    split = datasets.split_patients(patients, shares, 3)
-    assert split == datasets.split_patients(shuffled, shares, 3)
-    assert split != datasets.split_patients(patients, shares, 4)
+    split = split_patients(patients, shares, 3)
+    assert split == split_patients(shuffled, shares, 3)
+    assert split != split_patients(patients, shares, 4)
     assert sorted(seeded_order(patients, 3)) == sorted(patients)
 
 
@@ -202,13 +205,13 @@ def test_split_does_not_depend_on_the_order_of_patients():
     ],
 )
 def test_split_sizes(count, shares, expected):
-    names = list(datasets.split_patients(pd.Series(range(count)), shares, 0).values())
+    names = list(split_patients(pd.Series(range(count)), shares, 0).values())
     assert tuple(names.count(split) for split in imagefolder.SPLITS) == expected
 
 
 def test_too_few_patients_for_a_split():
     with pytest.raises(ValueError, match="2 patients are too few"):
-        datasets.split_patients(pd.Series(["a", "b"]), (0.7, 0.15, 0.15), 0)
+        split_patients(pd.Series(["a", "b"]), (0.7, 0.15, 0.15), 0)
 
 
 # --- NIH's format
@@ -259,8 +262,8 @@ def test_unusable_files_are_listed_or_refused(nih, damage, reason):
     damage(image_path(nih, 5))
     with pytest.raises(ValueError, match=rf"1 of 24 files cannot be used.*{name}: .*{reason}"):
         prepare(config_for(nih))
-    assert left_behind(nih) == []
     folder = prepare(config_for(nih, max_rejected=0.05))
+    assert left_behind(nih) == ["prepared"]
     (rejected,) = load_info(folder)["rejected"]
     assert rejected["file"] == name
     assert reason in rejected["reason"]
@@ -387,10 +390,10 @@ def test_other_modes_become_the_same_gray(tmp_path, mode):
 @pytest.mark.parametrize(("policy", "expected"), [("ignore", -1), ("zeros", 0), ("ones", 1)])
 def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
     def with_uncertain(config):
-        source = datasets.nih_source(nih, config.num_images, config.seed, config.size, config.fit)
+        source = nih_source(nih, config.num_images, config.seed, ImageFiles(config.size, config.fit))
         return dataclasses.replace(source, table=source.table.assign(Cardiomegaly=-1.0))
 
-    monkeypatch.setitem(datasets.SOURCES, "nih", with_uncertain)
+    monkeypatch.setitem(SOURCES, "nih", with_uncertain)
     folder = prepare(config_for(nih, uncertain=policy, explicit_share=1.0))
     table, counts = load_table(folder), load_info(folder)["counts"]
     assert (table["Cardiomegaly"] == expected).all()
@@ -408,7 +411,7 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "skin"}, "unknown dataset 'skin'; known: phantom, nih"),
+        ({"dataset": "brain"}, "unknown dataset 'brain'; known: phantom, chexpert, nih"),
         ({"split": (0.7, 0.2, 0.2)}, "sum to 1"),
         ({"split": (0.7, 0.3)}, "train, val, test"),
         ({"num_images": 0}, "num_images >= 1"),
@@ -416,7 +419,7 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
         ({"max_rejected": -0.1}, r"max_rejected is -0\.1"),
         ({"uncertain": "maybe"}, "unknown uncertain 'maybe'"),
         ({"fit": "squash"}, "known: letterbox, crop"),
-        ({"vocabulary": "skin"}, "unknown vocabulary 'skin'"),
+        ({"vocabulary": "brain"}, "unknown vocabulary 'brain'"),
     ],
 )
 def test_bad_configuration(tmp_path, changes, message):
@@ -433,19 +436,23 @@ def test_output_that_is_something_else_is_not_touched(tmp_path):
 
 def test_unwritable_output_is_an_error_before_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setitem(datasets.SOURCES, "phantom", lambda config: pytest.fail("work began"))
+    monkeypatch.setitem(SOURCES, "phantom", lambda config: pytest.fail("work began"))
     with pytest.raises(OSError, match="cannot write to the output"):
         prepare(PrepareConfig("phantom", tmp_path / "file" / "out", num_images=3))
 
 
-def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_interruption_keeps_the_images_and_the_next_run_ends_the_work(tmp_path, monkeypatch):
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(imagefolder, "write_tables", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(PrepareConfig("phantom", tmp_path / "out", size=SIZE, num_images=3))
-    assert list(tmp_path.iterdir()) == []
+    config = PrepareConfig("phantom", tmp_path / "out", size=SIZE, num_images=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefolder, "write_tables", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    monkeypatch.setattr("prism_lib.phantom.render", lambda *arguments: pytest.fail("an image was made twice"))
+    imagefolder.verify(prepare(config))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_data_root_must_exist_and_not_hold_the_output(nih, tmp_path):

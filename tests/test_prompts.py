@@ -8,6 +8,7 @@ from prism_lib.labels import NIH_LABELS, VOCABULARIES
 from prism_lib.prompts import (
     CHEST,
     PHANTOM,
+    SKIN,
     TEMPLATES,
     Edit,
     PromptPair,
@@ -45,7 +46,7 @@ def sampled_captions(explicit_share: float, labels: dict[str, float | None] = SI
 # --- captions
 
 
-@pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize("vocab", [CHEST, PHANTOM], ids=["chest", "phantom"])
 def test_explicit_caption_states_every_known_label_in_order(vocab):
     expected = "chest x-ray with cardiomegaly, without pleural effusion, with support devices"
     assert caption(SICK, "explicit", vocab) == expected
@@ -115,8 +116,8 @@ def test_unknown_label_value_is_named(value):
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="known: explicit, prism"):
         caption(SICK, "haiku")
-    with pytest.raises(ValueError, match="known: chest, phantom"):
-        vocabulary("skin")
+    with pytest.raises(ValueError, match="known: chest, phantom, skin"):
+        vocabulary("brain")
 
 
 # --- sampled captions
@@ -291,3 +292,21 @@ def test_free_text_keys_do_not_collide():
     keys = {Edit.text(source, "a heart").key for source in ("one", "two")}
     assert len(keys) == 2
     assert all(key.startswith("text_a_heart_") for key in keys)
+
+
+# --- skin
+
+LESION = {"Melanoma": 1, "Melanocytic Nevus": 0, "Ruler": 1, "Ink": 0, "Hair": NAN}
+
+
+def test_skin_is_said_in_the_words_of_skin():
+    assert caption(LESION, "explicit", SKIN) == (
+        "dermoscopic image with melanoma, without melanocytic nevus, with ruler, without ink marks"
+    )
+    assert caption(LESION, "prism", SKIN) == "Dermoscopic image showing Melanoma, Ruler"
+    assert caption({}, "prism", SKIN) == "Dermoscopic image"
+    pair = Edit.from_key("remove_ruler", SKIN).prompts(LESION, SKIN)
+    assert pair.source == caption(LESION, "explicit", SKIN)
+    assert pair.target == caption(LESION | {"Ruler": 0}, "explicit", SKIN)
+    assert Edit.parse("remove the ruler", SKIN) == Edit(remove=("Ruler",))
+    assert not any("x-ray" in text.lower() for text in corpus(SKIN))

@@ -1,0 +1,130 @@
+"""Radiographs from DICOM files: gray levels as a viewer shows them, pixel spacing, and nothing else unasked.
+
+The order of the standard (PS3.4, N.2): stored values, modality LUT or rescale, VOI LUT or window, MONOCHROME1 inverted.
+A header holds names, dates of birth and numbers of patients; only the fields that the caller names leave this module.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_SIGNATURE = b"DICM"
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+
+
+@dataclass(frozen=True)
+class Film:
+    """Levels (H, W) float32 in [0, 255], the side of a pixel in millimetres (NaN where unknown), asked-for fields."""
+
+    levels: np.ndarray
+    spacing_mm: float
+    fields: dict[str, str]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file bears DICOM's signature behind its preamble of 128 bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == _SIGNATURE
+    except OSError:
+        return False
+
+
+def check_keywords(keywords: Sequence[str]) -> None:
+    """Raise ValueError at the first that is no keyword of the DICOM dictionary, such as "PatientAge"."""
+    from pydicom.datadict import tag_for_keyword
+
+    for keyword in keywords:
+        if tag_for_keyword(keyword) is None:
+            raise ValueError(f"header field {keyword!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
+
+
+def read(path: Path, keywords: Sequence[str] = ()) -> Film:
+    """Decode one single-frame gray image; ValueError with the reason where that is not possible."""
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's remarks on values that break the standard but can be read
+            data = pydicom.dcmread(path)
+            _check(data)
+            levels = _levels(data)
+    except InvalidDicomError:
+        raise ValueError("not a DICOM file") from None
+    except NotImplementedError as error:
+        raise ValueError(f"unsupported DICOM: {error}") from None
+    except (OSError, EOFError, RuntimeError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ValueError(f"unreadable DICOM: {' '.join(str(error).split())}") from None
+    return Film(levels, _spacing(data), {keyword: _text(data.get(keyword)) for keyword in keywords})
+
+
+def _check(data: Dataset) -> None:
+    """What would otherwise be decoded into something else than the film."""
+    if "PixelData" not in data:
+        raise ValueError("DICOM without pixels")
+    if (frames := int(data.get("NumberOfFrames") or 1)) > 1:
+        raise ValueError(f"DICOM of {frames} frames: only single images can be used")
+    interpretation = str(data.get("PhotometricInterpretation", ""))
+    if data.get("SamplesPerPixel", 1) != 1 or interpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"DICOM pixels are {interpretation or 'not described'}, not MONOCHROME1 or MONOCHROME2")
+    allocated, stored, high = (int(data[name].value) for name in ("BitsAllocated", "BitsStored", "HighBit"))
+    if allocated not in (8, 16) or not 8 <= stored <= allocated or high != stored - 1:
+        raise ValueError(f"inconsistent bits: {allocated} allocated, {stored} stored, high bit {high}")
+
+
+def _levels(data: Dataset) -> np.ndarray:
+    """Gray levels in [0, 255] as the window, the VOI LUT or, where there is neither, the film's own range has them."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    values = np.asarray(apply_modality_lut(_stored(data), data), dtype=np.float64)
+    if data.get("VOILUTSequence"):
+        low, high = 0.0, 2.0 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        shown = apply_voi_lut(values.round().astype(np.int64), data)
+    elif data.get("WindowWidth") is not None and data.get("WindowCenter") is not None:
+        # The ends that the window maps to: what lies far outside it is black or white.
+        low, high = apply_voi_lut(np.array([-1e12, 1e12]), data)
+        shown = apply_voi_lut(values, data)
+    else:
+        low, high, shown = values.min(), values.max(), values
+    if low == high:
+        raise ValueError(f"blank image: every pixel is {low:g}")
+    levels = ((shown - low) * (255 / (high - low))).clip(0, 255)
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        levels = 255 - levels
+    return levels.astype(np.float32)
+
+
+def _stored(data: Dataset) -> np.ndarray:
+    try:
+        return data.pixel_array
+    except RuntimeError as error:
+        # pydicom's message lists the plugins that would decode it.
+        syntax = data.file_meta.TransferSyntaxUID
+        raise ValueError(f"transfer syntax {syntax.name} needs a plugin: {' '.join(str(error).split())}") from None
+
+
+def _spacing(data: Dataset) -> float:
+    for name in _SPACINGS:
+        if value := data.get(name):
+            row, column = map(float, value)
+            if not math.isclose(row, column, rel_tol=0.01):
+                raise ValueError(f"pixels are not square: {name} is {row:g} x {column:g} mm")
+            return row
+    return math.nan
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return "|".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)

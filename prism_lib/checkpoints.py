@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,31 +16,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+State = Mapping[str, Tensor]
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    modules: Mapping[str, nn.Module],
+    states: Mapping[str, State],
     optimizer: torch.optim.Optimizer,
     info: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` and drop all but the newest ``keep`` checkpoints."""
+    """Write ``folder/step-XXXXXXXX`` and drop all but the newest ``keep`` checkpoints.
+
+    Args:
+        states: tensors by file and name, such as ``{"unet": unet.state_dict()}``.
+        info: anything else to continue from, as plain JSON.
+
+    Raises OSError when the disk is full; the checkpoints before stay as they are.
+    """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file(
-            {key: value.contiguous() for key, value in module.state_dict().items()},
-            partial / f"{name}.safetensors",
-        )
-    save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
-    hashes = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes, **info}, indent=1))
+    try:
+        for name, tensors in {**states, "optimizer": _optimizer_tensors(optimizer)}.items():
+            write_tensors(partial / f"{name}.safetensors", tensors)
+        hashes = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+        (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes, **info}, indent=1))
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
     for old in _checkpoints(folder)[:-keep]:
@@ -47,26 +57,69 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the newest checkpoint below ``folder`` in place; {} when there is none.
+def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copy the newest checkpoint below ``folder`` into ``states`` and optimizer; returns its info, {} without one.
 
-    Raises ValueError naming the file when one is missing or was altered.
+    Raises ValueError naming the file when one is missing, was altered, or is of another model.
     """
     found = _checkpoints(folder)
     if not found:
         return {}
     newest = found[-1]
-    info: dict[str, Any] = json.loads((newest / "state.json").read_text())
+    try:
+        info: dict[str, Any] = json.loads((newest / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {newest} has no readable state.json: {error}") from None
     for name, expected in info["sha256"].items():
         path = newest / name
         if not path.is_file():
-            raise ValueError(f"checkpoint {newest} lacks {name}")
+            raise ValueError(f"checkpoint {newest} lacks {name}; delete the folder to use the one before")
         if _sha256(path) != expected:
             raise ValueError(f"checkpoint file {path} was altered or is damaged; delete {newest} to use the one before")
-    for name, module in modules.items():
-        module.load_state_dict(load_file(newest / f"{name}.safetensors"))
+    for name, tensors in states.items():
+        read_tensors(newest / f"{name}.safetensors", tensors)
     _load_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
     return info
+
+
+def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, whole or not at all; OSError says where it failed and what space is left."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(_existing(path)).free
+        raise OSError(f"cannot write {path} ({free / 2**30:.1f} GiB are free there): {error}") from error
+
+
+@torch.no_grad()
+def read_tensors(path: Path, into: State) -> None:
+    """Copy a file's tensors into ``into``, in place; ValueError unless names and shapes are the same."""
+    found = load_file(path)
+    differing = sorted(
+        key
+        for key in found.keys() | into.keys()
+        if key not in found or key not in into or found[key].shape != into[key].shape
+    )
+    if differing:
+        raise ValueError(f"{path} is of another model: {', '.join(differing[:3])} differ, {len(differing)} in all")
+    for key, value in found.items():
+        into[key].copy_(value)
+
+
+def require_space(folder: Path, size: float, what: str) -> None:
+    """Raise OSError before long work when ``folder`` has no room for ``size`` bytes of ``what``."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < size:
+        raise OSError(f"{what} need {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -78,13 +131,11 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Per-parameter optimizer state, flattened to ``index.name``."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": torch.as_tensor(value).contiguous()
-        for index, entry in state.items()
-        for name, value in entry.items()
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

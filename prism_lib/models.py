@@ -8,6 +8,7 @@ function assumes four latent channels or a factor of eight.
 from __future__ import annotations
 
 import json
+import logging
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prism_lib import paths, prompts
+from prism_lib.parts import PARTS, refuse_pickles, replace_part
+
+logger = logging.getLogger(__name__)
 
 SHIPPED = "phantom-sd"
 
@@ -169,21 +173,24 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
 
 
-def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def load_pipeline(
+    name_or_path: str | Path = SHIPPED,
+    dtype: torch.dtype = torch.float32,
+    *,
+    unet: str | Path = "",
+    vae: str | Path = "",
+) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
-    The scheduler's betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as
-    every inversion here needs them. Only safetensors are read. A missing folder raises before anything is loaded.
+    ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
+    betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
+    here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
+    folder raises before anything is loaded.
     """
-    name = _locate(str(name_or_path))
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        name,
-        dtype=dtype,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
-    )
+    pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
+    for slot, source in (("unet", unet), ("vae", vae)):
+        if source:
+            replace_part(pipeline, slot, source)
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config,
         clip_sample=False,
@@ -197,6 +204,23 @@ def load_pipeline(name_or_path: str | Path = SHIPPED, dtype: torch.dtype = torch
     return pipeline
 
 
+def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A folder or hub id as it is; what the cache holds is not looked up again."""
+    wanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, local_files_only=True, **wanted
+        )
+    except OSError as absent:
+        if Path(name).is_dir():
+            raise
+        logger.info("%s is not cached whole (%s): downloading", name, absent)
+    try:
+        return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **wanted)
+    except OSError as error:
+        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
+
+
 def _locate(name: str) -> str:
     """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
     if name == SHIPPED:
@@ -207,6 +231,13 @@ def _locate(name: str) -> str:
         return str(folder)
     if name == SHIPPED:
         raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+    refuse_pickles(folder)
+    alone = [slot for slot in PARTS if (folder / slot).is_dir()]
+    if alone:
+        raise FileNotFoundError(
+            f"{folder} is no whole pipeline (no model_index.json) but has {' and '.join(alone)}: load the pipeline it "
+            f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
+        )
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
             f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"

@@ -61,7 +61,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     vae.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-    state = load_checkpoint(folder, {"vae": vae}, optimizer)
+    state = load_checkpoint(folder, {"vae": vae.state_dict()}, optimizer)
     if state and state["config"] != asdict(config):
         raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
     history: list[dict[str, float]] = state.get("history", [])
@@ -86,7 +86,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
                 logger.info("autoencoder %s", history[-1])
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 info = {"config": asdict(config), "history": history}
-                save_checkpoint(folder, step + 1, {"vae": vae}, optimizer, info)
+                save_checkpoint(folder, step + 1, {"vae": vae.state_dict()}, optimizer, info)
     vae.eval().to(memory_format=torch.contiguous_format)
     normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
     return history

@@ -1,17 +1,26 @@
-"""Fine-tuning: every sample once, and a resumed run that equals an uninterrupted one to the bit."""
+"""Fine-tuning: a resumed run that equals an uninterrupted one to the bit, and errors that say what to do."""
 
 import copy
 import json
-from dataclasses import replace
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from prism_lib import models, training
+from prism_lib import lock, models, monitoring, paths, training
+from prism_lib.checkpoints import write_tensors
+from prism_lib.loop import Run
 from prism_lib.training import FinetuneConfig
-from tests.tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -29,37 +38,103 @@ def config(phantom_folder, start, tmp_path):
     )  # fmt: skip
 
 
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+def assert_same_run(first, second):
+    """Weights, averages, optimizer, losses and the final pipeline, to the bit."""
+    newest = [sorted(Path(folder).glob("step-*"))[-1] for folder in (first, second)]
+    assert newest[0].name == newest[1].name
+    for name in ("unet", "ema", "optimizer"):
+        expected, found = (load_file(folder / f"{name}.safetensors") for folder in newest)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    weights = [load_file(Path(f) / "pipeline/unet/diffusion_pytorch_model.safetensors") for f in (first, second)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert monitoring.read_log(first).equals(monitoring.read_log(second))
 
 
-def checkpoint(output, name):
-    newest = sorted((output / "").glob("step-*"))[-1]
-    return load_file(newest / f"{name}.safetensors")
+def launched(config, processes):
+    """The command that notebook 02 prints, in its own process group."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "prism_lib.training", str(training.save_config(config)),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch):
-    whole = training.finetune(config)
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+# ------------------------------------------------------------------------------------------- to the bit
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_accumulation": 2}, {"lora_rank": 2, "mixed_precision": "bf16", "balance": "Cardiomegaly"}],
+    ids=["unet", "lora"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch, settings):
+    config = replace(config, **settings)
+    training.finetune(config)
     broken = replace(config, output=str(tmp_path / "broken"))
-    step = training._Run.train_step
+    step = Run.train_step
 
     def stop(self, index):
         if index == 5:
             raise KeyboardInterrupt  # between the checkpoints at 4 and 6
         return step(self, index)
 
-    monkeypatch.setattr(training._Run, "train_step", stop)
+    monkeypatch.setattr(Run, "train_step", stop)
     with pytest.raises(KeyboardInterrupt):
         training.finetune(broken)
-    monkeypatch.setattr(training._Run, "train_step", step)
-    resumed = training.finetune(broken)
-    for name in ("unet", "ema", "optimizer"):
-        expected, found = checkpoint(whole.parent, name), checkpoint(resumed.parent, name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
-    logs = [training.read_log(folder.parent) for folder in (whole, resumed)]
-    assert logs[0].equals(logs[1])
+    monkeypatch.setattr(Run, "train_step", step)
+    training.finetune(broken)
+    assert_same_run(config.output, broken.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "lora_rank"), [(1, 2), (2, 0)])
+def test_kill_9_in_mid_epoch_and_resume_changes_no_bit(config, tmp_path, processes, lora_rank):
+    # 30 training images: an epoch ends inside a batch, and the checkpoints lie inside epochs.
+    config = replace(config, steps=60, checkpoint_every=5, validation_every=20, sample_every=60, lora_rank=lora_rank)
+    finish(launched(config, processes))
+    killed = replace(config, output=str(tmp_path / "killed"))
+    process = launched(killed, processes)
+    deadline = time.monotonic() + 300
+    while not list(Path(killed.output).glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (Path(killed.output) / "pipeline").exists() and (Path(killed.output) / ".lock").exists()
+    finish(launched(killed, processes))
+    assert_same_run(config.output, killed.output)
+
+
+@pytest.mark.slow
+def test_the_notebook_launcher_runs_the_same_loop(config, tmp_path):
+    two = replace(config, steps=3)
+    finish(launched(two, 2))
+    from_notebook = replace(two, output=str(tmp_path / "notebook"))
+    code = f"from prism_lib import training; training.launch(training.FinetuneConfig(**{asdict(from_notebook)!r}), 2)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=paths.root(), timeout=300)
+    assert_same_run(two.output, from_notebook.output)
+
+
+def test_more_or_fewer_processes_cannot_continue_an_epoch(config):
+    training.finetune(config)
+    state = next(Path(config.output).glob("step-*6")) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"processes": 3}))
+    shutil.rmtree(Path(config.output) / "pipeline")
+    with pytest.raises(ValueError, match="trained by 3 processes and cannot be continued by 1"):
+        training.finetune(config)
+
+
+# ------------------------------------------------------------------------------------------- the result
 
 
 def test_the_result_is_a_pipeline_that_diffusers_loads(config):
@@ -71,108 +146,193 @@ def test_the_result_is_a_pipeline_that_diffusers_loads(config):
     assert torch.equal(*frozen) and not torch.equal(*learned)
     assert sorted(path.name for path in (folder.parent / "samples").iterdir()) == ["step-00000006.png"]
     assert training.finetune(config) == folder, "a finished run is not run again"
+    assert not (folder.parent / ".lock").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_sample_once_per_epoch(config, processes):
-    count, epochs = 30, 2
-    small = replace(config, batch_size=3)
-    cache = training.Cache(
-        torch.zeros(count, 2, 1, 2, 2),
-        torch.zeros(count, 1, dtype=torch.long),
-        torch.zeros(1, 2, 2),
-        ("",) * count,
+def test_adapters_are_merged_and_also_load_by_themselves(config):
+    folder = training.finetune(replace(config, lora_rank=2))
+    merged = StableDiffusionPipeline.from_pretrained(folder).unet
+    plain = StableDiffusionPipeline.from_pretrained(config.pipeline)
+    assert merged.state_dict().keys() == plain.unet.state_dict().keys()
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500, torch.randn(1, 77, 16)
+    before = plain.unet(*sample).sample
+    plain.load_lora_weights(folder.parent / "lora")
+    assert not torch.equal(plain.unet(*sample).sample, before)
+    torch.testing.assert_close(plain.unet(*sample).sample, merged(*sample).sample, atol=1e-5, rtol=1e-5)
+    changed = {key for key, value in merged.state_dict().items() if not torch.equal(value, models_unet(config)[key])}
+    assert changed and all(re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", key) for key in changed)
+
+
+def test_the_averaged_weights_follow_the_formula(config):
+    """EMA with warm-up (power 3/4): after one step the decay is 1 - 2^(-3/4) at most."""
+    config = replace(config, steps=2, checkpoint_every=1, warmup=0, ema_decay=0.3)
+    training.finetune(config)
+    one, two = (load_file(Path(config.output) / f"step-0000000{k}" / "unet.safetensors") for k in (1, 2))
+    averages = [load_file(Path(config.output) / f"step-0000000{k}" / "ema.safetensors") for k in (1, 2)]
+    decay = min(0.3, 1 - 2**-0.75)
+    for key in one:
+        assert torch.equal(averages[0][key], one[key]), "the first step replaces the start"
+        torch.testing.assert_close(averages[1][key], decay * averages[0][key] + (1 - decay) * two[key])
+
+
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"compile": True}], ids=["memory", "compile"])
+def test_ways_to_compute_the_same_give_the_same(config, tmp_path, monkeypatch, settings):
+    compiled = []
+
+    def compile_without_a_compiler(unet):
+        """Traced as ever, but run without the minutes that a C++ compiler takes."""
+        compiled.append(unet)
+        torch.nn.Module.compile(unet, backend="eager")
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile", compile_without_a_compiler)
+    config = replace(config, steps=2)
+    other = replace(config, output=str(tmp_path / "other"), **settings)
+    expected, found = (
+        load_file(training.finetune(one) / "unet/diffusion_pytorch_model.safetensors") for one in (config, other)
     )
-    steps = count * epochs // (small.batch_size * processes)
-    seen = [
-        row
-        for micro in range(steps + 1)
-        for rank in range(processes)
-        for row in training.draw_batch(cache, small, micro, rank, processes).rows.tolist()
-    ]
-    first, second = seen[:count], seen[count : 2 * count]
-    assert sorted(first) == sorted(second) == list(range(count))
-    assert first != second, "each epoch has its own order"
+    assert len(compiled) == ("compile" in settings)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], atol=2e-4, rtol=1e-3)
 
 
-def test_captions_are_dropped_as_often_as_asked(config):
-    cache = training.Cache(
-        torch.zeros(4, 2, 1, 1, 1),
-        torch.ones(4, 1, dtype=torch.long),
-        torch.tensor([[[0.0]], [[1.0]]]),
-        ("",) * 4,
-    )
-    many = replace(config, batch_size=2000, caption_dropout=0.25)
-    kept = training.draw_batch(cache, many, 0).embeddings.mean()
-    assert kept == pytest.approx(0.75, abs=0.03)
+def test_early_stop_keeps_the_weights_that_validated_best(config, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+    monkeypatch.setattr(Run, "validation_loss", lambda self: {"validation_loss": next(losses)})
+    config = replace(config, validation_every=1, checkpoint_every=1, early_stop=2, keep_checkpoints=9)
+    folder = training.finetune(config)
+    assert sorted(path.name[-1] for path in folder.parent.glob("step-*")) == ["1", "2", "3", "4"]
+    best = load_file(folder.parent / "step-00000002" / "ema.safetensors")
+    kept = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(best[key], kept[key]) for key in best)
+    shutil.rmtree(folder)
+    training.finetune(config)  # killed between the last step and the pipeline: no further validation
+    assert next(losses) == 1.0
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_zero_for_the_right_prediction(prediction):
-    scheduler = models.ddim_scheduler(prediction)
-    latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    timesteps = torch.tensor([10, 800])
-    truth = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-
-    class Oracle:
-        def __call__(self, *_, **__):
-            return type("Output", (), {"sample": truth})
-
-    args = (scheduler, latents, noise, timesteps, torch.zeros(2, 1, 1))
-    assert torch.equal(training.diffusion_loss(Oracle(), *args), torch.zeros(2))
-    truth = truth + 1
-    assert torch.allclose(training.diffusion_loss(Oracle(), *args), torch.ones(2), atol=1e-5)
+def test_a_shared_cache_is_where_it_was_asked_for(config, tmp_path):
+    training.finetune(replace(config, steps=1, cache=str(tmp_path / "shared")))
+    assert len(list((tmp_path / "shared").iterdir())) == 4
+    assert not (Path(config.output) / "cache").exists()
 
 
-def test_the_cache_is_reused_and_follows_the_autoencoder(config):
-    pipeline = tiny_pipeline()
-    first = training.build_cache(pipeline, config, "val")
-    files = set((training.Path(config.output) / "cache").iterdir())
-    again = training.build_cache(pipeline, config, "val")
-    assert torch.equal(first.moments, again.moments)
-    other = copy.deepcopy(pipeline)
-    other.vae = models.build_pipeline(models.tiny_config(), seed=9).vae
-    assert not torch.equal(training.build_cache(other, config, "val").moments, first.moments)
-    assert len(set((training.Path(config.output) / "cache").iterdir())) == len(files) + 1
+# ------------------------------------------------------------------------------------------- what goes wrong
 
 
 def test_a_loss_that_is_not_finite_names_the_files(config):
     pipeline = models.load_pipeline(config.pipeline)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0 for train/"):
+    with pytest.raises(FloatingPointError, match=r"loss is not finite at step 0 for train/"):
         training.finetune(config, pipeline)
-    listed = json.loads((training.Path(config.output) / "not-finite-step-0.json").read_text())
+    listed = json.loads((Path(config.output) / "not-finite-step-0.json").read_text())
     assert len(listed["files"]) == config.batch_size
 
 
-def test_another_configuration_needs_another_folder(config):
-    training._claim(training.Path(config.output), config)
-    with pytest.raises(ValueError, match="another learning_rate"):
-        training._claim(training.Path(config.output), replace(config, learning_rate=1.0))
+def test_a_gradient_that_is_not_finite_is_caught_before_it_spoils_the_weights(config):
+    pipeline = models.load_pipeline(config.pipeline)
+    pipeline.unet.conv_out.register_full_backward_hook(lambda *_: (torch.full((4, 8, 16, 16), torch.inf),))
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 0 for train/"):
+        training.finetune(config, pipeline)
 
 
-def test_a_damaged_checkpoint_is_refused(config):
-    training.finetune(config)
-    output = training.Path(config.output)
-    newest = sorted(output.glob("step-*"))[-1]
-    (newest / "ema.safetensors").write_bytes(b"damaged")
-    for path in sorted((output / "pipeline").rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    (output / "pipeline").rmdir()
-    with pytest.raises(ValueError, match=r"ema.safetensors was altered"):
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (
+            {},
+            'order: mixed_precision="bf16", gradient_checkpointing=True, batch_size=2 with gradient_accumulation=2',
+        ),
+        ({"gradient_checkpointing": True, "batch_size": 1, "lora_rank": 2}, 'order: mixed_precision="bf16"$'),
+    ],
+)
+def test_out_of_memory_says_what_helps(config, monkeypatch, settings, advice):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    with pytest.raises(MemoryError, match=advice):
+        training.finetune(replace(config, **settings))
+
+
+def test_two_runs_cannot_write_one_folder(config):
+    with lock.exclusive(Path(config.output)), pytest.raises(RuntimeError, match="in use by process"):
         training.finetune(config)
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("caption_dropout", 1.5), ("learning_rate", 0.0)])
+def test_another_configuration_needs_another_folder(config, tmp_path):
+    training.save_config(config)
+    with pytest.raises(ValueError, match="another learning_rate"):
+        training.finetune(replace(config, learning_rate=1.0))
+    moved = tmp_path / "moved"
+    shutil.copytree(config.output, moved)
+    training.save_config(replace(config, output=str(moved)))
+
+
+def test_a_damaged_checkpoint_is_refused(config):
+    folder = training.finetune(config)
+    write_tensors(folder.parent / "step-00000006" / "ema.safetensors", {"weight": torch.zeros(1)})
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"ema\.safetensors was altered"):
+        training.finetune(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0), ("caption_dropout", 1.5), ("learning_rate", 0.0), ("mixed_precision", "fp8"), ("lora_rank", -1),
+        ("optimizer", "sgd"), ("schedule", "sawtooth"), ("keep_checkpoints", 0),
+    ],
+)  # fmt: skip
 def test_settings_out_of_range_are_named(config, name, value):
     with pytest.raises(ValueError, match=name):
         replace(config, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"balance": "Edema"}, ValueError, "'Edema' is no label of .*; labels: No Finding, Cardiomegaly"),
+        ({"unet": "./nowhere"}, FileNotFoundError, "nowhere does not exist"),
+        ({"trackers": ("dvclive",)}, ImportError, "dvclive"),
+        ({"trackers": ("telepathy",)}, ValueError, "telepathy"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_encoded(config, settings, error, message):
+    with pytest.raises(error, match=message):
+        training.finetune(replace(config, **settings))
+    assert not (Path(config.output) / "cache").exists()
+
+
+def test_8_bit_adam_asks_for_bitsandbytes(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        training.finetune(replace(config, optimizer="adamw8bit"))
+
+
 def test_the_cluster_entry_point_reads_the_written_configuration(config, capsys):
-    path = training.Path(config.output)
-    training._claim(path, config)
-    assert training.main([str(path / "config.json")]) == 0
-    assert (path / "pipeline" / "model_index.json").is_file()
+    path = training.save_config(replace(config, trackers=["tensorboard"]))
+    assert training.load_config(path) == replace(config, trackers=("tensorboard",))
+    path.unlink()
+    assert training.main([str(training.save_config(config))]) == 0
+    assert (path.parent / "pipeline" / "model_index.json").is_file()
     assert training.main([]) == 2 and "CONFIG.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"), ('{"dataset": "a"}', "output"), ("{", "Expecting")],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json is no configuration.*{message}"):
+        training.load_config(path)
+
+
+def test_published_weights_are_trained_on(config, tmp_path):
+    published = copy.deepcopy(models.load_pipeline(config.pipeline).unet)
+    with torch.no_grad():
+        published.conv_in.bias.fill_(7.0)
+    write_tensors(tmp_path / "model.safetensors", published.state_dict())
+    folder = training.finetune(replace(config, steps=1, unet=str(tmp_path / "model.safetensors")))
+    assert models.load_pipeline(folder).unet.conv_in.bias.mean() == pytest.approx(7.0, abs=0.01)

@@ -1,0 +1,153 @@
+"""A U-Net or an autoencoder published apart from its pipeline, in the layouts that are found, loaded strictly.
+
+- a component folder: ``config.json`` beside ``diffusion_pytorch_model.safetensors``;
+- a folder with such components as ``unet/`` or ``vae/``, a whole pipeline or not (RoentGen, RadEdit);
+- a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part;
+- a Hugging Face hub id of any of these.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+
+
+def replace_part(pipeline: StableDiffusionPipeline, slot: str, source: str | Path) -> None:
+    """Put the "unet" or "vae" that ``source`` names into the pipeline.
+
+    Raises FileNotFoundError when nothing is there, ValueError for a pickle, for missing, unexpected or misshapen
+    tensors (all counted, the first few named), and for a part that does not fit the others of the pipeline.
+    """
+    place = _place(str(source), slot)
+    current = getattr(pipeline, slot)
+    if (place / "config.json").is_file():
+        part = _from_folder(PARTS[slot], place)
+    else:
+        part = _from_state_dict(current, place if place.is_file() else _only_file(place))
+    setattr(pipeline, slot, part.to(current.device, current.dtype))
+    _check_fit(pipeline, source)
+
+
+def refuse_pickles(path: Path) -> None:
+    """Raise ValueError for a file, or a folder with weights, in a format that can run code when it is read."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    if any(file.suffix == ".safetensors" or file.name == "model_index.json" for file in files):
+        return
+    for file in files:
+        if file.suffix in PICKLES:
+            raise ValueError(
+                f"{file} is a pickle, which can run code when it is read, and is never loaded. Convert it once: "
+                + _conversion(file)
+            )
+
+
+def _conversion(file: Path) -> str:
+    if file.suffix == ".ckpt":
+        return (
+            "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
+            f"--checkpoint_path {file} --to_safetensors --dump_path FOLDER, then load FOLDER"
+        )
+    return (
+        "import torch, safetensors.torch; "
+        f'safetensors.torch.save_file(torch.load("{file}", weights_only=True), "{file.with_suffix(".safetensors")}")'
+    )
+
+
+def _place(source: str, slot: str) -> Path:
+    """The component folder, plain folder or file that a source means, downloaded if it is nowhere yet."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
+            raise FileNotFoundError(f"{slot}: {source} does not exist")
+        path = Path(hub_folder(source, [f"{slot}/*", "*.safetensors", "config.json"]))
+    if path.is_dir() and (path / slot).is_dir():
+        path = path / slot
+    refuse_pickles(path)
+    return path
+
+
+def hub_folder(name: str, patterns: list[str]) -> str:
+    """The files of a hub id that match: from the cache where they are, else downloaded."""
+    try:
+        return str(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except OSError:
+        pass
+    try:
+        return str(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:
+        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise FileNotFoundError(f"{folder} has no config.json and not one .safetensors file (it has: {found})")
+    return files[0]
+
+
+def _from_folder(kind: Any, folder: Path) -> Any:
+    """A component folder; diffusers renames the attention weights of its early versions."""
+    part, report = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        output_loading_info=True,
+        low_cpu_mem_usage=False,  # with `ignore_mismatched_sizes` it makes the report complete
+        ignore_mismatched_sizes=True,
+    )
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    _check_keys(folder, report["missing_keys"], report["unexpected_keys"], misshapen)
+    return part
+
+
+def _from_state_dict(current: Any, file: Path) -> Any:
+    """A bare state dict in a copy of the pipeline's own part."""
+    tensors = load_file(file)
+    if any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise ValueError(
+            f"{file} is a checkpoint in the original layout of Stable Diffusion. Convert it once: python "
+            "convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) --from_safetensors "
+            f"--checkpoint_path {file} --to_safetensors --dump_path FOLDER, then load FOLDER"
+        )
+    for prefix in ("module.", "unet.", "vae."):  # as trainers wrap it
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    part = type(current).from_config(current.config)
+    own = part.state_dict()
+    misshapen = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+    _check_keys(file, own.keys() - tensors.keys(), tensors.keys() - own.keys(), misshapen)
+    part.load_state_dict(tensors)
+    return part
+
+
+def _check_keys(source: Path, missing: Any, unexpected: Any, misshapen: Any) -> None:
+    problems = []
+    for name, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            problems.append(f"{len(keys)} {name} ({some})")
+    if problems:
+        raise ValueError(f"{source} does not fit: of its tensors, {'; '.join(problems)}")
+
+
+def _check_fit(pipeline: StableDiffusionPipeline, source: str | Path) -> None:
+    """The parts of a pipeline must agree on latent channels and on the width of the text."""
+    unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
+    width = pipeline.text_encoder.config.hidden_size
+    if unet.in_channels != latent or unet.out_channels != latent:
+        raise ValueError(
+            f"{source} does not fit: the U-Net takes {unet.in_channels} channels and gives {unet.out_channels}, "
+            f"the autoencoder has {latent}"
+        )
+    if unet.cross_attention_dim != width:
+        raise ValueError(
+            f"{source} does not fit: the U-Net reads text of width {unet.cross_attention_dim}, "
+            f"the text encoder gives {width}"
+        )

@@ -1,0 +1,112 @@
+"""What a step sees: every sample once per epoch, captions dropped as asked, the loss by hand."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prism_lib import models, objective
+from prism_lib.cache import Cache
+from prism_lib.objective import DrawConfig, Order
+
+
+def blank_cache(count, captions=1):
+    return Cache(
+        torch.zeros(count, 2, 1, 2, 2),
+        torch.full((count, 1), captions - 1),
+        torch.arange(captions).float()[:, None, None],
+        tuple(f"{k}.png" for k in range(count)),
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("count", [30, 31])
+def test_every_sample_once_per_epoch(processes, count):
+    cache, order = blank_cache(count), Order(count, seed=0)
+    steps = -(-2 * count // (4 * processes))
+    seen = [
+        row
+        for micro in range(steps)
+        for rank in range(processes)
+        for row in objective.draw_batch(
+            cache, order, DrawConfig(4, 0.1, rank=rank, world=processes), micro
+        ).rows.tolist()
+    ]
+    first, second = seen[:count], seen[count : 2 * count]
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second, "each epoch has its own order"
+
+
+def test_an_order_can_be_entered_anywhere():
+    order = Order(7, seed=3)
+    stream = order.rows(0, 30).tolist()
+    for start in (29, 13, 6, 0):
+        assert Order(7, seed=3).rows(start, 1).item() == stream[start]
+        assert order.rows(start, 1).item() == stream[start]
+
+
+def test_balancing_draws_every_value_equally_often():
+    values = torch.tensor([1.0] * 5 + [0.0] * 90 + [float("nan")] * 105)
+    weights = objective.balancing_weights(values)
+    drawn = values[Order(len(values), 0, weights).rows(0, 6000)]
+    counts = Counter("blank" if value != value else value for value in drawn.tolist())
+    assert counts.keys() == {1.0, 0.0, "blank"}
+    assert all(count == pytest.approx(2000, abs=200) for count in counts.values())
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    cache = blank_cache(4, captions=2)
+    kept = objective.draw_batch(cache, Order(4, 0), DrawConfig(2000, 0.25), 0).embeddings.mean()
+    assert kept == pytest.approx(0.75, abs=0.03)
+
+
+def test_processes_and_steps_draw_their_own_noise():
+    cache, order = blank_cache(8), Order(8, 0)
+    config = DrawConfig(2, 0.0, world=2)
+    one = objective.draw_batch(cache, order, config, 0)
+    same = objective.draw_batch(cache, order, config, 0)
+    other = objective.draw_batch(cache, order, replace(config, rank=1), 0)
+    later = objective.draw_batch(cache, order, config, 1)
+    assert torch.equal(one.noise, same.noise)
+    assert not torch.equal(one.noise, other.noise) and not torch.equal(one.noise, later.noise)
+
+
+def test_validation_is_the_same_every_time_and_covers_all_timesteps():
+    cache = blank_cache(40)
+    first, again = (objective.validation_draws(cache, DrawConfig(4, 0.1, rank=1, world=3), 0, 20) for _ in range(2))
+    assert len(first) == 5
+    assert all(torch.equal(a.noise, b.noise) for a, b in zip(first, again, strict=True))
+    timesteps = torch.cat([draw.timesteps for draw in first])
+    assert sorted(timesteps.tolist()) == list(range(25, 1000, 50))
+    assert len(objective.validation_draws(blank_cache(2), DrawConfig(4, 0.1), 0, 128)) == 1
+
+
+def test_losses_fall_into_their_bins():
+    losses, timesteps = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 199, 999])
+    assert objective.by_timestep(losses, timesteps, 1000) == {"t0_199": 2.0, "t800_999": 5.0}
+
+
+class Oracle:
+    """A U-Net that predicts one thing, whatever it is shown."""
+
+    def __init__(self, prediction):
+        self.prediction = prediction
+
+    def __call__(self, *_, **__):
+        return type("Output", (), {"sample": self.prediction})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_zero_for_the_right_prediction_and_min_snr_weights_it(prediction):
+    scheduler = models.ddim_scheduler(prediction)
+    latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    timesteps = torch.tensor([10, 800])
+    truth = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    args = (scheduler, latents, noise, timesteps, torch.zeros(2, 1, 1))
+    assert torch.equal(objective.diffusion_loss(Oracle(truth), *args), torch.zeros(2))
+    assert torch.allclose(objective.diffusion_loss(Oracle(truth + 1), *args), torch.ones(2), atol=1e-5)
+    alpha = scheduler.alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
+    assert torch.allclose(objective.diffusion_loss(Oracle(truth + 1), *args, snr_gamma=5.0), expected, rtol=1e-4)

@@ -30,6 +30,7 @@ from prism_lib.classifier import (
 from prism_lib.editing import EditConfig, edit, stack
 from prism_lib.inversion import invert
 from prism_lib.prompts import Edit
+from prism_lib.results import Timer
 
 # Measured per image where the true counterfactual is known.
 TRUTH_METRICS = (
@@ -85,7 +86,10 @@ def judge_auc(judge: Judge | None, folder: str | Path, split: str = "test") -> d
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image."""
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
+
+    ``seconds`` is what inversion and edit took, without reading and measuring.
+    """
 
     edit: Edit
     table: pd.DataFrame
@@ -96,6 +100,7 @@ class Evaluation:
     mask: Tensor
     truth: Tensor | None
     truth_mask: Tensor | None
+    seconds: float = 0.0
 
     def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The first images for a sheet: factual, edited, and truth where it is known."""
@@ -125,14 +130,16 @@ def evaluate_edit(
     method: str = "direct",
     num_inference_steps: int = 50,
     judge: Judge | None = None,
+    mask: str = "auto",
 ) -> Evaluation:
-    """Invert, edit and measure the images of ``cases`` (rows of a prepared table)."""
+    """Invert, edit and measure the images of ``cases`` (rows of a prepared table); ``mask`` is "auto" or "off"."""
     images = datasets.read_images(folder, cases)
     pairs = prompt_pairs(folder, cases, change)
-    inversion = invert(
-        pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps
-    )
-    results = edit(pipe, inversion, pairs, config)
+    with Timer() as timer:
+        inversion = invert(
+            pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps
+        )
+        edited = edit(pipe, inversion, pairs, config, mask=mask)
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = datasets.true_counterfactual(folder, cases, change) if change.attributes else None
     truth, truth_mask = known if known is not None else (None, None)
@@ -140,12 +147,13 @@ def evaluate_edit(
         change,
         cases[["file_name", "patient_id"]].copy(),
         images,
-        stack(results),
-        stack(results, "raw"),
-        stack(results, "reconstruction"),
-        stack(results, "mask"),
+        stack(edited),
+        stack(edited, "raw"),
+        stack(edited, "reconstruction"),
+        stack(edited, "mask"),
         truth,
         truth_mask,
+        timer.seconds,
     )
     columns = _appearance(evaluation)
     if truth is not None:
@@ -246,16 +254,17 @@ def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, float]:
     """
     table, summary = evaluation.table, {"images": float(len(evaluation.table))}
     for name in table.columns.drop(["file_name", "patient_id", "p_before", "p_after", "flipped"], errors="ignore"):
-        summary |= _interval(name, table[name], table["patient_id"], seed)
+        summary |= interval(name, table[name], table["patient_id"], seed)
     if "flipped" in table:
         can_flip = (table["p_before"] < 0.5) == bool(evaluation.edit.add)
         summary["flip_denominator"] = float(can_flip.sum())
         if can_flip.any():
-            summary |= _interval("flip_rate", table.loc[can_flip, "flipped"], table.loc[can_flip, "patient_id"], seed)
+            summary |= interval("flip_rate", table.loc[can_flip, "flipped"], table.loc[can_flip, "patient_id"], seed)
     return summary
 
 
-def _interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> dict[str, float]:
+def interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> dict[str, float]:
+    """Mean of a column with its bootstrap interval over patients, or alone where there is one patient."""
     if patients.nunique() < 2:
         return {name: float(values.mean())}
     rows = torch.tensor(values.to_numpy(dtype=float))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -176,6 +177,88 @@ def dot_plot(
         axis.set_ylim(len(values) - 0.5, -0.5)
         axis.set(xlabel=xlabel, title=title)
     return figure
+
+
+def grouped_dots(
+    values: Mapping[str, Mapping[str, tuple[float, float, float]]], *, xlabel: str, ylabel: str = "", title: str = ""
+) -> Figure:
+    """A block per outer name, a row per inner one, ``(estimate, low, high)``; a colour and mark per inner name."""
+    names = list(dict.fromkeys(name for block in values.values() for name in block))
+    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    marks = dict(zip(names, "osD^vPX*<>" * (1 + len(names) // 10), strict=False))
+    with _style():
+        rows = sum(len(block) for block in values.values()) + len(values)
+        figure, axis = plt.subplots(figsize=(4.8, 0.16 * rows + 1.6), layout="constrained")
+        row, ticks = 0, {}
+        for group, block in values.items():
+            ticks[row + (len(block) - 1) / 2] = group.replace("_", " ")
+            for name, (estimate, low, high) in block.items():
+                label = name.replace("_", " ") if group == next(iter(values)) else None
+                axis.hlines(row, low, high, color=palette[name], linewidth=1.5, alpha=0.6)
+                axis.plot(estimate, row, marks[name], color=palette[name], label=label)
+                row += 1
+            row += 1
+        axis.set_yticks(list(ticks), list(ticks.values()))
+        axis.set_ylim(row - 1.2, -0.8)
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    return figure
+
+
+def pareto(
+    values: Mapping[str, tuple[float, float, float, float]], *, xlabel: str, ylabel: str = "", title: str = ""
+) -> Figure:
+    """A point per name, ``(cost, error, low, high)``, both better when small; a line joins those that nothing beats.
+
+    Costs are drawn on a logarithmic axis. Names stand beside the points of the front, the others are in gray.
+    """
+    front, best = [], float("inf")
+    for name, (_, error, _, _) in sorted(values.items(), key=lambda item: item[1][:2]):
+        if error < best:
+            front.append(name)
+            best = error
+    color = sns.color_palette("colorblind")[0]
+    with _style():
+        figure, axis = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
+        for name, (cost, error, low, high) in values.items():
+            shade = color if name in front else "0.7"
+            axis.vlines(cost, low, high, color=shade, linewidth=1, alpha=0.5)
+            axis.plot(cost, error, "o", color=shade)
+        axis.plot(*zip(*(values[name][:2] for name in front), strict=True), color=color, linewidth=1)
+        for name in front:
+            axis.annotate(
+                name.replace("_", " "), values[name][:2], xytext=(4, 4), textcoords="offset points", fontsize="x-small"
+            )
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
+    return figure
+
+
+def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "") -> Figure:
+    """A band per name, with a coloured cell for each step: which of a few states holds when."""
+    states = list(dict.fromkeys(state for row in rows.values() for state in row))
+    palette = dict(zip(states, sns.color_palette("colorblind", len(states)), strict=True))
+    with _style():
+        figure, axis = plt.subplots(figsize=(6.0, 0.35 * len(rows) + 1.0), layout="constrained")
+        for place, row in enumerate(rows.values()):
+            for step, state in enumerate(row, 1):
+                axis.barh(place, 0.94, left=step - 0.5, height=0.7, color=palette[state])
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set(xlabel=xlabel, title=title)
+        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[state]) for state in states]
+        figure.legend(handles, states, frameon=False, loc="outside upper right", ncols=len(states))
+    return figure
+
+
+KINDS = {"dots": dot_plot, "grouped": grouped_dots, "curves": curves, "pareto": pareto}
+
+
+def draw(kind: str, values: Mapping[str, Any], xlabel: str, ylabel: str = "") -> Figure:
+    """A drawing that is given as data (`redraw.Drawing`): one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of drawing {kind!r}; known: {', '.join(KINDS)}")
+    labels = {"xlabel": xlabel} if kind == "dots" else {"xlabel": xlabel, "ylabel": ylabel}
+    return KINDS[kind](values, **labels)
 
 
 def save_figure(

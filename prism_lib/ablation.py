@@ -1,0 +1,172 @@
+"""What each setting of the editor is worth: quality against the true counterfactual, and seconds, variant by variant.
+
+`vary` turns a base setting and lists of values into variants, `measure` edits the same images with each of them, and
+`summarise` gives the numbers of a record. `schedule` writes out, step by step, whose attention an edit uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from prism_lib.ddim import Schedule
+from prism_lib.editing import EditConfig
+from prism_lib.evaluation import Evaluation, Judge, evaluate_edit, interval
+from prism_lib.prompts import Edit
+
+# Columns of `evaluation` that a variant is summarised by, where they are known.
+COLUMNS = (
+    "true_error_ratio",
+    "cpg",
+    "flipped",
+    "side_effect_rate",
+    "identity_l1",
+    "reconstruction_l1",
+    "mask_recall",
+    "latent_outside_l1_ratio",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to edit; `mask` is "auto" or "off" (the raw decode, nothing put back into the input)."""
+
+    method: str = "direct"
+    num_inference_steps: int = 50
+    edit: EditConfig = field(default_factory=EditConfig)
+    mask: str = "auto"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A variant's evaluations, one per edit, and the rows its U-Net calls had per image."""
+
+    variant: Variant
+    evaluations: tuple[Evaluation, ...]
+    unet_evaluations: float
+
+    @property
+    def images(self) -> int:
+        """How many images were edited, over all edits."""
+        return sum(len(evaluation.table) for evaluation in self.evaluations)
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Seconds of inversion and edit, for one image and one edit."""
+        return sum(evaluation.seconds for evaluation in self.evaluations) / self.images
+
+
+def vary(base: Variant, **values: Sequence[Any]) -> dict[str, Variant]:
+    """Every combination of the values of some fields of `Variant` or of its `EditConfig`, by name.
+
+    `vary(base, self_replace_steps=[0, 0.4])` gives "self_replace_steps 0" and "self_replace_steps 0.4".
+    """
+    own = {item.name for item in fields(Variant)} - {"edit"}
+    known = own | {item.name for item in fields(EditConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    variants = {}
+    for combination in itertools.product(*values.values()):
+        chosen = dict(zip(values, combination, strict=True))
+        edit = replace(base.edit, **{name: value for name, value in chosen.items() if name not in own})
+        variant = replace(base, edit=edit, **{name: value for name, value in chosen.items() if name in own})
+        variants[", ".join(f"{name} {_short(value)}" for name, value in chosen.items())] = variant
+    return variants
+
+
+def measure(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: Mapping[Edit, pd.DataFrame],
+    variants: Mapping[str, Variant],
+    judge: Judge | None = None,
+) -> dict[str, Measurement]:
+    """Edit the images of `cases` (edit -> rows of a prepared table) with every variant.
+
+    Variants that come up twice, as the base does in every study, are measured once.
+    """
+    if not cases or not variants:
+        raise ValueError(f"need at least one edit and one variant, got {len(cases)} and {len(variants)}")
+    done: dict[str, Measurement] = {}
+    for variant in tqdm({repr(variant): variant for variant in variants.values()}.values(), desc="variants"):
+        with counted_rows(pipe.unet) as rows:
+            evaluations = tuple(
+                evaluate_edit(
+                    pipe,
+                    folder,
+                    rows_of_edit,
+                    edit,
+                    variant.edit,
+                    method=variant.method,
+                    num_inference_steps=variant.num_inference_steps,
+                    judge=judge,
+                    mask=variant.mask,
+                )
+                for edit, rows_of_edit in cases.items()
+            )
+        images = sum(map(len, cases.values()))
+        done[repr(variant)] = Measurement(variant, evaluations, sum(rows) / images)
+    return {name: done[repr(variant)] for name, variant in variants.items()}
+
+
+@contextmanager
+def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
+    """Rows of every forward call of a U-Net inside the block: one row is one evaluation; gradients do not count."""
+    rows: list[int] = []
+    handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def summarise(measured: Mapping[str, Measurement], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Per variant: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations."""
+    summary = {}
+    for name, measurement in measured.items():
+        table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
+        values = {"images": float(len(table))}
+        for column in COLUMNS:
+            if column in table and table[column].notna().all():
+                values |= interval(column, table[column], table["patient_id"], seed)
+        values["seconds_per_image"] = measurement.seconds_per_image
+        values["unet_evaluations"] = measurement.unet_evaluations
+        summary[name] = values
+    return summary
+
+
+def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
+    """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
+
+    Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
+    "source" or "own"; `local_blend`, whether latents far from the edit's words return to the source.
+    """
+    levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
+    cross, own = (
+        round(share * num_inference_steps) for share in (config.cross_replace_steps, config.self_replace_steps)
+    )
+    steps = range(num_inference_steps)
+    return pd.DataFrame(
+        {
+            "timestep": [levels.timesteps[num_inference_steps - step] for step in steps],
+            "cross": ["source" if step < cross else "own" for step in steps],
+            "self": ["source" if step < own else "own" for step in steps],
+            "local_blend": [
+                config.local_blend and step / num_inference_steps >= config.local_blend_start for step in steps
+            ],
+        },
+        index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,131 @@
+"""Variants are what their names say, on the same images; the schedule is the one the editor follows."""
+
+import pytest
+import torch
+
+from prism_lib import ablation, evaluation, plotting
+from prism_lib.ablation import Variant, measure, summarise, vary
+from prism_lib.attention import Controller
+from prism_lib.editing import EditConfig, edit
+from prism_lib.inversion import invert
+from prism_lib.prompts import Edit
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+
+BASE = Variant(num_inference_steps=2)
+REMOVE_DEVICES, ADD_HEART = Edit(remove=("Support Devices",)), Edit(add=("Cardiomegaly",))
+
+
+@pytest.fixture(scope="module")
+def cases(phantom_folder):
+    return {edit: evaluation.choose_cases(phantom_folder, edit, 2) for edit in (REMOVE_DEVICES, ADD_HEART)}
+
+
+@pytest.fixture(scope="module")
+def measured(phantom_folder, cases):
+    variants = vary(BASE, method=["direct", "ddim"]) | {"base": BASE} | vary(BASE, mask=["off"])
+    return measure(tiny_pipeline(), phantom_folder, cases, variants)
+
+
+def test_variants_are_all_combinations_by_name():
+    variants = vary(BASE, self_replace_steps=[0.0, 0.5], cross_replace_steps=[0.25], mask=["off"])
+    assert list(variants) == [
+        "self_replace_steps 0, cross_replace_steps 0.25, mask off",
+        "self_replace_steps 0.5, cross_replace_steps 0.25, mask off",
+    ]
+    second = list(variants.values())[1]
+    assert second == Variant("direct", 2, EditConfig(self_replace_steps=0.5, cross_replace_steps=0.25), "off")
+
+
+def test_an_unknown_setting_or_a_bad_value_is_named():
+    with pytest.raises(ValueError, match="unknown setting gidance; known: "):
+        vary(BASE, gidance=[1])
+    with pytest.raises(ValueError, match="self_replace_steps is 2"):
+        vary(BASE, self_replace_steps=[2.0])
+
+
+def test_a_variant_is_its_own_evaluation(phantom_folder, cases, measured):
+    alone = evaluation.evaluate_edit(
+        tiny_pipeline(), phantom_folder, cases[ADD_HEART], ADD_HEART, EditConfig(), method="ddim", num_inference_steps=2
+    )
+    (_, found) = measured["method ddim"].evaluations
+    assert torch.equal(found.edited, alone.edited)
+    assert found.table.equals(alone.table)
+
+
+def test_the_base_is_measured_once(measured):
+    assert measured["base"] is measured["method direct"]
+    assert measured["base"] is not measured["mask off"]
+
+
+def test_without_a_mask_the_raw_decode_is_measured(measured):
+    off, base = measured["mask off"].evaluations[0], measured["base"].evaluations[0]
+    assert torch.equal(off.edited, base.raw)
+    assert not torch.equal(off.edited, base.edited)
+
+
+def test_evaluations_are_counted_by_row(measured):
+    # Two steps of inversion, and two steps with source, negative and target.
+    assert measured["base"].unet_evaluations == 2 + 2 * 3
+    assert measured["base"].images == 4
+    assert measured["base"].seconds_per_image > 0
+
+
+def test_the_summary_is_the_mean_over_all_images(measured):
+    summary = summarise(measured)
+    tables = [e.table for e in measured["base"].evaluations]
+    expected = sum(table["true_error_ratio"].sum() for table in tables) / 4
+    assert summary["base"]["true_error_ratio"] == pytest.approx(expected)
+    assert summary["base"]["true_error_ratio_low"] <= expected <= summary["base"]["true_error_ratio_high"]
+    assert summary["base"]["images"] == 4 and "cpg" not in summary["base"]
+
+
+def test_nothing_to_measure_is_an_error(phantom_folder, cases):
+    with pytest.raises(ValueError, match="got 2 and 0"):
+        measure(tiny_pipeline(), phantom_folder, cases, {})
+
+
+@pytest.mark.parametrize(("cross", "own"), [(0.0, 0.0), (0.3, 0.7), (1.0, 0.5), (0.25, 0.1)])
+def test_the_schedule_is_what_the_editor_does(monkeypatch, cross, own):
+    steps, pipe = 5, tiny_pipeline()
+    config = EditConfig(cross_replace_steps=cross, self_replace_steps=own)
+    seen = {}
+    original = Controller.edits_cross, Controller.injects_self
+
+    def edits_cross(self):
+        seen.setdefault(self.step, {})["cross"] = original[0](self)
+        return original[0](self)
+
+    def injects_self(self, queries):
+        seen.setdefault(self.step, {})["self"] = original[1](self, queries)
+        return original[1](self, queries)
+
+    monkeypatch.setattr(Controller, "edits_cross", edits_cross)
+    monkeypatch.setattr(Controller, "injects_self", injects_self)
+    timesteps = []
+    inversion = invert(pipe, tiny_images(1), [REMOVE.source], num_inference_steps=steps)
+    edit(pipe, inversion, [REMOVE], config, callback=lambda index, timestep, latents: timesteps.append(timestep))
+    table = ablation.schedule(config, pipe, steps)
+    assert table["timestep"].tolist() == timesteps
+    for name in ("cross", "self"):
+        assert [state == "source" for state in table[name]] == [seen[step][name] for step in range(steps)]
+
+
+def test_the_schedule_says_when_blending_starts():
+    table = ablation.schedule(EditConfig(local_blend=True, local_blend_start=0.4), tiny_pipeline(), 5)
+    assert table["local_blend"].tolist() == [False, False, True, True, True]
+    assert not ablation.schedule(EditConfig(), tiny_pipeline(), 5)["local_blend"].any()
+
+
+def test_the_front_is_what_nothing_beats():
+    points = {"a": (1, 0.9, 0.8, 1), "b": (2, 0.5, 0.4, 0.6), "c": (3, 0.6, 0.5, 0.7), "d": (9, 0.1, 0, 0.2)}
+    (axis,) = plotting.pareto(points, xlabel="seconds").axes
+    assert [text.get_text() for text in axis.texts] == ["a", "b", "d"]
+    front = max(axis.lines, key=lambda line: len(line.get_xdata()))
+    assert list(front.get_xdata()) == [1, 2, 9]
+
+
+def test_a_timeline_has_a_cell_for_each_step():
+    (axis,) = plotting.timeline({"cross": ["source", "own"], "self": ["own", "own"]}, xlabel="step").axes
+    assert len(axis.patches) == 4
+    colors = [patch.get_facecolor() for patch in axis.patches]
+    assert colors[0] != colors[1] == colors[2] == colors[3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,26 @@ HEADLINES: dict[str, str] = {
     "identity_l1": "identity L1 ↓",
 }
 
+# The same for the training sets of `classifiers`.
+CLASSIFIERS: dict[str, str] = {
+    "worst_group_accuracy": "worst-group accuracy ↑",
+    "worst_group_gain": "gain over as is ↑",
+    "accuracy": "accuracy ↑",
+    "equalised_odds_difference": "equalised-odds difference ↓",
+    "calibration_error": "calibration error ↓",
+}
+
 
 def quality_table(record: Mapping[str, Any]) -> str:
     """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals."""
     rows = record["metrics"]
-    frame = results.table(rows, drawn(record))
-    lines = ["| edit | " + " | ".join(frame.columns) + " |", "|---" * (len(frame.columns) + 1) + "|"]
-    for edit, cells in frame.iterrows():
-        lines.append(f"| {str(edit).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
     images = sorted({int(values["images"]) for values in rows.values()})
     source = (
         f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
     )
-    return "\n".join([*lines, "", f"{source}, {record['seconds']:.0f} s in all."]) + "\n"
+    return (
+        f"{results.markdown(results.table(rows, drawn(record)), 'edit')}\n{source}, {record['seconds']:.0f} s in all.\n"
+    )
 
 
 def drawn(record: Mapping[str, Any]) -> dict[str, str]:
@@ -54,19 +61,75 @@ def intervals(record: Mapping[str, Any], metric: str) -> dict[str, tuple[float, 
     return found
 
 
+def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
+    """Variant -> (seconds per image, error to the truth, low, high), of the variants that have both."""
+    errors = intervals({"metrics": metrics}, "true_error_ratio")
+    return {name: (metrics[name]["seconds_per_image"], *error) for name, error in errors.items()}
+
+
+def by_strength(metrics: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Strength -> training set -> (mean, low, high) of the worst group's accuracy, of a `classifiers` record."""
+    blocks = {name: block for name, block in metrics.items() if name.startswith("strength_")}
+    return {
+        name.replace("strength_", "D_"): intervals({"metrics": block}, "worst_group_accuracy")
+        for name, block in blocks.items()
+    }
+
+
+def classifiers_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of a `classifiers` record at its greatest strength: a row per training set."""
+    metrics, study = record["metrics"], record["parameters"]["study"]
+    strength = max(study["strengths"])
+    rows = results.table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
+    source = (
+        f"{study['target']} where {study['shortcut']} goes with it in {strength:.0%} of {study['images']} training "
+        f"images; {study['added']} images added; {len(study['seeds'])} seeds. "
+        f"{record['device']}, commit {record['commit'][:10]}, {record['seconds']:.0f} s."
+    )
+    if "gap_closed" in metrics:
+        source += f" PRISM closes {metrics['gap_closed']:.0%} of the gap to true counterfactuals."
+    return f"{results.markdown(rows, 'training set')}\n{source}\n"
+
+
+def require_one_source(records: Sequence[Mapping[str, Any]], fields: Sequence[str] = ("dataset", "commit")) -> None:
+    """Raise ValueError, by name, if records that are to stand in one table differ in data set or commit."""
+    for field in fields:
+        if len({record[field] for record in records}) > 1:
+            found = ", ".join(f"{record['name']}: {record[field]}" for record in records)
+            raise ValueError(f"records of more than one {field} cannot be mixed into one table: {found}")
+
+
+def section(dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
+    """The README's results from the records that are there; each table says which commit it is from."""
+    quality = results.load_record("counterfactual_quality", dataset, figures_dir)
+    judge = results.load_record("judge", dataset, figures_dir)
+    require_one_source([quality, judge])
+    reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
+    text = quality_table(quality) + f"\nThe judge's AUC on held-out images: {reading or 'no judge'}.\n"
+    if (paths.figures(dataset, figures_dir) / "classifiers.json").is_file():
+        text += "\n" + classifiers_table(results.load_record("classifiers", dataset, figures_dir))
+    return text
+
+
 def update_readme(path: str | os.PathLike[str], dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
     """The README's results from the records; returns the section.
 
     ``path`` is below the checkout, and '' writes nothing. Neither do records of a trial: only those that are
     committed, in ``figures/<dataset>``, reach the README.
     """
-    section = quality_table(results.load_record("counterfactual_quality", dataset, figures_dir))
-    judge = results.load_record("judge", dataset, figures_dir)["metrics"]["auc"]
-    reading = ", ".join(f"{label} {value:.4f}" for label, value in judge.items())
-    section += f"\nThe judge's AUC on held-out renders: {reading}.\n"
+    text = section(dataset, figures_dir)
     if str(path) and paths.figures(dataset, figures_dir) == paths.figures(dataset):
-        replace_between(paths.root() / path, "results", section)
-    return section
+        replace_between(paths.root() / path, "results", text)
+    return text
+
+
+def between(path: Path, name: str) -> str:
+    """What stands between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    content = path.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{path} needs exactly one {begin.strip()} and one {end}")
+    return content.split(begin)[1].split(end)[0]
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

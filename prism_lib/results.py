@@ -162,6 +162,8 @@ def missing_metrics(name: str, metrics: Mapping[str, Any]) -> list[str]:
 def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> pd.DataFrame:
     """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` with its bounds if it has any, empty if missing.
 
+    Two decimals, and two digits of what is smaller than that shows.
+
     Args:
         columns: metric name to heading, in the order to show.
     """
@@ -169,12 +171,26 @@ def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
 
 
+def markdown(text: pd.DataFrame, corner: str = "") -> str:
+    """A table of text as Markdown, with its row names and a dash in empty cells; ``corner`` heads the row names."""
+    lines = [f"| {corner} | " + " | ".join(map(str, text.columns)) + " |", "|---" * (len(text.columns) + 1) + "|"]
+    for row, cells in text.iterrows():
+        lines.append(f"| {str(row).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _cell(values: Mapping[str, float], metric: str) -> str:
     if metric not in values:
         return ""
     bounds = [values.get(f"{metric}_{end}") for end in ("low", "high")]
-    interval = f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if None not in bounds else ""
-    return f"{values[metric]:.2f}{interval}"
+    interval = f" ({_number(bounds[0])} to {_number(bounds[1])})" if None not in bounds else ""
+    return f"{_number(values[metric])}{interval}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2g}" if 0 < abs(value) < 0.095 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def commit() -> str:

@@ -159,6 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="another setting: split, model, method, num_inference_steps, bits, guidance_scale, ...",
     )  # fmt: skip
     verbs.add_parser("profiles", help="list the profiles")
+    figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
+    figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
+    figures.add_argument("dataset", nargs="*", metavar="DATASET", help="folders below figures/ (default: all)")
     verbs.add_parser("doctor", help="check this machine: versions, device, weights, write access, disk")
     return parser
 
@@ -171,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in available_profiles():
                 print(f"{name:<10} {load_profile(name).description}")
             return 0
+        if options.verb == "figures":
+            return _check_figures(options.dataset)
         if options.verb == "doctor":
             from prism_lib import doctor  # it imports torch's device and every version
 
@@ -200,6 +205,26 @@ def _generate(options: argparse.Namespace) -> int:
         return 1
     print(f"{bulk.MANIFEST} in {options.out} has a row for each", flush=True)
     return 0
+
+
+def _check_figures(datasets: Sequence[str]) -> int:
+    """Report what in ``figures/`` and the README does not follow from the records; 1 if anything does not."""
+    from prism_lib import redraw  # it imports torch
+
+    folder = paths.root() / "figures"
+    readme = paths.root() / "README.md"
+    found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
+    problems = []
+    for dataset in found:
+        try:
+            problems += redraw.check(dataset, readme=readme if dataset == "phantom" else None)
+        except ValueError as error:
+            problems.append(str(error))
+    for problem in problems:
+        print(problem)
+    again = f"{len(problems)} problems; `prism run PROFILE --only 06` writes all of it anew"
+    print(f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}")
+    return 1 if problems else 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ A group is 2 target + shortcut: `GROUPS`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -136,6 +137,25 @@ def additions(rows: pd.DataFrame, config: StudyConfig) -> list[tuple[pd.DataFram
                 )
             asked.append((sources.head(config.added // 4), Edit(**{verb: (label,)})))
     return asked
+
+
+def group_counts(rows: pd.DataFrame, config: StudyConfig) -> dict[str, int]:
+    """How many rows each group has."""
+    member = groups(rows, config.target, config.shortcut)
+    return {name: int((member == group).sum()) for group, name in enumerate(GROUPS)}
+
+
+def examples(
+    folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: StudyConfig, count: int = 1
+) -> tuple[Tensor, list[str]]:
+    """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles."""
+    panels, titles = [], []
+    for chosen, edit in additions(rows, config):
+        some = chosen.head(count)
+        columns = [datasets.read_images(folder, some), *(source(some, edit) for source in sources.values())]
+        panels.append(torch.stack([_resized(images, config.size) for images in columns], dim=1).flatten(0, 1))
+        titles += ["original", *(f"{name}: {edit.key}".replace("_", " ") for name in sources)] * len(some)
+    return torch.cat(panels), titles
 
 
 def load_images(folder: Folder, rows: pd.DataFrame, config: StudyConfig) -> TrainingSet:

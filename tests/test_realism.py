@@ -27,9 +27,8 @@ def test_fid_of_scaled_features_is_the_difference_of_deviations():
 def test_kid_is_zero_in_the_mean_for_one_distribution_and_grows_with_distance():
     features = gaussian(400)
     same = realism.kid(features, gaussian(400, seed=1))
-    assert abs(same) < 0.02
     near, far = (realism.kid(features, gaussian(400, shift, seed=1)) for shift in (0.5, 1.0))
-    assert 0.1 < near < far
+    assert 5 * abs(same) < near < far
     assert near == realism.kid(features, gaussian(400, 0.5, seed=1)), "seeded"
 
 

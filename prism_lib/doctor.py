@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,49 +13,94 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+import torch
+
 from prism_lib import paths, results
 
 WEIGHTS = "phantom-sd"
 FREE_GB = 5.0
+MEMORY_GB = 4.0
+_IMPORT_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report; a failed check that is not required is a warning."""
+    """One line of the report, and what to do where it failed; one that is not required is a warning."""
 
     name: str
     ok: bool
     detail: str
+    remedy: str = ""
     required: bool = True
 
 
 def report(show: Callable[[str], None]) -> int:
-    """Show every check and return 1 if a required one failed, else 0."""
+    """Show every check, with its remedy where it failed, and return 1 if a required one did, else 0."""
     failed = False
     for check in checks():
         failed |= check.required and not check.ok
         verdict = "ok" if check.ok else "FAILED" if check.required else "note"
-        show(f"{verdict:<7} {check.name:<9} {check.detail}")
+        show(f"{verdict:<7} {check.name:<11} {check.detail}")
+        if not check.ok and check.remedy:
+            show(f"{'':<7} {'':<11} -> {check.remedy}")
     return int(failed)
 
 
 def checks() -> Iterator[Check]:
     """The checks, one by one."""
-    yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0])
+    yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
     yield _versions()
     yield Check("device", True, results.device())
-    index = paths.weights() / WEIGHTS / "model_index.json"
-    yield Check("weights", index.is_file(), str(index.parent) if index.is_file() else f"no {index}")
-    for name, folder in {"runs": paths.runs(), "figures": paths.root() / "figures"}.items():
+    yield _memory()
+    yield _torchvision()
+    yield _weights()
+    for name, folder in {"data": paths.data(), "runs": paths.runs(), "figures": paths.root() / "figures"}.items():
         yield _writable(name, folder)
     free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
-    yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", required=False)
+    remedy = "free some, or let PRISM_RUNS and PRISM_DATA name folders on a larger disk"
+    yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", remedy, required=False)
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available / 1e9
+    detail = f"{free:.0f} GB free, {MEMORY_GB:.0f} wanted"
+    if torch.cuda.is_available():
+        on_device, total = (size / 1e9 for size in torch.cuda.mem_get_info())
+        detail += f"; GPU {on_device:.0f} of {total:.0f} GB free"
+    remedy = "shut down other kernels, or pass smaller batches"
+    return Check("memory", free >= MEMORY_GB, detail, remedy, required=False)
+
+
+def _torchvision() -> Check:
+    """A torchvision built for another torch breaks every package that looks for one; PRISM needs none."""
+    if importlib.util.find_spec("torchvision") is None:
+        return Check("torchvision", True, "not installed, and not needed")
+    try:
+        # In a process of its own: a broken one can take the interpreter down.
+        subprocess.run(
+            [sys.executable, "-c", "import torchvision"], check=True, capture_output=True, timeout=_IMPORT_SECONDS
+        )
+    except (subprocess.SubprocessError, OSError):
+        remedy = f"{sys.executable} -m pip uninstall torchvision"
+        return Check(
+            "torchvision", False, f"installed, but cannot be imported beside torch {torch.__version__}", remedy
+        )
+    return Check("torchvision", True, "installed and whole; PRISM does not need it")
+
+
+def _weights() -> Check:
+    index = paths.weights() / WEIGHTS / "model_index.json"
+    if index.is_file():
+        return Check("weights", True, str(index.parent))
+    remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
+    return Check("weights", False, f"no {index}", remedy)
 
 
 def _versions() -> Check:
     lock = paths.root() / "requirements.lock"
     if not lock.is_file():
-        return Check("versions", False, f"no {lock}", required=False)
+        return Check("versions", False, f"no {lock}", "install from a checkout to compare them", required=False)
     pinned = dict(
         line.split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line and line[0] != "#"
     )
@@ -66,9 +113,10 @@ def _versions() -> Check:
             continue
         if found != wanted:
             other.append(f"{package} {found} rather than {wanted}")
+    remedy = f"{sys.executable} -m pip install --requirement {lock.name}"
     if missing:
-        return Check("versions", False, f"not installed: {', '.join(missing)}")
-    return Check("versions", not other, ", ".join(other) or f"all {len(pinned)} as locked", required=False)
+        return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)
+    return Check("versions", not other, ", ".join(other) or f"all {len(pinned)} as locked", remedy, required=False)
 
 
 def _writable(name: str, folder: Path) -> Check:
@@ -78,7 +126,8 @@ def _writable(name: str, folder: Path) -> Check:
         with tempfile.TemporaryFile(dir=place):
             return Check(name, True, str(folder))
     except OSError as error:
-        return Check(name, False, f"{place} cannot be written: {os.strerror(error.errno or 0)}")
+        remedy = f"PRISM_{name.upper()} can name another folder" if name != "figures" else "take another checkout"
+        return Check(name, False, f"{place} cannot be written: {os.strerror(error.errno or 0)}", remedy)
 
 
 def _existing(folder: Path) -> Path:

@@ -16,9 +16,11 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 
 from prism_lib import models, plotting, results, views
+from prism_lib.gallery import Case, Fault, sentence
+from prism_lib.outcomes import Outcome
 from prism_lib.panels import STYLE, EditPanel, Line, SettingsPanel, SourcePanel, heading
 from prism_lib.result_panel import ResultPanel
-from prism_lib.study import Case, Fault, Outcome, Study, sentence
+from prism_lib.study import Study
 
 
 def explore(

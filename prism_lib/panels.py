@@ -15,9 +15,11 @@ from typing import Any
 import ipywidgets as widgets
 
 from prism_lib import imagefolder, paths
+from prism_lib.gallery import Case, sentence
 from prism_lib.inversion import METHODS
+from prism_lib.labels import label_state
 from prism_lib.recipe import Recipe
-from prism_lib.study import SWEEPS, Case, Study, sentence
+from prism_lib.study import SWEEPS, Study
 from prism_lib.uploads import ACCEPT
 
 MAX_CHOICES = 500  # of images in one list
@@ -34,7 +36,8 @@ STYLE = """<style>
 .prism table { border-collapse: collapse; line-height: 1.5; }
 .prism td, .prism th { padding: 1px 10px 1px 0; text-align: left; font-variant-numeric: tabular-nums; }
 .prism pre { white-space: pre-wrap; margin: 4px 0; font-size: 12px; user-select: all; }
-.prism img { background: #000; }
+.prism img { background: #000; border: 1px solid var(--jp-border-color2, #8888); }
+.prism-state { white-space: nowrap; opacity: .85; padding-left: 6px; }
 </style>"""
 
 
@@ -79,7 +82,7 @@ class SourcePanel(Panel):
     def __init__(self, study: Study, opened: Callable[[Case], None], seed: int, patient: int) -> None:
         self._study, self._opened = study, opened
         self.kind = widgets.ToggleButtons(
-            options=["phantom", "prepared folder", "own file"],
+            options=["phantom", "folder", "own file"],
             tooltips=["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"],
             style={"button_width": "104px"},
         )
@@ -104,7 +107,7 @@ class SourcePanel(Panel):
             wide.layout = NARROW
         self._forms = {
             "phantom": widgets.VBox([self.patient, self.seed]),
-            "prepared folder": widgets.VBox([self.folder, self.row]),
+            "folder": widgets.VBox([self.folder, self.row]),
             "own file": widgets.VBox([self.upload, self.path]),
         }
         self._form = widgets.VBox([self._forms["phantom"]])
@@ -124,7 +127,7 @@ class SourcePanel(Panel):
         self._form.children = [self._forms[self.kind.value]]
         if self.kind.value == "phantom":
             self.open_phantom()
-        elif self.kind.value == "prepared folder" and not self.row.options:
+        elif self.kind.value == "folder" and not self.row.options:
             self._list_folder()
 
     def _folder(self) -> Path:
@@ -167,8 +170,8 @@ class EditPanel(Panel):
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
         for label, phrase in self._study.vocab.phrases.items():
-            known = case.labels.get(label)
-            verbs = ["remove", "add"] if known is None else ["remove" if known == 1 else "add"]
+            known = label_state(label, case.labels.get(label))
+            verbs = ["remove", "add"] if known is None else ["remove" if known else "add"]
             for verb in verbs:
                 self.buttons[verb, label] = widgets.ToggleButton(
                     description=f"{verb} {phrase}", tooltip=f"press to {verb} {phrase}", layout={"width": "190px"}
@@ -242,8 +245,20 @@ class SettingsPanel(Panel):
             tooltip="where the edit may show; all other pixels stay the input's own, bit for bit",
         )
         size = study.size
-        self.rows = widgets.IntRangeSlider(value=(size // 4, 3 * size // 4), min=0, max=size, description="rows")
-        self.columns = widgets.IntRangeSlider(value=(size // 4, 3 * size // 4), min=0, max=size, description="columns")
+        self.rows = widgets.IntRangeSlider(
+            value=(size // 4, 3 * size // 4),
+            min=0,
+            max=size,
+            description="rows",
+            tooltip="top and bottom of the rectangle, in pixels",
+        )
+        self.columns = widgets.IntRangeSlider(
+            value=(size // 4, 3 * size // 4),
+            min=0,
+            max=size,
+            description="columns",
+            tooltip="left and right of the rectangle, in pixels",
+        )
         self.mask_file = widgets.FileUpload(
             accept=ACCEPT, description="upload mask", tooltip="an image, white where the edit may show"
         )
@@ -297,6 +312,6 @@ def _slider(name: str, value: float, low: float, high: float, step: float, toolt
 
 def _state(case: Case, label: str) -> str:
     """What is known of a label and what the judge reads, in a few words."""
-    known = {1.0: "present", 0.0: "absent"}.get(case.labels.get(label, -1.0) or 0.0 if label in case.labels else -1.0)
-    read = f"judge reads {case.readings[label]:.2f}" if label in case.readings else ""
-    return f'<span class="prism-note">{", ".join(filter(None, (known, read)))}</span>'
+    known = {True: "present", False: "absent", None: ""}[label_state(label, case.labels.get(label))]
+    read = f"judge {case.readings[label]:.2f}" if label in case.readings else ""
+    return f'<span class="prism-state">{", ".join(filter(None, (known, read)))}</span>'

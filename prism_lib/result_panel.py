@@ -10,10 +10,11 @@ import ipywidgets as widgets
 import numpy as np
 
 from prism_lib import views
+from prism_lib.gallery import Case
+from prism_lib.outcomes import Outcome
 from prism_lib.panels import Line, Panel
-from prism_lib.study import Case, Outcome
 
-PICTURE = "300px"
+LARGE, SMALL = "400px", "188px"
 
 
 class ResultPanel(Panel):
@@ -25,27 +26,29 @@ class ResultPanel(Panel):
         self._after: np.ndarray | None = None
         self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
         self.compare, self.difference, self.mask = (
-            widgets.Image(format="png", layout={"width": PICTURE, "height": PICTURE}) for _ in range(3)
+            widgets.Image(format="png", layout={"width": side, "height": side}) for side in (LARGE, SMALL, SMALL)
         )
         self.share = widgets.FloatSlider(
-            value=1.0, min=0, max=1, step=0.01, readout=False, description="original",
-            tooltip="slide from the original to the counterfactual", layout={"width": PICTURE},
-            style={"description_width": "58px"},
+            value=1.0, min=0, max=1, step=0.01, readout=False, layout={"flex": "1 1 auto"},
+            tooltip="slide from the original to the counterfactual",
         )  # fmt: skip
+        self.share.add_class("prism-slider")
         self.mode = widgets.ToggleButtons(
             options=list(views.MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
         )
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
+        ends = [widgets.Label("original"), self.share, widgets.Label("counterfactual")]
+        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
+        small = [
+            widgets.Label("difference: red brighter, blue darker"),
+            self.difference,
+            widgets.Label("where the edit may show"),
+            self.mask,
+        ]
         pictures = widgets.HBox(
-            [
-                widgets.VBox([widgets.Label("original | counterfactual"), self.compare, self.share, self.mode]),
-                widgets.VBox([widgets.Label("difference: red brighter, blue darker"), self.difference]),
-                widgets.VBox([widgets.Label("edit mask"), self.mask]),
-            ],
+            [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)],
             layout={"flex_flow": "row wrap"},
         )
-        for column in pictures.children:
-            column.layout.margin = "0 12px 0 0"
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
         self.share.observe(self._draw, "value")
         self.mode.observe(self._draw, "value")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib import imagefolder, metrics, models, novelty, outcomes, phantom
-from prism_lib.classifier import predict
+from prism_lib import metrics, models, novelty, outcomes, phantom
 from prism_lib.editing import Counterfactual
 from prism_lib.evaluation import Judge, load_judge
+from prism_lib.gallery import Case, Fault, Gallery, sentence
 from prism_lib.inversion import Callback, Inversion
-from prism_lib.labels import Labels, Vocabulary, label_state, vocabulary
-from prism_lib.outcomes import Outcome, upload_path
+from prism_lib.labels import Vocabulary, label_state, vocabulary
+from prism_lib.outcomes import Outcome
 from prism_lib.prompts import Edit
-from prism_lib.recipe import Recipe, image_size, load_image, phantom_patient
-from prism_lib.uploads import read_upload
+from prism_lib.recipe import Recipe, phantom_patient
 
 logger = logging.getLogger(__name__)
 
@@ -39,41 +38,11 @@ SWEEPS: Mapping[str, tuple[float, ...]] = {
 Progress = Callable[[float], None]
 
 
-class Fault(ValueError):
-    """A sentence for the person at the screen, and the control it belongs to."""
-
-    def __init__(self, control: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.control = control
-
-
 class CancelledError(Exception):
     """The run was cancelled between two steps."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """An image (1, 1, H, W) to edit: its name in a `Recipe`, what is known of it, and how unusual it is.
-
-    `labels` are 1, 0 or missing; `readings` the judge's probabilities; `novelty` the score of `prism_lib.novelty`.
-    """
-
-    name: str
-    title: str
-    image: Tensor
-    labels: Labels
-    readings: Mapping[str, float]
-    novelty: float | None
-
-    def state(self, label: str) -> bool | None:
-        """Whether a label is present: as it is known, else as the judge reads it, else None."""
-        known = label_state(label, self.labels.get(label))
-        if known is None and label in self.readings:
-            return self.readings[label] >= 0.5
-        return known
-
-
-class Study:
+class Study(Gallery):
     """One session: a model, the image at hand, and every counterfactual made so far."""
 
     def __init__(
@@ -85,82 +54,18 @@ class Study:
         reference: novelty.Reference | None = None,
         mode: str = "L",
     ) -> None:
-        self.mode = mode
-        self.pipe, self.model, self.judge, self.reference = pipe, model, judge, reference
-        self.vocab = vocab or vocabulary("phantom")
-        self.size = image_size(pipe)
-        self.case: Case | None = None
+        super().__init__(pipe, model, judge, vocab, reference, mode)
         self.history: list[list[Outcome]] = []
-        self._masks: dict[str, Tensor] = {}
+        self.running = False
         self._inversions: dict[tuple[str, ...], Inversion] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.running = False
 
     @classmethod
     def load(cls, model: str = models.SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Study:
         """A study of a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
         pipe = models.load_pipeline(model)
         return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
-
-    # --- images ------------------------------------------------------------------------------------
-
-    def open_phantom(self, seed: int, index: int) -> Case:
-        """A phantom patient, whose labels are known."""
-        name = f"phantom:{seed}/{index}"
-        labels = phantom_patient(name).labels().to_dict("records")[0]
-        known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
-        return self._open(name, f"phantom patient {index} of population {seed}", load_image(name, self.size, self.mode), known)
-
-    def open_row(self, folder: Path, file_name: str) -> Case:
-        """An image of a prepared folder, with the labels of its table."""
-        table, info = imagefolder.load_table(folder), imagefolder.load_info(folder)
-        rows = table[table["file_name"] == file_name]
-        if rows.empty:
-            raise Fault("image", f"{folder} has no image {file_name}.")
-        name = f"file:{Path(folder).resolve() / file_name}"
-        return self._open(name, file_name, load_image(name, self.size, self.mode), _known(rows.iloc[0], info["labels"]))
-
-    def open_file(self, path: str) -> Case:
-        """An image file of this machine, whose labels nobody gave."""
-        name = f"file:{Path(path).expanduser().resolve()}"
-        return self._open(name, Path(path).name, load_image(name, self.size, self.mode), {})
-
-    def open_upload(self, name: str, content: bytes) -> Case:
-        """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
-        image = read_upload(name, content, self.size, self.mode)
-        return self._open(f"file:{upload_path(image)}", name, image, {})
-
-    def upload_mask(self, name: str, content: bytes) -> str:
-        """A mask from a file, white where the edit may show; returns its name in a recipe."""
-        image = read_upload(name, content, self.size)
-        reference = f"file:{upload_path(image)}"
-        self._masks[reference] = image
-        return reference
-
-    def _open(self, name: str, title: str, image: Tensor, labels: Labels) -> Case:
-        models.check_images(image, models.image_factor(self.pipe.vae))
-        readings: dict[str, float] = {}
-        if self.judge is not None:
-            readings = dict(zip(self.judge.labels, predict(self.judge.model, _gray(image))[0].tolist(), strict=True))
-        score = None
-        if self.reference is not None:
-            score = self.reference.scores(novelty.log_errors(self.pipe, image)).item()
-        self.case = Case(name, title, image, labels, readings, score)
-        return self.case
-
-    @property
-    def notice(self) -> str:
-        """What should be said of the image at hand: that it is unlike what the model knows, or nothing."""
-        case, reference = self.case, self.reference
-        if case is None or reference is None or case.novelty is None or not reference.is_new(case.novelty):
-            return ""
-        return (
-            f"This image is unlike those that {self.model} was trained on (distance {case.novelty:.0f}, "
-            f"{reference.share:.0%} of its own kind stay below {reference.threshold:.1f}): do not read anything into "
-            f"the counterfactual. Load a model trained on such images, for example one from 02_finetuning: "
-            f'explore("my-run/pipeline").'
-        )
 
     # --- edits -------------------------------------------------------------------------------------
 
@@ -306,7 +211,7 @@ class Study:
             inversion = recipe.invert(self.pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
-        mask = self._masks.get(recipe.mask) if isinstance(recipe.mask, str) else None
+        mask = self.masks.get(recipe.mask) if isinstance(recipe.mask, str) else None
         mask = None if mask is None else (mask > 0.5).float()
         result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
         return Outcome(recipe, edit, result, self._scores(case, edit, result), self.notice)
@@ -315,9 +220,7 @@ class Study:
         """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
-        if self.judge is not None:
-            after = predict(self.judge.model, _gray(image))[0].tolist()
-            scores |= {f"reads {label}": value for label, value in zip(self.judge.labels, after, strict=True)}
+        scores |= {f"reads {label}": value for label, value in self.readings(image).items()}
         if case.name.startswith("phantom:") and edit.attributes and set(edit.attributes) <= set(phantom.ATTRIBUTES):
             truth, changed = phantom.counterfactual(phantom_patient(case.name), self.size, **edit.attributes)
             if bool(changed.any()):
@@ -326,12 +229,12 @@ class Study:
 
     def code(self, outcome: Outcome) -> str:
         """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
-        outcomes.keep_uploads(outcome, self._masks)
+        outcomes.keep_uploads(outcome, self.masks)
         return outcome.recipe.code()
 
     def save(self, outcome: Outcome) -> Path:
         """Write image, original, mask, difference and record into a folder below PRISM_RUNS, and return it."""
-        outcomes.keep_uploads(outcome, self._masks)
+        outcomes.keep_uploads(outcome, self.masks)
         return outcomes.save(outcome)
 
     def undo(self) -> list[Outcome]:
@@ -339,21 +242,3 @@ class Study:
         if self.history:
             self.history.pop()
         return self.history[-1] if self.history else []
-
-
-def _gray(image: Tensor) -> Tensor:
-    return image.mean(1, keepdim=True)
-
-
-def sentence(error: BaseException) -> str:
-    """An exception as one sentence for a person: its first line, without a traceback."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "There is not enough memory for this: close other notebooks or take a smaller model."
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = lines[0].strip()
-    return said[:1].upper() + said[1:] + ("" if said.endswith((".", "!", "?")) else ".")
-
-
-def _known(row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, float]:
-    """The labels of a table's row that are known: 1 or 0."""
-    return {label: float(row[label]) for label in labels if row[label] in (0, 1)}

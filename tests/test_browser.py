@@ -122,7 +122,7 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     assert counterfactual != original
     _look(page, "2_done")
 
-    handle = explorer.locator(".widget-slider", has_text="original").locator(".noUi-handle")
+    handle = explorer.locator(".prism-slider .noUi-handle")
     handle.focus()
     for _ in range(12):
         page.keyboard.press("PageDown")

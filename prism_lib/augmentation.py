@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 
 from prism_lib import datasets, monitoring
 from prism_lib.cases import prompt_pairs
-from prism_lib.editing import EditConfig, edit, stack
+from prism_lib.editing import EditConfig, stack
+from prism_lib.evaluation import edit_images
 from prism_lib.imagefolder import Folder
-from prism_lib.inversion import invert
 from prism_lib.models import encode_prompts
 from prism_lib.prompts import Edit
 
@@ -46,9 +46,8 @@ def counterfactuals(
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         pairs, images = prompt_pairs(folder, rows, change), datasets.read_images(folder, rows)
-        prompts = [pair.source for pair in pairs]
-        inversion = invert(pipe, images, prompts, method=method, num_inference_steps=num_inference_steps)
-        return _gray(stack(edit(pipe, inversion, pairs, config)))
+        how = {"method": method, "num_inference_steps": num_inference_steps}
+        return _gray(stack(edit_images(pipe, images, pairs, config, **how)))
 
     return source
 

@@ -27,9 +27,9 @@ from prism_lib.classifier import (
     save_classifier,
     train_classifier,
 )
-from prism_lib.editing import EditConfig, edit, stack
+from prism_lib.editing import Counterfactual, EditConfig, edit, stack
 from prism_lib.inversion import invert
-from prism_lib.prompts import Edit
+from prism_lib.prompts import Edit, PromptPair
 from prism_lib.results import Timer
 
 # Measured per image where the true counterfactual is known.
@@ -120,6 +120,24 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
+def edit_images(
+    pipe: StableDiffusionPipeline,
+    images: Tensor,
+    pairs: Sequence[PromptPair],
+    config: EditConfig,
+    *,
+    mask: str = "auto",
+    batch_size: int = 8,
+    **how: Any,
+) -> list[Counterfactual]:
+    """Abduction, action and prediction: invert images under their source prompts and edit them by their pairs.
+
+    ``batch_size`` is the inversion's, ``how`` what else `inversion.invert` takes (method, num_inference_steps).
+    """
+    inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
+    return edit(pipe, inversion, pairs, config, mask=mask)
+
+
 def evaluate_edit(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
@@ -135,11 +153,9 @@ def evaluate_edit(
     """Invert, edit and measure the images of ``cases`` (rows of a prepared table); ``mask`` is "auto" or "off"."""
     images = datasets.read_images(folder, cases)
     pairs = prompt_pairs(folder, cases, change)
+    how = {"method": method, "num_inference_steps": num_inference_steps}
     with Timer() as timer:
-        inversion = invert(
-            pipe, images, [pair.source for pair in pairs], method=method, num_inference_steps=num_inference_steps
-        )
-        edited = edit(pipe, inversion, pairs, config, mask=mask)
+        edited = edit_images(pipe, images, pairs, config, mask=mask, **how)
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = datasets.true_counterfactual(folder, cases, change) if change.attributes else None
     truth, truth_mask = known if known is not None else (None, None)
@@ -176,18 +192,12 @@ def batch_difference(
     """Largest difference of any pixel between editing up to four images one by one and all in one batch."""
     some = cases.head(4)
     images, pairs = datasets.read_images(folder, some), prompt_pairs(folder, some, change)
-    outcomes = []
-    for size in (1, len(some)):
-        inversion = invert(
-            pipe,
-            images,
-            [pair.source for pair in pairs],
-            method=method,
-            num_inference_steps=num_inference_steps,
-            batch_size=size,
-        )
-        outcomes.append(stack(edit(pipe, inversion, pairs, replace(config, batch_size=size))))
-    return float((outcomes[0] - outcomes[1]).abs().max())
+    how = {"method": method, "num_inference_steps": num_inference_steps}
+    single, whole = (
+        stack(edit_images(pipe, images, pairs, replace(config, batch_size=size), batch_size=size, **how))
+        for size in (1, len(some))
+    )
+    return float((single - whole).abs().max())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:

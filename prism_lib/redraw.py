@@ -170,7 +170,9 @@ def _quality(record: Mapping[str, Any]) -> list[Drawing]:
 
 def _classifiers(record: Mapping[str, Any]) -> list[Drawing]:
     values = report.by_strength(record["metrics"])
-    return [Drawing("classifiers", record["name"], "grouped", values, "worst-group accuracy", "shortcut strength")]
+    return [
+        Drawing("classifiers", record["name"], "grouped", values, "worst-group accuracy", "target and shortcut agree")
+    ]
 
 
 def _pareto(record: Mapping[str, Any]) -> list[Drawing]:

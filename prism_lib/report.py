@@ -71,7 +71,7 @@ def by_strength(metrics: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, 
     """Strength -> training set -> (mean, low, high) of the worst group's accuracy, of a `classifiers` record."""
     blocks = {name: block for name, block in metrics.items() if name.startswith("strength_")}
     return {
-        name.replace("strength_", "D_"): intervals({"metrics": block}, "worst_group_accuracy")
+        name.replace("strength_", "") + " %": intervals({"metrics": block}, "worst_group_accuracy")
         for name, block in blocks.items()
     }
 

@@ -148,13 +148,16 @@ def group_counts(rows: pd.DataFrame, config: StudyConfig) -> dict[str, int]:
 def examples(
     folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: StudyConfig, count: int = 1
 ) -> tuple[Tensor, list[str]]:
-    """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles."""
+    """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles.
+
+    The original's title is the edit.
+    """
     panels, titles = [], []
     for chosen, edit in additions(rows, config):
         some = chosen.head(count)
         columns = [datasets.read_images(folder, some), *(source(some, edit) for source in sources.values())]
         panels.append(torch.stack([_resized(images, config.size) for images in columns], dim=1).flatten(0, 1))
-        titles += ["original", *(f"{name}: {edit.key}".replace("_", " ") for name in sources)] * len(some)
+        titles += [name.replace("_", " ") for name in (edit.key, *sources)] * len(some)
     return torch.cat(panels), titles
 
 

@@ -27,7 +27,7 @@ def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):
     images = source(rows, REMOVE)
     assert images.shape == (3, 1, 32, 32)
     single = source(rows.iloc[1:2], REMOVE)
-    torch.testing.assert_close(images[1:2], single, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images[1:2], single, atol=1e-3, rtol=0)
 
 
 def test_a_sample_depends_on_its_name_and_not_on_its_neighbours(phantom_folder, rows):

@@ -69,7 +69,7 @@ def test_what_06_writes_passes_the_check(folder, tmp_path):
     assert redraw.check("phantom", readme=readme) == []
     drawn = json.loads((folder / "plots" / "classifiers.json").read_text())
     assert drawn["record"] == "classifiers" and drawn["commit"] == "c0ffee"
-    assert drawn["values"]["D_100"]["prism"] == pytest.approx([0.7, 0.6, 0.7])
+    assert drawn["values"]["100 %"]["prism"] == pytest.approx([0.7, 0.6, 0.7])
     assert (folder / "plots" / "classifiers.pdf").is_file()
     assert "| prism | 0.70 (0.60 to 0.70) |" in readme.read_text()
     assert runner.main(["figures", "--check"]) == 0

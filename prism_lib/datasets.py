@@ -26,6 +26,7 @@ __all__ = [
     "PrepareConfig",
     "edit_examples",
     "editable",
+    "label_counts",
     "load_info",
     "load_table",
     "prepare",
@@ -54,6 +55,20 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> tupl
     config = info["config"]
     patients = phantom.sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"])
     return phantom.counterfactual(patients, config["size"], **edit.attributes)
+
+
+def label_counts(folder: Folder, when: str = "after", split: str = "train") -> pd.DataFrame:
+    """How often each label of a split is present, absent, uncertain and not mentioned, as `dataset.json` has it.
+
+    "blank, not absent" is the share of those neither present nor uncertain that nobody said were absent. `when` is
+    "before" (as the source has them) or "after" (as they are stored).
+    """
+    splits = load_info(folder)["counts"][when]
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+    counts = pd.DataFrame(splits[split]["labels"]).T
+    blank = counts["not mentioned"] / (counts["not mentioned"] + counts["absent"])
+    return counts.assign(**{"blank, not absent": blank})
 
 
 @dataclass(frozen=True)

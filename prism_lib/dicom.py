@@ -59,14 +59,14 @@ def read(path: Path, keywords: Sequence[str] = ()) -> Film:
             warnings.simplefilter("ignore")  # pydicom's remarks on values that break the standard but can be read
             data = pydicom.dcmread(path)
             _check(data)
-            levels = _levels(data)
+            fields = {keyword: _text(data.get(keyword)) for keyword in keywords}
+            return Film(_levels(data), _spacing(data), fields)
     except InvalidDicomError:
         raise ValueError("not a DICOM file") from None
-    except NotImplementedError as error:
-        raise ValueError(f"unsupported DICOM: {error}") from None
-    except (OSError, EOFError, RuntimeError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ValueError(f"unreadable DICOM: {' '.join(str(error).split())}") from None
-    return Film(levels, _spacing(data), {keyword: _text(data.get(keyword)) for keyword in keywords})
+    except ValueError:
+        raise
+    except Exception as error:  # pydicom's parsers raise whatever a damaged header leads them to
+        raise ValueError(f"unreadable DICOM: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def _check(data: Dataset) -> None:

@@ -202,4 +202,4 @@ def _artefacts(names: pd.Series, data_root: Path) -> pd.DataFrame:
     refuse_names(table, path, "image")
     values = {label: label_values(table[label], path, label) for label in there.values()}
     by_name = pd.DataFrame(columns | values, index=table.index).set_index(stems(table["source_file"]))
-    return by_name.reindex(names).set_index(names.index)
+    return by_name.reindex(names.str.removesuffix("_downsampled")).set_index(names.index)

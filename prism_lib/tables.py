@@ -80,17 +80,17 @@ def refuse_names(table: pd.DataFrame, path: Path, column: str, key: str = "sourc
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
     """Text as 1, 0, -1 (uncertain) or NaN (blank); any other value is an error."""
-    known = {"": np.nan}
-    for text in column.unique():
-        try:
-            known.setdefault(text, float(text))
-        except ValueError:
-            known[text] = np.inf
+    known = {"": np.nan} | {text: _number(text) for text in column.unique() if text}
     values = column.map(known).astype(float)
-    refuse(~(values.isin((1, 0, -1)) | values.isna()), column, path, f"label {label!r} is not 1, 0, -1 or blank")
-    nan_text = values.isna() & (column != "")  # "nan" is a number to Python
-    refuse(nan_text, column, path, f"label {label!r} is not 1, 0, -1 or blank")
+    refuse(~values.isin((1, 0, -1)) & (column != ""), column, path, f"label {label!r} is not 1, 0, -1 or blank")
     return values
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.inf
 
 
 def ages(column: pd.Series) -> pd.Series:

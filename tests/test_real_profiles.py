@@ -1,0 +1,74 @@
+"""The profiles of real data sets, run as a user runs them, on a few random images in the exact published format."""
+
+import json
+import os
+import subprocess
+import sys
+
+import formats
+import pytest
+from tiny import tiny_pipeline
+
+from prism_lib import imagefolder, paths
+from prism_lib.profiles import load_profile
+
+SECONDS = 300
+SMALL = {
+    "SIZE": 32,
+    "WORKERS": 2,
+    "STEPS": 2,
+    "BATCH_SIZE": 2,
+    "GRADIENT_ACCUMULATION": 1,
+    "WARMUP": 1,
+    "EVERY": 2,
+    "MIXED_PRECISION": "no",
+    "IMAGES_PER_EDIT": 1,
+    "SHEET_ROWS": 1,
+}
+
+
+def nih(root):
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"]
+    for patient in range(24):
+        findings = ["No Finding", "Cardiomegaly|Effusion", "Effusion", "Cardiomegaly"][patient % 4]
+        formats.save(formats.noise(patient), root / "images_001" / "images" / f"{patient:08d}_000.png")
+        rows.append(f"{patient:08d}_000.png,{findings},0,{patient},{40 + patient},M,PA")
+    formats.write_lines(root / "Data_Entry_2017_v2020.csv", rows)
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+@pytest.mark.parametrize(
+    ("profile", "write", "channels"),
+    [
+        ("chexpert", lambda root: formats.chexpert(root / "chexpert", patients=40), 1),
+        ("isic", lambda root: formats.isic2019(root / "isic2019"), 3),
+        ("nih", lambda root: nih(root / "nih"), 1),
+    ],
+    ids=["chexpert", "isic", "nih"],
+)
+def test_profile_runs_on_data_in_the_published_format(profile, write, channels, tmp_path):
+    write(tmp_path / "data")
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    small = SMALL | {"MODEL": tmp_path / "tiny"}
+    overrides = [word for name, value in small.items() for word in ("-p", name, str(value))]
+    notebooks = ["--only", "01", "02", "03"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "prism_lib.runner", "run", profile, *notebooks, *overrides],
+        env=os.environ
+        | {"PRISM_RUNS": str(tmp_path / "runs"), "PRISM_DATA": str(tmp_path / "data"), "PYTHONPATH": str(paths.root())},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    section = load_profile(profile).sections["01_data"]
+    folder = tmp_path / "data" / section["OUTPUT"]
+    table = imagefolder.load_table(folder)
+    assert imagefolder.read_images(folder, table).shape[1:] == (channels, 32, 32)
+    assert table.groupby("patient_id")["split"].nunique().max() == 1
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("figures/*.json")}
+    assert {"data", "finetuning", "counterfactual_quality"} <= records.keys()
+    assert records["data"]["metrics"]["unseen_edit_words"] == 0
+    edits = set(load_profile(profile).sections["03_counterfactuals"]["EDITS"])
+    assert set(records["counterfactual_quality"]["metrics"]) == edits

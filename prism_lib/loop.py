@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class Run:
     start: int
     best: float  # lowest validation loss
     stale: int  # validations since
-
-    clock: float = field(default_factory=time.perf_counter)
+    timed: int = 0  # steps since the last row of the log
+    seconds: float = 0.0  # that they took, without validation, samples and checkpoints
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps with a progress bar on the main process."""
@@ -72,7 +72,6 @@ class Run:
             desc="fine-tuning",
             disable=not self.accelerator.is_local_main_process,
         )
-        self.clock = time.perf_counter()
         return iter(() if self.stopped else self.bar)
 
     @property
@@ -82,7 +81,7 @@ class Run:
 
     def train_step(self, step: int) -> Tensor:
         """One optimizer step over ``gradient_accumulation`` micro-batches; returns the mean loss."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, begin = self.config, self.accelerator, time.perf_counter()
         for group, base, factor in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
@@ -113,6 +112,8 @@ class Run:
                 self.optimizer.zero_grad()
                 total += loss.detach() / config.gradient_accumulation
         self.ema.step(self.trained.values())
+        self.timed += 1
+        self.seconds += time.perf_counter() - begin
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
@@ -141,10 +142,11 @@ class Run:
         config, last = self.config, done == self.config.steps
         if done % 10 == 0 or last:
             mean = float(self.accelerator.gather(loss.reshape(1)).mean())
-            seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-            images = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes * 10
-            self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{images / seconds:.1f}")
-            self.accelerator.log({"loss": mean}, step=done)
+            images = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+            speed = images * self.timed / self.seconds
+            self.timed, self.seconds = 0, 0.0
+            self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.1f}")
+            self.accelerator.log({"loss": mean, "images_per_second": speed}, step=done)
         stop = (done % config.validation_every == 0 or last) and self._validate(done)
         if not self.accelerator.is_main_process:
             return stop

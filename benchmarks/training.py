@@ -1,0 +1,269 @@
+"""How fast fine-tuning is, and what kill -9 costs: `python benchmarks/training.py` writes two records.
+
+`figures/phantom/training_speed.json`: images a second with latents and captions from the cache against the order of
+work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step; and two processes
+against one at the same global batch. With a GPU also a U-Net of SD v1.5's size, 512 x 512, bfloat16, by batch size.
+
+`figures/phantom/resume.json`: the largest difference between an uninterrupted run and one that was killed in
+mid-epoch and resumed, with EMA, for one and two processes, with and without LoRA. It should be zero.
+"""
+
+import argparse
+import copy
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from prism_lib import cases, datasets, models, monitoring, objective, paths, results, training
+from prism_lib.cache import build_cache
+from prism_lib.objective import DrawConfig, Order
+
+BATCH, ROUNDS = 8, 5
+SD_UNET = {  # stable-diffusion-v1-5/unet/config.json, where it differs from diffusers' defaults
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+H100_BF16 = 989e12  # dense multiply-adds count as two
+
+
+def main() -> None:
+    """Both records; `--size small` is a trial of seconds, whose numbers go to a folder of their own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=("full", "small"), default="full")
+    small = parser.parse_args().size == "small"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = datasets.prepare(
+            datasets.PrepareConfig("phantom", folder / "data", num_images=40 if small else 400, vocabulary="phantom")
+        )
+        figures = paths.runs() / "benchmarks" if small else ""
+        with results.Timer() as timer:
+            metrics = cached_against_uncached(dataset, folder, 2 if small else 10)
+            metrics |= processes_against_one(dataset, folder, 4 if small else 40)
+            if torch.cuda.is_available():
+                metrics["sd_v1_5"] = full_size()
+        settings = {"batch_size": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads()}
+        save("training_speed", settings, metrics, figures, timer.seconds)
+        with results.Timer() as timer:
+            metrics = killed_against_whole(dataset, folder, 12 if small else 30)
+        save("resume", {"steps": 12 if small else 30, "checkpoint_every": 5}, metrics, figures, timer.seconds)
+
+
+def save(name: str, parameters: dict, metrics: dict, figures: str | Path, seconds: float) -> None:
+    """A record of this file."""
+    results.record(
+        name,
+        dataset="phantom",
+        notebook="benchmarks/training.py",
+        parameters=parameters,
+        seed=0,
+        metrics=metrics,
+        figures_dir=figures,
+        model=models.SHIPPED,
+        seconds=seconds,
+    )
+
+
+def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
+    """Images a second of the same training step, fed from the cache and by the frozen parts; rounds alternate."""
+    pipeline = models.load_pipeline(models.SHIPPED)
+    device = Accelerator().device
+    pipeline.to(device)
+    options = {"seed": 0, "captions_per_image": 4, "explicit_share": 0.5}
+    cache = build_cache(pipeline, dataset, "train", folder / "cache", **options)
+    table = datasets.load_table(dataset, "train")
+    captions = [texts[0] for texts in cases.sample_captions(dataset, table, 0, 1, 0.5)]
+    order, draws = Order(len(cache), 0), DrawConfig(BATCH, 0.1)
+    unet = pipeline.unet.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+
+    def from_cache(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = objective.draw_batch(cache, order, draws, step)
+        return draw.latents, draw.embeddings
+
+    def by_frozen_parts(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = order.rows(step * BATCH, BATCH).tolist()
+        images = datasets.read_images(dataset, table.iloc[rows]).to(device)
+        with torch.no_grad():
+            pixels = (images * 2 - 1).expand(-1, 3, -1, -1)
+            latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
+        return latents, models.encode_prompts(pipeline, [captions[row] for row in rows])
+
+    speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
+    feeds = {"cached": from_cache, "uncached": by_frozen_parts}
+    counter = itertools.count()
+    for _, (name, feed) in itertools.product(range(ROUNDS + 1), feeds.items()):
+        begin = now()
+        for _ in range(steps):
+            latents, embeddings = (part.to(device) for part in feed(next(counter)))
+            train_step(unet, optimizer, pipeline.scheduler, latents, embeddings)
+        speeds[name].append(BATCH * steps / (now() - begin))
+    cached, uncached = (statistics.median(speeds[name][1:]) for name in ("cached", "uncached"))  # the first warms up
+    return {
+        "images_per_second_cached": cached,
+        "images_per_second_uncached": uncached,
+        "speedup_cached": cached / uncached,
+    }
+
+
+def train_step(unet, optimizer, scheduler, latents, embeddings) -> None:
+    """What both orders of work have in common."""
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(1000, (len(latents),), device=latents.device)
+    objective.diffusion_loss(unet, scheduler, latents, noise, timesteps, embeddings).mean().backward()
+    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def processes_against_one(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
+    """Images a second of two processes of half the batch, a thread each, against one process of one and of two."""
+    speed = {}
+    for name, processes, threads in (("one_thread", 1, 1), ("one_process", 1, 2), ("two_processes", 2, 1)):
+        config = training.FinetuneConfig(
+            dataset=str(dataset), output=str(folder / name), batch_size=2 * BATCH // processes, steps=steps,
+            validation_every=10**6, sample_every=10**6, checkpoint_every=10**6, cache=str(folder / "shared"),
+        )  # fmt: skip
+        finish(start(config, processes, threads))
+        speed[name] = float(monitoring.read_log(config.output)["images_per_second"].median())
+    return {f"images_per_second_{name}": value for name, value in speed.items()} | {
+        "speedup_two_processes": speed["two_processes"] / speed["one_thread"],
+        "speedup_two_processes_of_same_cores": speed["two_processes"] / speed["one_process"],
+    }
+
+
+def start(config: training.FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen:
+    """`torchrun`, on the CPU."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher, "-m", "prism_lib.training", str(training.save_config(config))]
+    environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(paths.root())}
+    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
+
+
+def kill_9(process: subprocess.Popen) -> None:
+    """The launcher and every process that it started, at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait, and fail if it failed."""
+    if process.wait() != 0:
+        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+
+
+def killed_against_whole(dataset: Path, folder: Path, steps: int) -> dict[str, dict[str, float]]:
+    """Largest difference of weights, averages, optimizer state and losses after kill -9 at the first checkpoint."""
+    found = {}
+    for processes, rank in ((1, 0), (1, 4), (2, 0), (2, 4)):
+        name = f"{'lora' if rank else 'unet'}_{processes}"
+        whole = training.FinetuneConfig(
+            dataset=str(dataset), output=str(folder / f"whole_{name}"), batch_size=3, steps=steps, lora_rank=rank,
+            checkpoint_every=5, validation_every=5, sample_every=10**6, learning_rate=1e-4, warmup=2,
+            cache=str(folder / "shared"),
+        )  # fmt: skip
+        finish(start(whole, processes))
+        killed = replace(whole, output=str(folder / f"killed_{name}"))
+        process = start(killed, processes)
+        while not list(Path(killed.output).glob("step-*")):
+            if process.poll() is not None:
+                raise RuntimeError(f"{process.args} ended with {process.returncode}")
+            time.sleep(0.01)
+        kill_9(process)
+        killed_at = max(int(path.name.removeprefix("step-")) for path in Path(killed.output).glob("step-*"))
+        finish(start(killed, processes))
+        found[name] = difference(Path(whole.output), Path(killed.output)) | {"resumed_at_step": float(killed_at)}
+    return found
+
+
+def difference(first: Path, second: Path) -> dict[str, float]:
+    """The largest absolute difference of each kind of state."""
+    newest = [sorted(folder.glob("step-*"))[-1] for folder in (first, second)]
+    worst = {}
+    for name in ("unet", "ema", "optimizer"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in newest)
+        if one.keys() != other.keys():
+            raise RuntimeError(f"{name} of {first} and {second} have different tensors")
+        worst[f"{name}_difference"] = max(float((one[key] - other[key]).abs().max()) for key in one)
+    logs = [monitoring.read_log(folder).drop(columns="images_per_second") for folder in (first, second)]
+    return worst | {"loss_difference": float((logs[0] - logs[1]).abs().max().max())}
+
+
+def full_size() -> dict[str, dict[str, float]]:
+    """A U-Net of SD v1.5's size with random weights on 512 x 512: speed, share of the bfloat16 peak, memory."""
+    device = torch.device("cuda")
+    unet = UNet2DConditionModel(**SD_UNET).to(device, memory_format=torch.channels_last).train()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+    ).to(device, torch.bfloat16).requires_grad_(False)  # fmt: skip
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    text = text.to(device, torch.bfloat16).requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+    scheduler = copy.deepcopy(models.ddim_scheduler())
+    found = {}
+    for batch in (4, 8, 16, 32):
+        torch.cuda.reset_peak_memory_stats()
+        speed = {}
+        for name in ("uncached", "cached"):
+            latents = torch.randn(batch, 4, 64, 64, device=device)
+            embeddings = torch.randn(batch, 77, 768, device=device)
+            begin = 0.0
+            for step in range(12):
+                if step == 4:
+                    begin = now()
+                if name == "uncached":
+                    with torch.no_grad():
+                        pixels = torch.randn(batch, 3, 512, 512, device=device, dtype=torch.bfloat16)
+                        latents = vae.encode(pixels).latent_dist.sample().float()
+                        embeddings = text(torch.zeros(batch, 77, dtype=torch.long, device=device))[0].float()
+                with torch.autocast("cuda", torch.bfloat16):
+                    train_step(unet, optimizer, scheduler, latents, embeddings)
+            speed[name] = batch * 8 / (now() - begin)
+        found[f"batch_{batch}"] = {
+            "images_per_second_cached": speed["cached"],
+            "images_per_second_uncached": speed["uncached"],
+            "speedup_cached": speed["cached"] / speed["uncached"],
+            "share_of_peak": speed["cached"] * flops(unet) / H100_BF16,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+    return found
+
+
+def flops(unet: UNet2DConditionModel) -> float:
+    """Floating-point operations of one training step per image: forward, and twice that backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sample = torch.randn(1, 4, 64, 64, device=unet.device), 500, torch.randn(1, 77, 768, device=unet.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(*sample)
+    return 3.0 * counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Two judges of different architecture: `python benchmarks/judges.py` writes figures/phantom/judges.json.
+
+The shipped DenseNet and an EfficientNet-B0, trained here by the same code on phantoms that neither an edit nor the
+tests use, read the same held-out phantoms: AUC per label of both, and how often they agree. The second judge's weights
+are left in PRISM_RUNS/judges/.
+"""
+
+import torch
+
+from prism_lib import classifier, evaluation, paths, phantom, results, robustness
+
+SIZE, TRAIN, TEST, STEPS = 256, 1200, 300, 300
+# The judge's own training phantoms and the prepared folders have other seeds.
+TRAIN_SEED, TEST_SEED = 30_001, 30_002
+
+
+def draw(count: int, seed: int, labels: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rendered phantoms, uint8 (N, 1, H, W), and their labels (N, L)."""
+    patients = phantom.sample_patients(count, seed)
+    values = patients.labels()[list(labels)].to_numpy(dtype=float)
+    return (phantom.render(patients, SIZE) * 255).round().byte(), torch.tensor(values.tolist())
+
+
+def main() -> None:
+    """Train the second judge, let both read, and record."""
+    first = evaluation.load_judge("phantom-judge")
+    assert first is not None
+    config = classifier.named_network("efficientnet-b0", classifier.ClassifierConfig(labels=first.labels, steps=STEPS))
+    with results.Timer() as timer:
+        second = classifier.train_classifier(*draw(TRAIN, TRAIN_SEED, first.labels), config)
+        classifier.save_classifier(second, config, paths.runs() / "judges" / "efficientnet-b0")
+        images, labels = draw(TEST, TEST_SEED, first.labels)
+        read = {"densenet": classifier.predict(first.model, images), "efficientnet": classifier.predict(second, images)}
+    results.record(
+        "judges",
+        dataset="phantom",
+        notebook="benchmarks/judges.py",
+        parameters={"second": config, "size": SIZE, "train": TRAIN, "test": TEST},
+        seed=TRAIN_SEED,
+        metrics={
+            "agreement": robustness.agreement(read["densenet"], read["efficientnet"]),
+            **{f"auc_{name}": classifier.auc(values, labels, first.labels) for name, values in read.items()},
+        },
+        model="phantom-judge",
+        seconds=timer.seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -88,7 +88,9 @@ class Gallery:
         if rows.empty:
             raise Fault("image", f"{folder} has no image {file_name}.")
         name = f"file:{Path(folder).resolve() / file_name}"
-        return self._open(name, file_name, load_image(name, self.size, self.mode), _known(rows.iloc[0], info["labels"]))
+        return self._open(
+            name, file_name, load_image(name, self.size, self.mode), _known(rows.to_dict("records")[0], info["labels"])
+        )
 
     def open_file(self, path: str) -> Case:
         """An image file of this machine, whose labels nobody gave."""
@@ -147,6 +149,6 @@ def sentence(error: BaseException) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
-def _known(row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, float]:
+def _known(row: Mapping[Any, Any], labels: Sequence[str]) -> dict[str, float]:
     """The labels of a table's row that are known: 1 or 0."""
     return {label: float(row[label]) for label in labels if row[label] in (0, 1)}

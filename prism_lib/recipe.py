@@ -137,8 +137,11 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """The recipe in a file that `save` wrote."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))["recipe"]
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+            raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))["recipe"]
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+            }
+            return cls(**given)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no recipe: {error}") from None
 

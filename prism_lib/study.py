@@ -125,7 +125,8 @@ class Study(Gallery):
     @staticmethod
     def sweep(recipe: Recipe, over: str) -> list[Recipe]:
         """The candidates of a sweep over one setting; the recipe alone if `over` is empty."""
-        return [replace(recipe, **{over: value}) for value in SWEEPS[over]] if over else [recipe]
+        candidates: list[dict[str, Any]] = [{over: value} for value in SWEEPS[over]] if over else [{}]
+        return [replace(recipe, **candidate) for candidate in candidates]
 
     # --- runs --------------------------------------------------------------------------------------
 

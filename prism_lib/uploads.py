@@ -7,7 +7,6 @@ is read like every other image of the project (`prism_lib.pixels`).
 
 from __future__ import annotations
 
-import io
 import tempfile
 import warnings
 from pathlib import Path

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.ddim import Schedule
@@ -50,7 +51,7 @@ class Variant:
 class Measurement:
     """A variant's evaluations, one per edit, and the rows its U-Net calls had per image."""
 
-    variant: Variant
+    variant: object
     evaluations: tuple[Evaluation, ...]
     unet_evaluations: float
 
@@ -142,6 +143,15 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0) -> dict[str, d
         values["unet_evaluations"] = measurement.unet_evaluations
         summary[name] = values
     return summary
+
+
+def first_of_each(measured: Mapping[str, Measurement]) -> tuple[Tensor, list[str]]:
+    """For a sheet: the first image of the first edit, its truth where known, and what each variant makes of it."""
+    first = next(iter(measured.values())).evaluations[0]
+    images = {"original": first.factual[0]} | ({} if first.truth is None else {"true counterfactual": first.truth[0]})
+    images |= {name: measurement.evaluations[0].edited[0] for name, measurement in measured.items()}
+    titles = [name.replace("_replace_steps", "").replace(", ", "\n") for name in images]
+    return torch.stack(list(images.values())), titles
 
 
 def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:

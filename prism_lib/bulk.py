@@ -42,6 +42,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from prism_lib.augmentation import fingerprint
 from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
 from prism_lib.editing import Counterfactual, edit
 from prism_lib.imagefolder import load_info, read_images
@@ -77,7 +78,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         _check_place(out, config, tasks)
     pipe = (load_pipeline(config.model) if pipe is None else pipe).to(state.device)
     _check_lengths(pipe, tasks)
-    names = _names(config, tasks, _model_digest(pipe))
+    names = _names(config, tasks, _model(pipe))
     with exclusive(out) if state.is_main_process else nullcontext():
         run, pending = _start(state, out, batches(tasks, config.batch_size), names)
         own = pending[state.process_index :: state.num_processes]
@@ -88,6 +89,20 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         if state.is_main_process:
             _merge(out)
     return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)))
+
+
+def files(out: str | Path) -> dict[tuple[str, str], Path]:
+    """(source file, edit key) -> image, of a finished run: what `augmentation.from_files` takes.
+
+    Raises ValueError if an edit was made in several ways: then the manifest has to be asked for the one that is meant.
+    """
+    found: dict[tuple[str, str], Path] = {}
+    for row in _read_manifest(Path(out) / MANIFEST):
+        key = row["source_file"], row["edit"]
+        if key in found:
+            raise ValueError(f"{out} has {key[1]} of {key[0]} with more than one setting: choose rows of {MANIFEST}")
+        found[key] = Path(out) / row["file_name"]
+    return found
 
 
 @contextmanager
@@ -135,14 +150,10 @@ def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None
             raise ValueError(f"{file_name}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
 
 
-def _model_digest(pipe: StableDiffusionPipeline) -> str:
-    """SHA-256 over the weights and the schedule of a pipeline, wherever it was loaded from."""
-    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _model(pipe: StableDiffusionPipeline) -> str:
+    """What of a pipeline decides its images, wherever it was loaded from: weights, schedule, words."""
+    words = pipe.tokenizer.get_vocab()
+    return json.dumps([fingerprint(pipe), dict(pipe.scheduler.config), words], sort_keys=True, default=str)
 
 
 def _names(config: BulkConfig, tasks: Sequence[Task], model: str) -> dict[int, str]:

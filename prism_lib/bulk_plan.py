@@ -211,9 +211,7 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
     if "edit" in row:
         if twice := [name for name in ("source", "target", "words") if name in row]:
             raise ValueError(f"a row has either edit or source and target, not both: {twice[0]} is given too")
-        edit = str(row["edit"]).strip()
-        is_key = edit == "unchanged" or (" " not in edit and edit.startswith(("remove_", "add_")))
-        return Edit.from_key(edit, vocab) if is_key else Edit.parse(edit, vocab)
+        return Edit.read(str(row["edit"]), vocab)
     words = row.get("words", ())
     words = words.split("|") if isinstance(words, str) else words
     return Edit.text(str(row.get("source", "")), str(row.get("target", "")), tuple(words))

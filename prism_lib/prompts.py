@@ -127,6 +127,13 @@ class Edit:
         return edit
 
     @classmethod
+    def read(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
+        """The edit of a key or of a sentence, whichever `text` is."""
+        text = text.strip()
+        is_key = text == "unchanged" or (" " not in text and text.startswith(("remove_", "add_")))
+        return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab)
+
+    @classmethod
     def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:
         """The edit of a key such as "remove_support_devices" or "remove_edema_and_add_fracture"."""
         changes: dict[str, list[str]] = {verb: [] for verb in _VERBS}

@@ -79,6 +79,14 @@ def test_the_summary_is_the_mean_over_all_images(measured):
     assert summary["base"]["images"] == 4 and "cpg" not in summary["base"]
 
 
+def test_a_sheet_shows_input_truth_and_every_variant(measured):
+    images, titles = ablation.first_of_each(measured)
+    assert titles == ["original", "true counterfactual", "method direct", "method ddim", "base", "mask off"]
+    base = measured["base"].evaluations[0]
+    assert torch.equal(images[0], base.factual[0]) and torch.equal(images[1], base.truth[0])
+    assert torch.equal(images[4], base.edited[0])
+
+
 def test_nothing_to_measure_is_an_error(phantom_folder, cases):
     with pytest.raises(ValueError, match="got 2 and 0"):
         measure(tiny_pipeline(), phantom_folder, cases, {})

@@ -207,6 +207,15 @@ def test_other_settings_model_or_bits_never_share_a_name(config):
     assert bulk._names(replace(config, batch_size=2), [task], "model")[id(task)] == names[0]
 
 
+def test_the_files_feed_a_training_set(config, done):
+    found = bulk.files(done)
+    assert found.keys() == {(task.file_name, task.edit.key) for task in plan(config)}
+    assert all(path.is_file() for path in found.values())
+    bulk.generate(replace(config, num_inference_steps=3))
+    with pytest.raises(ValueError, match="with more than one setting"):
+        bulk.files(done)
+
+
 def test_batches_depend_on_the_plan_alone_and_hold_one_setting(config):
     tasks = plan(config)
     cut = bulk_plan.batches(tasks, 4)

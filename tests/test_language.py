@@ -37,6 +37,13 @@ def test_a_sentence_is_an_edit(text, key):
     assert Edit.from_key(key, PHANTOM) == Edit.parse(text, PHANTOM)
 
 
+@pytest.mark.parametrize("text", ["unchanged", " remove_pacemaker_and_keep_pleural_effusion", "remove the pacemaker"])
+def test_a_key_and_a_sentence_are_told_apart(text):
+    known = {"unchanged": Edit(), "remove the pacemaker": Edit(remove=("pacemaker",))}
+    expected = known.get(text, Edit(remove=("pacemaker",), keep=("Pleural Effusion",)))
+    assert Edit.read(text, PHANTOM) == expected
+
+
 @pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
 def test_every_word_for_a_label_is_read_singular_and_plural(vocab):
     for name in (*vocab.phrases, *vocab.owners):

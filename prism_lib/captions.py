@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 
 from prism_lib.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
 
+# What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
+MOST_CLAUSES = 7
+
 
 @dataclass(frozen=True)
 class Clause:
@@ -110,8 +113,8 @@ def sample_caption(
 ) -> str:
     """A training caption: the explicit one with probability `explicit_share`, else any other template.
 
-    The others shuffle their clauses and may say a synonym, or for a present label its entry in `details`:
-    {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
+    The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
+    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
     """
     if not 0 <= explicit_share <= 1:
         raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
@@ -120,6 +123,9 @@ def sample_caption(
         return explicit(said)
     clauses = [_reworded(clause, rng, vocab, details or {}) for clause in said.clauses]
     rng.shuffle(clauses)
+    if len(clauses) > MOST_CLAUSES:
+        clauses = sorted(clauses, key=lambda clause: not clause.present)[:MOST_CLAUSES]
+        rng.shuffle(clauses)
     template = rng.choice([name for name in TEMPLATES if name != "explicit"])
     return TEMPLATES[template](replace(said, clauses=tuple(clauses)))
 

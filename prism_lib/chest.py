@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +15,7 @@ from prism_lib.tables import (
     find_table,
     found,
     label_values,
+    listed_images,
     read_table,
     refuse,
     refuse_names,
@@ -48,13 +48,13 @@ def chexpert_source(data_root: Path, num_images: int, seed: int, reader: ImageFi
         view: "frontal", "lateral" or "all".
     """
     table, path = _read_chexpert(data_root, "train.csv", view)
-    table, rejected = found(table, _chexpert_paths(table, data_root), data_root)
+    table, rejected = found(table, listed_images(table.pop("_file"), data_root), data_root)
     table = draw_patients(table, num_images, seed)
     if test:
         kept, _ = _read_chexpert(data_root, "valid.csv", view)
         if both := set(kept["patient_id"]) & set(table["patient_id"]):
             raise ValueError(f"{path}: patient {min(both)} is in valid.csv too: one patient in two given splits")
-        kept, more = found(kept, _chexpert_paths(kept, data_root), data_root)
+        kept, more = found(kept, listed_images(kept.pop("_file"), data_root), data_root)
         table, rejected = pd.concat([table.assign(split=""), kept.assign(split="test")]), rejected + more
     return Source(table, CHEXPERT_LABELS, CHEXPERT_POLICY, reader, rejected=rejected)
 
@@ -76,18 +76,12 @@ def _read_chexpert(data_root: Path, name: str, view: str) -> tuple[pd.DataFrame,
         sex=sexes(table["sex"]),
         age=ages(table["age"]),
         projection=projection,
-        _file=parts["file"],
+        _file=parts["file"],  # the folder may bear another name by now than the one it was published under
     )
     table = table if view == "all" else table[projection == view]
     if table.empty:
         raise ValueError(f"{path} has no {view} image")
     return table, path
-
-
-def _chexpert_paths(table: pd.DataFrame, data_root: Path) -> list[str | None]:
-    """CheXpert's paths begin with the folder that it was published in, which may bear another name by now."""
-    paths = (f"{data_root}{os.sep}{file}" for file in table.pop("_file"))
-    return [path if os.path.isfile(path) else None for path in paths]  # noqa: PTH113
 
 
 NIH_TABLES = ("Data_Entry_2017*.csv", "labels.csv")

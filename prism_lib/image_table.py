@@ -22,7 +22,16 @@ from prism_lib.imagefolder import SPLITS
 from prism_lib.labels import Vocabulary
 from prism_lib.pixels import ImageFiles
 from prism_lib.sources import Source, draw_patients
-from prism_lib.tables import find_images, find_table, found, label_values, read_header, read_table, refuse, refuse_names
+from prism_lib.tables import (
+    find_table,
+    found,
+    label_values,
+    listed_images,
+    read_header,
+    read_table,
+    refuse,
+    refuse_names,
+)
 
 REQUIRED = {"file_name": "source_file", "patient_id": "patient_id"}
 POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the table"
@@ -71,9 +80,7 @@ def table_source(
     refuse(table["name"].duplicated(), table["source_file"], path, "another file_name differs only in '/' or '.'")
     if "split" in table:
         _check_splits(table, path)
-    suffixes = {Path(name).suffix.lower() for name in table["source_file"]}
-    paths = find_images(table["source_file"], data_root, tuple(suffixes))
-    table, rejected = found(table, paths, data_root)
+    table, rejected = found(table, listed_images(table["source_file"], data_root), data_root)
     return Source(draw_patients(table, num_images, seed), labels, POLICY, reader, rejected=rejected)
 
 

@@ -114,9 +114,13 @@ def leaves_root(name: str) -> bool:
     return bool(PureWindowsPath(name).anchor) or ".." in PureWindowsPath(name).parts
 
 
-def find_images(
-    names: Iterable[str], data_root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, by_stem: bool = False
-) -> list[str | None]:
+def listed_images(names: Iterable[str], data_root: Path) -> list[str | None]:
+    """Each image's path, exactly where its name says below `data_root`; None if it is not there."""
+    paths = (f"{data_root}{os.sep}{name}" for name in names)
+    return [path if os.path.isfile(path) else None for path in paths]  # noqa: PTH113
+
+
+def find_images(names: Iterable[str], data_root: Path, *, by_stem: bool = False) -> list[str | None]:
     """Each image's path, where its name says or anywhere below `data_root`; None if it is not there.
 
     Two files of one name are an error. With `by_stem`, the names have no suffix.
@@ -125,16 +129,13 @@ def find_images(
     for folder, _, files in os.walk(data_root):
         for file in files:
             stem, suffix = os.path.splitext(file)  # noqa: PTH122 - a Path for each of 100,000 files takes seconds
-            if suffix.lower() in suffixes:
+            if suffix.lower() in IMAGE_SUFFIXES:
                 path, key = os.path.join(folder, file), stem if by_stem else file  # noqa: PTH118
                 if below.setdefault(key, path) != path:
                     raise ValueError(f"two images below {data_root} have one name: {below[key]} and {path}")
-    return [_direct(data_root, name) or below.get(PurePosixPath(name).name) for name in names]
-
-
-def _direct(data_root: Path, name: str) -> str | None:
-    path = f"{data_root}{os.sep}{name}"
-    return path if os.path.isfile(path) else None  # noqa: PTH113
+    names = list(names)
+    direct = listed_images(names, data_root)
+    return [path or below.get(PurePosixPath(name).name) for name, path in zip(names, direct, strict=True)]
 
 
 def found(table: pd.DataFrame, paths: Sequence[str | None], root: Path) -> tuple[pd.DataFrame, tuple[Rejection, ...]]:

@@ -148,14 +148,14 @@ def test_bad_row_is_named_before_any_work(chexpert, old, new, message):
 
 def test_missing_column_names_the_nearest(chexpert):
     edit_line(chexpert, 1, "Pleural Effusion", "Pleural_Effusion")
-    with pytest.raises(ValueError, match="lacks the column 'Pleural Effusion'.* did 'Pleural_Effusion' mean that"):
+    with pytest.raises(ValueError, match=r"lacks the column 'Pleural Effusion'.* did 'Pleural_Effusion' mean that"):
         prepare(config_for(chexpert))
 
 
 def test_missing_film_and_link_out_of_the_root(chexpert, tmp_path):
     film = next((chexpert / "train").rglob("*frontal.jpg"))
     film.unlink()
-    with pytest.raises(ValueError, match="1 of 24 files cannot be used.*not found below"):
+    with pytest.raises(ValueError, match=r"1 of 24 files cannot be used.*not found below"):
         prepare(config_for(chexpert))
     formats.noise(1).save(tmp_path / "outside.jpg")
     film.symlink_to(tmp_path / "outside.jpg")

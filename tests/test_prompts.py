@@ -294,6 +294,16 @@ def test_free_text_keys_do_not_collide():
     assert all(key.startswith("text_a_heart_") for key in keys)
 
 
+def test_free_captions_of_many_labels_stay_short_and_keep_what_is_present():
+    labels = dict.fromkeys(CHEST.stated, 0) | {"Fracture": 1, "Lung Lesion": 1, "Edema": 1}
+    for seed in range(60):
+        text = sample_caption(labels, random.Random(seed), CHEST, 0.0).lower()
+        said = [phrase for phrase in CHEST.phrases.values() if phrase in text]
+        assert len(said) <= 7
+        # Only the template of absences leaves out what is present.
+        assert {"fracture", "lung lesion", "edema"} <= set(said) or text.startswith("chest x-ray without")
+
+
 # --- skin
 
 LESION = {"Melanoma": 1, "Melanocytic Nevus": 0, "Ruler": 1, "Ink": 0, "Hair": NAN}

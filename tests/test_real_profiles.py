@@ -7,9 +7,10 @@ import sys
 
 import formats
 import pytest
-from tiny import tiny_pipeline
 
-from prism_lib import imagefolder, paths
+from prism_lib import imagefolder, models, paths
+from prism_lib.captions import corpus
+from prism_lib.labels import vocabulary
 from prism_lib.profiles import load_profile
 
 SECONDS = 300
@@ -49,7 +50,8 @@ def nih(root):
 )
 def test_profile_runs_on_data_in_the_published_format(profile, write, channels, tmp_path):
     write(tmp_path / "data")
-    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    vocab = vocabulary(load_profile(profile).sections["01_data"]["VOCABULARY"])
+    models.build_pipeline(models.tiny_config(), seed=0, captions=corpus(vocab)).save_pretrained(tmp_path / "tiny")
     small = SMALL | {"MODEL": tmp_path / "tiny"}
     overrides = [word for name, value in small.items() for word in ("-p", name, str(value))]
     notebooks = ["--only", "01", "02", "03"]

@@ -127,7 +127,7 @@ def test_two_diagnoses_in_one_row(tmp_path):
     root = formats.isic2019(tmp_path / "isic")
     path = root / "ISIC_2019_Training_GroundTruth.csv"
     path.write_text(path.read_text().replace("ISIC_0000001,1.0,0.0", "ISIC_0000001,1.0,1.0"))
-    with pytest.raises(ValueError, match="line 3: not one of MEL, .*UNK is 1, but: 'ISIC_0000001'"):
+    with pytest.raises(ValueError, match=r"line 3: not one of MEL, .*UNK is 1, but: 'ISIC_0000001'"):
         prepare(config_for("isic2019", root))
 
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -113,8 +114,7 @@ def build_cache(
     scale = [vae.config.scaling_factor, vae.config.shift_factor]
     image_key = _key("latents", content, split, model_hash(vae), scale)
     words = hashlib.sha256("\n".join(distinct).encode()).hexdigest()
-    vocabulary = hashlib.sha256(pipeline.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    text_key = _key("text", words, vocabulary, model_hash(pipeline.text_encoder), str(dtype))
+    text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), model_hash(pipeline.text_encoder), str(dtype))
     return Cache(
         moments=_encode(moments, len(table), IMAGE_BATCH, folder, f"latents-{split}", image_key, share),
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
@@ -160,6 +160,12 @@ def _encode(
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer knows, without the padding and truncation that its last call has left in it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: state[name] for name in sorted(state.keys() - {"padding", "truncation"})}
 
 
 def model_hash(module: torch.nn.Module) -> str:

@@ -116,6 +116,16 @@ def test_missing_room_is_told_before_the_work(phantom_folder, tmp_path, monkeypa
         build(phantom_folder, tmp_path)
 
 
+def test_using_the_tokenizer_does_not_change_the_key():
+    """A process that encodes pads its tokenizer, one that waits does not: both must look for the same files."""
+    fresh = models.build_pipeline(models.tiny_config(), seed=0)
+    before = cache._tokenizer_state(fresh.tokenizer)
+    models.encode_prompts(fresh, ["chest x-ray", ""])
+    assert cache._tokenizer_state(fresh.tokenizer) == before
+    other = models.build_pipeline(models.tiny_config(), seed=0, captions=["melanoma", "naevus"])
+    assert cache._tokenizer_state(other.tokenizer) != before
+
+
 def test_an_empty_split_is_named(phantom_folder, tmp_path, monkeypatch):
     empty = datasets.load_table(phantom_folder, "val").iloc[:0]
     monkeypatch.setattr(datasets, "load_table", lambda *_: empty)

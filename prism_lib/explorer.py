@@ -142,31 +142,36 @@ class Explorer(widgets.VBox):
             return
         self.progress.value = 1
         self.status.say(f"Done in {time.monotonic() - self._started:.1f} s.", "note")
-        self.result.show_candidates(outcomes)
-        self._show(outcomes[0])
+        if self._at_hand(outcomes[0]):
+            self.result.show_candidates(outcomes)
+            self._show(outcomes[0])
+
+    def _at_hand(self, outcome: Outcome) -> bool:
+        """Whether an outcome is of the image on the screen: another may have been opened during the run."""
+        return self.study.case is not None and self.study.case.name == outcome.recipe.image
 
     def _show(self, outcome: Outcome) -> None:
-        case = self.study.case
-        if case is not None and case.name == outcome.recipe.image:
+        if self.study.case is not None and self._at_hand(outcome):
             self.outcome = outcome
-            self.result.show(outcome, case)
+            self.result.show(outcome, self.study.case)
             self._enable()
 
     def _restore(self) -> None:
-        """The state before the run that was cancelled."""
-        self.outcome = None
+        """The latest run of the image at hand, or the image alone."""
         case = self.study.case
-        if case is not None:
-            self.result.show_case(case, self.study.notice)
-            kept = [outcome for run in self.study.history for outcome in run if outcome.recipe.image == case.name]
-            if kept:
-                self._show(kept[-1])
+        if case is None:
+            return
+        self.outcome = None
+        self.result.show_case(case, self.study.notice)
+        kept = [run for run in self.study.history if self._at_hand(run[0])]
+        if kept:
+            self.result.show_candidates(kept[-1])
+            self._show(kept[-1][0])
         self._enable()
 
     def _undo(self, _: Any) -> None:
-        before = self.study.undo()
+        self.study.undo()
         self.files.value = ""
-        self.result.show_candidates(before)
         self._restore()
 
     def _save(self, _: Any) -> None:

@@ -119,9 +119,13 @@ class Gallery:
 
     @property
     def notice(self) -> str:
-        """What should be said of the image at hand: that it is unlike what the model knows, or nothing."""
-        case, reference = self.case, self.reference
-        if case is None or reference is None or case.novelty is None or not reference.is_new(case.novelty):
+        """What should be said of the image at hand, see `notice_of`."""
+        return "" if self.case is None else self.notice_of(self.case)
+
+    def notice_of(self, case: Case) -> str:
+        """That an image is unlike what the model knows and what to do about it, or nothing."""
+        reference = self.reference
+        if reference is None or case.novelty is None or not reference.is_new(case.novelty):
             return ""
         return (
             f"This image is unlike those that {self.model} was trained on (distance {case.novelty:.0f}, "

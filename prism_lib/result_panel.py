@@ -37,12 +37,12 @@ class ResultPanel(Panel):
             options=list(views.MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
         )
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
-        ends = [widgets.Label("original"), self.share, widgets.Label("counterfactual")]
+        ends = [_caption("original"), self.share, _caption("counterfactual")]
         large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
         small = [
-            widgets.Label("difference: red brighter, blue darker"),
+            _caption("difference: red is brighter, blue darker", SMALL),
             self.difference,
-            widgets.Label("where the edit may show"),
+            _caption("where the edit may show", SMALL),
             self.mask,
         ]
         pictures = widgets.HBox(
@@ -99,6 +99,11 @@ class ResultPanel(Panel):
         if self._before is not None and self._after is not None:
             shown = views.before_after(self._before, self._after, self.share.value, self.mode.value)
             self.compare.value = views.png(shown)
+
+
+def _caption(text: str, width: str = "auto") -> widgets.HTML:
+    """Words beside a picture, as wide as they are or wrapped to a width."""
+    return widgets.HTML(f'<span class="prism-note">{text}</span>', layout={"flex": "0 0 auto", "width": width})
 
 
 _NAMES = {

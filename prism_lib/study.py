@@ -215,7 +215,7 @@ class Study(Gallery):
         mask = self.masks.get(recipe.mask) if isinstance(recipe.mask, str) else None
         mask = None if mask is None else (mask > 0.5).float()
         result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
-        return Outcome(recipe, edit, result, self._scores(case, edit, result), self.notice)
+        return Outcome(recipe, edit, result, self._scores(case, edit, result), self.notice_of(case))
 
     def _scores(self, case: Case, edit: Edit, result: Counterfactual) -> dict[str, float]:
         """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""

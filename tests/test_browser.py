@@ -28,7 +28,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SECONDS = 240  # for anything that waits for the kernel; a busy machine is slow
+SECONDS = 400  # for anything that waits for the kernel; a busy machine is slow
 SHIPPED = paths.weights() / "phantom-sd" / "model_index.json"
 
 pytestmark = [

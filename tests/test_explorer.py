@@ -455,6 +455,19 @@ def test_candidates_are_chosen_by_a_click(explorer):
     assert explorer.outcome.recipe.guidance_scale == SWEEPS["guidance_scale"][2]
 
 
+def test_an_image_opened_during_a_run_stays_on_the_screen(explorer, monkeypatch):
+    done, finish = explorer._done, threading.Event()
+    monkeypatch.setattr(explorer, "_done", lambda *all: (finish.wait(60), done(*all)))
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.run.click()
+    explorer.source.patient.value = patient(False)
+    finish.set()
+    wait(explorer)
+    assert explorer.outcome is None and explorer.save.disabled and not explorer.run.disabled
+    assert "not edited yet" in explorer.result.caption.value
+    assert ("add", DEVICES) in explorer.edit.buttons
+
+
 def test_complaints_stand_beside_their_control(explorer):
     explorer.run.click()
     assert "Say what should be different" in explorer.edit.line.value

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import yaml
@@ -128,7 +128,7 @@ def plan(config: BulkConfig) -> list[Task]:
     """Every task, by row and then by image; the first thing that is wrong raises ValueError or FileNotFoundError."""
     info, table = load_info(config.data), load_table(config.data, config.split or None)
     vocab, rows = vocabulary(info["config"]["vocabulary"]), read_rows(config.edits)
-    images = {row["file_name"]: row for row in table.to_dict("records")}
+    images = {row["file_name"]: cast(dict[str, Any], row) for row in table.to_dict("records")}
     tasks: dict[tuple[str, PromptPair, str], Task] = {}
     for number, row in enumerate(rows, 1):
         try:
@@ -155,7 +155,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of edits {path}")
-    readers = {".csv": _read_csv, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    readers: dict[str, Callable[[str], Any]] = {
+        ".csv": _read_csv,
+        ".json": json.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
     if path.suffix not in readers:
         raise ValueError(f"{path} is no file of edits: expected one of {', '.join(readers)}")
     try:
@@ -220,7 +225,7 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
 def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
     """The run's settings, replaced by what the row says."""
     defaults = {item.name: getattr(config.edit, item.name) for item in fields(EditConfig)}
-    own = {"method": config.method, "num_inference_steps": config.num_inference_steps}
+    own: dict[str, Any] = {"method": config.method, "num_inference_steps": config.num_inference_steps}
     plain = own | {name: value for name, value in defaults.items() if not is_dataclass(value)}
     del plain["batch_size"]  # the run's, or a row's result could depend on its neighbours
     given = {}
@@ -251,7 +256,8 @@ def _built(kind: type, values: Any) -> Any:
         raise ValueError(f"unknown field {', '.join(unknown)}; known: {', '.join(known)}")
     built = {}
     for name, value in values.items():
-        default = known[name].default_factory() if callable(known[name].default_factory) else known[name].default
+        factory = known[name].default_factory
+        default = known[name].default if factory is MISSING else factory()
         if is_dataclass(default):
             built[name] = _built(type(default), value)
         else:

@@ -9,7 +9,7 @@ the same bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
 DIFFERENCE_LIMIT = 0.5
@@ -230,6 +231,8 @@ def pareto(
                 name.replace("_", " "), values[name][:2], xytext=(4, 4), textcoords="offset points", fontsize="x-small"
             )
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
+        for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            formatted(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     return figure
 
 
@@ -241,16 +244,22 @@ def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "")
         figure, axis = plt.subplots(figsize=(6.0, 0.35 * len(rows) + 1.0), layout="constrained")
         for place, row in enumerate(rows.values()):
             for step, state in enumerate(row, 1):
-                axis.barh(place, 0.94, left=step - 0.5, height=0.7, color=palette[state])
+                axis.barh(place, 0.94, left=step - 0.47, height=0.7, color=palette[state])
         axis.set_yticks(range(len(rows)), list(rows))
         axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel=xlabel, title=title)
         handles = [plt.Rectangle((0, 0), 1, 1, color=palette[state]) for state in states]
         figure.legend(handles, states, frameon=False, loc="outside upper right", ncols=len(states))
     return figure
 
 
-KINDS = {"dots": dot_plot, "grouped": grouped_dots, "curves": curves, "pareto": pareto}
+KINDS: dict[str, Callable[..., Figure]] = {
+    "dots": dot_plot,
+    "grouped": grouped_dots,
+    "curves": curves,
+    "pareto": pareto,
+}
 
 
 def draw(kind: str, values: Mapping[str, Any], xlabel: str, ylabel: str = "") -> Figure:

@@ -122,7 +122,8 @@ class Edit:
         Raises ValueError naming every word that is not understood, and what contradicts itself.
         """
         asked = language.parse(text, vocab)
-        edit = cls(**{verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS})
+        named = {verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS}
+        edit = cls(named["remove"], named["add"], keep=named["keep"])
         edit._check_names(vocab)
         return edit
 
@@ -142,7 +143,7 @@ class Edit:
             if verb not in changes:
                 raise ValueError(f"unknown edit {key!r}: {part!r} does not start with remove_ or add_")
             changes[verb].append(vocab.label(name))
-        return cls(**{verb: tuple(names) for verb, names in changes.items()})
+        return cls(tuple(changes["remove"]), tuple(changes["add"]), keep=tuple(changes["keep"]))
 
     @property
     def key(self) -> str:

@@ -91,16 +91,22 @@ def truth(folder: Folder) -> Source:
     return source
 
 
-def from_files(images: Mapping[tuple[str, str], Path]) -> Source:
-    """Images made before, such as those of a bulk run: (file_name, edit key) -> path; ValueError for one that lacks."""
+class Files:
+    """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
 
-    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
+    ``settings`` is a digest of all paths, whose names in a bulk run hold all that decides their content.
+    """
+
+    def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
+        self.images = images
+        names = "\0".join(f"{name}\0{key}\0{path.name}" for (name, key), path in sorted(images.items()))
+        self.settings = hashlib.sha256(names.encode()).hexdigest()
+
+    def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
         keys = [(str(name), change.key) for name in rows["file_name"]]
-        if missing := [name for name, key in keys if (name, key) not in images]:
+        if missing := [name for name, key in keys if (name, key) not in self.images]:
             raise ValueError(f"no image of {change.key} for {len(missing)} rows, the first {missing[0]}")
-        return torch.stack([_read(images[key]) for key in keys])
-
-    return source
+        return torch.stack([_read(self.images[key]) for key in keys])
 
 
 class Cached:

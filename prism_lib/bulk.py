@@ -92,7 +92,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
-    """(source file, edit key) -> image, of a finished run: what `augmentation.from_files` takes.
+    """(source file, edit key) -> image, of a finished run: what `augmentation.Files` takes.
 
     Raises ValueError if an edit was made in several ways: then the manifest has to be asked for the one that is meant.
     """

@@ -65,7 +65,9 @@ def test_files_of_a_bulk_run(rows, tmp_path):
     for n, _ in enumerate(names):
         Image.new("L", (8, 8), 51 * n).save(tmp_path / f"{n}.png")
     files = {(name, REMOVE.key): tmp_path / f"{n}.png" for n, name in enumerate(names)}
-    assert augmentation.from_files(files)(rows, REMOVE).mean((1, 2, 3)).tolist() == pytest.approx([0, 0.2, 0.4])
+    assert augmentation.Files(files)(rows, REMOVE).mean((1, 2, 3)).tolist() == pytest.approx([0, 0.2, 0.4])
+    other = files | {(names[0], REMOVE.key): tmp_path / "another.png"}
+    assert augmentation.Files(files).settings != augmentation.Files(other).settings, "other files are another source"
     del files[names[1], REMOVE.key]
     with pytest.raises(ValueError, match=f"no image of remove_support_devices for 1 rows, the first {names[1]}"):
-        augmentation.from_files(files)(rows, REMOVE)
+        augmentation.Files(files)(rows, REMOVE)

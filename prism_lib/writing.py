@@ -56,7 +56,8 @@ def write_images(
     starts = range(0, len(plan), BATCH)
     done = _resume(folder, key)
     _begin(folder / JOURNAL, key, done)
-    missing = (plan.iloc[start : start + BATCH] for start in starts if start not in done)
+    left = [start for start in starts if start not in done]
+    missing = (plan.iloc[start : start + BATCH] for start in left)
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
         fresh = _in_parallel(images, missing, folder, processes) if processes > 1 else _here(images, missing, folder)
         for start in starts:

@@ -13,7 +13,7 @@ from prism_lib.captions import corpus
 from prism_lib.labels import vocabulary
 from prism_lib.profiles import load_profile
 
-SECONDS = 300
+SECONDS = 600
 SMALL = {
     "SIZE": 32,
     "WORKERS": 2,

@@ -22,7 +22,7 @@ from prism_lib.ddim import Schedule
 from prism_lib.editing import Counterfactual, EditConfig, edit
 from prism_lib.inversion import METHODS, Callback, Inversion, invert
 from prism_lib.prompts import PromptPair
-from prism_lib.uploads import read_upload
+from prism_lib.uploads import read_file
 
 _USUAL = EditConfig()
 Box = tuple[int, int, int, int]
@@ -157,8 +157,7 @@ def load_image(name: str, size: int, mode: str = "L") -> Tensor:
     if kind == "phantom":
         return phantom.render(phantom_patient(name), size)
     if kind == "file":
-        path = locate(rest)
-        return read_upload(path.name, path.read_bytes(), size, mode)
+        return read_file(locate(rest), size, mode)
     raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
 
 

@@ -55,11 +55,21 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
 
 
-def _check_bytes(name: str, content: bytes) -> None:
-    if not content:
+def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
+    """As `read_upload`, for a file of this machine; its length is looked at before its content."""
+    _check_length(path.name, path.stat().st_size)
+    return read_upload(path.name, path.read_bytes(), size, mode)
+
+
+def _check_length(name: str, length: int) -> None:
+    if length == 0:
         raise UploadError(f"{name} is empty (0 bytes).")
-    if len(content) > MAX_BYTES:
-        raise UploadError(f"{name} has {len(content) / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+    if length > MAX_BYTES:
+        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+
+
+def _check_bytes(name: str, content: bytes) -> None:
+    _check_length(name, len(content))
     for magic, kind in _ARCHIVES.items():
         if content.startswith(magic):
             raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")

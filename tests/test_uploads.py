@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from prism_lib import pixels
-from prism_lib.uploads import MAX_BYTES, UploadError, read_upload
+from prism_lib.uploads import MAX_BYTES, UploadError, read_file, read_upload
 
 SIZE = 32
 LEVELS = np.random.default_rng(0).integers(1, 255, (SIZE, SIZE), dtype=np.uint8)
@@ -135,6 +135,13 @@ def test_what_the_header_forbids_is_never_decoded(what, monkeypatch):
 def test_a_file_too_large_to_send_is_refused_unread():
     with pytest.raises(UploadError, match=r"65 MB; at most 64 MB"):
         read_upload("film.png", bytes(MAX_BYTES + 2**20), SIZE)
+
+
+def test_a_huge_file_is_refused_by_its_length(tmp_path, monkeypatch):
+    with (tmp_path / "film.png").open("wb") as file:
+        file.truncate(2**40)  # sparse: a terabyte that takes no disk
+    with pytest.raises(UploadError, match=r"film\.png has 1048576 MB"):
+        read_file(tmp_path / "film.png", SIZE)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from prism_lib import datasets, imagefolder, paths, phantom
-from prism_lib.datasets import PrepareConfig, load_info, load_table, prepare, read_images
-from prism_lib.prompts import PHANTOM, Edit, caption
 from prism_lib.chest import NIH_COLUMNS, nih_source
+from prism_lib.datasets import PrepareConfig, load_info, load_table, prepare, read_images
 from prism_lib.preparation import split_patients
 from prism_lib.prepare_config import SOURCES
+from prism_lib.prompts import PHANTOM, Edit, caption
 from prism_lib.sources import ImageFiles, read_gray, seeded_order
 
 SIZE = 32
@@ -341,47 +341,6 @@ def test_impossible_age_is_left_out(nih):
     ages = load_table(prepare(config_for(nih))).set_index("source_file")["age"]
     assert np.isnan(ages["00000000_000.png"])
     assert ages["00000001_000.png"] == 58
-
-
-# --- gray levels and shapes
-
-
-def save(tmp_path: Path, pixels: np.ndarray) -> Path:
-    path = tmp_path / "image.png"
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def test_letterbox_keeps_proportions_and_crop_keeps_the_centre(tmp_path):
-    pixels = np.zeros((64, 128), np.uint8)
-    pixels[:, 32:96] = 200
-    path = save(tmp_path, pixels)
-    letterbox, crop = read_gray(path, 32), read_gray(path, 32, "crop")
-    assert letterbox[:8].max() == letterbox[24:].max() == 0
-    assert letterbox[8:24, 10:22].min() >= 199
-    assert letterbox[8:24, :6].max() <= 4
-    assert crop[:, 2:30].min() >= 190
-
-
-def test_reducing_is_antialiased(tmp_path):
-    # Stripes finer than the target's pixels become their mean, not stripes of another width.
-    stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))
-    reduced = read_gray(save(tmp_path, stripes), 32)
-    assert np.abs(reduced[2:-2, 2:-2].astype(int) - 127).max() <= 2
-
-
-def test_sixteen_bits_are_used(tmp_path):
-    # A ramp so fine that taking the upper byte first would give another mean: 16 bits reduce to 8 only once.
-    ramp = np.tile(np.arange(64, dtype=np.uint16) * 257 * 4, (64, 1))
-    reduced = read_gray(save(tmp_path, ramp), 64)
-    assert np.array_equal(reduced, np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA"])
-def test_other_modes_become_the_same_gray(tmp_path, mode):
-    gray = noise_image(0)
-    gray.convert(mode).save(tmp_path / "image.png")
-    assert np.array_equal(read_gray(tmp_path / "image.png", 48), np.array(gray))
 
 
 # --- label policy

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_cuda_available, patch_environment
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -84,7 +84,10 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
     save_config(config)
     if processes == 1:
         return finetune(config)
-    notebook_launcher(_finetune_forked, (config,), num_processes=processes, mixed_precision=config.mixed_precision)
+    # Without a GPU the launcher would start processes that do not know of each other.
+    device = nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true")
+    with device:
+        notebook_launcher(_finetune_forked, (config,), num_processes=processes, mixed_precision=config.mixed_precision)
     return Path(config.output) / "pipeline"
 
 

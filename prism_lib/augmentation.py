@@ -46,8 +46,8 @@ def counterfactuals(
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         pairs, images = prompt_pairs(folder, rows, change), datasets.read_images(folder, rows)
-        how = {"method": method, "num_inference_steps": num_inference_steps}
-        return _gray(stack(edit_images(pipe, images, pairs, config, **how)))
+        edited = edit_images(pipe, images, pairs, config, method=method, num_inference_steps=num_inference_steps)
+        return _gray(stack(edited))
 
     return source
 

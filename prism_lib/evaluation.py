@@ -153,23 +153,37 @@ def evaluate_edit(
     """Invert, edit and measure the images of ``cases`` (rows of a prepared table); ``mask`` is "auto" or "off"."""
     images = datasets.read_images(folder, cases)
     pairs = prompt_pairs(folder, cases, change)
-    how = {"method": method, "num_inference_steps": num_inference_steps}
+    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
     with Timer() as timer:
         edited = edit_images(pipe, images, pairs, config, mask=mask, **how)
+    return evaluate_results(folder, cases, change, edited, judge, timer.seconds)
+
+
+def evaluate_results(
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    edited: Sequence[Counterfactual],
+    judge: Judge | None = None,
+    seconds: float = 0.0,
+) -> Evaluation:
+    """Measure what any method made of the images of ``cases``, one result a row and in their order."""
+    if len(edited) != len(cases):
+        raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = datasets.true_counterfactual(folder, cases, change) if change.attributes else None
     truth, truth_mask = known if known is not None else (None, None)
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
-        images,
+        stack(edited, "factual"),
         stack(edited),
         stack(edited, "raw"),
         stack(edited, "reconstruction"),
         stack(edited, "mask"),
         truth,
         truth_mask,
-        timer.seconds,
+        seconds,
     )
     columns = _appearance(evaluation)
     if truth is not None:
@@ -192,7 +206,7 @@ def batch_difference(
     """Largest difference of any pixel between editing up to four images one by one and all in one batch."""
     some = cases.head(4)
     images, pairs = datasets.read_images(folder, some), prompt_pairs(folder, some, change)
-    how = {"method": method, "num_inference_steps": num_inference_steps}
+    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
     single, whole = (
         stack(edit_images(pipe, images, pairs, replace(config, batch_size=size), batch_size=size, **how))
         for size in (1, len(some))

@@ -105,7 +105,10 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     numbers = frame(record)
     bounds = {f"{name}_{end}" for name in numbers.columns for end in ("low", "high")}
     shown = {name: report.HEADLINES.get(name, name.replace("_", " ")) for name in numbers.columns if name not in bounds}
-    rows = {str(row): values.dropna().to_dict() for row, values in numbers.iterrows()}
+    rows = {
+        str(row): {str(name): float(value) for name, value in values.dropna().items()}
+        for row, values in numbers.iterrows()
+    }
     text = results.table(rows, shown)
     text.index = [row.replace("_", " ") for row in text.index]
     if len(text) == 1:  # one row of many numbers reads better as a column

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -135,7 +136,8 @@ def additions(rows: pd.DataFrame, config: StudyConfig) -> list[tuple[pd.DataFram
                     f"{config.added} added images need {config.added // 4} training images of group "
                     f"{GROUPS[group]!r}, there are {len(sources)}"
                 )
-            asked.append((sources.head(config.added // 4), Edit(**{verb: (label,)})))
+            edit = Edit(remove=(label,)) if verb == "remove" else Edit(add=(label,))
+            asked.append((sources.head(config.added // 4), edit))
     return asked
 
 
@@ -171,7 +173,9 @@ def added_images(rows: pd.DataFrame, source: Source, config: StudyConfig) -> Tra
     """What a source adds to the rows of a training set, with the labels that the edits give."""
     parts = []
     for chosen, edit in additions(rows, config):
-        labels = pd.DataFrame([edit.apply(row) for row in chosen[list(config.classifier.labels)].to_dict("records")])
+        labels = pd.DataFrame(
+            [edit.apply(cast(dict[str, Any], row)) for row in chosen[list(config.classifier.labels)].to_dict("records")]
+        )
         parts.append(_training_set(_resized(source(chosen, edit), config.size), labels, config))
     return parts[0] + parts[1] + parts[2] + parts[3]
 

@@ -22,7 +22,7 @@ def main(edits: int = EDITS, steps: int = STEPS) -> dict[str, float]:
         folder = Path(name)
         data = datasets.prepare(
             datasets.PrepareConfig(
-                "phantom", folder / "data", num_images=3 * edits, vocabulary="phantom", split=(0, 0, 1)
+                "phantom", folder / "data", num_images=4 * edits + 16, vocabulary="phantom", split=(0, 0, 1)
             )
         )
         rows = bulk_plan.BulkConfig(

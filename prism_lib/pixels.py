@@ -105,8 +105,8 @@ def _read_bands(path: Path, size: int, fit: str, mode: str, max_upscale: float) 
             raise ValueError("empty file")
         with Image.open(path) as file:
             _check_size(file.size, size, fit, max_upscale)
-            if getattr(file, "n_frames", 1) > 1:
-                raise ValueError(f"{file.n_frames} frames: only single images can be used")
+            if (frames := getattr(file, "n_frames", 1)) > 1:
+                raise ValueError(f"{frames} frames: only single images can be used")
             return _full_depth(file, mode)
     except UnidentifiedImageError:
         raise ValueError("not an image") from None

@@ -181,13 +181,13 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
     order = repeated.assign(rank=repeated["split"].map(SPLITS.index)).sort_values(
         "rank", ascending=False, kind="stable"
     )
-    kept = order.drop_duplicates("pixels").set_index("pixels")
+    kept = {row["pixels"]: row for row in order.drop_duplicates("pixels").to_dict("records")}
     rejected = []
-    for row in order.itertuples():
-        other = kept.loc[row.pixels]
-        if row.split != other["split"]:
+    for row in order.to_dict("records"):
+        other = kept[row["pixels"]]
+        if row["split"] != other["split"]:
             reason = f"same pixels as {other['file_name']} of patient {other['patient_id']}, which is held out"
-            rejected.append(Rejection(str(row.file_name), reason))
+            rejected.append(Rejection(row["file_name"], reason))
     return rejected, len(order) - len(kept) - len(rejected)
 
 

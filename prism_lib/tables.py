@@ -6,6 +6,7 @@ Every message names the file, the line (the header is line 1), and the value.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -57,7 +58,7 @@ def _read_csv(path: Path, **options: object) -> pd.DataFrame:
             first = file.readline()
         separator = max(",;\t", key=first.count)
         settings = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "sep": separator} | options
-        return pd.read_csv(path, **settings)  # type: ignore[call-overload, no-any-return]
+        return pd.read_csv(path, **settings)  # type: ignore[call-overload]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no table {path}") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -147,10 +148,12 @@ def found(table: pd.DataFrame, paths: Sequence[str | None], root: Path) -> tuple
     missing = table["path"].isna()
     rejected = tuple(Rejection(name, f"not found below {root}") for name in table.loc[missing, "source_file"])
     table = table[~missing]
-    inside, folders = os.path.realpath(root) + os.sep, {}
+    inside = os.path.realpath(root) + os.sep
+    real_folder = functools.cache(os.path.realpath)  # a few folders hold most files
     for name, path in zip(table["source_file"], table["path"], strict=True):
-        folder = os.path.dirname(path)  # noqa: PTH120
-        real = folders.setdefault(folder, os.path.realpath(folder)) if folder not in folders else folders[folder]
-        if not (os.path.realpath(path) if os.path.islink(path) else real + os.sep).startswith(inside):  # noqa: PTH114
+        folder, file = os.path.split(path)
+        linked = os.path.islink(path)  # noqa: PTH114
+        real = os.path.realpath(path) if linked else f"{real_folder(folder)}{os.sep}{file}"
+        if not real.startswith(inside):
             raise ValueError(f"{name!r} is a link that leads outside the data root {root}")
     return table, rejected

@@ -15,8 +15,9 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ Outcome = Written | Rejection
 
 def write_images(
     images: Reader, plan: pd.DataFrame, folder: Path, key: str, processes: int = 1
-) -> Iterator[list[Outcome]]:
+) -> Generator[list[Outcome]]:
     """Write the images of `plan` to its "file_name"s below `folder`; yields what became of every batch, in order.
 
     Args:
@@ -87,6 +88,11 @@ def _in_parallel(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            'a process that reads images ended: out of memory, or a script without `if __name__ == "__main__":`; '
+            "what is finished is kept, and processes=1 needs neither"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -125,7 +131,7 @@ def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
             return {}
     except (FileNotFoundError, ValueError):
         return {}
-    done = {}
+    done: dict[int, list[Outcome]] = {}
     for line in lines[1:]:
         try:
             entry = json.loads(line)

@@ -1,0 +1,166 @@
+"""All editors on the same images: each tuned within one budget on validation patients, then measured on test patients.
+
+The criterion is one for all: the mean error to the true counterfactual where pixels had to change. The budget is a
+number of settings, the same for each method; ours is tuned with it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib import datasets
+from prism_lib.ablation import Measurement, counted_rows, summarise
+from prism_lib.baselines import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.cases import prompt_pairs
+from prism_lib.editing import EditConfig
+from prism_lib.evaluation import Judge, evaluate_results
+from prism_lib.imagic import Imagic
+from prism_lib.inversion import METHODS
+from prism_lib.prompts import Edit
+from prism_lib.results import Timer
+
+CRITERION = "true_error_ratio"
+BUDGET = 4
+
+# Edit -> rows of a prepared table that it suits.
+Cases = Mapping[Edit, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The settings chosen for one method, and the criterion of each candidate in the order tried."""
+
+    editor: Editor
+    errors: tuple[float, ...]
+    candidates: tuple[Editor, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values: the chosen settings, and every candidate with its error."""
+        tried = [
+            {"settings": settings(editor), CRITERION: error}
+            for editor, error in zip(self.candidates, self.errors, strict=True)
+        ]
+        return {"chosen": settings(self.editor), "tried": tried}
+
+
+def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
+    """`BUDGET` settings per method; those whose inversion is not in `inversion.METHODS` are left out.
+
+    `steps` are the DDIM steps of all, `imagic_steps` the optimizer steps of each of Imagic's two fits.
+    """
+    scales, windows = (3.0, 7.5), (0.4, 0.8)
+    plain = [replace(PLAIN, guidance_scale=scale, cross_replace_steps=window) for scale in scales for window in windows]
+    grid: dict[str, list[Editor]] = {
+        "PRISM (ours)": [PromptToPrompt("direct", steps, EditConfig(guidance_scale=w)) for w in (2.0, 3.0, 4.0, 5.0)],
+        "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
+        "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
+        "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],
+        "LEDITS++": [
+            LEdits(scale, threshold, num_inference_steps=steps) for scale in (3.0, 7.5) for threshold in (0.8, 0.95)
+        ],
+        "SDEdit": [SDEdit(strength, w, steps) for w in scales for strength in (0.3, 0.6)],
+        "Imagic": [
+            Imagic(eta, imagic_steps, unet_steps=imagic_steps, num_inference_steps=steps)
+            for eta in (0.5, 0.7, 0.9, 1.0)
+        ],
+    }
+    known = {name: [e for e in editors if getattr(e, "method", "direct") in METHODS] for name, editors in grid.items()}
+    return {name: editors for name, editors in known.items() if editors}
+
+
+def tune(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: Cases,
+    candidates: Mapping[str, Sequence[Editor]],
+    budget: int = BUDGET,
+) -> dict[str, Tuned]:
+    """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases``.
+
+    ValueError before any work if a method has more settings than the budget or none, if a case is a test patient, or
+    if the true counterfactuals are not known.
+    """
+    for name, editors in candidates.items():
+        if not 1 <= len(editors) <= budget:
+            raise ValueError(f"{name} has {len(editors)} settings to try; the budget of every method is {budget}")
+    for change, rows in cases.items():
+        if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
+            raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")
+        if datasets.true_counterfactual(folder, rows.head(1), change) is None:
+            raise ValueError(f"nobody knows the true counterfactuals of {folder}: there is nothing to tune by")
+    tuned = {}
+    with tqdm(total=sum(map(len, candidates.values())), desc="tune") as progress:
+        for name, editors in candidates.items():
+            errors = []
+            for editor in editors:
+                found = measure(pipe, folder, cases, editor)
+                errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
+                progress.update()
+            best = min(range(len(errors)), key=errors.__getitem__)
+            tuned[name] = Tuned(editors[best], tuple(errors), tuple(editors))
+    return tuned
+
+
+def compare(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: Cases,
+    editors: Mapping[str, Editor],
+    judge: Judge | None = None,
+) -> dict[str, Measurement]:
+    """Measure every editor on the same images; `ablation.summarise` turns the answer into a record's numbers."""
+    if not editors or not cases:
+        raise ValueError(f"need at least one editor and one edit, got {len(editors)} and {len(cases)}")
+    return {
+        name: measure(pipe, folder, cases, editor, judge)
+        for name, editor in tqdm(editors.items(), desc="compare", total=len(editors))
+    }
+
+
+def measure(
+    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, editor: Editor, judge: Judge | None = None
+) -> Measurement:
+    """One editor on the images of all edits, with seconds and U-Net rows per image."""
+    evaluations = []
+    with counted_rows(pipe.unet) as rows:
+        for change, table in cases.items():
+            images, pairs = datasets.read_images(folder, table), prompt_pairs(folder, table, change)
+            with Timer() as timer:
+                edited = editor(pipe, images, pairs, change)
+            evaluations.append(evaluate_results(folder, table, change, edited, judge, timer.seconds))
+    return Measurement(editor, tuple(evaluations), sum(rows) / sum(map(len, cases.values())))
+
+
+def record(measured: Mapping[str, Measurement], tuned: Mapping[str, Tuned], seed: int = 0) -> dict[str, Any]:
+    """The metrics of the record `baselines`: per method, all edits together and each alone; how it was tuned apart."""
+    metrics: dict[str, Any] = {name: dict(values) for name, values in summarise(measured, seed).items()}
+    for name, found in measured.items():
+        for evaluation in found.evaluations:
+            alone = {name: replace(found, evaluations=(evaluation,))}
+            metrics[name][evaluation.edit.key] = summarise(alone, seed)[name]
+    return {"methods": metrics, "tuning": {name: result.as_record()["tried"] for name, result in tuned.items()}}
+
+
+def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:
+    """One image as every method edits it, with titles: original, truth where it is known, then the methods."""
+    first = next(iter(measured.values())).evaluations[edit]
+    panels = {"original": first.factual[image]}
+    if first.truth is not None:
+        panels["true counterfactual"] = first.truth[image]
+    panels |= {name: found.evaluations[edit].edited[image] for name, found in measured.items()}
+    return torch.stack(list(panels.values())), list(panels)
+
+
+def settings(editor: Editor) -> dict[str, Any]:
+    """An editor's name and values, for a record."""
+    values = asdict(editor) if is_dataclass(editor) and not isinstance(editor, type) else {}
+    return {"editor": type(editor).__name__} | values

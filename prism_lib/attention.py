@@ -1,8 +1,9 @@
 """Prompt-to-prompt: one attention processor that lets an edit borrow the source image's attention (Hertz et
 al., 2023).
 
-A controlled U-Net call holds three rows per image, in this order: the source (conditional), the negative
-prompt and the target (conditional), the last two on the edited latents. Inside their windows of steps
+A controlled U-Net call holds one row per image for the source (conditional), then one per edit for its negative prompt
+and one per edit for its target (conditional), the last two on the edited latents. Several edits of one image share its
+source row: `parents` says whose each is. Inside their windows of steps
 
 - cross-attention of the target is put together from the source's maps and its own, as an `Alignment` says,
   times a weight per token. There are few tokens, so probabilities are written out, but only in layers and
@@ -20,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,6 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from prism_lib.alignment import Alignment
-
-ROWS = 3  # source, negative, target
 
 
 @dataclass
@@ -65,6 +65,16 @@ class WordMaps:
         self.sums[queries] = self.sums[queries] + maps if queries in self.sums else maps
         self.counts[queries] = self.counts.get(queries, 0) + 1
 
+    def select(self, rows: Tensor) -> WordMaps:
+        """The maps of some edits, also repeated ones: what a fork takes along."""
+        return replace(
+            self,
+            source_tokens=self.source_tokens[rows],
+            target_tokens=self.target_tokens[rows],
+            sums={queries: maps[rows] for queries, maps in self.sums.items()},
+            counts=dict(self.counts),
+        )
+
     def mean(self, height: int, width: int) -> Tensor:
         """Mean attention over steps and layers at latent resolution, (N, 2, height, width)."""
         if not self.sums:
@@ -83,49 +93,133 @@ class WordMaps:
 
 @dataclass
 class Controller:
-    """What the processor does at the current `step` (0 is the noisiest), for N images of a batch.
+    """What the processor does at the current `step` (0 is the noisiest), for K edits of N images.
 
-    `transfer` (N, L, L) and `own` (N, L) build the edited cross maps of the first `cross_steps` steps; token
-    weights are already in them. Self-attention is injected in the first `self_steps` steps in layers of at
-    most `self_max_tokens` queries, into the target row alone as the reference implementations do, or with
-    `inject_negative` into the negative row too.
+    `transfer` (K, L, L) and `own` (K, L) build the edited cross maps; token weights are already in them. A token is
+    edited in the steps from its `first` to before its `last`, both (K, L). Self-attention is injected in an edit's
+    first `self_steps` steps in layers of at most `self_max_tokens` queries, into the target row alone as the reference
+    implementations do, or with `inject_negative` into the negative row too. `parents` holds the image of each edit.
     """
 
     transfer: Tensor
     own: Tensor
-    cross_steps: int = 0
-    self_steps: int = 0
-    self_max_tokens: int = 32 * 32
-    inject_negative: bool = False
+    first: Tensor
+    last: Tensor
+    self_steps: tuple[int, ...]
+    self_max_tokens: tuple[int, ...]
+    inject_negative: tuple[bool, ...]
+    parents: tuple[int, ...]
     maps: WordMaps | None = None
     step: int = 0
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
-        cls, alignments: Sequence[Alignment], weights: Tensor, device: torch.device, **settings: object
+        cls,
+        alignments: Sequence[Alignment],
+        weights: Tensor,
+        device: torch.device,
+        *,
+        cross_steps: int | Tensor = 0,
+        cross_start: int | Tensor = 0,
+        self_steps: int | Sequence[int] = 0,
+        self_max_tokens: int | Sequence[int] = 32 * 32,
+        inject_negative: bool | Sequence[bool] = False,
+        parents: Sequence[int] | None = None,
+        maps: WordMaps | None = None,
+        step: int = 0,
     ) -> Controller:
-        """A controller for one alignment per image; `weights` (N, L) multiply the edited maps (reweight)."""
+        """A controller of one alignment per edit; `weights` (K, L) multiply the edited maps (reweight).
+
+        Settings are one for all edits or one each; `cross_start` and `cross_steps` may also be (K, L), one per token.
+        """
+        edits = len(alignments)
         transfer = torch.stack([alignment.transfer for alignment in alignments]) * weights[:, None, :]
         own = torch.stack([alignment.own for alignment in alignments]) * weights
-        return cls(transfer.to(device), own.to(device), **settings)  # type: ignore[arg-type]
+        first, last = (torch.as_tensor(bound).expand(weights.shape) for bound in (cross_start, cross_steps))
+        return cls(
+            transfer.to(device),
+            own.to(device),
+            first,
+            last,
+            _each(self_steps, edits),
+            _each(self_max_tokens, edits),
+            _each(inject_negative, edits),
+            tuple(range(edits)) if parents is None else tuple(parents),
+            maps,
+            step,
+        )
 
     @property
     def images(self) -> int:
-        """The number of images N; a controlled call has 3 N rows."""
-        return len(self.transfer)
+        """The number of source rows N."""
+        return max(self.parents) + 1
+
+    @property
+    def edits(self) -> int:
+        """The number of edits K; a controlled call has N + 2 K rows."""
+        return len(self.parents)
+
+    def select(self, rows: Sequence[int]) -> Controller:
+        """The controller of some edits, also repeated ones, with the maps they have collected."""
+        index = self._index(tuple(rows))
+        return replace(
+            self,
+            transfer=self.transfer[index],
+            own=self.own[index],
+            first=self.first[list(rows)],
+            last=self.last[list(rows)],
+            self_steps=tuple(self.self_steps[row] for row in rows),
+            self_max_tokens=tuple(self.self_max_tokens[row] for row in rows),
+            inject_negative=tuple(self.inject_negative[row] for row in rows),
+            parents=tuple(self.parents[row] for row in rows),
+            maps=None if self.maps is None else self.maps.select(index),
+            _indices={},
+        )
 
     def edits_cross(self) -> bool:
-        """Whether cross-attention is edited at this step."""
-        return self.step < self.cross_steps
+        """Whether cross-attention of any token is edited at this step."""
+        return bool(self._active().any())
 
-    def injects_self(self, queries: int) -> bool:
-        """Whether a self-attention layer with this many queries takes the source's attention at this step."""
-        return self.step < self.self_steps and queries <= self.self_max_tokens
+    def injects_self(self, queries: int) -> tuple[bool, ...]:
+        """Which edits take the source's attention in a self-attention layer with this many queries, at this step."""
+        settings = zip(self.self_steps, self.self_max_tokens, strict=True)
+        return tuple(self.step < steps and queries <= limit for steps, limit in settings)
 
     def edit_cross(self, source: Tensor, target: Tensor) -> Tensor:
-        """The target's probabilities, made of the source's and its own; both (N, heads, queries, L)."""
+        """The targets' probabilities, made of their sources' and their own; both (K, heads, queries, L)."""
         transfer, own = self.transfer.to(source.dtype), self.own.to(source.dtype)
+        active = self._active()
+        if not bool(active.all()):
+            active = active.to(source.device)
+            transfer, own = transfer * active[:, None, :], torch.where(active, own, 1)
         return source @ transfer[:, None] + target * own[:, None, None, :]
+
+    def of_parents(self, rows: Tensor) -> Tensor:
+        """Something of the N images, repeated for each of their edits: (N, ...) -> (K, ...)."""
+        return rows if self.parents == tuple(range(len(rows))) else rows[self._index(self.parents)]
+
+    def looking(self, queries: int) -> tuple[Tensor, Tensor]:
+        """Which rows look around for themselves in a self-attention layer, and by which of these each row sees."""
+        images, edits = self.images, self.edits
+        eyes = list(range(images + 2 * edits))
+        for edit, injected in enumerate(self.injects_self(queries)):
+            if injected:
+                eyes[images + edits + edit] = self.parents[edit]
+                if self.inject_negative[edit]:
+                    eyes[images + edit] = self.parents[edit]
+        own = tuple(sorted(set(eyes)))
+        place = {row: position for position, row in enumerate(own)}
+        return self._index(own), self._index(tuple(place[row] for row in eyes))
+
+    def _active(self) -> Tensor:
+        return (self.first <= self.step) & (self.step < self.last)
+
+    def _index(self, rows: tuple[int, ...]) -> Tensor:
+        """Row numbers as a tensor, copied to the device once."""
+        if rows not in self._indices:
+            self._indices[rows] = torch.tensor(rows, device=self.transfer.device)
+        return self._indices[rows]
 
 
 class PromptToPromptProcessor:
@@ -143,7 +237,7 @@ class PromptToPromptProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attention as in diffusers' AttnProcessor2_0, except for the three rows of an edit."""
+        """Attention as in diffusers' AttnProcessor2_0, except for the rows of an edit."""
         self.seen.add(id(attn))
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -151,10 +245,9 @@ class PromptToPromptProcessor:
         spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
         if spatial is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if len(hidden_states) != ROWS * self.controller.images:
-            raise ValueError(
-                f"a controlled call needs {ROWS} x {self.controller.images} rows, got {len(hidden_states)}"
-            )
+        images, edits = self.controller.images, self.controller.edits
+        if len(hidden_states) != images + 2 * edits:
+            raise ValueError(f"a controlled call needs {images} + 2 x {edits} rows, got {len(hidden_states)}")
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
         if attn.group_norm is not None:
@@ -174,25 +267,16 @@ class PromptToPromptProcessor:
         return attended / attn.rescale_output_factor
 
     def _self_attention(self, attn: Attention, hidden_states: Tensor) -> Tensor:
-        """(3N, queries, C) -> (3N, heads, queries, C / heads)."""
-        injected = self.controller.injects_self(hidden_states.shape[1])
-        looking = hidden_states
-        if injected:
-            kept = 1 if self.controller.inject_negative else 2
-            looking = hidden_states[: kept * self.controller.images]
-        query, key = _query(attn, looking), _key(attn, looking)
-        if injected:
-            query, key = self._with_source_rows(query), self._with_source_rows(key)
-        return _attend(attn, query, key, _value(attn, hidden_states))
-
-    def _with_source_rows(self, projected: Tensor) -> Tensor:
-        """Fill up to three rows per image with copies of the source's."""
-        images = self.controller.images
-        missing = ROWS - len(projected) // images
-        return torch.cat([projected, *[projected[:images]] * missing])
+        """(rows, queries, C) -> (rows, heads, queries, C / heads)."""
+        value = _value(attn, hidden_states)
+        if not any(self.controller.injects_self(hidden_states.shape[1])):
+            return _attend(attn, _query(attn, hidden_states), _key(attn, hidden_states), value)
+        looking, eyes = self.controller.looking(hidden_states.shape[1])
+        seen = hidden_states[looking]
+        return _attend(attn, _query(attn, seen)[eyes], _key(attn, seen)[eyes], value)
 
     def _cross_attention(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> Tensor:
-        """(3N, queries, C), (3N, L, D) -> (3N, heads, queries, C / heads)."""
+        """(rows, queries, C), (rows, L, D) -> (rows, heads, queries, C / heads)."""
         if attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
         query, key, value = _query(attn, hidden_states), _key(attn, text), _value(attn, text)
@@ -201,21 +285,23 @@ class PromptToPromptProcessor:
         if not (record or control.edits_cross()):
             return _attend(attn, query, key, value)
 
-        n = control.images
-        negative = slice(n, 2 * n)
+        n, edited = control.images, control.images + control.edits
         source = _probabilities(attn, query[:n], key[:n])
-        target = _probabilities(attn, query[2 * n :], key[2 * n :])
+        target = _probabilities(attn, query[edited:], key[edited:])
+        handed = control.of_parents(source)
         if control.edits_cross():
-            target = control.edit_cross(source, target)
+            target = control.edit_cross(handed, target)
         if record and control.maps is not None:
-            control.maps.add(source, target)
-        unedited = _attend(attn, query[negative], key[negative], value[negative])
-        return torch.cat([source @ value[:n], unedited, target @ value[2 * n :]])
+            control.maps.add(handed, target)
+        unedited = _attend(attn, query[n:edited], key[n:edited], value[n:edited])
+        return torch.cat([source @ value[:n], unedited, target @ value[edited:]])
 
 
 @contextmanager
-def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[Controller]:
+def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[PromptToPromptProcessor]:
     """Give every attention layer of `unet` to the controller; the old processors come back whatever happens.
+
+    The processor that this yields takes another `controller` where edits fork.
 
     Raises ValueError for layers whose processor has weights of its own (an IP-Adapter, say), and RuntimeError
     on leaving if the U-Net ran without passing through all of its attention layers: then the edit was not
@@ -226,7 +312,7 @@ def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[C
     processor = PromptToPromptProcessor(controller)
     unet.set_attn_processor(processor)
     try:
-        yield controller
+        yield processor
         _check_all_seen(unet, processor)
     finally:
         unet.set_attn_processor(dict(before))  # set_attn_processor empties the dict that it is given
@@ -240,6 +326,11 @@ def grid(queries: int, height: int, width: int) -> tuple[int, int]:
     if rows * columns != queries:
         raise ValueError(f"a layer of {queries} queries does not belong to latents of {height} x {width}")
     return rows, columns
+
+
+def _each(setting: Any, edits: int) -> tuple[Any, ...]:
+    """One setting per edit."""
+    return tuple(setting) if isinstance(setting, Sequence) else (setting,) * edits
 
 
 def _check_replaceable(processors: dict[str, object]) -> None:

@@ -88,6 +88,11 @@ def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: 
     return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level - 1), level)
 
 
+def move(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, to: int) -> Tensor:
+    """A DDIM move from `level` to any other, in one go; the U-Net saw `sample` at `level`."""
+    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level), to)
+
+
 def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance, eps_u + w (eps_c - eps_u) (Ho & Salimans, 2022)."""
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -5,6 +5,10 @@ evaluates the source, the negative prompt and the target of each image (3 evalua
 the source's attention to the target, and direct inversion returns the source to its stored latents. After
 decoding, only pixels inside a mask take the edit; all others are the input's own.
 
+One walk serves any number of edits of the same images: `edit` is the case of one, `edit_many` takes several prompt
+pairs and `sweep` several settings. They share the source's row, and their own rows for as long as they agree
+(`prism_lib.forking`). What a step is depends on the inversion (`prism_lib.descent`).
+
 Two choices differ from the reference implementations, and both can be switched back:
 
 - `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then
@@ -15,23 +19,28 @@ Two choices differ from the reference implementations, and both can be switched 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib import ddim, masks
+from prism_lib import masks
 from prism_lib.alignment import ALIGNMENTS, align, word_mask
 from prism_lib.attention import Controller, WordMaps, controlled
-from prism_lib.inversion import Callback, Inversion, predict_noise
+from prism_lib.forking import Stage, stages
+from prism_lib.inversion import Callback, Inversion, check_finite, predict_noise
 from prism_lib.masks import COMPOSITES, Areas, MaskConfig
 from prism_lib.models import decode_latents, encode_prompts
 from prism_lib.prompts import PromptPair
 
 NEGATIVES = ("source", "empty")
+PROXIMALS = ("none", "l0", "l1")
+_NO_PAIR = PromptPair("", "", (), ())
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class EditConfig:
     A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
     attention to the words of the edit inside the cross window. Self-attention is injected in layers of at most
     `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
-    `local_blend` confines the edit in latent space to where the edit's words look.
+    `local_blend` confines the edit in latent space to where the edit's words look. `proximal` drops ("l0") or also
+    shrinks ("l1") the guidance below its own `proximal_quantile`.
     """
 
     guidance_scale: float = 3.0
@@ -56,6 +66,8 @@ class EditConfig:
     local_blend: bool = False
     local_blend_threshold: float = 0.3
     local_blend_start: float = 0.2
+    proximal: str = "none"
+    proximal_quantile: float = 0.7
     composite: str = "change"
     protect_text: bool = True
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -63,13 +75,14 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         shares = ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start")
-        for name in shares:
+        for name in (*shares, "proximal_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
         for name in ("guidance_scale", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
-        for name, known in (("alignment", ALIGNMENTS), ("negative", NEGATIVES), ("composite", COMPOSITES)):
+        choices = {"alignment": ALIGNMENTS, "negative": NEGATIVES, "composite": COMPOSITES, "proximal": PROXIMALS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.batch_size < 1:
@@ -81,7 +94,8 @@ class Counterfactual:
     """One edited image with what it was made of; images are (C, H, W) in [0, 1], masks (1, H, W).
 
     `image` is the composite and `raw` the decoded edit before it; `factual` is the input and `reconstruction`
-    the source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched.
+    the source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched. `settings` are
+    those of whatever made it: an `EditConfig`, or a baseline's own.
     """
 
     image: Tensor
@@ -91,7 +105,7 @@ class Counterfactual:
     mask: Tensor
     pair: PromptPair
     scores: Mapping[str, float]
-    settings: EditConfig
+    settings: object
 
 
 def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
@@ -99,17 +113,22 @@ def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
     return torch.stack([getattr(result, name) for result in results])
 
 
-@dataclass
-class _Outcome:
-    """What a batch of edits leaves behind: the two clean latents and the evidence collected on the way."""
+@dataclass(frozen=True)
+class _Task:
+    """One edit: the image's place in its batch, prompts and settings."""
 
-    source: Tensor
-    target: Tensor
-    noise_change: Tensor
-    word_maps: Tensor
+    image: int
+    pair: PromptPair
+    config: EditConfig
 
 
-@torch.no_grad()
+def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:
+    """All combinations of some settings, the others as in `config`: `grid(config, self_replace_steps=(0.2, 0.4))`."""
+    if empty := [name for name, choices in values.items() if isinstance(choices, str) or not len(choices)]:
+        raise ValueError(f"{empty[0]} is {values[empty[0]]!r}; expected values to try")
+    return [replace(config, **dict(zip(values, row, strict=True))) for row in itertools.product(*values.values())]
+
+
 def edit(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
@@ -127,90 +146,282 @@ def edit(
     input's whatever the mask says. `callback(i, timestep, latents)` is called after step i of every batch and
     may raise to cancel.
     """
-    _check_pairs(inversion, pairs, config)
+    (results,) = zip(*sweep(pipe, inversion, pairs, [config], mask=mask, keep=keep, callback=callback), strict=True)
+    return list(results)
+
+
+def sweep(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    pairs: Sequence[PromptPair],
+    configs: Sequence[EditConfig],
+    *,
+    mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
+    callback: Callback | None = None,
+) -> list[list[Counterfactual]]:
+    """Edit every image by its pair under several settings: per image, one result per config, in order.
+
+    The same as one `edit` per config, for less: all share the source, and candidates that agree up to a step share
+    their rows until then. `batch_size` of the first config counts images, as it does in `edit`. Masks as in `edit`.
+    """
+    _check_pairs(inversion, pairs)
+    return _edit_all(pipe, inversion, [[(p, c) for c in configs] for p in pairs], mask, keep, callback)
+
+
+def edit_many(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    pairs: Sequence[Sequence[PromptPair]],
+    config: EditConfig = EditConfig(),
+    *,
+    mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
+    callback: Callback | None = None,
+) -> list[list[Counterfactual]]:
+    """Edit every image by several prompt pairs, all of which start from the prompt it was inverted with."""
+    _check_pairs(inversion, pairs)
+    return _edit_all(pipe, inversion, [[(p, config) for p in own] for own in pairs], mask, keep, callback)
+
+
+@torch.no_grad()
+def _edit_all(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]],
+    mask: Tensor | str,
+    keep: Tensor | None,
+    callback: Callback | None,
+) -> list[list[Counterfactual]]:
+    """The edits wanted of each image, in batches; every word is looked up before the first step."""
+    if not all(wanted):
+        raise ValueError("every image needs at least one edit: no settings or prompt pairs were given")
+    for image, tasks in enumerate(wanted):
+        for pair, config in tasks:
+            _check_pair(image, pair, config, inversion.prompts[image])
     areas = Areas.checked(mask, keep, inversion.images)
-    controllers = [_controller(pipe, pairs[rows], inversion, config) for rows in _batches(len(pairs), config)]
-    results: list[Counterfactual] = []
-    steps = inversion.schedule.num_steps * len(controllers)
-    with tqdm(total=steps, desc="edit", leave=False) as progress:
-        for controller, rows in zip(controllers, _batches(len(pairs), config), strict=True):
+    size = wanted[0][0][1].batch_size
+    batches = [slice(start, min(start + size, len(wanted))) for start in range(0, len(wanted), size)]
+    tasks = [[_Task(n, *task) for n, own in enumerate(wanted[rows]) for task in own] for rows in batches]
+    controllers = [_controller(pipe, batch, inversion) for batch in tasks]
+    results: list[list[Counterfactual]] = []
+    with tqdm(total=inversion.start * len(batches), desc="edit", leave=False) as progress:
+        for rows, batch, controller in zip(batches, tasks, controllers, strict=True):
             part = inversion[rows]
-            outcome = _denoise(pipe, part, pairs[rows], config, controller, areas[rows], progress, callback)
-            results += _finish(pipe, part, pairs[rows], config, outcome, areas[rows])
+            outcome = _denoise(pipe, part, batch, controller, areas[rows], progress, callback, first=rows.start)
+            finished = _finish(pipe, part, batch, outcome, areas[rows])
+            results += [[finished[k] for k, task in enumerate(batch) if task.image == n] for n in range(len(part))]
     return results
+
+
+@dataclass
+class _Outcome:
+    """What a batch of edits leaves behind: clean latents and the evidence collected on the way.
+
+    `source` is by image; `target`, `noise_change` and `word_maps` by row, and `row_of` says which row an edit ended in.
+    """
+
+    source: Tensor
+    target: Tensor
+    noise_change: Tensor
+    word_maps: Tensor
+    row_of: tuple[int, ...]
 
 
 def _denoise(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
-    config: EditConfig,
+    tasks: Sequence[_Task],
     controller: Controller,
     areas: Areas,
     progress: tqdm,
     callback: Callback | None,
+    first: int,
 ) -> _Outcome:
-    """Walk source and target down from x*_T together; one U-Net call of 3 N rows a step."""
-    schedule = inversion.schedule
-    embeds = _embeds(pipe, pairs, config)
-    source = target = inversion.latents[-1].to(pipe.device)
+    """Walk sources and targets down together; one U-Net call of N + 2 K rows a step, K growing where edits fork."""
+    schedule, descent = inversion.schedule, inversion.descent
+    source = inversion.latents[inversion.start].to(pipe.device)
+    target = source[[task.image for task in tasks]]
     cells = areas.cells(*source.shape[-2:])
     cells = None if cells is None else cells.to(source)
-    noise_change = torch.zeros_like(source[:, :1])
-    with controlled(pipe.unet, controller):
-        for index, level in enumerate(range(schedule.num_steps, 0, -1)):
+    noise_change = torch.zeros_like(target[:, :1])
+    source_above: Tensor | None = None
+    target_above: Tensor | None = None
+    texts = _Texts.of(pipe, inversion, tasks)
+    finite: list[Tensor] = []
+    walk = stages(len(tasks), inversion.start, lambda k, step: _behaviour(tasks[k], step, inversion))
+    everything = controller
+    with controlled(pipe.unet, everything) as processor:
+        for index, stage in enumerate(walk):
+            level = inversion.start - index
+            own = [tasks[lead] for lead in stage.leads]
+            if index == 0 or len(stage.leads) > len(target):
+                controller = _fork(everything, controller, stage, index)
+                processor.controller = controller
+                if index:
+                    target, noise_change = (t[list(stage.origins)] for t in (target, noise_change))
+                    target_above = None if target_above is None else target_above[list(stage.origins)]
+                else:
+                    target, noise_change = target[list(stage.leads)], noise_change[list(stage.leads)]
             controller.step = index
             timestep = schedule.timesteps[level]
-            prediction = predict_noise(pipe, torch.cat([source, target, target]), timestep, embeds)
-            of_source, of_negative, of_target = prediction.chunk(3)
-            noise_change += (of_target - of_source).abs().mean(1, keepdim=True)
+            rows = torch.cat([source, target, target])
+            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level))
+            of_source, of_negative, of_target = prediction.split([len(source), len(target), len(target)])
+            noise_change = noise_change + (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
 
-            guided = ddim.guided(of_negative, of_target, config.guidance_scale)
-            target = ddim.step(schedule, target, guided, level)
-            stepped = ddim.step(schedule, source, of_source, level)
-            source = inversion.latents[level - 1].to(source) if inversion.exact else stepped
-            if config.correct_drift:
-                target = target + (source - stepped)
-            if (bounds := _bounds(config, controller, cells, index / schedule.num_steps, source)) is not None:
-                target = source + bounds * (target - source)
+            guided = _guided(of_negative, of_target, [task.config for task in own])
+            stepped_target = descent.step(schedule, target, guided, level, target_above)
+            stepped = descent.step(schedule, source, of_source, level, source_above)
+            source_above, target_above = source, target
+            source = inversion.latents[level - 1].to(source) if descent.returns else stepped
+            corrects = [
+                c.correct_drift if descent.corrects is None else descent.corrects for c in (t.config for t in own)
+            ]
+            target = stepped_target + controller.of_parents(source - stepped) * _column(corrects, source)
+            base = controller.of_parents(source)
+            if (bounds := _bounds(own, controller, cells, index / schedule.num_steps, base)) is not None:
+                target = base + bounds * (target - base)
 
+            finite.append(_by_image(target.isfinite().flatten(1).all(1), own, len(source)))
             progress.update()
             if callback is not None:
                 callback(index, timestep, target)
-    return _Outcome(source, target, noise_change / schedule.num_steps, _word_maps(controller, source))
+    check_finite(torch.stack(finite), first, "editing")
+    return _Outcome(source, target, noise_change / len(walk), _word_maps(controller, source), walk[-1].row_of)
+
+
+def _fork(everything: Controller, current: Controller, stage: Stage, index: int) -> Controller:
+    """The controller of a stage: settings of its leads, with the maps that their rows have collected so far."""
+    fresh = everything.select(stage.leads)
+    if index and current.maps is not None:
+        fresh.maps = current.select(stage.origins).maps
+    return fresh
+
+
+def _behaviour(task: _Task, step: int, inversion: Inversion) -> Hashable:
+    """All that an edit does to the latents at a step; settings that act later or not at all are left out."""
+    config, steps = task.config, inversion.schedule.num_steps
+    crosses = step < round(config.cross_replace_steps * steps)
+    injects = step < round(config.self_replace_steps * steps)
+    blends = config.local_blend and step / steps >= config.local_blend_start
+    return (
+        task.image,
+        task.pair,
+        (config.guidance_scale, config.negative, config.correct_drift, config.proximal, config.proximal_quantile),
+        (config.alignment, config.word_weight) if crosses else None,
+        (config.self_max_tokens, config.inject_negative) if injects else None,
+        config.local_blend_threshold if blends else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Text embeddings of a batch: of its sources (N, L, D), and of negative and target prompts by task (K, L, D).
+
+    `stored` holds the inversion's own negative embeddings by level, (T + 1, N, L, D), where it has them.
+    """
+
+    source: Tensor
+    negative: Tensor
+    target: Tensor
+    images: tuple[int, ...]
+    stored: Tensor | None
+
+    @classmethod
+    def of(cls, pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[_Task]) -> _Texts:
+        away = inversion.descent.negative
+        negatives = [
+            task.pair.source if "source" in (away, task.config.negative if away == "edit" else "") else ""
+            for task in tasks
+        ]
+        embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *(task.pair.target for task in tasks)])
+        parts = embeds.split([len(inversion), len(tasks), len(tasks)])
+        stored = inversion.negative_embeds if away == "stored" else None
+        return cls(*parts, tuple(task.image for task in tasks), stored)
+
+    def embeds(self, stage: Stage, level: int) -> Tensor:
+        """What the U-Net reads at a level, (N + 2 K, L, D)."""
+        leads = list(stage.leads)
+        negative = self.negative[leads]
+        if self.stored is not None:
+            negative = self.stored[level, [self.images[lead] for lead in leads]].to(negative)
+        return torch.cat([self.source, negative, self.target[leads]])
+
+
+def _guided(negative: Tensor, target: Tensor, configs: Sequence[EditConfig]) -> Tensor:
+    """Classifier-free guidance of each row by its own scale, proximal where asked for (Han et al., WACV 2024)."""
+    direction = target - negative
+    for row, config in enumerate(configs):
+        if config.proximal != "none":
+            size = direction[row].abs()
+            limit = size.flatten().quantile(config.proximal_quantile)
+            kept = size - limit if config.proximal == "l1" else size
+            direction[row] = torch.where(size > limit, direction[row].sign() * kept, 0)
+    return negative + _column([config.guidance_scale for config in configs], direction) * direction
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor([float(value) for value in values]).to(like)[:, None, None, None]
+
+
+def _by_image(rows: Tensor, tasks: Sequence[_Task], images: int) -> Tensor:
+    """Whether all rows of each image are fine, (N,)."""
+    place = torch.tensor([task.image for task in tasks], device=rows.device)
+    return torch.ones(images, dtype=torch.int, device=rows.device).scatter_reduce(0, place, rows.int(), "amin").bool()
 
 
 def _bounds(
-    config: EditConfig, controller: Controller, cells: Tensor | None, progress: float, latents: Tensor
+    tasks: Sequence[_Task], controller: Controller, cells: Tensor | None, progress: float, latents: Tensor
 ) -> Tensor | None:
-    """Where the target's latents may differ from the source's, (N, 1, h, w), or None for everywhere."""
-    if not config.local_blend or progress < config.local_blend_start:
-        return cells
-    attended = masks.attention_region(_word_maps(controller, latents), config.local_blend_threshold)
-    return attended if cells is None else attended * cells
+    """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere."""
+    bounds = None if cells is None else controller.of_parents(cells)
+    blending = [t.config.local_blend and progress >= t.config.local_blend_start for t in tasks]
+    if not any(blending):
+        return bounds
+    maps = _word_maps(controller, latents)
+    bounds = torch.ones_like(latents[:, :1]) if bounds is None else bounds.clone()
+    for row, (blends, task) in enumerate(zip(blending, tasks, strict=True)):
+        if blends:
+            bounds[row] *= masks.attention_region(maps[row : row + 1], task.config.local_blend_threshold)[0]
+    return bounds
 
 
 def _finish(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
-    config: EditConfig,
+    tasks: Sequence[_Task],
     outcome: _Outcome,
     areas: Areas,
 ) -> list[Counterfactual]:
-    """Decode, find the mask and composite with the input."""
-    images = inversion.images
-    channels = images.shape[1]
-    raw = decode_latents(pipe.vae, outcome.target, channels).to(images)
+    """Decode every row once, then find masks and composite, together for the edits of equal settings."""
+    images, channels = inversion.images, inversion.images.shape[1]
+    batches = outcome.target.split(len(images))
+    raw = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
     reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
+    finished: dict[int, Counterfactual] = {}
+    for config in {id(task.config): task.config for task in tasks}.values():
+        own = [k for k, task in enumerate(tasks) if task.config is config]
+        rows, places = [outcome.row_of[k] for k in own], [tasks[k].image for k in own]
+        coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], config.mask.attention_weight).to(
+            images
+        )
+        made = _composited(images[places], raw[rows], reconstruction[places], coarse, areas[places], config)
+        finished |= {k: replace(made[n], pair=tasks[k].pair) for n, k in enumerate(own)}
+    return [finished[k] for k in range(len(tasks))]
+
+
+def _composited(
+    images: Tensor, raw: Tensor, reconstruction: Tensor, coarse: Tensor, areas: Areas, config: EditConfig
+) -> list[Counterfactual]:
+    """Edits put back into their input images, not yet told their prompts."""
     if isinstance(areas.mask, Tensor):
         mask = areas.mask
     elif areas.off:
         mask = torch.ones_like(images[:, :1])
     else:
-        coarse = masks.evidence(outcome.word_maps, outcome.noise_change, config.mask.attention_weight)
         change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
-        mask = masks.automatic_mask(change, coarse.to(images), config.mask)
+        mask = masks.automatic_mask(change, coarse, config.mask)
         if config.protect_text:
             mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
     if areas.keep is not None:
@@ -225,11 +436,11 @@ def _finish(
             factual=images[n],
             reconstruction=reconstruction[n],
             mask=mask[n],
-            pair=pair,
+            pair=_NO_PAIR,
             scores={name: values[n] for name, values in scores.items()},
             settings=config,
         )
-        for n, pair in enumerate(pairs)
+        for n in range(len(images))
     ]
 
 
@@ -244,33 +455,29 @@ def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, 
     }
 
 
-def _controller(
-    pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair], inversion: Inversion, config: EditConfig
-) -> Controller:
+def _controller(pipe: StableDiffusionPipeline, tasks: Sequence[_Task], inversion: Inversion) -> Controller:
     """Token alignment, weights and windows of a batch; raises for words that a prompt does not hold."""
     tokenizer, length = pipe.tokenizer, pipe.tokenizer.model_max_length
-    alignments = [align(tokenizer, pair.source, pair.target, length, config.alignment) for pair in pairs]
+    pairs, configs = [task.pair for task in tasks], [task.config for task in tasks]
+    alignments = [
+        align(tokenizer, pair.source, pair.target, length, config.alignment)
+        for pair, config in zip(pairs, configs, strict=True)
+    ]
     source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
     target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
     half_height, half_width = ((side + 1) // 2 for side in inversion.latents.shape[-2:])
     steps = inversion.schedule.num_steps
     return Controller.of(
         alignments,
-        1 + (config.word_weight - 1) * target,
+        1 + torch.tensor([config.word_weight - 1 for config in configs])[:, None] * target,
         pipe.device,
-        cross_steps=round(config.cross_replace_steps * steps),
-        self_steps=round(config.self_replace_steps * steps),
-        self_max_tokens=config.self_max_tokens,
-        inject_negative=config.inject_negative,
+        cross_steps=torch.tensor([round(config.cross_replace_steps * steps) for config in configs])[:, None],
+        self_steps=[round(config.self_replace_steps * steps) for config in configs],
+        self_max_tokens=[config.self_max_tokens for config in configs],
+        inject_negative=[config.inject_negative for config in configs],
+        parents=[task.image for task in tasks],
         maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
     )
-
-
-def _embeds(pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair], config: EditConfig) -> Tensor:
-    """Text embeddings of source, negative and target rows, (3 N, L, D)."""
-    sources = [pair.source for pair in pairs]
-    negatives = sources if config.negative == "source" else [""] * len(pairs)
-    return encode_prompts(pipe, [*sources, *negatives, *(pair.target for pair in pairs)])
 
 
 def _word_maps(controller: Controller, latents: Tensor) -> Tensor:
@@ -279,16 +486,13 @@ def _word_maps(controller: Controller, latents: Tensor) -> Tensor:
     return controller.maps.mean(*latents.shape[-2:])
 
 
-def _batches(count: int, config: EditConfig) -> Iterator[slice]:
-    for start in range(0, count, config.batch_size):
-        yield slice(start, min(start + config.batch_size, count))
-
-
-def _check_pairs(inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig) -> None:
+def _check_pairs(inversion: Inversion, pairs: Sequence[object]) -> None:
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-    for index, (pair, prompt) in enumerate(zip(pairs, inversion.prompts, strict=True)):
-        if pair.source != prompt:
-            raise ValueError(f"image {index} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
-        if config.local_blend and not (pair.source_words or pair.target_words):
-            raise ValueError(f"local_blend needs words to look for, but the edit of image {index} names none")
+
+
+def _check_pair(image: int, pair: PromptPair, config: EditConfig, prompt: str) -> None:
+    if pair.source != prompt:
+        raise ValueError(f"image {image} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
+    if config.local_blend and not (pair.source_words or pair.target_words):
+        raise ValueError(f"local_blend needs words to look for, but the edit of image {image} names none")

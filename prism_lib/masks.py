@@ -137,8 +137,8 @@ class Areas:
         """Whether the edit may show everywhere."""
         return isinstance(self.mask, str) and self.mask == "off"
 
-    def __getitem__(self, rows: slice) -> Areas:
-        """The areas of some of the images, by slice."""
+    def __getitem__(self, rows: slice | list[int]) -> Areas:
+        """The areas of some of the images, by slice or places."""
         mask = self.mask if isinstance(self.mask, str) else self.mask[rows]
         return Areas(mask, None if self.keep is None else self.keep[rows])
 

@@ -12,7 +12,7 @@ from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 
 from prism_lib.alignment import token_span
 from prism_lib.attention import PromptToPromptProcessor
-from prism_lib.editing import EditConfig, edit
+from prism_lib.editing import EditConfig, edit, edit_many, grid, sweep
 from prism_lib.inversion import invert
 from prism_lib.masks import MaskConfig
 from prism_lib.models import encode_prompts
@@ -168,6 +168,8 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
         {"self_max_tokens": 1},
         {"local_blend": True, "local_blend_threshold": 0.9},
         {"alignment": "replace"},
+        {"proximal": "l0"},
+        {"proximal": "l1"},
     ],
 )
 def test_every_setting_of_the_latent_edit_has_an_effect(change):
@@ -206,6 +208,51 @@ def test_three_evaluations_a_step():
     edit(pipe, inversion, [REMOVE] * 3, EditConfig(batch_size=2))
     handle.remove()
     assert rows == [6] * STEPS + [3] * STEPS
+
+
+# --- sweeps
+
+
+def test_a_forked_sweep_equals_separate_edits():
+    pipe = tiny_pipeline(double=True)
+    inversion, pairs = inverted(count=2, double=True), [REMOVE, UNCHANGED]
+    configs = grid(STRONG, self_replace_steps=(0.2, 0.4, 0.8), cross_replace_steps=(0.2, 0.6))
+    configs += [replace(STRONG, proximal="l1"), replace(STRONG, local_blend=True), replace(STRONG, composite="paste")]
+    swept = sweep(pipe, inversion, pairs, configs)
+    assert [len(results) for results in swept] == [len(configs)] * 2
+    for place, config in enumerate(configs):
+        for results, alone in zip(swept, edit(pipe, inversion, pairs, config), strict=True):
+            assert results[place].settings == config
+            assert results[place].pair == alone.pair
+            torch.testing.assert_close(results[place].raw, alone.raw, atol=1e-5, rtol=0)
+            torch.testing.assert_close(results[place].mask, alone.mask, atol=1e-5, rtol=0)
+
+
+def test_a_sweep_of_five_windows_takes_at_most_390_evaluations():
+    pipe, rows = tiny_pipeline(), []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    inversion = invert(pipe, tiny_images(1), [SOURCE], num_inference_steps=50)
+    sweep(pipe, inversion, [REMOVE], grid(EditConfig(), self_replace_steps=(0.4, 0.5, 0.6, 0.7, 0.8)))
+    handle.remove()
+    assert sum(rows) == 50 + 50 + 2 * 140
+
+
+def test_several_edits_of_an_image_share_its_source():
+    pipe, inversion, rows = tiny_pipeline(double=True), inverted(double=True), []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    (results,) = edit_many(pipe, inversion, [[REMOVE, UNCHANGED]], STRONG)
+    handle.remove()
+    assert rows == [1 + 2 * 2] * STEPS
+    for result, pair in zip(results, (REMOVE, UNCHANGED), strict=True):
+        (alone,) = edit(pipe, inversion, [pair], STRONG)
+        torch.testing.assert_close(result.raw, alone.raw, atol=1e-5, rtol=0)
+
+
+def test_a_grid_without_values_and_a_sweep_without_settings_are_refused():
+    with pytest.raises(ValueError, match="guidance_scale is"):
+        grid(EditConfig(), guidance_scale=())
+    with pytest.raises(ValueError, match="at least one edit"):
+        sweep(tiny_pipeline(), inverted(), [REMOVE], [])
 
 
 # --- masks
@@ -282,6 +329,8 @@ def test_a_cancelled_edit_restores_the_processors():
         ("negative", "none"),
         ("composite", "blend"),
         ("batch_size", 0),
+        ("proximal", "l2"),
+        ("proximal_quantile", 1.5),
     ],
 )
 def test_a_setting_out_of_range_is_refused(name, value):

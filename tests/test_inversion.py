@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler
-from tiny import SOURCE, TARGET, tiny_images, tiny_pipeline
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from tiny import SOURCE, TARGET, UNCHANGED, tiny_images, tiny_pipeline
 
-from prism_lib.inversion import invert
+from prism_lib.editing import EditConfig, edit
+from prism_lib.inversion import InversionConfig, check_finite, invert
 from prism_lib.models import decode_latents, encode_images, encode_prompts
 
 STEPS = 5
@@ -49,6 +52,75 @@ def test_ddim_walks_the_same_way_up_but_does_not_find_back_exactly():
     assert ddim.reconstruct(pipe).shape == ddim.images.shape
 
 
+@pytest.mark.parametrize("method", ["direct", "edit_friendly", "bdia"])
+def test_an_exact_method_edits_nothing_into_something_else(method):
+    """An unchanged edit walks the target's own way down and ends at the clean latents."""
+    pipe, found = tiny_pipeline(double=True), []
+    inversion = invert(pipe, tiny_images(1), [SOURCE], method, STEPS)
+    inversion = replace(inversion, latents=inversion.latents.double())
+    edit(pipe, inversion, [UNCHANGED], EditConfig(), callback=lambda i, t, x: found.append(x))
+    torch.testing.assert_close(found[-1], inversion.latents[0], atol=1e-4, rtol=0)
+
+
+def plain_null_text(pipe, trajectory, config):
+    """Mokady et al.'s loop as published: one image, the conditional prediction made anew to advance."""
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    text, embeds = encode_prompts(pipe, [SOURCE]), encode_prompts(pipe, [""])
+    sample, latents = trajectory[-1], [trajectory[-1]]
+
+    def below(embeds, conditional, t):
+        noise = pipe.unet(sample, t, encoder_hidden_states=embeds).sample
+        return scheduler.step(noise + config.guidance_scale * (conditional - noise), int(t), sample).prev_sample
+
+    for i, t in enumerate(scheduler.timesteps):
+        embeds = embeds.clone().detach().requires_grad_()
+        optimizer = torch.optim.Adam([embeds], lr=config.learning_rate * (1 - i / (2 * STEPS)))
+        with torch.no_grad():
+            conditional = pipe.unet(sample, t, encoder_hidden_states=text).sample
+        for _ in range(config.inner_steps):
+            loss = torch.nn.functional.mse_loss(below(embeds, conditional, t), trajectory[STEPS - i - 1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if loss.item() < config.threshold + i * 2e-5:
+                break
+        with torch.no_grad():
+            sample = below(embeds, conditional, t)
+        latents.insert(0, sample)
+    return torch.stack(latents)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_null_text_in_a_batch_equals_the_published_loop(prediction_type):
+    pipe, config = tiny_pipeline(prediction_type), InversionConfig(guidance_scale=3.0, inner_steps=3)
+    together = invert(pipe, tiny_images(2), [SOURCE] * 2, "null_text", STEPS, config=config)
+    plain = invert(pipe, tiny_images(2), [SOURCE] * 2, num_inference_steps=STEPS)
+    for n in range(2):
+        alone = plain_null_text(pipe, plain.latents[:, n : n + 1], config)
+        torch.testing.assert_close(together.latents[:, n : n + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_edit_friendly_noise_is_the_images_own_and_drawn_from_the_seed():
+    alone, together = inverted(1, method="edit_friendly"), inverted(2, method="edit_friendly")
+    other = inverted(1, method="edit_friendly", config=InversionConfig(seed=1))
+    torch.testing.assert_close(alone.latents[:, 0], together.latents[:, 0], atol=1e-5, rtol=0)
+    assert (alone.latents[1:] - other.latents[1:]).abs().max() > 0.01
+
+
+def test_latents_that_are_not_finite_stop_with_step_and_image():
+    finite = torch.ones(3, 2, dtype=torch.bool)
+    finite[2, 1] = False
+    with pytest.raises(FloatingPointError, match="image 5 are not finite after step 2"):
+        check_finite(finite, 4, "editing")
+
+
+@pytest.mark.parametrize(("name", "value"), [("inner_steps", 0), ("skip", 1.0), ("learning_rate", float("nan"))])
+def test_a_setting_of_a_method_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        InversionConfig(**{name: value})
+
+
 def test_an_image_does_not_depend_on_its_batch():
     together, alone = inverted(4, batch_size=4), inverted(4, batch_size=1)
     torch.testing.assert_close(together.latents, alone.latents, atol=1e-5, rtol=0)
@@ -86,7 +158,7 @@ def test_the_callback_sees_every_step_and_may_cancel():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "unknown inversion method 'magic'; known: direct, ddim"),
+        ({"method": "magic"}, "unknown inversion method 'magic'; known: direct, null_text"),
         ({"prompts": [SOURCE]}, "2 images need as many prompts"),
         ({"prompts": SOURCE}, "2 images need as many prompts"),
         ({"prompts": ["with " * 100] * 2}, "tokens"),

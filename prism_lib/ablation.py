@@ -158,21 +158,22 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
-    "source" or "own"; `local_blend`, whether latents far from the edit's words return to the source.
+    "source" or "own"; `local_blend` and `confine`, whether latents far from the edit's words, or from the evidence of
+    the edit, return to the source.
     """
     levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
     cross, own = (
         round(share * num_inference_steps) for share in (config.cross_replace_steps, config.self_replace_steps)
     )
     steps = range(num_inference_steps)
+    progress = [step / num_inference_steps for step in steps]
     return pd.DataFrame(
         {
             "timestep": [levels.timesteps[num_inference_steps - step] for step in steps],
             "cross": ["source" if step < cross else "own" for step in steps],
             "self": ["source" if step < own else "own" for step in steps],
-            "local_blend": [
-                config.local_blend and step / num_inference_steps >= config.local_blend_start for step in steps
-            ],
+            "local_blend": [config.local_blend and share >= config.local_blend_start for share in progress],
+            "confine": [config.confine > 0 and share >= config.confine_start for share in progress],
         },
         index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
     )

@@ -55,9 +55,10 @@ class WordMaps:
     def add(self, source: Tensor, target: Tensor) -> None:
         """Add one layer's probabilities, each (N, heads, queries, L)."""
         queries = source.shape[2]
+        dtype = torch.promote_types(source.dtype, torch.float32)
         maps = torch.stack(
             [
-                torch.einsum("nhql,nl->nq", probabilities.float(), tokens) / probabilities.shape[1]
+                torch.einsum("nhql,nl->nq", probabilities.to(dtype), tokens.to(dtype)) / probabilities.shape[1]
                 for probabilities, tokens in ((source, self.source_tokens), (target, self.target_tokens))
             ],
             dim=1,

@@ -70,6 +70,7 @@ PLAIN = EditConfig(
     negative="empty",
     correct_drift=False,
     local_blend=True,
+    confine=0.0,
 )
 
 
@@ -101,7 +102,9 @@ class TwoMasks:
         # Soft, not cut off at a threshold: else a rounding error could move the mask's border.
         wide = torch.nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
         config = replace(
-            EditConfig(cross_replace_steps=0.0, self_replace_steps=0.0, negative="empty", correct_drift=False),
+            EditConfig(
+                cross_replace_steps=0.0, self_replace_steps=0.0, negative="empty", correct_drift=False, confine=0.0
+            ),
             guidance_scale=self.guidance_scale,
         )
         edited = edit(pipe, inverted, pairs, config, mask=wide)

@@ -50,13 +50,15 @@ class EditConfig:
     A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
     attention to the words of the edit inside the cross window. Self-attention is injected in layers of at most
     `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
-    `local_blend` confines the edit in latent space to where the edit's words look. `proximal` drops ("l0") or also
-    shrinks ("l1") the guidance below its own `proximal_quantile`.
+    `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
+    the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
+    of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
+    guidance below its own `proximal_quantile`.
     """
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.5
     cross_replace_steps: float = 0.1
-    self_replace_steps: float = 0.2
+    self_replace_steps: float = 0.3
     alignment: str = "refine"
     word_weight: float = 1.0
     negative: str = "source"
@@ -66,6 +68,8 @@ class EditConfig:
     local_blend: bool = False
     local_blend_threshold: float = 0.3
     local_blend_start: float = 0.2
+    confine: float = 0.27
+    confine_start: float = 0.3
     proximal: str = "none"
     proximal_quantile: float = 0.7
     composite: str = "change"
@@ -75,7 +79,7 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         shares = ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start")
-        for name in (*shares, "proximal_quantile"):
+        for name in (*shares, "confine", "confine_start", "proximal_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
         for name in ("guidance_scale", "word_weight"):
@@ -280,7 +284,8 @@ def _denoise(
             ]
             target = stepped_target + controller.of_parents(source - stepped) * _column(corrects, source)
             base = controller.of_parents(source)
-            if (bounds := _bounds(own, controller, cells, index / schedule.num_steps, base)) is not None:
+            progressed = index / schedule.num_steps
+            if (bounds := _bounds(own, controller, cells, progressed, base, noise_change)) is not None:
                 target = base + bounds * (target - base)
 
             finite.append(_by_image(target.isfinite().flatten(1).all(1), own, len(source)))
@@ -305,6 +310,7 @@ def _behaviour(task: _Task, step: int, inversion: Inversion) -> Hashable:
     crosses = step < round(config.cross_replace_steps * steps)
     injects = step < round(config.self_replace_steps * steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
+    confines = config.confine > 0 and step / steps >= config.confine_start
     return (
         task.image,
         task.pair,
@@ -312,6 +318,7 @@ def _behaviour(task: _Task, step: int, inversion: Inversion) -> Hashable:
         (config.alignment, config.word_weight) if crosses else None,
         (config.self_max_tokens, config.inject_negative) if injects else None,
         config.local_blend_threshold if blends else None,
+        (config.confine, config.mask.attention_weight) if confines else None,
     )
 
 
@@ -372,18 +379,28 @@ def _by_image(rows: Tensor, tasks: Sequence[_Task], images: int) -> Tensor:
 
 
 def _bounds(
-    tasks: Sequence[_Task], controller: Controller, cells: Tensor | None, progress: float, latents: Tensor
+    tasks: Sequence[_Task],
+    controller: Controller,
+    cells: Tensor | None,
+    progress: float,
+    latents: Tensor,
+    noise_change: Tensor,
 ) -> Tensor | None:
     """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere."""
     bounds = None if cells is None else controller.of_parents(cells)
     blending = [t.config.local_blend and progress >= t.config.local_blend_start for t in tasks]
-    if not any(blending):
+    confined = [t.config.confine > 0 and progress >= t.config.confine_start for t in tasks]
+    if not any(blending) and not any(confined):
         return bounds
     maps = _word_maps(controller, latents)
     bounds = torch.ones_like(latents[:, :1]) if bounds is None else bounds.clone()
-    for row, (blends, task) in enumerate(zip(blending, tasks, strict=True)):
-        if blends:
-            bounds[row] *= masks.attention_region(maps[row : row + 1], task.config.local_blend_threshold)[0]
+    for row, task in enumerate(tasks):
+        own, config = slice(row, row + 1), task.config
+        if blending[row]:
+            bounds[own] *= masks.attention_region(maps[own], config.local_blend_threshold)
+        if confined[row]:
+            evidence = masks.evidence(maps[own], noise_change[own], config.mask.attention_weight)
+            bounds[own] *= masks.evidence_region(evidence, config.confine)
     return bounds
 
 

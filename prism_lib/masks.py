@@ -36,15 +36,15 @@ class MaskConfig:
     into the evidence.
     """
 
-    min_change: float = 0.045
+    min_change: float = 0.02
     weak: float = 3.0
     strong: float = 4.0
     attention_weight: float = 0.25
-    seed_evidence: float = 0.3
-    grow_evidence: float = 0.25
+    seed_evidence: float = 0.2
+    grow_evidence: float = 0.1
     smooth: int = 1
     close: int = 2
-    dilate: int = 2
+    dilate: int = 1
     feather: int = 1
     softness: float = 0.2
 
@@ -167,6 +167,14 @@ def without(mask: Tensor, keep: Tensor, feather: int) -> Tensor:
 def latent_region(mask: Tensor, height: int, width: int) -> Tensor:
     """The latent cells (N, 1, height, width) that contain any pixel of a mask (N, 1, H, W)."""
     return F.adaptive_max_pool2d((mask > 0).float(), (height, width))
+
+
+def evidence_region(coarse: Tensor, threshold: float, softness: float = 0.3) -> Tensor:
+    """Cells whose evidence (N, 1, h, w), averaged over 3x3 cells, exceeds `threshold`, and their neighbours.
+
+    Returns (N, 1, h, w), soft: 0 where latents are the source's, 1 where they are the edit's own.
+    """
+    return _maximum(_ramp(_box(coarse, 1), threshold, softness), 1)
 
 
 def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2) -> Tensor:

@@ -104,7 +104,7 @@ def test_the_schedule_is_what_the_editor_does(monkeypatch, cross, own):
         return original[0](self)
 
     def injects_self(self, queries):
-        seen.setdefault(self.step, {})["self"] = original[1](self, queries)
+        (seen.setdefault(self.step, {})["self"],) = original[1](self, queries)
         return original[1](self, queries)
 
     monkeypatch.setattr(Controller, "edits_cross", edits_cross)
@@ -122,6 +122,12 @@ def test_the_schedule_says_when_blending_starts():
     table = ablation.schedule(EditConfig(local_blend=True, local_blend_start=0.4), tiny_pipeline(), 5)
     assert table["local_blend"].tolist() == [False, False, True, True, True]
     assert not ablation.schedule(EditConfig(), tiny_pipeline(), 5)["local_blend"].any()
+
+
+def test_the_schedule_says_when_confining_starts():
+    table = ablation.schedule(EditConfig(confine=0.2, confine_start=0.6), tiny_pipeline(), 5)
+    assert table["confine"].tolist() == [False, False, False, True, True]
+    assert not ablation.schedule(EditConfig(confine=0.0), tiny_pipeline(), 5)["confine"].any()
 
 
 def test_the_front_is_what_nothing_beats():

@@ -107,6 +107,17 @@ def test_local_blend_takes_the_cells_around_where_either_prompt_looks():
     assert torch.equal(region, expected)
 
 
+def test_the_evidence_region_is_a_block_its_neighbours_and_soft_corners():
+    evidence = torch.zeros(1, 1, 9, 9)
+    evidence[..., 3:6, 3:6] = 1
+    expected = torch.zeros(1, 1, 9, 9)
+    expected[..., 2:7, 2:7] = 1
+    # Averaged over 3 x 3 cells the block's corners hold 4/9, on the ramp of 0.5 from 0.35 to 0.65.
+    expected[..., [2, 2, 6, 6], [2, 6, 2, 6]] = (4 / 9 - 0.35) / 0.3
+    torch.testing.assert_close(masks.evidence_region(evidence, 0.5), expected)
+    assert not masks.evidence_region(torch.zeros(1, 1, 9, 9), 0.5).any()
+
+
 @pytest.mark.parametrize("how", masks.COMPOSITES)
 def test_a_composite_is_the_input_where_the_mask_is_zero_and_the_edit_where_it_is_one(how):
     images, edited, reconstruction = torch.rand(3, 2, 1, 8, 8)

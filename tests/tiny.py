@@ -21,14 +21,15 @@ UNCHANGED = PromptPair(SOURCE, SOURCE, ("support devices",), ("support devices",
 
 @cache
 def tiny_pipeline(prediction_type: str = "epsilon", double: bool = False) -> StableDiffusionPipeline:
-    """The tiny pipeline; tests must leave it as they found it. `double` makes its U-Net float64."""
+    """The tiny pipeline; tests must leave it as they found it. `double` computes in float64."""
     config = replace(models.tiny_config(), prediction_type=prediction_type)
     letters = " ".join(string.ascii_lowercase)  # so that words which were never seen have tokens too
     pipe = models.build_pipeline(config, seed=0, captions=[SOURCE, TARGET, "pleural effusion", letters])
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval()
     if double:
-        pipe.unet.double()
+        for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+            part.double()
     return pipe
 
 

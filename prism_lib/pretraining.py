@@ -345,6 +345,8 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, card: str) -> Path:
         name: copy.deepcopy(getattr(pipeline, name)).half().requires_grad_(False)
         for name in ("vae", "text_encoder", "unet")
     }
+    for part in (halves["vae"], halves["unet"]):
+        part.register_to_config(_name_or_path="")  # where it lay during training is nobody's business
     StableDiffusionPipeline(
         **halves,
         tokenizer=pipeline.tokenizer,

@@ -175,3 +175,8 @@ def model_hash(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def image_hash(image: Tensor) -> str:
+    """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
+    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -113,6 +114,12 @@ class Inversion:
     def reconstruction_error(self, pipe: StableDiffusionPipeline) -> Tensor:
         """Mean absolute difference of reconstruction and *input*, (N,), in units of the [0, 1] range."""
         return (self.reconstruct(pipe) - self.images).abs().mean((1, 2, 3))
+
+    def save(self, path: str | Path, pipe: StableDiffusionPipeline) -> Path:
+        """Write what `pipe` made, for `inversion_store.load_inversion` to open for the same images and model only."""
+        from prism_lib.inversion_store import save_inversion  # which is built on this module
+
+        return save_inversion(path, self, pipe)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from prism_lib import paths, results, views
+from prism_lib.cache import image_hash
 from prism_lib.editing import Counterfactual
 from prism_lib.prompts import Edit
 from prism_lib.recipe import Recipe
@@ -72,11 +73,6 @@ def keep_uploads(outcome: Outcome, masks: Mapping[str, Tensor]) -> None:
 def upload_path(image: Tensor) -> str:
     """Where an uploaded image is kept, below PRISM_RUNS: a name that its pixels decide."""
     return f"{UPLOADS}/{image_hash(image)[:16]}.png"
-
-
-def image_hash(image: Tensor) -> str:
-    """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
-    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:

@@ -158,8 +158,8 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
-    "source" or "own"; `local_blend` and `confine`, whether latents far from the edit's words, or from the evidence of
-    the edit, return to the source.
+    "source" or "own", words with a window of their own apart; `local_blend` and `confine`, whether latents far from the
+    edit's words, or from the evidence of the edit, return to the source.
     """
     levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
     cross, own = (

@@ -28,9 +28,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from prism_lib import masks
-from prism_lib.alignment import ALIGNMENTS, align, word_mask
+from prism_lib.alignment import ALIGNMENTS, align, token_span, word_mask
 from prism_lib.attention import Controller, WordMaps, controlled
 from prism_lib.forking import Stage, stages
 from prism_lib.inversion import Callback, Inversion, check_finite, predict_noise
@@ -48,8 +49,10 @@ class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
     A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
-    attention to the words of the edit inside the cross window. Self-attention is injected in layers of at most
-    `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
+    attention to the words of the edit inside the cross window. `word_windows` gives words or phrases of the target
+    prompt a cross window of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected
+    in layers of at most `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the
+    automatic mask.
     `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
     the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
     of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
@@ -61,6 +64,7 @@ class EditConfig:
     self_replace_steps: float = 0.3
     alignment: str = "refine"
     word_weight: float = 1.0
+    word_windows: Mapping[str, float] = field(default_factory=dict, hash=False)
     negative: str = "source"
     correct_drift: bool = True
     inject_negative: bool = False
@@ -82,6 +86,11 @@ class EditConfig:
         for name in (*shares, "confine", "confine_start", "proximal_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
+        if not isinstance(self.word_windows, Mapping):
+            raise ValueError(f"word_windows is {self.word_windows!r}; expected a share of the steps by word")
+        for word, share in self.word_windows.items():
+            if not isinstance(word, str) or isinstance(share, str) or not 0 <= share <= 1:
+                raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
         for name in ("guidance_scale", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
@@ -308,6 +317,7 @@ def _behaviour(task: _Task, step: int, inversion: Inversion) -> Hashable:
     """All that an edit does to the latents at a step; settings that act later or not at all are left out."""
     config, steps = task.config, inversion.schedule.num_steps
     crosses = step < round(config.cross_replace_steps * steps)
+    exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
     injects = step < round(config.self_replace_steps * steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
     confines = config.confine > 0 and step / steps >= config.confine_start
@@ -315,7 +325,7 @@ def _behaviour(task: _Task, step: int, inversion: Inversion) -> Hashable:
         task.image,
         task.pair,
         (config.guidance_scale, config.negative, config.correct_drift, config.proximal, config.proximal_quantile),
-        (config.alignment, config.word_weight) if crosses else None,
+        (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
         (config.self_max_tokens, config.inject_negative) if injects else None,
         config.local_blend_threshold if blends else None,
         (config.confine, config.mask.attention_weight) if confines else None,
@@ -488,13 +498,27 @@ def _controller(pipe: StableDiffusionPipeline, tasks: Sequence[_Task], inversion
         alignments,
         1 + torch.tensor([config.word_weight - 1 for config in configs])[:, None] * target,
         pipe.device,
-        cross_steps=torch.tensor([round(config.cross_replace_steps * steps) for config in configs])[:, None],
+        cross_steps=torch.stack([_cross_steps(tokenizer, task, length, steps) for task in tasks]),
         self_steps=[round(config.self_replace_steps * steps) for config in configs],
         self_max_tokens=[config.self_max_tokens for config in configs],
         inject_negative=[config.inject_negative for config in configs],
         parents=[task.image for task in tasks],
         maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
     )
+
+
+def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: _Task, length: int, steps: int) -> Tensor:
+    """Steps in which each token of the target takes over the source's attention, (length,)."""
+    config, prompt = task.config, task.pair.target
+    windows = torch.full((length,), round(config.cross_replace_steps * steps))
+    owners: dict[int, str] = {}
+    for word, share in config.word_windows.items():
+        for token in token_span(tokenizer, prompt, word):
+            if token in owners:
+                raise ValueError(f"word_windows names a token twice, in {owners[token]!r} and {word!r}: {prompt!r}")
+            owners[token] = word
+            windows[token] = round(share * steps)
+    return windows
 
 
 def _word_maps(controller: Controller, latents: Tensor) -> Tensor:

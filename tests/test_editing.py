@@ -65,6 +65,9 @@ def reference_edit(pipe, inversion, pair, config):
     weights = torch.ones(length)
     for word in pair.target_words:
         weights[token_span(pipe.tokenizer, pair.target, word)] = config.word_weight
+    windows = torch.full((length,), int(config.cross_replace_steps * STEPS + 0.5))
+    for word, share in config.word_windows.items():
+        windows[token_span(pipe.tokenizer, pair.target, word)] = int(share * STEPS + 0.5)
     stored = {}
 
     def store(name, probabilities, cross):
@@ -75,12 +78,11 @@ def reference_edit(pipe, inversion, pair, config):
         if not cross:
             small = probabilities.shape[1] <= config.self_max_tokens
             return stored[name] if small and step < int(config.self_replace_steps * STEPS + 0.5) else probabilities
-        if step >= int(config.cross_replace_steps * STEPS + 0.5):
-            return probabilities
-        edited = stored[name].clone()
-        for j in new:
-            edited[:, :, j] = probabilities[:, :, j]
-        return edited * weights
+        edited = probabilities.clone()
+        for j in range(length):
+            if step < windows[j]:
+                edited[:, :, j] = (probabilities if j in new else stored[name])[:, :, j] * weights[j]
+        return edited
 
     def noise(latents, text, change):
         unet.set_attn_processor({name: MapProcessor(name, change) for name in unet.attn_processors})
@@ -100,7 +102,16 @@ def reference_edit(pipe, inversion, pair, config):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("change", [{}, {"self_max_tokens": 64}, {"cross_replace_steps": 1.0, "word_weight": 1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"self_max_tokens": 64},
+        {"cross_replace_steps": 1.0, "word_weight": 1.0},
+        {"word_windows": {"support devices": 0.2, "cardiomegaly": 1.0}},
+        {"word_windows": {"devices": 0.8, "without": 0.4}, "cross_replace_steps": 0.0},
+    ],
+)
 def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
     """In double precision, so that only a difference of method could show."""
     model, config = {"prediction_type": prediction_type, "double": True}, replace(REFERENCE, **change)
@@ -163,6 +174,8 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
         {"cross_replace_steps": 0.0},
         {"self_replace_steps": 0.0},
         {"word_weight": 1.0},
+        {"word_windows": {"support devices": 0.0}},
+        {"word_windows": {"cardiomegaly": 1.0}},
         {"negative": "empty"},
         {"correct_drift": False},
         {"inject_negative": True},
@@ -233,6 +246,7 @@ def test_a_forked_sweep_equals_separate_edits():
         replace(confined, confine_start=0.6),
         replace(confined, mask=MaskConfig(attention_weight=1.0)),
     ]
+    configs += [replace(STRONG, word_windows=windows) for windows in ({"devices": 0.2}, {"cardiomegaly": 0.8})]
     swept = sweep(pipe, inversion, pairs, configs)
     assert [len(results) for results in swept] == [len(configs)] * 2
     for place, config in enumerate(configs):
@@ -382,6 +396,11 @@ def test_a_cancelled_edit_restores_the_processors():
         ("confine_start", -0.1),
         ("guidance_scale", float("inf")),
         ("word_weight", -1.0),
+        ("word_windows", {"devices": 1.5}),
+        ("word_windows", {"devices": float("nan")}),
+        ("word_windows", {"devices": "0.5"}),
+        ("word_windows", {3: 0.5}),
+        ("word_windows", ("devices", 0.5)),
         ("alignment", "merge"),
         ("negative", "none"),
         ("composite", "blend"),
@@ -409,6 +428,28 @@ def test_a_setting_out_of_range_is_refused(name, value):
 def test_prompt_pairs_that_do_not_fit_are_refused(pairs, message):
     with pytest.raises(ValueError, match=message):
         edit(tiny_pipeline(), inverted(), pairs)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ({"pacemaker": 0.5}, "'pacemaker' does not occur"),
+        ({"devices": 0.5, "support devices": 0.2}, "names a token twice, in 'devices' and 'support devices'"),
+    ],
+)
+def test_word_windows_that_do_not_fit_the_prompt_are_refused(windows, message):
+    with pytest.raises(ValueError, match=message):
+        edit(tiny_pipeline(), inverted(), [REMOVE], EditConfig(word_windows=windows))
+
+
+def test_word_windows_like_the_others_change_nothing():
+    windows = dict.fromkeys(("cardiomegaly", "support devices"), STRONG.cross_replace_steps)
+    plain, same = (
+        edit(tiny_pipeline(), inverted(), [REMOVE], replace(STRONG, word_windows=w))[0] for w in ({}, windows)
+    )
+    assert torch.equal(plain.image, same.image)
+    assert hash(plain.settings) == hash(same.settings)
+    assert plain.settings != same.settings
 
 
 def test_local_blend_without_words_is_refused():

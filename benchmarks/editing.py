@@ -1,0 +1,271 @@
+"""How fast counterfactuals are: `python benchmarks/editing.py` writes figures/phantom/editing_speed.json.
+
+One image inverted and edited at five lengths of the self-attention window (direct inversion, `editing.sweep`) against
+null-text inversion and prompt-to-prompt in the published order of work (`reference.py`): the same weights, images,
+prompts, steps and machine, autoencoder included on both sides. Null-text inversion is also compared by itself, ours
+against the published loop on the same trajectory: seconds, and the largest difference of the latents. The reference
+stops its inner loops early, as published, so `unet_evaluations_reference` counts the forward evaluations that it made.
+
+With a GPU also a pipeline of SD v1.5's size with random weights: 512 x 512, bfloat16, by batch size. `--steps 3` is a
+trial; anything but the defaults is recorded under `runs/`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import reference
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from prism_lib import models, paths, phantom, results
+from prism_lib.editing import Counterfactual, EditConfig, grid, sweep
+from prism_lib.inversion import Inversion, InversionConfig, invert, optimise_null_text
+from prism_lib.models import encode_prompts
+from prism_lib.prompts import Edit, PromptPair
+
+STEPS, IMAGES, BATCH, SEED = 50, 2, 8, 0
+WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
+EDIT = Edit(remove=("Support Devices",))
+PUBLISHED = EditConfig(guidance_scale=7.5, cross_replace_steps=0.8, negative="empty", correct_drift=False, confine=0)
+SD_V1_5 = models.PipelineConfig(
+    image_size=512,
+    vae_channels=(128, 256, 512, 512),
+    unet_channels=(320, 640, 1280, 1280),
+    unet_attention=(True, True, True, False),
+    unet_layers=2,
+    text_width=768,
+    text_layers=12,
+    attention_heads=8,
+)
+H100_BF16 = 989e12  # dense multiply-adds count as two
+
+
+@dataclass
+class Cases:
+    """Phantoms with devices: images (N, 1, H, W), prompts, the truth without devices and where it differs."""
+
+    images: Tensor
+    pairs: list[PromptPair]
+    truth: Tensor
+    changed: Tensor
+
+    @classmethod
+    def draw(cls, count: int, size: int) -> "Cases":
+        """The first patients of a seed, every one given devices."""
+        patients = phantom.sample_patients(count, SEED).intervene(support_devices=1.0)
+        labels = patients.labels()[["Cardiomegaly", "Pleural Effusion", "Support Devices"]].to_dict("records")
+        pairs = [EDIT.prompts(row) for row in labels]
+        truth, changed = phantom.counterfactual(patients, size, support_devices=0.0)
+        return cls(phantom.render(patients, size), pairs, truth, changed)
+
+    def error(self, image: int, made: Tensor) -> float:
+        """Mean absolute error to the true counterfactual where that differs from the input."""
+        return float((made - self.truth[image]).abs()[self.changed[image]].mean())
+
+
+@dataclass
+class Measured:
+    """Seconds and U-Net rows of every call of one kind."""
+
+    seconds: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+
+    def call(self, pipe: StableDiffusionPipeline, work: Callable[[], Any]) -> Any:
+        """Do some work, measured."""
+        with counted(pipe) as rows:
+            begin = now(pipe)
+            made = work()
+            self.seconds.append(now(pipe) - begin)
+        self.evaluations.append(sum(rows))
+        return made
+
+    @property
+    def median(self) -> float:
+        """Seconds of the median call."""
+        return statistics.median(self.seconds)
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="DDIM steps of both sides")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images that both sides edit one by one, up to 8")
+    options = parser.parse_args()
+    if options.steps < 1 or not 1 <= options.images <= BATCH:
+        parser.error(f"--steps must be at least 1 and --images between 1 and {BATCH}")
+    with results.Timer() as timer:
+        pipe = models.load_pipeline(models.SHIPPED)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        cases = Cases.draw(BATCH, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
+        metrics = direct_against_reference(pipe, cases, options.steps, options.images)
+        metrics |= null_text_against_loop(pipe, cases, options.steps, options.images)
+        if torch.cuda.is_available():
+            metrics["sd_v1_5"] = full_size(options.steps)
+    trial = (options.steps, options.images) != (STEPS, IMAGES)
+    results.record(
+        "editing_speed",
+        dataset="phantom",
+        notebook="benchmarks/editing.py",
+        parameters={
+            "num_inference_steps": options.steps,
+            "images": options.images,
+            "batch_size": BATCH,
+            "self_replace_steps": WINDOWS,
+            "edit": EDIT.key,
+            "config": EditConfig(),
+            "reference_config": PUBLISHED,
+            "null_text": InversionConfig(),
+            "threads": torch.get_num_threads(),
+        },
+        seed=SEED,
+        metrics=metrics,
+        figures_dir=paths.runs() / "benchmarks" if trial else "",
+        model=models.SHIPPED,
+        seconds=timer.seconds,
+    )
+
+
+def direct_against_reference(
+    pipe: StableDiffusionPipeline, cases: Cases, steps: int, images: int
+) -> dict[str, float | dict[str, float]]:
+    """Seconds per image of inversion and sweep: ours at batch 1 and 8, the reference at batch 1; sides alternate."""
+    ours, batched, plain = Measured(), Measured(), Measured()
+    published = grid(PUBLISHED, self_replace_steps=WINDOWS)
+    theirs = reference.Reference(pipe, steps, InversionConfig())
+    errors: dict[str, list[float]] = {"input": [], "direct": [], "reference": []}
+    warm_up(pipe, cases)
+    for n in range(images):
+        image, pair = cases.images[n : n + 1], cases.pairs[n]
+        (made,) = ours.call(pipe, lambda image=image, pair=pair: direct(pipe, image, [pair], steps))
+        edits = plain.call(pipe, lambda image=image, pair=pair: theirs.sweep(image, pair, published))
+        errors["input"].append(cases.error(n, image[0]))
+        errors["direct"].append(min(cases.error(n, result.image) for result in made))
+        errors["reference"].append(min(cases.error(n, edit[0].cpu()) for edit in edits))
+    for _ in range(2):
+        batched.call(pipe, lambda: direct(pipe, cases.images, cases.pairs, steps))
+    per_image = batched.median / BATCH
+    return {
+        "unet_evaluations_direct_sweep": max(ours.evaluations),
+        "unet_evaluations_reference": statistics.mean(plain.evaluations),
+        "speedup_direct_sweep_batch1": plain.median / ours.median,
+        "speedup_direct_sweep_batch8": plain.median / per_image,
+        "seconds_direct_sweep_batch1": ours.median,
+        "seconds_direct_sweep_batch8": per_image,
+        "seconds_reference": plain.median,
+        "best_error_inside_true_mask": {name: statistics.mean(values) for name, values in errors.items()},
+    }
+
+
+def direct(
+    pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], steps: int
+) -> list[list[Counterfactual]]:
+    """Our side of the comparison, at its default settings."""
+    inversion = invert(pipe, images, [pair.source for pair in pairs], "direct", steps)
+    configs = grid(EditConfig(batch_size=len(images)), self_replace_steps=WINDOWS)
+    return sweep(pipe, inversion, pairs, configs)
+
+
+def null_text_against_loop(pipe: StableDiffusionPipeline, cases: Cases, steps: int, images: int) -> dict[str, float]:
+    """Null-text optimisation of the same trajectories, ours against the published loop; sides alternate."""
+    ours, plain, differences = Measured(), Measured(), []
+    theirs = reference.Reference(pipe, steps, InversionConfig())
+    for n in range(images):
+        prompt = cases.pairs[n].source
+        inversion = invert(pipe, cases.images[n : n + 1], [prompt], "direct", steps)
+        fast, _ = ours.call(pipe, lambda inversion=inversion, prompt=prompt: null_text(pipe, inversion, prompt))
+        with reference.with_weight_gradients(pipe):
+            slow, _ = plain.call(
+                pipe, lambda inversion=inversion, prompt=prompt: theirs.null_text(inversion.latents, prompt)
+            )
+        differences.append(float((fast - slow).abs().max()))
+    return {
+        "speedup_null_text": plain.median / ours.median,
+        "null_text_difference": max(differences),
+        "seconds_null_text": ours.median,
+        "seconds_null_text_loop": plain.median,
+        "unet_evaluations_null_text": statistics.mean(ours.evaluations),
+        "unet_evaluations_null_text_loop": statistics.mean(plain.evaluations),
+    }
+
+
+@torch.no_grad()
+def null_text(pipe: StableDiffusionPipeline, inversion: Inversion, prompt: str) -> tuple[Tensor, Tensor]:
+    """Our null-text optimisation of a trajectory that is there already."""
+    text, empty = encode_prompts(pipe, [prompt]), encode_prompts(pipe, [""])
+    return optimise_null_text(pipe, inversion.latents, text, empty, inversion.schedule, inversion.config)
+
+
+def warm_up(pipe: StableDiffusionPipeline, cases: Cases) -> None:
+    """One step of either side, so that neither pays for first calls."""
+    direct(pipe, cases.images[:1], cases.pairs[:1], 1)
+    reference.Reference(pipe, 1, InversionConfig()).sweep(cases.images[:1], cases.pairs[0], [PUBLISHED])
+
+
+@contextmanager
+def counted(pipe: StableDiffusionPipeline) -> Iterator[list[int]]:
+    """The number of rows of each forward call of the U-Net inside the block."""
+    rows: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def now(pipe: StableDiffusionPipeline) -> float:
+    """Seconds, when the device has done what it was given."""
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def full_size(steps: int) -> dict[str, dict[str, float]]:
+    """One edit an image after direct inversion, with random weights of SD v1.5's size on 512 x 512 in bfloat16."""
+    pipe = models.build_pipeline(SD_V1_5, SEED)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval().to("cuda", torch.bfloat16)
+    cases = Cases.draw(BATCH, SD_V1_5.image_size)
+    operations = flops(pipe)
+    found = {}
+    for batch in (1, 2, 4, 8, 16):
+        images = cases.images.repeat(2, 1, 1, 1)[:batch]
+        pairs = (cases.pairs * 2)[:batch]
+        one_edit(pipe, images, pairs, 2)
+        torch.cuda.reset_peak_memory_stats()
+        measured = Measured()
+        measured.call(pipe, lambda images=images, pairs=pairs: one_edit(pipe, images, pairs, steps))
+        speed = measured.evaluations[0] / measured.median
+        found[f"batch_{batch}"] = {
+            "seconds_per_counterfactual": measured.median / batch,
+            "evaluations_per_second": speed,
+            "share_of_peak": speed * operations / H100_BF16,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+    return found
+
+
+def one_edit(pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], steps: int) -> None:
+    """Inversion and one edit of every image, all in one batch."""
+    inversion = invert(pipe, images, [pair.source for pair in pairs], "direct", steps, batch_size=len(images))
+    sweep(pipe, inversion, pairs, [EditConfig(batch_size=len(images))])
+
+
+def flops(pipe: StableDiffusionPipeline) -> float:
+    """Floating-point operations of one U-Net evaluation."""
+    size, unet = SD_V1_5.image_size // SD_V1_5.vae_factor, pipe.unet
+    sample = torch.randn(1, unet.config.in_channels, size, size, device=unet.device, dtype=unet.dtype)
+    text = encode_prompts(pipe, [""]).to(sample)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(sample, 500, encoder_hidden_states=text)
+    return float(counter.get_total_flops())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The reference that speed is measured against makes the same latents as the library: only its work differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
+
+from benchmarks.reference import Reference, with_weight_gradients
+from prism_lib.editing import EditConfig, grid, sweep
+from prism_lib.inversion import InversionConfig, invert
+from prism_lib.models import decode_latents
+
+STEPS = 4
+CONFIG = InversionConfig(guidance_scale=3.0, inner_steps=3)
+PUBLISHED = EditConfig(guidance_scale=3.0, cross_replace_steps=0.75, negative="empty", correct_drift=False, confine=0.0)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Our null-text inversion and the reference's, of the same image."""
+    pipe, image = tiny_pipeline(), tiny_images(1)
+    plain = Reference(pipe, STEPS, CONFIG)
+    trajectory = plain.invert(image, SOURCE)
+    with with_weight_gradients(pipe):
+        latents, negatives = plain.null_text(trajectory, SOURCE)
+    inversion = invert(pipe, image, [SOURCE], "null_text", STEPS, config=CONFIG)
+    return plain, inversion, trajectory, latents, negatives
+
+
+def test_null_text_of_the_reference_leads_to_the_same_latents(both):
+    _, inversion, _, latents, negatives = both
+    torch.testing.assert_close(inversion.latents, latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(inversion.negative_embeds[1:].flip(0), torch.stack(negatives), atol=1e-4, rtol=1e-4)
+
+
+def test_the_references_reconstruction_is_its_own_way_down(both):
+    plain, _, trajectory, latents, negatives = both
+    expected = decode_latents(plain.pipe.vae, latents[0])
+    torch.testing.assert_close(plain.reconstruct(trajectory, negatives, SOURCE), expected, atol=1e-4, rtol=0)
+
+
+def test_a_forked_sweep_equals_the_references_edits_one_after_another(both):
+    plain, inversion, trajectory, _, negatives = both
+    configs = grid(PUBLISHED, self_replace_steps=(0.0, 0.5, 1.0))
+    (swept,) = sweep(plain.pipe, inversion, [REMOVE], configs)
+    for ours, config in zip(swept, configs, strict=True):
+        latents = plain.edit(trajectory, negatives, REMOVE, config)
+        theirs = decode_latents(plain.pipe.vae, latents)[1]
+        torch.testing.assert_close(ours.raw, theirs, atol=1e-4, rtol=0)
+    assert (swept[0].raw - swept[2].raw).abs().max() > 1e-3
+
+
+def test_weights_are_frozen_again_and_no_gradient_is_left(both):
+    plain, *_ = both
+    result = plain.sweep(tiny_images(1), REMOVE, [replace(PUBLISHED, self_replace_steps=0.5)])
+    assert result[0].shape == (1, 1, 32, 32)
+    assert all(not p.requires_grad and p.grad is None for p in plain.pipe.unet.parameters())

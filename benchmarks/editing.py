@@ -30,7 +30,7 @@ from prism_lib.inversion import Inversion, InversionConfig, invert, optimise_nul
 from prism_lib.models import encode_prompts
 from prism_lib.prompts import Edit, PromptPair
 
-STEPS, IMAGES, BATCH, SEED = 50, 2, 8, 0
+STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
 WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
 EDIT = Edit(remove=("Support Devices",))
 PUBLISHED = EditConfig(guidance_scale=7.5, cross_replace_steps=0.8, negative="empty", correct_drift=False, confine=0)

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from diffusers import (
@@ -58,8 +58,10 @@ class PromptToPrompt:
     def __call__(
         self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
-        how = {"method": self.method, "num_inference_steps": self.num_inference_steps}
-        return edit_images(pipe, images, pairs, self.edit, mask=self.mask, **how)
+        steps = self.num_inference_steps
+        return edit_images(
+            pipe, images, pairs, self.edit, mask=self.mask, method=self.method, num_inference_steps=steps
+        )
 
 
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
@@ -268,4 +270,4 @@ def _same_processors(unet: UNet2DConditionModel) -> Iterator[None]:
     try:
         yield
     finally:
-        unet.set_attn_processor(cast(dict, before))
+        unet.set_attn_processor(before)

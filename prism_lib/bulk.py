@@ -43,6 +43,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.augmentation import fingerprint
+from prism_lib.batching import in_parts
 from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
 from prism_lib.editing import Counterfactual, edit
 from prism_lib.imagefolder import load_info, read_images
@@ -209,17 +210,11 @@ def _work(
 
 
 def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[Counterfactual]:
-    """Edit one batch; without room for it, its halves, and so on. Smaller parts change results by rounding alone."""
-    try:
-        images = read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in batch]}))
-        return _edit_batch(pipe, images, batch, batch[0].settings)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-        half = len(batch) // 2
-        logger.warning("out of memory: a batch of %d is done in two parts", len(batch))
-    torch.cuda.empty_cache()
-    return [result for some in (batch[:half], batch[half:]) for result in _edited(pipe, config, some)]
+    """Edit one batch; without room for it, in smaller parts."""
+    images = read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in batch]}))
+    return in_parts(
+        [slice(0, len(batch))], lambda rows: _edit_batch(pipe, images[rows], batch[rows], batch[0].settings)
+    )
 
 
 def _edit_batch(

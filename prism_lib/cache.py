@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -124,7 +124,7 @@ def build_cache(
 
 
 @torch.no_grad()
-def encode_moments(vae: torch.nn.Module, images: Tensor) -> Tensor:
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Mean and deviation of the scaled latents (N, 2, c, h, w) for images (N, 1 or 3, H, W) in [0, 1]."""
     models.check_images(images, models.image_factor(vae))
     pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device, vae.dtype)

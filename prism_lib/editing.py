@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from prism_lib import masks
 from prism_lib.alignment import ALIGNMENTS, align, token_span, word_mask
 from prism_lib.attention import Controller, WordMaps, controlled
+from prism_lib.batching import in_parts
 from prism_lib.forking import Stage, stages
 from prism_lib.inversion import Callback, Inversion, check_finite, predict_noise
 from prism_lib.masks import COMPOSITES, Areas, MaskConfig
@@ -89,7 +90,7 @@ class EditConfig:
         if not isinstance(self.word_windows, Mapping):
             raise ValueError(f"word_windows is {self.word_windows!r}; expected a share of the steps by word")
         for word, share in self.word_windows.items():
-            if not isinstance(word, str) or isinstance(share, str) or not 0 <= share <= 1:
+            if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
                 raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
         for name in ("guidance_scale", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -157,7 +158,7 @@ def edit(
     `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1],
     which then also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the
     input's whatever the mask says. `callback(i, timestep, latents)` is called after step i of every batch and
-    may raise to cancel.
+    may raise to cancel. A batch that the accelerator's memory does not hold is begun again in halves.
     """
     (results,) = zip(*sweep(pipe, inversion, pairs, [config], mask=mask, keep=keep, callback=callback), strict=True)
     return list(results)
@@ -209,22 +210,27 @@ def _edit_all(
     """The edits wanted of each image, in batches; every word is looked up before the first step."""
     if not all(wanted):
         raise ValueError("every image needs at least one edit: no settings or prompt pairs were given")
-    for image, tasks in enumerate(wanted):
-        for pair, config in tasks:
+    for image, edits in enumerate(wanted):
+        for pair, config in edits:
             _check_pair(image, pair, config, inversion.prompts[image])
     areas = Areas.checked(mask, keep, inversion.images)
-    size = wanted[0][0][1].batch_size
-    batches = [slice(start, min(start + size, len(wanted))) for start in range(0, len(wanted), size)]
-    tasks = [[_Task(n, *task) for n, own in enumerate(wanted[rows]) for task in own] for rows in batches]
-    controllers = [_controller(pipe, batch, inversion) for batch in tasks]
-    results: list[list[Counterfactual]] = []
-    with tqdm(total=inversion.start * len(batches), desc="edit", leave=False) as progress:
-        for rows, batch, controller in zip(batches, tasks, controllers, strict=True):
-            part = inversion[rows]
-            outcome = _denoise(pipe, part, batch, controller, areas[rows], progress, callback, first=rows.start)
-            finished = _finish(pipe, part, batch, outcome, areas[rows])
-            results += [[finished[k] for k, task in enumerate(batch) if task.image == n] for n in range(len(part))]
-    return results
+    tasks = [_Task(image, pair, config) for image, own in enumerate(wanted) for pair, config in own]
+    controller = _controller(pipe, tasks, inversion)
+    with tqdm(total=inversion.start * len(tasks), desc="edit", leave=False) as progress:
+
+        def made(rows: slice) -> list[Counterfactual]:
+            """The results of consecutive tasks, which are one batch."""
+            first, last = tasks[rows][0].image, tasks[rows][-1].image
+            images, batch = slice(first, last + 1), [replace(task, image=task.image - first) for task in tasks[rows]]
+            own = replace(controller.select(range(len(tasks))[rows]), parents=tuple(task.image for task in batch))
+            part, progress.n = inversion[images], inversion.start * rows.start
+            outcome = _denoise(pipe, part, batch, own, areas[images], progress, callback, first)
+            return _finish(pipe, part, batch, outcome, areas[images])
+
+        firsts, size = [0, *itertools.accumulate(map(len, wanted))], wanted[0][0][1].batch_size
+        starts = [*firsts[:-1:size], len(tasks)]
+        results = in_parts([slice(*bounds) for bounds in itertools.pairwise(starts)], made)
+    return [results[start:stop] for start, stop in itertools.pairwise(firsts)]
 
 
 @dataclass
@@ -298,7 +304,7 @@ def _denoise(
                 target = base + bounds * (target - base)
 
             finite.append(_by_image(target.isfinite().flatten(1).all(1), own, len(source)))
-            progress.update()
+            progress.update(len(tasks))
             if callback is not None:
                 callback(index, timestep, target)
     check_finite(torch.stack(finite), first, "editing")
@@ -353,9 +359,9 @@ class _Texts:
             for task in tasks
         ]
         embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *(task.pair.target for task in tasks)])
-        parts = embeds.split([len(inversion), len(tasks), len(tasks)])
+        source, negative, target = embeds.split([len(inversion), len(tasks), len(tasks)])
         stored = inversion.negative_embeds if away == "stored" else None
-        return cls(*parts, tuple(task.image for task in tasks), stored)
+        return cls(source, negative, target, tuple(task.image for task in tasks), stored)
 
     def embeds(self, stage: Stage, level: int) -> Tensor:
         """What the U-Net reads at a level, (N + 2 K, L, D)."""

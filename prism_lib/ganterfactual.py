@@ -136,8 +136,9 @@ class _Training:
             torch.manual_seed(config.seed)
             self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
-        adam = {"lr": config.learning_rate, "betas": (0.5, 0.999)}
-        self.optimizers = [torch.optim.Adam(part.parameters(), **adam) for part in self._parts()]
+        self.optimizers = [
+            torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self._parts()
+        ]
 
     def _parts(self) -> list[nn.ModuleDict]:
         return [self.generators, self.discriminators]

@@ -83,8 +83,8 @@ class Inversion:
     def __getitem__(self, rows: slice) -> Inversion:
         """The inversion of some of the images, by slice."""
         embeds = None if self.negative_embeds is None else self.negative_embeds[:, rows]
-        part = {"images": self.images[rows], "prompts": self.prompts[rows], "latents": self.latents[:, rows]}
-        return replace(self, **part, negative_embeds=embeds)
+        images, prompts, latents = self.images[rows], self.prompts[rows], self.latents[:, rows]
+        return replace(self, images=images, prompts=prompts, latents=latents, negative_embeds=embeds)
 
     @property
     def descent(self) -> Descent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 
-from prism_lib import masks
+from prism_lib import editing, masks
 from prism_lib.alignment import token_span
 from prism_lib.attention import PromptToPromptProcessor
 from prism_lib.editing import EditConfig, edit, edit_many, grid, sweep
@@ -282,6 +283,31 @@ def test_a_grid_without_values_and_a_sweep_without_settings_are_refused():
         grid(EditConfig(), guidance_scale=())
     with pytest.raises(ValueError, match="at least one edit"):
         sweep(tiny_pipeline(), inverted(), [REMOVE], [])
+
+
+def test_a_batch_that_does_not_fit_is_done_in_parts_with_equal_results(monkeypatch):
+    """Room for five rows: one image at a time in place of three, and then a third of one image's edits."""
+    pipe, inversion = tiny_pipeline(double=True), inverted(count=3, double=True)
+    pairs, configs = [REMOVE, UNCHANGED, REMOVE], grid(STRONG, self_replace_steps=(0.0, 0.4, 0.8))
+    whole = edit(pipe, inversion, pairs, STRONG), sweep(pipe, inversion[:1], [REMOVE], configs)[0]
+    rows, predict = [], editing.predict_noise
+
+    def limited(pipe, latents, timestep, embeds):
+        rows.append(len(latents))
+        if len(latents) > 5:
+            raise torch.OutOfMemoryError("no room")
+        return predict(pipe, latents, timestep, embeds)
+
+    monkeypatch.setattr(editing, "predict_noise", limited)
+    parts = [edit(pipe, inversion, pairs, STRONG)]
+    assert rows == [9] + [3] * STEPS * 3
+    rows.clear()
+    parts.append(sweep(pipe, inversion[:1], [REMOVE], configs)[0])
+    assert max(rows) == 7
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*parts), strict=True):
+        assert (one.pair, one.settings) == (other.pair, other.settings)
+        torch.testing.assert_close(one.raw, other.raw, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.image, other.image, atol=1e-5, rtol=0)
 
 
 # --- confined edits

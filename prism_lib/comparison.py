@@ -162,5 +162,8 @@ def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) ->
 
 def settings(editor: Editor) -> dict[str, Any]:
     """An editor's name and values, for a record."""
-    values = asdict(editor) if is_dataclass(editor) and not isinstance(editor, type) else {}
-    return {"editor": type(editor).__name__} | values
+    made: Any = editor  # the protocol does not say that editors are dataclasses
+    return {
+        "editor": type(editor).__name__,
+        **(asdict(made) if is_dataclass(made) and not isinstance(made, type) else {}),
+    }

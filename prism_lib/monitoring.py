@@ -18,7 +18,7 @@ from torch import Tensor
 from prism_lib import datasets, models
 
 
-class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # accelerate is only partly typed
+class JsonlTracker(GeneralTracker):
     """An accelerate tracker that appends one JSON object per call to a file: no network, nothing to install."""
 
     name = "jsonl"
@@ -68,7 +68,7 @@ def curve(log: pd.DataFrame, column: str) -> tuple[list[float], list[float]]:
 def curves_by_timestep(log: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
     """The validation loss of each bin of timesteps, named by its range; small timesteps are the fine detail."""
     prefix = "validation_loss_t"
-    bins = [column for column in log if str(column).startswith(prefix)]
+    bins = [column for column in map(str, log.columns) if column.startswith(prefix)]
     return {f"t = {column.removeprefix(prefix).replace('_', ' to ')}": curve(log, column) for column in bins}
 
 

@@ -154,7 +154,7 @@ def curves(series: Mapping[str, Curve], *, xlabel: str, ylabel: str, title: str 
                 axis.fill_between(curve[0], curve[2], curve[3], color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if logy else "linear")
         if len(series) > 1:
-            axis.legend(frameon=False)
+            figure.legend(frameon=False, loc="outside upper center", ncols=min(3, len(series)))
     return figure
 
 

@@ -108,7 +108,8 @@ def test_the_labels_are_those_of_the_counterfactual(config, done):
         before, label = table.loc[row["source_file"]], "Support Devices" if removes else "Cardiomegaly"
         assert (before[label], float(row[label])) == ((1, 0) if removes else (0, 1))
         assert float(row["Pleural Effusion"]) == before["Pleural Effusion"]
-        assert json.loads(row["settings"])["edit"]["guidance_scale"] == (3.0 if removes else 5.0)
+        scale = EditConfig().guidance_scale if removes else 5.0
+        assert json.loads(row["settings"])["edit"]["guidance_scale"] == scale
 
 
 def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -139,16 +139,7 @@ class SDEdit:
         self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        image_to_image = StableDiffusionImg2ImgPipeline(
-            vae=pipe.vae,
-            text_encoder=pipe.text_encoder,
-            tokenizer=pipe.tokenizer,
-            unet=pipe.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        image_to_image = StableDiffusionImg2ImgPipeline(**_parts(pipe, scheduler))
         image_to_image.set_progress_bar_config(disable=True)
         latents = image_to_image(
             prompt=[pair.target for pair in pairs],
@@ -191,16 +182,7 @@ class LEdits:
         scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
         )
-        ledits = LEditsPPPipelineStableDiffusion(
-            vae=pipe.vae,
-            text_encoder=pipe.text_encoder,
-            tokenizer=pipe.tokenizer,
-            unet=pipe.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        ledits = LEditsPPPipelineStableDiffusion(**_parts(pipe, scheduler))
         ledits.set_progress_bar_config(disable=True)
         latents = []
         with _same_processors(pipe.unet):
@@ -261,6 +243,17 @@ def generator(image: Tensor, seed: int) -> torch.Generator:
 def seed_of(image: Tensor, seed: int) -> int:
     """The seed of `generator`."""
     return stable_seed(seed, hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).hexdigest())
+
+
+def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:
+    """The same networks for another of diffusers' pipelines, with a scheduler of its own."""
+    parts: dict[str, Any] = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    return parts | {
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 @contextmanager

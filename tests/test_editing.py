@@ -329,7 +329,7 @@ def test_a_confined_edit_is_the_source_itself_outside_the_evidence(monkeypatch, 
         return regions[-1]
 
     monkeypatch.setattr(masks, "evidence_region", recorded)
-    latents = latents_of(inversion, replace(STRONG, confine=0.9, confine_start=start))
+    latents = latents_of(inversion, replace(STRONG, confine=0.6, confine_start=start))
     free = round(start * STEPS)
     assert len(regions) == STEPS - free
     for step, region in enumerate(regions, start=free):

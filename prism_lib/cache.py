@@ -123,6 +123,24 @@ def build_cache(
     )
 
 
+def require_captions_fit(
+    tokenizer: Any, dataset: str | Path, split: str, *, seed: int, captions_per_image: int, explicit_share: float
+) -> None:
+    """ValueError, by image and caption, if a caption that `build_cache` would encode has more tokens than are read."""
+    table = datasets.load_table(dataset, split)
+    captions = cases.sample_captions(dataset, table, seed, captions_per_image, explicit_share)
+    long = models.too_long(tokenizer, dict.fromkeys(text for texts in captions for text in texts))
+    found = [(name, text) for name, texts in zip(table["file_name"], captions, strict=True) for text in texts]
+    found = [(name, text) for name, text in found if text in long]
+    if found:
+        (name, text), count = found[0], len({name for name, _ in found})
+        raise ValueError(
+            f"the model reads {tokenizer.model_max_length} tokens, and captions of {count} images in split {split!r} "
+            f"have more: that of {name} has {long[text]}: {text!r}. Keep fewer labels when preparing, or lower "
+            "explicit_share"
+        )
+
+
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Mean and deviation of the scaled latents (N, 2, c, h, w) for images (N, 1 or 3, H, W) in [0, 1]."""

@@ -156,18 +156,26 @@ def text_config(config: PipelineConfig, tokenizer: CLIPTokenizer) -> CLIPTextCon
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's format, trained on the captions given."""
+    """A byte-level BPE tokenizer in CLIP's format, trained on the captions given; the same ones give the same one."""
     # An empty CLIPTokenizer brings CLIP's own normalisation and word splitting.
     backend = CLIPTokenizer().backend_tokenizer
+    # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
+    texts = [*captions, " ".join(string.ascii_lowercase + string.digits)]
+    suffix = "</w>"
+    # The trainer numbers letters at the end of words in the order of a hash map, and breaks ties by these numbers.
+    ends = {
+        word[-1]
+        for text in set(texts)
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    }
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(letter + suffix for letter in sorted(ends))],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
+        end_of_word_suffix=suffix,
         show_progress=False,
     )
-    # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
-    backend.train_from_iterator([*captions, " ".join(string.ascii_lowercase + string.digits)], trainer)
+    backend.train_from_iterator(texts, trainer)
     learned = json.loads(backend.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
@@ -288,6 +296,14 @@ def check_images(images: Tensor, factor: int = 1) -> None:
         raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
 
 
+def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """The texts with more tokens than the model reads, start and end counted, with how many they have."""
+    texts = list(texts)
+    rows = tokenizer(texts, verbose=False).input_ids if texts else []
+    lengths = {text: len(row) for text, row in zip(texts, rows, strict=True)}
+    return {text: length for text, length in lengths.items() if length > tokenizer.model_max_length}
+
+
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
     """Prompt embeddings (N, tokens, width) in float32; each distinct text is encoded once.
@@ -296,10 +312,8 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
     """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     distinct = list(dict.fromkeys(texts))
-    for text in distinct:
-        length = len(tokenizer(text).input_ids)
-        if length > tokenizer.model_max_length:
-            raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
+    for text, length in too_long(tokenizer, distinct).items():
+        raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
     ids = tokenizer(
         distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids

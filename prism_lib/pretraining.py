@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from prism_lib import cases, datasets, models, phantom, prompts
+from prism_lib.cache import require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, save_checkpoint
 from prism_lib.models import PipelineConfig
 from prism_lib.textures import textures
@@ -322,6 +323,9 @@ def pretrain(config: PretrainConfig) -> Path:
     captions = cases.sample_captions(config.dataset, table, config.seed, 2, 0.5)
     texts = [text for several in captions for text in several] + prompts.corpus()
     pipeline = models.build_pipeline(config.pipeline, config.seed, texts)
+    require_captions_fit(
+        pipeline.tokenizer, config.dataset, "train", seed=config.seed, captions_per_image=2, explicit_share=0.5
+    )
     history = train_vae(pipeline.vae, config.vae, output / "vae")
     clip = train_clip(pipeline, config.dataset, config.clip)
     (output / "vae" / "history.json").write_text(json.dumps(history, indent=1))

@@ -19,11 +19,14 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_cuda_available, patch_environment
+from accelerate.tracking import filter_trackers
+from accelerate.utils import InitProcessGroupKwargs, is_cuda_available, parse_flag_from_env, patch_environment
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -31,7 +34,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from prism_lib import datasets, models
-from prism_lib.cache import Share, build_cache
+from prism_lib.cache import Share, build_cache, require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, require_space
 from prism_lib.finetune_config import PRECISIONS, FinetuneConfig, load_config, save_config
 from prism_lib.lock import exclusive
@@ -39,9 +42,16 @@ from prism_lib.loop import Run
 from prism_lib.monitoring import JsonlTracker
 from prism_lib.objective import DrawConfig, Order, balancing_weights, stable_seed
 
-__all__ = ["FinetuneConfig", "finetune", "launch", "load_config", "main", "save_config"]
+__all__ = ["FinetuneConfig", "check", "finetune", "launch", "load_config", "main", "save_config"]
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention projections, as in diffusers' own script
+# What `accelerate launch` sets where it was told to split the weights over processes.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
 
 
 def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = None) -> Path:
@@ -62,6 +72,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         accelerator.wait_for_everyone()
         if final.is_dir():
             return final
+        check(config)
         pipeline = pipeline or models.load_pipeline(config.pipeline, unet=config.unet, vae=config.vae)
         run = _prepare(config, accelerator, pipeline)
         for step in run.steps():
@@ -72,6 +83,26 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return final
+
+
+def check(config: FinetuneConfig) -> None:
+    """Raise at once, by name, what would stop a run only after long work.
+
+    That is: weights that `accelerate` splits (ValueError), a data set without one of its splits or without the label to
+    balance (ValueError), a tracker or an optimizer that is not installed (ImportError).
+    """
+    _refuse_sharding()
+    absent = sorted(set(config.trackers) - {str(name) for name in filter_trackers(config.trackers, config.output)})
+    if absent:
+        raise ImportError(f"trackers {', '.join(absent)} are not installed")
+    for split in ("train", "val"):
+        if not len(datasets.load_table(config.dataset, split)):
+            raise ValueError(f"{config.dataset} has no image in split {split!r}")
+    labels = datasets.load_info(config.dataset)["labels"]
+    if config.balance and config.balance not in labels:
+        raise ValueError(f"balance={config.balance!r} is no label of {config.dataset}; labels: {', '.join(labels)}")
+    if config.optimizer == "adamw8bit":
+        _bitsandbytes()
 
 
 def launch(config: FinetuneConfig, processes: int = 1) -> Path:
@@ -98,28 +129,37 @@ def _finetune_forked(config: FinetuneConfig) -> None:
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
     """The processes of this run; they may wait long for each other, while one of them samples."""
+    _refuse_sharding()
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=list(config.trackers) or None,
         project_dir=config.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    absent = sorted(set(config.trackers) - {str(tracker) for tracker in accelerator.log_with})
-    if absent:
-        raise ImportError(f"trackers {', '.join(absent)} are not installed")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} splits the weights that are averaged here; choose multi-GPU (DDP) "
-            "in `accelerate config`, and gradient_checkpointing or lora_rank to save memory"
-        )
-    return accelerator
+
+
+def _refuse_sharding() -> None:
+    """Averages and checkpoints are of whole weights, which every process must have."""
+    for variable, name in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"{name} splits the weights that are averaged and saved here; choose multi-GPU (DDP) in "
+                "`accelerate config`, and gradient_checkpointing or lora_rank to save memory"
+            )
 
 
 def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Run:
     """Cache, models and optimizer, as the newest checkpoint left them."""
     output = Path(config.output)
+    text: dict[str, Any] = {
+        "seed": config.seed,
+        "captions_per_image": config.captions_per_image,
+        "explicit_share": config.explicit_share,
+    }
+    for split in ("train", "val"):
+        require_captions_fit(pipeline.tokenizer, config.dataset, split, **text)
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(accelerator.device)
     weights = _label_weights(config)
@@ -130,9 +170,7 @@ def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableD
             config.dataset,
             split,
             Path(config.cache or output / "cache"),
-            seed=config.seed,
-            captions_per_image=config.captions_per_image,
-            explicit_share=config.explicit_share,
+            **text,
             dtype=PRECISIONS[config.mixed_precision],
             share=share,
         )
@@ -193,9 +231,6 @@ def _label_weights(config: FinetuneConfig) -> Tensor | None:
     """How often each training image is drawn, where a label is to be balanced."""
     if not config.balance:
         return None
-    labels = datasets.load_info(config.dataset)["labels"]
-    if config.balance not in labels:
-        raise ValueError(f"balance={config.balance!r} is no label of {config.dataset}; labels: {', '.join(labels)}")
     column = datasets.load_table(config.dataset, "train")[config.balance]
     return balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
 
@@ -207,14 +242,17 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
-    eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+    eight_bit: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     return eight_bit
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
 
 
 def _start_trackers(config: FinetuneConfig, accelerator: Accelerator, start: int) -> None:

@@ -126,6 +126,21 @@ def test_using_the_tokenizer_does_not_change_the_key():
     assert cache._tokenizer_state(other.tokenizer) != before
 
 
+def test_a_caption_that_the_model_cannot_read_whole_is_named_with_its_image(phantom_folder, monkeypatch):
+    tokenizer, sample = tiny_pipeline().tokenizer, cases.sample_captions
+
+    def sample_one_long(folder, table, *settings):
+        captions = sample(folder, table, *settings)
+        captions[3][1] += " cardiomegaly" * 80
+        return captions
+
+    cache.require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)
+    monkeypatch.setattr(cases, "sample_captions", sample_one_long)
+    name = datasets.load_table(phantom_folder, "val")["file_name"].iloc[3]
+    with pytest.raises(ValueError, match=rf"reads 77 tokens, and captions of 1 images.*that of {name} has \d+: 'chest"):
+        cache.require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)
+
+
 def test_an_empty_split_is_named(phantom_folder, tmp_path, monkeypatch):
     empty = datasets.load_table(phantom_folder, "val").iloc[:0]
     monkeypatch.setattr(datasets, "load_table", lambda *_: empty)

@@ -41,6 +41,12 @@ def test_the_tokenizer_knows_the_vocabulary_as_whole_words():
         assert len(tokenizer(word).input_ids) == 3, f"{word} is one token between start and end"
 
 
+def test_the_same_captions_give_the_same_tokenizer():
+    """The trainer's hash maps are seeded anew for every call: without a fixed numbering no two runs agree."""
+    one, *others = (models.train_tokenizer(prompts.corpus(), 1024).backend_tokenizer.to_str() for _ in range(4))
+    assert others == [one] * 3
+
+
 def test_gray_and_colour_go_through_the_autoencoder():
     vae = tiny_pipeline().vae
     gray = tiny_images(2)
@@ -75,6 +81,14 @@ def test_each_prompt_gets_its_own_embedding_in_order():
 def test_images_that_do_not_fit_are_named(images, message):
     with pytest.raises(ValueError, match=message):
         models.encode_images(tiny_pipeline().vae, images)
+
+
+def test_texts_that_are_too_long_are_counted_with_start_and_end():
+    tokenizer = tiny_pipeline().tokenizer
+    assert len(tokenizer("cardiomegaly").input_ids) == 3
+    longest = " ".join(["cardiomegaly"] * 75)
+    assert models.too_long(tokenizer, ["", longest, f"{longest} cardiomegaly"]) == {f"{longest} cardiomegaly": 78}
+    assert models.too_long(tokenizer, []) == {}
 
 
 def test_long_prompts_are_never_cut():

@@ -13,7 +13,7 @@ import sys
 import nbformat
 import pytest
 
-from prism_lib import paths, results
+from prism_lib import paths, pretraining, results
 from prism_lib.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
@@ -197,6 +197,25 @@ def test_smoke_profile_runs_every_notebook_and_writes_no_figures():
     profile = load_profile("smoke")
     assert list(profile.sections) == [path.stem for path in NOTEBOOKS]
     assert profile.figures == "runs"
+
+
+@pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)
+def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
+    monkeypatch.setattr(pretraining, "start_from", lambda *_: pytest.fail("hours of work had begun"))
+    (notebook,) = (path for path in NOTEBOOKS if path.stem.startswith("02"))
+    chosen = {"MODEL": "scratch", "DATA": str(phantom_folder), "OPTIONS": options}
+    with pytest.raises((TypeError, ValueError), match="|".join(map(str, (*options, *options.values())))):
+        execute(nbformat.read(notebook, as_version=4), chosen)
+
+
+def execute(notebook, chosen):
+    """Run the code cells here, with parameters chosen as papermill injects them."""
+    names = {}
+    for cell in code_cells(notebook):
+        exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names.update(chosen)
 
 
 # --- one small run of all -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from prism_lib import lock, models, monitoring, paths, training
+from prism_lib import cases, lock, models, monitoring, paths, training
 from prism_lib.checkpoints import write_tensors
 from prism_lib.loop import Run
 from prism_lib.training import FinetuneConfig
@@ -320,8 +320,35 @@ def test_what_is_not_there_is_told_before_anything_is_encoded(config, settings, 
     assert not (Path(config.output) / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_weights_that_accelerate_splits_are_refused_before_any_work(config, monkeypatch, variable, name):
+    """By what `accelerate launch` sets: so too where DeepSpeed itself is not installed."""
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(models, "load_pipeline", None)
+    with pytest.raises(ValueError, match=f"^{name} splits the weights .* choose multi-GPU"):
+        training.finetune(config)
+    assert not Path(config.output).exists() or not list(Path(config.output).glob("config.json"))
+
+
+def test_a_caption_that_is_too_long_is_told_before_anything_is_encoded(config, monkeypatch):
+    """Of either split: the last one to be encoded too."""
+    sample = cases.sample_captions
+
+    def sample_long(folder, table, *settings):
+        long = " cardiomegaly" * 80 if set(table["split"]) == {"val"} else ""
+        return [[text + long for text in texts] for texts in sample(folder, table, *settings)]
+
+    monkeypatch.setattr(cases, "sample_captions", sample_long)
+    with pytest.raises(ValueError, match=r"captions of 12 images in split 'val' have more: that of val/\S+\.png"):
+        training.finetune(config)
+    assert not (Path(config.output) / "cache").exists()
+
+
 def test_8_bit_adam_asks_for_bitsandbytes(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         training.finetune(replace(config, optimizer="adamw8bit"))
 

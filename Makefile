@@ -28,7 +28,7 @@ study: $(READY)  ## all notebooks of the profile, the long ones too (about an ho
 test: lint  ## lint and test, the notebooks included: what CI runs
 	$(BIN)/python -m pytest
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff on everything, mypy on the library and the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

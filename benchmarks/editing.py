@@ -1,4 +1,4 @@
-"""How fast counterfactuals are: `python benchmarks/editing.py` writes figures/phantom/editing_speed.json.
+"""How fast counterfactuals are: `python -m benchmarks.editing` writes figures/phantom/editing_speed.json.
 
 One image inverted and edited at five lengths of the self-attention window (direct inversion, `editing.sweep`) against
 null-text inversion and prompt-to-prompt in the published order of work (`reference.py`): the same weights, images,
@@ -16,14 +16,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import reference
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import reference
 from prism_lib import models, paths, phantom, results
 from prism_lib.editing import Counterfactual, EditConfig, grid, sweep
 from prism_lib.inversion import Inversion, InversionConfig, invert, optimise_null_text
@@ -61,7 +62,7 @@ class Cases:
         """The first patients of a seed, every one given devices."""
         patients = phantom.sample_patients(count, SEED).intervene(support_devices=1.0)
         labels = patients.labels()[["Cardiomegaly", "Pleural Effusion", "Support Devices"]].to_dict("records")
-        pairs = [EDIT.prompts(row) for row in labels]
+        pairs = [EDIT.prompts({str(label): value for label, value in row.items()}) for row in labels]
         truth, changed = phantom.counterfactual(patients, size, support_devices=0.0)
         return cls(phantom.render(patients, size), pairs, truth, changed)
 
@@ -104,7 +105,7 @@ def main() -> None:
         pipe = models.load_pipeline(models.SHIPPED)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         cases = Cases.draw(BATCH, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
-        metrics = direct_against_reference(pipe, cases, options.steps, options.images)
+        metrics: dict[str, Any] = direct_against_reference(pipe, cases, options.steps, options.images)
         metrics |= null_text_against_loop(pipe, cases, options.steps, options.images)
         if torch.cuda.is_available():
             metrics["sd_v1_5"] = full_size(options.steps)
@@ -143,8 +144,8 @@ def direct_against_reference(
     warm_up(pipe, cases)
     for n in range(images):
         image, pair = cases.images[n : n + 1], cases.pairs[n]
-        (made,) = ours.call(pipe, lambda image=image, pair=pair: direct(pipe, image, [pair], steps))
-        edits = plain.call(pipe, lambda image=image, pair=pair: theirs.sweep(image, pair, published))
+        (made,) = ours.call(pipe, partial(direct, pipe, image, [pair], steps))
+        edits = plain.call(pipe, partial(theirs.sweep, image, pair, published))
         errors["input"].append(cases.error(n, image[0]))
         errors["direct"].append(min(cases.error(n, result.image) for result in made))
         errors["reference"].append(min(cases.error(n, edit[0].cpu()) for edit in edits))
@@ -179,11 +180,9 @@ def null_text_against_loop(pipe: StableDiffusionPipeline, cases: Cases, steps: i
     for n in range(images):
         prompt = cases.pairs[n].source
         inversion = invert(pipe, cases.images[n : n + 1], [prompt], "direct", steps)
-        fast, _ = ours.call(pipe, lambda inversion=inversion, prompt=prompt: null_text(pipe, inversion, prompt))
+        fast, _ = ours.call(pipe, partial(null_text, pipe, inversion, prompt))
         with reference.with_weight_gradients(pipe):
-            slow, _ = plain.call(
-                pipe, lambda inversion=inversion, prompt=prompt: theirs.null_text(inversion.latents, prompt)
-            )
+            slow, _ = plain.call(pipe, partial(theirs.null_text, inversion.latents, prompt))
         differences.append(float((fast - slow).abs().max()))
     return {
         "speedup_null_text": plain.median / ours.median,
@@ -240,7 +239,7 @@ def full_size(steps: int) -> dict[str, dict[str, float]]:
         one_edit(pipe, images, pairs, 2)
         torch.cuda.reset_peak_memory_stats()
         measured = Measured()
-        measured.call(pipe, lambda images=images, pairs=pairs: one_edit(pipe, images, pairs, steps))
+        measured.call(pipe, partial(one_edit, pipe, images, pairs, steps))
         speed = measured.evaluations[0] / measured.median
         found[f"batch_{batch}"] = {
             "seconds_per_counterfactual": measured.median / batch,

@@ -1,4 +1,4 @@
-"""How long a person waits, and what counts as an unlike image: `python benchmarks/explorer.py`.
+"""How long a person waits, and what counts as an unlike image: `python -m benchmarks.explorer`.
 
 Writes figures/phantom/explorer.json, and novelty.json beside the weights of the model. To be run whenever these weights
 change. `--others FOLDER` adds the images of a folder to those that should be told apart; `--reference-only` measures
@@ -12,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from skimage import data, transform
 
 from prism_lib import models, novelty, paths, phantom, recipe, results
@@ -48,7 +51,7 @@ def main() -> None:
         reference = novelty.measure(pipe, phantom.render(phantom.sample_patients(IMAGES, HELD_OUT_SEED), _size(pipe)))
         folder = paths.weights() / options.model
         novelty.save(reference, folder if folder.is_dir() else Path(options.model))
-        metrics = {"novelty": _told_apart(pipe, reference, options.others)}
+        metrics: dict[str, Any] = {"novelty": _told_apart(pipe, reference, options.others)}
         if not options.reference_only:
             metrics |= _waiting(options.model, options.judge)
     if options.reference_only:
@@ -66,7 +69,7 @@ def main() -> None:
     )
 
 
-def _told_apart(pipe, reference, folder) -> dict:
+def _told_apart(pipe: StableDiffusionPipeline, reference: novelty.Reference, folder: Path | None) -> dict[str, Any]:
     """The share of images of each kind that is called unlike, and the median score."""
     size = _size(pipe)
     phantoms = phantom.render(phantom.sample_patients(OTHERS, TEST_SEED), size)
@@ -80,7 +83,7 @@ def _told_apart(pipe, reference, folder) -> dict:
     }
     if folder is not None and (films := _films(folder, size)):
         kinds["others"] = torch.cat(films)
-    measured = {"threshold": reference.threshold, "share": reference.share}
+    measured: dict[str, Any] = {"threshold": reference.threshold, "share": reference.share}
     for kind, images in kinds.items():
         scores = reference.scores(novelty.log_errors(pipe, images))
         called = sum(reference.is_new(score) for score in scores.tolist()) / len(scores)
@@ -105,7 +108,7 @@ def _films(folder: Path, size: int) -> list[torch.Tensor]:
     return films
 
 
-def _waiting(model: str, judge: str) -> dict:
+def _waiting(model: str, judge: str) -> dict[str, float]:
     """Seconds to the first counterfactual in a fresh interpreter, per edit, to its preview, and to stop."""
     start = time.perf_counter()
     subprocess.run(
@@ -114,14 +117,15 @@ def _waiting(model: str, judge: str) -> dict:
     )  # fmt: skip
     first = time.perf_counter() - start
     study = Study.load(model, judge)
-    edits, previews = [], []
+    edits: list[float] = []
+    previews: list[float] = []
     for index in range(ROUNDS):
         case = study.open_phantom(4001, index)
-        verb = "remove" if case.state("Support Devices") else "add"
-        edit = study.edit(**{verb: ["Support Devices"]})
+        present = ["Support Devices"] if case.state("Support Devices") else []
+        edit = study.edit(remove=present, add=[] if present else ["Support Devices"])
         planned = study.recipe(edit, steps=20)
         start = time.perf_counter()
-        study.run([planned], edit, preview=lambda _, start=start: previews.append(time.perf_counter() - start))
+        study.run([planned], edit, preview=_stopwatch(previews, start))
         edits.append(time.perf_counter() - start)
     return {
         "seconds_to_first_counterfactual": first,
@@ -131,9 +135,15 @@ def _waiting(model: str, judge: str) -> dict:
     }
 
 
+def _stopwatch(times: list[float], start: float) -> Callable[[object], None]:
+    """What notes the seconds since the start whenever it is called."""
+    return lambda _: times.append(time.perf_counter() - start)
+
+
 def _cancelling(study: Study) -> float:
     """Seconds from a cancel in mid-run until the study is free."""
-    edit = study.edit(text="add cardiomegaly" if not study.case.state("Cardiomegaly") else "remove cardiomegaly")
+    case = study.open_phantom(4001, 0)
+    edit = study.edit(text="add cardiomegaly" if not case.state("Cardiomegaly") else "remove cardiomegaly")
     under_way = threading.Event()
     study.start(
         [study.recipe(edit, steps=20)], edit,
@@ -146,7 +156,7 @@ def _cancelling(study: Study) -> float:
     return time.perf_counter() - start
 
 
-def _size(pipe) -> int:
+def _size(pipe: StableDiffusionPipeline) -> int:
     return recipe.image_size(pipe)
 
 

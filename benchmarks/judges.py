@@ -1,9 +1,11 @@
-"""Two judges of different architecture: `python benchmarks/judges.py` writes figures/phantom/judges.json.
+"""Two judges of different architecture: `python -m benchmarks.judges` writes figures/phantom/judges.json.
 
 The shipped DenseNet and an EfficientNet-B0, trained here by the same code on phantoms that neither an edit nor the
 tests use, read the same held-out phantoms: AUC per label of both, and how often they agree. The second judge's weights
 are left in PRISM_RUNS/judges/.
 """
+
+import argparse
 
 import torch
 
@@ -23,6 +25,7 @@ def draw(count: int, seed: int, labels: tuple[str, ...]) -> tuple[torch.Tensor, 
 
 def main() -> None:
     """Train the second judge, let both read, and record."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     first = evaluation.load_judge("phantom-judge")
     assert first is not None
     config = classifier.named_network("efficientnet-b0", classifier.ClassifierConfig(labels=first.labels, steps=STEPS))

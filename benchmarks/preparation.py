@@ -4,7 +4,7 @@ A folder in CheXpert-v1.0-small's form is made of random films of its size (390 
 against one, one against the plain loop that people write (open, resize, save, with PIL), and the memory of a table of
 as many rows as CheXpert has: its films are links to a few shared files, so that only the table is large.
 
-    python benchmarks/preparation.py [--images 2000] [--rows 223414] [--rounds 3]
+    python -m benchmarks.preparation [--images 2000] [--rows 223414] [--rounds 3]
 """
 
 import argparse
@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -91,10 +93,10 @@ def peak_memory(work: Callable[[], object]) -> list[float]:
 
 def main() -> None:
     """Measure and record; every comparison alternates, because machines are shared."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--rows", type=int, default=223_414)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000, help="films that are prepared and timed")
+    parser.add_argument("--rows", type=int, default=223_414, help="rows of the table whose memory is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, results.Timer() as timer:
         place = Path(folder)
@@ -102,12 +104,14 @@ def main() -> None:
         config = PrepareConfig("chexpert", place / "out", films, SIZE, num_images=given.rows, duplicates="keep")
         taken: dict[str, list[float]] = {"plain": [], "one": [], "two": []}
         for turn in range(given.rounds):
-            taken["plain"].append(seconds(lambda turn=turn: plain_loop(films, place / f"plain{turn}")))
+            taken["plain"].append(seconds(partial(plain_loop, films, place / f"plain{turn}")))
             for name, processes in (("one", 1), ("two", 2)):
-                made = {"output": place / f"{name}{turn}", "processes": processes}
-                taken[name].append(seconds(lambda made=made: prepare(PrepareConfig(**(vars(config) | made)))))
-        large = {"data_root": write_films(place / "large", given.rows, SHARED), "output": place / "large-out"}
-        memory = peak_memory(lambda: prepare(PrepareConfig(**(vars(config) | large | {"processes": 2}))))
+                one_of_two = replace(config, output=place / f"{name}{turn}", processes=processes)
+                taken[name].append(seconds(partial(prepare, one_of_two)))
+        large = write_films(place / "large", given.rows, SHARED)
+        memory = peak_memory(
+            partial(prepare, replace(config, data_root=large, output=place / "large-out", processes=2))
+        )
     plain, one, two = (median(taken[name]) for name in ("plain", "one", "two"))
     results.record(
         "preparation",

@@ -119,7 +119,7 @@ class Reference:
             negatives.append(embeds.detach())
             with torch.no_grad():
                 noise = self.predict(latents[-1].repeat(2, 1, 1, 1), t, torch.cat([negatives[-1], text]))
-                guided = self.guide(*noise.chunk(2), config.guidance_scale)
+                guided = self.guide(noise[:1], noise[1:], config.guidance_scale)
                 latents.append(scheduler.step(guided, int(t), latents[-1]).prev_sample)
         return torch.stack(latents[::-1]), negatives
 
@@ -129,7 +129,8 @@ class Reference:
         scheduler, text, latents = self.scheduler(), encode_prompts(self.pipe, [prompt]), trajectory[-1]
         for t, negative in zip(scheduler.timesteps, negatives, strict=True):
             noise = self.predict(latents.repeat(2, 1, 1, 1), t, torch.cat([negative, text]))
-            guided = self.guide(*noise.chunk(2), self.config.guidance_scale)
+            unconditional, conditional = noise.chunk(2)
+            guided = self.guide(unconditional, conditional, self.config.guidance_scale)
             latents = scheduler.step(guided, int(t), latents).prev_sample
         return decode_latents(self.pipe.vae, latents)
 
@@ -142,7 +143,8 @@ class Reference:
             for step, (t, negative) in enumerate(zip(scheduler.timesteps, negatives, strict=True)):
                 maps.step = step
                 noise = self.predict(latents.repeat(2, 1, 1, 1), t, torch.cat([negative, negative, text]))
-                guided = self.guide(*noise.chunk(2), config.guidance_scale)
+                unconditional, conditional = noise.chunk(2)
+                guided = self.guide(unconditional, conditional, config.guidance_scale)
                 latents = scheduler.step(guided, int(t), latents).prev_sample
         return latents
 

@@ -1,5 +1,6 @@
-"""How many phantoms a second: `python benchmarks/rendering.py` writes figures/phantom/rendering.json."""
+"""How many phantoms a second: `python -m benchmarks.rendering` writes figures/phantom/rendering.json."""
 
+import argparse
 import time
 
 import torch
@@ -11,6 +12,7 @@ SIZE, COUNT, ROUNDS = 256, 64, 5
 
 def main() -> None:
     """Render the same patients several times; the median round counts, because machines are shared."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     patients = phantom.sample_patients(COUNT, seed=0)
     phantom.render(patients[:8], SIZE)
     with results.Timer() as timer:

@@ -1,4 +1,4 @@
-"""How fast fine-tuning is, and what kill -9 costs: `python benchmarks/training.py` writes two records.
+"""How fast fine-tuning is, and what kill -9 costs: `python -m benchmarks.training` writes two records.
 
 `figures/phantom/training_speed.json`: images a second with latents and captions from the cache against the order of
 work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step; and two processes
@@ -20,12 +20,14 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from prism_lib import cases, datasets, models, monitoring, objective, paths, results, training
@@ -43,8 +45,8 @@ H100_BF16 = 989e12  # dense multiply-adds count as two
 
 def main() -> None:
     """Both records; `--size small` is a trial of seconds, whose numbers go to a folder of their own."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("full", "small"), default="full", help="small is a trial of seconds")
     small = parser.parse_args().size == "small"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,7 +55,7 @@ def main() -> None:
         )
         figures = paths.runs() / "benchmarks" if small else ""
         with results.Timer() as timer:
-            metrics = cached_against_uncached(dataset, folder, 2 if small else 10)
+            metrics: dict[str, Any] = cached_against_uncached(dataset, folder, 2 if small else 10)
             metrics |= processes_against_one(dataset, folder, 4 if small else 40)
             if torch.cuda.is_available():
                 metrics["sd_v1_5"] = full_size()
@@ -64,7 +66,7 @@ def main() -> None:
         save("resume", {"steps": 12 if small else 30, "checkpoint_every": 5}, metrics, figures, timer.seconds)
 
 
-def save(name: str, parameters: dict, metrics: dict, figures: str | Path, seconds: float) -> None:
+def save(name: str, parameters: dict[str, Any], metrics: dict[str, Any], figures: str | Path, seconds: float) -> None:
     """A record of this file."""
     results.record(
         name,
@@ -84,8 +86,7 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str
     pipeline = models.load_pipeline(models.SHIPPED)
     device = Accelerator().device
     pipeline.to(device)
-    options = {"seed": 0, "captions_per_image": 4, "explicit_share": 0.5}
-    cache = build_cache(pipeline, dataset, "train", folder / "cache", **options)
+    cache = build_cache(pipeline, dataset, "train", folder / "cache", seed=0, captions_per_image=4, explicit_share=0.5)
     table = datasets.load_table(dataset, "train")
     captions = [texts[0] for texts in cases.sample_captions(dataset, table, 0, 1, 0.5)]
     order, draws = Order(len(cache), 0), DrawConfig(BATCH, 0.1)
@@ -121,7 +122,13 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str
     }
 
 
-def train_step(unet, optimizer, scheduler, latents, embeddings) -> None:
+def train_step(
+    unet: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: DDIMScheduler,
+    latents: Tensor,
+    embeddings: Tensor,
+) -> None:
     """What both orders of work have in common."""
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (len(latents),), device=latents.device)
@@ -154,7 +161,7 @@ def processes_against_one(dataset: Path, folder: Path, steps: int) -> dict[str, 
     }
 
 
-def start(config: training.FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen:
+def start(config: training.FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen[bytes]:
     """`torchrun`, on the CPU."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *launcher, "-m", "prism_lib.training", str(training.save_config(config))]
@@ -162,7 +169,7 @@ def start(config: training.FinetuneConfig, processes: int, threads: int = 1) -> 
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
 
 
-def kill_9(process: subprocess.Popen) -> None:
+def kill_9(process: subprocess.Popen[bytes]) -> None:
     """The launcher and every process that it started, at once."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
@@ -171,10 +178,10 @@ def kill_9(process: subprocess.Popen) -> None:
     psutil.wait_procs(family)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen[bytes]) -> None:
     """Wait, and fail if it failed."""
     if process.wait() != 0:
-        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
 
 
 def killed_against_whole(dataset: Path, folder: Path, steps: int) -> dict[str, dict[str, float]]:
@@ -192,7 +199,7 @@ def killed_against_whole(dataset: Path, folder: Path, steps: int) -> dict[str, d
         process = start(killed, processes)
         while not list(Path(killed.output).glob("step-*")):
             if process.poll() is not None:
-                raise RuntimeError(f"{process.args} ended with {process.returncode}")
+                raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
             time.sleep(0.01)
         kill_9(process)
         killed_at = max(int(path.name.removeprefix("step-")) for path in Path(killed.output).glob("step-*"))

@@ -1,7 +1,9 @@
-"""The reference that speed is measured against makes the same latents as the library: only its work differs."""
+"""Benchmarks say what they do before they do it, and the reference for speed makes the same latents as the library."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
 from benchmarks.reference import Reference, with_weight_gradients
+from prism_lib import paths, results
 from prism_lib.editing import EditConfig, grid, sweep
 from prism_lib.inversion import InversionConfig, invert
 from prism_lib.models import decode_latents
@@ -61,3 +64,17 @@ def test_weights_are_frozen_again_and_no_gradient_is_left(both):
     result = plain.sweep(tiny_images(1), REMOVE, [replace(PUBLISHED, self_replace_steps=0.5)])
     assert result[0].shape == (1, 1, 32, 32)
     assert all(not p.requires_grad and p.grad is None for p in plain.pipe.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (paths.root() / "benchmarks").glob("*.py") if path.stem != "bulk")
+)
+def test_a_benchmark_prints_its_help_and_does_no_work(name, monkeypatch, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    if not hasattr(module, "main"):
+        return  # what benchmarks are made of
+    monkeypatch.setattr(results.Timer, "__enter__", lambda _: pytest.fail("the benchmark started"))
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    assert f"benchmarks.{name}" in capsys.readouterr().out

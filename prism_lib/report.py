@@ -35,14 +35,21 @@ CLASSIFIERS: dict[str, str] = {
 
 
 def quality_table(record: Mapping[str, Any]) -> str:
-    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals."""
+    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals.
+
+    What is the same for every edit is said once, below.
+    """
     rows = record["metrics"]
+    table = results.table(rows, drawn(record))
+    same = [name for name in table.columns if len(table) > 1 and table[name].nunique() == 1]
+    constant = "".join(f"{name.strip(' ↑↓')} {table[name].iloc[0]}, " for name in same)
     images = sorted({int(values["images"]) for values in rows.values()})
     source = (
         f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
     )
     return (
-        f"{results.markdown(results.table(rows, drawn(record)), 'edit')}\n{source}, {record['seconds']:.0f} s in all.\n"
+        f"{results.markdown(table.drop(columns=same), 'edit')}\n{f'In every edit: {constant[:-2]}. ' if same else ''}"
+        f"{source}, {record['seconds']:.0f} s in all.\n"
     )
 
 
@@ -106,9 +113,24 @@ def section(dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
     require_one_source([quality, judge])
     reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
     text = quality_table(quality) + f"\nThe judge's AUC on held-out images: {reading or 'no judge'}.\n"
-    if (paths.figures(dataset, figures_dir) / "classifiers.json").is_file():
+    folder = paths.figures(dataset, figures_dir)
+    if (folder / "ablations.json").is_file():
+        ablations = results.load_record("ablations", dataset, figures_dir)
+        if points := tradeoff(ablations["metrics"]):
+            text += f"\n{_picture(dataset, 'ablations_pareto', 'error to the truth against seconds per image')}\n"
+            text += (
+                f"{len(points)} variants of inversion and editing; the line joins those that no other beats in both. "
+                f"{ablations['device']}, commit {ablations['commit'][:10]}.\n"
+            )
+    if (folder / "classifiers.json").is_file():
         text += "\n" + classifiers_table(results.load_record("classifiers", dataset, figures_dir))
+        text += f"\n{_picture(dataset, 'classifiers', 'worst-group accuracy by training set')}\n"
     return text
+
+
+def _picture(dataset: str, name: str, what: str) -> str:
+    """A plot that `06_figures` draws, as the README at the root of the checkout links it."""
+    return f"![{what}](figures/{dataset}/plots/{name}.png)"
 
 
 def update_readme(path: str | os.PathLike[str], dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prism_lib import report, results
+from prism_lib import redraw, report, results
 
 VALUES = {
     "true_error_ratio": 0.1234,
@@ -26,6 +26,15 @@ def test_a_table_has_a_row_per_edit_and_says_where_it_is_from():
     assert "commit 0123456789" in text and "8 held-out patients" in text
 
 
+def test_what_every_edit_has_in_common_is_said_once():
+    rows = {
+        "remove_x": {"images": 8, "cpg": 0.9, "flip_rate": 1.0},
+        "add_x": {"images": 8, "cpg": 0.8, "flip_rate": 1.0},
+    }
+    text = report.quality_table(RECORD | {"metrics": rows})
+    assert "| edit | CPG ↑ |" in text and "In every edit: flip rate 1.00. 8 held-out patients" in text
+
+
 def test_intervals_fall_back_to_the_mean():
     assert report.intervals(RECORD, "true_error_ratio") == {"remove_support_devices": (0.1234, 0.1, 0.15)}
     assert report.intervals(RECORD, "flip_rate")["add_cardiomegaly"] == (0.5, 0.5, 0.5)
@@ -41,18 +50,34 @@ def test_text_between_markers_is_replaced_and_the_rest_kept(tmp_path):
         report.replace_between(path, "speed", "x")
 
 
-def test_a_trial_never_reaches_the_readme(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "replace_between", lambda *_: pytest.fail("the README was written"))
+ABOUT = {"dataset": "phantom", "notebook": "03", "parameters": {}, "seed": 0, "model": "m", "seconds": 1.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The two records that the section always has."""
     metrics = {"remove_x": dict.fromkeys(results.RECORDS["counterfactual_quality"], 0.5) | {"images": 2}}
-    about = {
-        "dataset": "phantom",
-        "notebook": "03",
-        "parameters": {},
-        "seed": 0,
-        "model": "m",
-        "seconds": 1.0,
-    }
-    results.record("counterfactual_quality", metrics=metrics, figures_dir=tmp_path, **about)
-    results.record("judge", metrics={"auc": {"A": 0.99}}, figures_dir=tmp_path, **about)
-    section = report.update_readme("README.md", "phantom", tmp_path)
+    results.record("counterfactual_quality", metrics=metrics, figures_dir=tmp_path, **ABOUT)
+    results.record("judge", metrics={"auc": {"A": 0.99}}, figures_dir=tmp_path, **ABOUT)
+    return tmp_path
+
+
+def test_a_trial_never_reaches_the_readme(folder, monkeypatch):
+    monkeypatch.setattr(report, "replace_between", lambda *_: pytest.fail("the README was written"))
+    section = report.update_readme("README.md", "phantom", folder)
     assert "| remove x |" in section and "A 0.9900" in section
+
+
+def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
+    assert "![" not in report.section("phantom", folder) and "training set" not in report.section("phantom", folder)
+    points = {name: {"seconds_per_image": 3.0, "true_error_ratio": 0.2} for name in ("direct", "ddim")}
+    results.record("ablations", metrics=points, figures_dir=folder, **ABOUT)
+    sets = {"as_is": {"worst_group_accuracy": 0.25}, "prism": {"worst_group_accuracy": 0.75}}
+    study = {"target": "A", "shortcut": "B", "strengths": [1.0], "images": 8, "added": 4, "seeds": [0, 1]}
+    metrics = {"strength_100": sets, "worst_group_gain": 0.5, "gap_closed": 0.8}
+    results.record("classifiers", metrics=metrics, figures_dir=folder, **(ABOUT | {"parameters": {"study": study}}))
+    section = report.section("phantom", folder)
+    assert "(figures/phantom/plots/ablations_pareto.png)\n2 variants" in section
+    assert "| prism | 0.75 |" in section and "(figures/phantom/plots/classifiers.png)" in section
+    drawn = {drawing.name for drawing in redraw.drawings(redraw.load_all("phantom", folder))}
+    assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 06 draws"

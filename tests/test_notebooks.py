@@ -54,10 +54,12 @@ def parameters(notebook):
         lines = cell.source.splitlines()
         for statement in ast.parse(cell.source).body:
             text = ast.unparse(statement)
-            if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
-                yield f"no parameter: {text}"
+            if not (
+                isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value
+            ):
+                yield f"no parameter with its type: {text}"  # which `papermill --help-notebook` shows
                 continue
-            if not UPPER.fullmatch(statement.targets[0].id):
+            if not UPPER.fullmatch(statement.target.id):
                 yield f"not UPPER_SNAKE: {text}"
             try:
                 ast.literal_eval(statement.value)
@@ -128,7 +130,7 @@ def build(*sources, tag=1):
 
 GOOD = (
     "from prism_lib import CHEST",
-    'SIZE = 256  # pixels\nDATA_ROOT = ""  # images',
+    'SIZE: int = 256  # pixels\nDATA_ROOT: str = ""  # images',
     "size = SIZE",
     "f(size, CHEST)",
 )
@@ -143,9 +145,10 @@ def test_a_good_notebook_breaks_no_rule(rule):
     ("rule", "notebook", "problem"),
     [
         (form, build(*GOOD, tag=None), "0 cells are tagged parameters"),
-        (parameters, build("", "SIZE = 256"), "no comment behind"),
-        (parameters, build("", "SIZE = 2 * n  # pixels"), "no literal"),
-        (parameters, build("", "size = 256  # pixels"), "not UPPER_SNAKE"),
+        (parameters, build("", "SIZE: int = 256"), "no comment behind"),
+        (parameters, build("", "SIZE = 256  # pixels"), "no parameter with its type"),
+        (parameters, build("", "SIZE: int = 2 * n  # pixels"), "no literal"),
+        (parameters, build("", "size: int = 256  # pixels"), "not UPPER_SNAKE"),
         (parameters, build("", "import os  # system"), "no parameter"),
         (thin, build("a = 1\n" * 21, "A = 1  # one"), "21 lines of code"),
         (thin, build("def f():\n    pass", "A = 1  # one"), "defines f"),
@@ -179,7 +182,7 @@ def test_notebook_keeps_the_rules(path):
 def test_papermill_sees_every_parameter(path):
     """papermill reads lines, not syntax: a second `=` on a line, even in its comment, hides the parameter."""
     (cell,) = parameters_cells(nbformat.read(path, as_version=4))
-    names = [statement.targets[0].id for statement in ast.parse(cell.source).body]
+    names = [statement.target.id for statement in ast.parse(cell.source).body]
     declared = declared_parameters(path)
     assert list(declared) == names
     assert declared[FIGURES_PARAMETER] == ""

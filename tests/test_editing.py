@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 
-from prism_lib import editing, masks
+from prism_lib import denoising, masks
 from prism_lib.alignment import token_span
 from prism_lib.attention import PromptToPromptProcessor
 from prism_lib.editing import EditConfig, edit, edit_many, grid, sweep
@@ -290,7 +290,7 @@ def test_a_batch_that_does_not_fit_is_done_in_parts_with_equal_results(monkeypat
     pipe, inversion = tiny_pipeline(double=True), inverted(count=3, double=True)
     pairs, configs = [REMOVE, UNCHANGED, REMOVE], grid(STRONG, self_replace_steps=(0.0, 0.4, 0.8))
     whole = edit(pipe, inversion, pairs, STRONG), sweep(pipe, inversion[:1], [REMOVE], configs)[0]
-    rows, predict = [], editing.predict_noise
+    rows, predict = [], denoising.predict_noise
 
     def limited(pipe, latents, timestep, embeds):
         rows.append(len(latents))
@@ -298,7 +298,7 @@ def test_a_batch_that_does_not_fit_is_done_in_parts_with_equal_results(monkeypat
             raise torch.OutOfMemoryError("no room")
         return predict(pipe, latents, timestep, embeds)
 
-    monkeypatch.setattr(editing, "predict_noise", limited)
+    monkeypatch.setattr(denoising, "predict_noise", limited)
     parts = [edit(pipe, inversion, pairs, STRONG)]
     assert rows == [9] + [3] * STEPS * 3
     rows.clear()

@@ -1,0 +1,70 @@
+"""Settings of one edit, shared by what plans edits, what walks them and what puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prism_lib.alignment import ALIGNMENTS
+from prism_lib.masks import COMPOSITES, MaskConfig
+
+NEGATIVES = ("source", "empty")
+PROXIMALS = ("none", "l0", "l1")
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
+
+    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
+    attention to the words of the edit inside the cross window. `word_windows` gives words or phrases of the target
+    prompt a cross window of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected
+    in layers of at most `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the
+    automatic mask.
+    `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
+    the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
+    of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
+    guidance below its own `proximal_quantile`.
+    """
+
+    guidance_scale: float = 2.5
+    cross_replace_steps: float = 0.1
+    self_replace_steps: float = 0.3
+    alignment: str = "refine"
+    word_weight: float = 1.0
+    word_windows: Mapping[str, float] = field(default_factory=dict, hash=False)
+    negative: str = "source"
+    correct_drift: bool = True
+    inject_negative: bool = False
+    self_max_tokens: int = 32 * 32
+    local_blend: bool = False
+    local_blend_threshold: float = 0.3
+    local_blend_start: float = 0.2
+    confine: float = 0.27
+    confine_start: float = 0.3
+    proximal: str = "none"
+    proximal_quantile: float = 0.7
+    composite: str = "change"
+    protect_text: bool = True
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        shares = ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start")
+        for name in (*shares, "confine", "confine_start", "proximal_quantile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
+        if not isinstance(self.word_windows, Mapping):
+            raise ValueError(f"word_windows is {self.word_windows!r}; expected a share of the steps by word")
+        for word, share in self.word_windows.items():
+            if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
+                raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
+        for name in ("guidance_scale", "word_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
+        choices = {"alignment": ALIGNMENTS, "negative": NEGATIVES, "composite": COMPOSITES, "proximal": PROXIMALS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")

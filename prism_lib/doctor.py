@@ -18,7 +18,7 @@ import torch
 
 from prism_lib import paths, results
 
-WEIGHTS = "phantom-sd"
+WEIGHTS, JUDGE = "phantom-sd", "phantom-judge"
 FREE_GB = 5.0
 MEMORY_GB = 4.0
 _IMPORT_SECONDS = 120
@@ -36,15 +36,20 @@ class Check:
 
 
 def report(show: Callable[[str], None]) -> int:
-    """Show every check, with its remedy where it failed, and return 1 if a required one did, else 0."""
-    failed = False
+    """Show every check, with its remedy where it failed, and the sum; return 1 if a required one failed, else 0."""
+    failed = noted = 0
     for check in checks():
-        failed |= check.required and not check.ok
+        failed += check.required and not check.ok
+        noted += not check.required and not check.ok
         verdict = "ok" if check.ok else "FAILED" if check.required else "note"
         show(f"{verdict:<7} {check.name:<11} {check.detail}")
         if not check.ok and check.remedy:
             show(f"{'':<7} {'':<11} -> {check.remedy}")
-    return int(failed)
+    if failed:
+        show(f"\n{failed} of these must be put right before the notebooks run; do what the arrows say.")
+    else:
+        show(f"\nThe notebooks run here{', and the notes above say what could be better' if noted else ''}.")
+    return int(failed > 0)
 
 
 def checks() -> Iterator[Check]:
@@ -55,6 +60,10 @@ def checks() -> Iterator[Check]:
     yield _memory()
     yield _torchvision()
     yield _weights()
+    judge = paths.weights() / JUDGE
+    whole = (judge / "model.safetensors").is_file()
+    remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"
+    yield Check("judge", whole, str(judge) if whole else f"no {judge / 'model.safetensors'}", remedy, required=False)
     for name, folder in {"data": paths.data(), "runs": paths.runs(), "figures": paths.root() / "figures"}.items():
         yield _writable(name, folder)
     free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
@@ -116,7 +125,13 @@ def _versions() -> Check:
     remedy = f"{sys.executable} -m pip install --requirement {lock.name}"
     if missing:
         return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)
-    return Check("versions", not other, ", ".join(other) or f"all {len(pinned)} as locked", remedy, required=False)
+    return Check(
+        "versions",
+        not other,
+        ", ".join(other) or f"all {len(pinned)} packages as in {lock.name}",
+        remedy,
+        required=False,
+    )
 
 
 def _writable(name: str, folder: Path) -> Check:

@@ -22,7 +22,8 @@ def test_every_finding_that_can_fail_has_its_remedy(checkout, monkeypatch):
     monkeypatch.setattr(doctor, "MEMORY_GB", 1e9)
     code, said = lines()
     assert code == 1
-    for name in ("weights", "disk", "memory"):
+    assert said[-1] == "\n1 of these must be put right before the notebooks run; do what the arrows say."
+    for name in ("weights", "judge", "disk", "memory"):
         at = next(i for i, line in enumerate(said) if line[8:].startswith(name))
         assert said[at].startswith("FAILED" if name == "weights" else "note")
         assert said[at + 1].lstrip().startswith("-> ")
@@ -53,6 +54,10 @@ def test_what_is_whole_has_no_remedy_shown(checkout):
     weights.mkdir(parents=True)
     (weights / "model_index.json").write_text("{}")
     code, said = lines()
-    assert code == 0
+    assert code == 0 and any(line.startswith("note    judge") for line in said), "an edit needs no judge"
+    (paths.weights() / doctor.JUDGE).mkdir()
+    (paths.weights() / doctor.JUDGE / "model.safetensors").write_text("")
+    code, said = lines()
+    assert code == 0 and said[-1].startswith("\nThe notebooks run here")
     assert any(str(weights) in line for line in said)
     assert not any("PRISM_WEIGHTS" in line for line in said)

@@ -11,7 +11,9 @@ that is started again goes on where the last one stopped.
 
 `out/` holds `images/`, the files as the prepared folder names them, and `metadata.csv`, the manifest in the Hugging
 Face *imagefolder* convention: the caption and labels that the counterfactual should have, where it came from, how it
-was made, its scores and its SHA-256. PNG only, of 8 or 16 bits; pixels that an edit left alone equal the input's.
+was made, its status, its scores and its SHA-256. PNG only, of 8 or 16 bits; pixels that an edit left alone equal the
+input's. Where a row sweeps settings (`prism_lib.bulk_choice`), the scores of all candidates are there too. An image of
+which no candidate passed has no file, so its row stands apart, with the same columns, in `rejected.csv`.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ from tqdm.auto import tqdm
 
 from prism_lib.augmentation import fingerprint
 from prism_lib.batching import in_parts
+from prism_lib.bulk_choice import REJECTED, Chooser
 from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
-from prism_lib.editing import Counterfactual, edit
+from prism_lib.editing import Counterfactual, sweep
 from prism_lib.imagefolder import load_info, read_images
-from prism_lib.inversion import invert
+from prism_lib.inversion import InversionConfig, invert
 from prism_lib.lock import exclusive
 from prism_lib.models import load_pipeline
 from prism_lib.results import write_text
@@ -55,16 +58,20 @@ from prism_lib.results import write_text
 logger = logging.getLogger(__name__)
 
 MANIFEST = "metadata.csv"
+REJECTS = "rejected.csv"
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run leaves: the manifest, how many outputs the plan has, and how many this run had to make."""
+    """What a run leaves: the manifest, how many outputs the plan has, how many of them this run had to work on, and of
+    how many no candidate passed.
+    """
 
     manifest: Path
     planned: int
     made: int
+    rejected: int
 
 
 def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
@@ -79,17 +86,20 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         _check_place(out, config, tasks)
     pipe = (load_pipeline(config.model) if pipe is None else pipe).to(state.device)
     _check_lengths(pipe, tasks)
+    chooser = check_choices(tasks)
     names = _names(config, tasks, _model(pipe))
     with exclusive(out) if state.is_main_process else nullcontext():
         run, pending = _start(state, out, batches(tasks, config.batch_size), names)
         own = pending[state.process_index :: state.num_processes]
         part = out / "parts" / f"{run:06d}-{state.process_index:04d}.jsonl"
         with _threads(config.threads):
-            _work(pipe, config, own, names, out, part, show=state.is_main_process)
+            _work(pipe, config, own, names, chooser, out, part, show=state.is_main_process)
         state.wait_for_everyone()
         if state.is_main_process:
             _merge(out)
-    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)))
+        state.wait_for_everyone()
+    rejected = {row["file_name"] for row in _read_manifest(out / REJECTS)} & set(names.values())
+    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)), len(rejected))
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
@@ -151,6 +161,14 @@ def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None
             raise ValueError(f"{file_name}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
 
 
+def check_choices(tasks: Sequence[Task]) -> Chooser:
+    """What chooses among candidates; guides that are missing, the judge, or cannot read their edit raise."""
+    chooser = Chooser()
+    for choice, edit in {(t.settings.choice, t.edit): None for t in tasks if t.settings.choice is not None}:
+        chooser.scorers(choice, edit)
+    return chooser
+
+
 def _model(pipe: StableDiffusionPipeline) -> str:
     """What of a pipeline decides its images, wherever it was loaded from: weights, schedule, words."""
     words = pipe.tokenizer.get_vocab()
@@ -161,9 +179,12 @@ def _names(config: BulkConfig, tasks: Sequence[Task], model: str) -> dict[int, s
     """id(task) -> its output path."""
     common = {"data": load_info(config.data)["content_hash"], "model": model, "bits": config.bits}
     names = {}
+    guides = {c.guide: c.digest() for c in (task.settings.choice for task in tasks) if c is not None and c.guide}
     for task in tasks:
         pair = [task.pair.source, task.pair.target, task.pair.source_words, task.pair.target_words]
         content = common | {"image": task.file_name, "prompts": pair, "settings": task.settings.text}
+        if task.settings.choice is not None and task.settings.choice.guide:
+            content["guide"] = guides[task.settings.choice.guide]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         names[id(task)] = output_path(task, digest)
     return names
@@ -178,7 +199,7 @@ def _start(
     """
     told: list[Any] = [None]
     if state.is_main_process:
-        for leftover in (*(out / "images").rglob(".*.part"), *out.glob(f".{MANIFEST}.*")):
+        for leftover in (*(out / "images").rglob(".*.part"), *out.glob(".*.csv.*")):
             leftover.unlink()
         run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
         done = _merge(out)
@@ -195,6 +216,7 @@ def _work(
     config: BulkConfig,
     own: Sequence[list[Task]],
     names: dict[int, str],
+    chooser: Chooser,
     out: Path,
     part: Path,
     show: bool,
@@ -202,15 +224,17 @@ def _work(
     """Edit batch after batch; tqdm shows the images done by this process and how long the rest will take."""
     with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
         for batch in own:
-            for task, result in zip(batch, _edited(pipe, config, batch), strict=True):
-                content = _png(result.image, config.bits)
-                _write(out / names[id(task)], content)
-                _append(part, _row(task, result, names[id(task)], content))
+            for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
+                result, outcome = chooser.choose(task.settings.choice, task.edit, candidates)
+                content = b"" if result is None else _png(result.image, config.bits)
+                if content:
+                    _write(out / names[id(task)], content)
+                _append(part, _row(task, outcome, names[id(task)], content))
             progress.update(len(batch))
 
 
-def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[Counterfactual]:
-    """Edit one batch; without room for it, in smaller parts."""
+def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
+    """Every candidate of each image of one batch; without room for it, in smaller parts."""
     images = read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in batch]}))
     return in_parts(
         [slice(0, len(batch))], lambda rows: _edit_batch(pipe, images[rows], batch[rows], batch[0].settings)
@@ -219,7 +243,7 @@ def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[T
 
 def _edit_batch(
     pipe: StableDiffusionPipeline, images: Tensor, batch: Sequence[Task], settings: Settings
-) -> list[Counterfactual]:
+) -> list[list[Counterfactual]]:
     pairs, size = [task.pair for task in batch], len(batch)
     inversion = invert(
         pipe,
@@ -227,9 +251,10 @@ def _edit_batch(
         [pair.source for pair in pairs],
         method=settings.method,
         num_inference_steps=settings.num_inference_steps,
+        config=InversionConfig(seed=settings.seed or 0),
         batch_size=size,
     )
-    return edit(pipe, inversion, pairs, replace(settings.edit, batch_size=size))
+    return sweep(pipe, inversion, pairs, [replace(tried, batch_size=size) for tried in settings.candidates])
 
 
 def _png(image: Tensor, bits: int) -> bytes:
@@ -256,8 +281,11 @@ def _write(path: Path, content: bytes) -> None:
 # --- the manifest ---------------------------------------------------------------------------------
 
 
-def _row(task: Task, result: Counterfactual, name: str, content: bytes) -> dict[str, Any]:
-    """One row of the manifest: what it is, what it should be, how it was made, its scores and its hash."""
+def _row(task: Task, outcome: dict[str, Any], name: str, content: bytes) -> dict[str, Any]:
+    """One row of the manifest: what it is, what it should be, how it was made, what came of it and its hash.
+
+    Without content nothing passed: the row keeps the name that the file would have had.
+    """
     about = {key: None if value != value else value for key, value in task.about.items()}
     return {
         "file_name": name,
@@ -267,8 +295,8 @@ def _row(task: Task, result: Counterfactual, name: str, content: bytes) -> dict[
         "source_text": task.pair.source,
         "edit": task.edit.key,
         "settings": task.settings.text,
-        **{f"score_{key}": value for key, value in result.scores.items()},
-        "sha256": hashlib.sha256(content).hexdigest(),
+        **outcome,
+        "sha256": hashlib.sha256(content).hexdigest() if content else "",
     }
 
 
@@ -279,22 +307,28 @@ def _append(part: Path, row: dict[str, Any]) -> None:
 
 
 def _merge(out: Path) -> set[str]:
-    """Manifest and parts become one manifest of all files that are whole; returns their names."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in (*_read_manifest(out / MANIFEST), *_read_parts(out)):
-        if _intact(out / row["file_name"], row["sha256"]):
-            rows[row["file_name"]] = row
-    rows = {name: rows[name] for name in sorted(rows)}
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows.values())
-    if rows:
-        write_text(out / MANIFEST, text.getvalue())
+    """Tables and parts become one manifest of all files that are whole and one of rejects; returns their names."""
+    made: dict[str, dict[str, Any]] = {}
+    rejected: dict[str, dict[str, Any]] = {}
+    for row in (*_read_manifest(out / MANIFEST), *_read_manifest(out / REJECTS), *_read_parts(out)):
+        if row.get("status") == REJECTED:
+            rejected[row["file_name"]] = row
+        elif _intact(out / row["file_name"], row["sha256"]):
+            made[row["file_name"]] = row
+    for path, rows in ((out / MANIFEST, made), (out / REJECTS, rejected)):
+        if rows:
+            _write_table(path, [rows[name] for name in sorted(rows)])
     for part in (out / "parts").glob("*.jsonl"):
         part.unlink()
-    return set(rows)
+    return made.keys() | rejected.keys()
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -330,7 +364,7 @@ def launch(config: BulkConfig, processes: int) -> None:
     if processes == 1:
         generate(config)
         return
-    plan(config)  # what is wrong is said once, not by every process
+    check_choices(plan(config))  # what is wrong is said once, not by every process
     path = write_text(Path(config.out) / "config.json", config_json(config))
     kind = "--multi_gpu" if gpus else "--cpu"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_processes", str(processes)]

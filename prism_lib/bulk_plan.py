@@ -6,6 +6,9 @@ The file of edits is CSV, JSON or YAML, a row (or mapping) per edit:
     edit                  a key ("remove_support_devices") or a sentence ("remove the pacemaker, keep the effusion")
     source, target        instead of `edit`: two prompts in your own words; `words`, parted by "|", say what it is about
     method, guidance_scale, ...   settings of this row: `method`, `num_inference_steps` and the fields of `EditConfig`
+    sweep                 settings to try, {"self_replace_steps": [0.2, 0.4]} (such text in CSV); the best is kept, as
+                          `guide`, `best`, `at_least` and `at_most` say (`bulk_choice.Choice`)
+    seed                  of the noise, for methods that draw any (edit_friendly); each image draws its own from it
 
 Nothing here loads a model or writes a file; every error names the file and the row.
 """
@@ -22,7 +25,8 @@ from typing import Any, cast
 import pandas as pd
 import yaml
 
-from prism_lib.editing import EditConfig
+from prism_lib.bulk_choice import Choice
+from prism_lib.editing import EditConfig, grid
 from prism_lib.imagefolder import load_info, load_table, read_images
 from prism_lib.inversion import METHODS
 from prism_lib.models import SHIPPED
@@ -31,6 +35,9 @@ from prism_lib.prompts import Edit, PromptPair, Vocabulary, vocabulary
 
 ALL = "all"
 BITS = (8, 16)
+RANDOM = ("edit_friendly",)  # inversions that draw noise
+MOST_CANDIDATES = 256
+_CHOICE = tuple(item.name for item in fields(Choice))
 _WHAT = ("file_name", "edit", "source", "target", "words")
 
 
@@ -43,6 +50,9 @@ class BulkConfig:
         edits: the file of edits, see the module.
         model: as `models.load_pipeline` takes it.
         edit: settings where a row has none of its own.
+        seed: of the noise, for methods that draw any.
+        sweep, guide, best, at_least, at_most: the choice among candidates where something is swept, see
+            `bulk_choice.Choice`.
         batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
         bits: 8, or 16 for gray images: the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
         threads: CPU threads of each process, 0 for torch's choice; rounding may depend on it.
@@ -56,6 +66,12 @@ class BulkConfig:
     method: str = "direct"
     num_inference_steps: int = 50
     edit: EditConfig = field(default_factory=EditConfig)
+    seed: int = 0
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
+    guide: str = ""
+    best: str = ""
+    at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
+    at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
     batch_size: int = 4
     bits: int = 8
     threads: int = 1
@@ -75,11 +91,18 @@ class Settings:
     method: str
     num_inference_steps: int
     edit: EditConfig
+    seed: int | None = None
+    choice: Choice | None = None
+
+    @property
+    def candidates(self) -> list[EditConfig]:
+        """What is tried for every image."""
+        return [self.edit] if self.choice is None else grid(self.edit, **self.choice.sweep)
 
     @property
     def text(self) -> str:
         """All of it as JSON: what the manifest says and the names of files depend on."""
-        settings = asdict(self)
+        settings = {name: value for name, value in asdict(self).items() if value is not None}
         del settings["edit"]["batch_size"]  # how many are computed at a time is no setting of the result
         return json.dumps(settings, sort_keys=True)
 
@@ -193,6 +216,8 @@ def _tasks(
     name = str(row.get("file_name", ALL))
     if name != ALL and name not in images:
         raise ValueError(f"file_name {name!r} is not in {config.data}")
+    if settings.choice is not None and settings.choice.guide and not edit.attributes:
+        raise ValueError(f"a guide reads labels, and the edit {edit.key} names none")
     edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
     found = False
     for file_name in [name] if name != ALL else images:
@@ -225,9 +250,10 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
 def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
     """The run's settings, replaced by what the row says."""
     defaults = {item.name: getattr(config.edit, item.name) for item in fields(EditConfig)}
-    own: dict[str, Any] = {"method": config.method, "num_inference_steps": config.num_inference_steps}
-    plain = own | {name: value for name, value in defaults.items() if not is_dataclass(value)}
-    del plain["batch_size"]  # the run's, or a row's result could depend on its neighbours
+    tried = {name: value for name, value in defaults.items() if not is_dataclass(value)}
+    del tried["batch_size"]  # the run's, or a row's result could depend on its neighbours
+    own: dict[str, Any] = {name: getattr(config, name) for name in ("method", "num_inference_steps", "seed", *_CHOICE)}
+    plain = own | tried
     given = {}
     for name, value in row.items():
         if name in _WHAT:
@@ -235,9 +261,19 @@ def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
         if name not in plain:
             raise ValueError(f"unknown column {name!r}; known: {', '.join((*_WHAT, *plain))}")
         given[name] = coerce(name, value, plain[name])
-    own = {name: given.pop(name, value) for name, value in own.items()}
-    _check_inversion(own["method"], own["num_inference_steps"])
-    return Settings(**own, edit=replace(config.edit, batch_size=config.batch_size, **given))
+    own |= {name: given.pop(name) for name in own if name in given}
+    method, steps, seed = (own.pop(name) for name in ("method", "num_inference_steps", "seed"))
+    _check_inversion(method, steps)
+    if "seed" in row and method not in RANDOM:
+        raise ValueError(f"seed is for {', '.join(RANDOM)}; the method {method} draws no noise")
+    if not own["sweep"] and (idle := [name for name in _CHOICE if name in row]):
+        raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
+    edit = replace(config.edit, batch_size=config.batch_size, **given)
+    choice = Choice.of(own, tried) if own["sweep"] else None
+    settings = Settings(method, steps, edit, seed if method in RANDOM else None, choice)
+    if len(settings.candidates) > MOST_CANDIDATES:  # builds, and so checks, every candidate
+        raise ValueError(f"the sweep has {len(settings.candidates)} candidates; expected {MOST_CANDIDATES} at most")
+    return settings
 
 
 def _check_inversion(method: str, steps: int) -> None:

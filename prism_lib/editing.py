@@ -38,6 +38,7 @@ from prism_lib.masks import Areas
 from prism_lib.models import decode_latents
 from prism_lib.prompts import PromptPair
 
+SCORES = ("mask_area", "change", "change_outside_mask")
 _DEFAULTS = EditConfig()
 _NO_PAIR = PromptPair("", "", (), ())
 

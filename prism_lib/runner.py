@@ -203,7 +203,8 @@ def _generate(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, KeyboardInterrupt) as error:
         print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
         return 1
-    print(f"{bulk.MANIFEST} in {options.out} has a row for each", flush=True)
+    apart = f" that passed, {bulk.REJECTS} one for each other" if (Path(options.out) / bulk.REJECTS).is_file() else ""
+    print(f"{bulk.MANIFEST} in {options.out} has a row for each{apart}", flush=True)
     return 0
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class IdentityScorer:
     What the edit changed outside its mask before the composite, `change_outside_mask`, is with every candidate.
     """
 
+    NAMES: ClassVar = ("ssim", "identity_l1")
+
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
         """SSIM and mean absolute difference of counterfactual and input."""
         images, factual = stack(candidates), stack(candidates, "factual")
@@ -99,6 +101,8 @@ class Guide:
 @dataclass(frozen=True)
 class GuideScorer:
     """What a guide reads: `guide`, the least probability of the edit's own targets, and `guide_gain` over the input."""
+
+    NAMES: ClassVar = ("guide", "guide_gain")
 
     guide: Guide
     edit: Edit

@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 
 from prism_lib import bulk, bulk_plan, datasets, runner
+from prism_lib.bulk_choice import Choice
 from prism_lib.bulk_plan import BulkConfig, configured, load_config, plan
-from prism_lib.editing import EditConfig, edit
+from prism_lib.classifier import ClassifierConfig, build_classifier, save_classifier
+from prism_lib.editing import EditConfig, edit, grid, sweep
 from prism_lib.inversion import invert
 from prism_lib.masks import MaskConfig
+from prism_lib.selection import Criteria, GuideScorer, IdentityScorer, load_guide, select_each
 from tests.tiny import tiny_pipeline
 
 STEPS = 2
@@ -58,14 +61,14 @@ def with_edits(config, tmp_path, content, suffix="json"):
     return replace(config, edits=str(path))
 
 
-def manifest(out):
-    with (out / bulk.MANIFEST).open(newline="") as file:
+def manifest(out, name=bulk.MANIFEST):
+    with (out / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def written(out):
     """Everything below `images` and the manifest, by name."""
-    files = [*(out / "images").rglob("*"), out / bulk.MANIFEST]
+    files = [*(out / "images").rglob("*"), out / bulk.MANIFEST, out / bulk.REJECTS]
     return {str(path.relative_to(out)): path.read_bytes() for path in files if path.is_file()}
 
 
@@ -153,6 +156,125 @@ def test_png_gives_every_level_of_an_eight_bit_input_back(bits):
     content = bulk._png(levels.float() / 255, bits)
     with Image.open(io.BytesIO(content)) as file:
         assert np.array_equal(np.asarray(file).astype(int), levels[0].numpy() * (1 if bits == 8 else 257))
+
+
+# --- chosen among candidates ----------------------------------------------------------------------
+
+SWEEP = {"self_replace_steps": [0.0, 1.0], "guidance_scale": [2.0, 9.0]}
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """An untrained classifier that reads the labels of the phantom."""
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    config = ClassifierConfig(blocks=(1,), growth=4, features=4, seed=1)
+    save_classifier(build_classifier(config), config, tmp_path / "weights" / "guide")
+    return "guide"
+
+
+def by_hand(config, tasks, scorers, criteria):
+    """The same choice by the parts of the library, image by image."""
+    table = datasets.load_table(config.data).set_index("file_name").loc[[task.file_name for task in tasks]]
+    images, pairs = datasets.read_images(config.data, table.reset_index()), [task.pair for task in tasks]
+    with bulk._threads(config.threads):
+        inversion = invert(tiny_pipeline(), images, [pair.source for pair in pairs], num_inference_steps=STEPS)
+        swept = sweep(tiny_pipeline(), inversion, pairs, grid(config.edit, **SWEEP))
+        return [select_each([own], scorers(task.edit), criteria)[0] for own, task in zip(swept, tasks, strict=True)]
+
+
+def test_the_winner_is_that_of_selection_by_hand(config, tmp_path, guide):
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "guide": guide, "at_most": {"change": 0.9}}
+    config = with_edits(config, tmp_path, [row])
+    summary = bulk.generate(config)
+    rows, tasks = {row["source_file"]: row for row in manifest(tmp_path / "out")}, plan(config)[: config.batch_size]
+    assert summary.rejected == 0 and len(rows) == summary.planned
+    criteria = Criteria("guide_gain", at_most={"change": 0.9})
+    chosen = by_hand(config, tasks, lambda e: [IdentityScorer(), GuideScorer(load_guide(guide), e)], criteria)
+    for task, selection in zip(tasks, chosen, strict=True):
+        row = rows[task.file_name]
+        candidates = json.loads(row["candidates"])
+        assert (row["status"], int(row["winner"]), len(candidates)) == ("selected", selection.winner, 4)
+        assert [c["settings"] for c in candidates] == [
+            {"self_replace_steps": s, "guidance_scale": g}
+            for s in SWEEP["self_replace_steps"]
+            for g in SWEEP["guidance_scale"]
+        ]
+        assert candidates[selection.winner]["scores"]["guide_gain"] == max(
+            c["scores"]["guide_gain"] for c in candidates
+        )
+        assert float(row["score_guide_gain"]) == pytest.approx(
+            selection.scores[selection.winner]["guide_gain"], abs=1e-6
+        )
+        pixels = np.asarray(Image.open(tmp_path / "out" / row["file_name"]))
+        assert np.array_equal(pixels, (selection.best.image[0] * 255).round().numpy())
+
+
+def test_that_no_candidate_passed_is_an_outcome_and_not_tried_again(config, tmp_path):
+    name = plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices"}]))[0].file_name
+    never = {"edit": "remove_support_devices", "sweep": SWEEP, "best": "ssim", "at_least": {"ssim": 2}}
+    rows = [never | {"file_name": name}, {"edit": "remove_support_devices", "file_name": name}]
+    config, out = with_edits(config, tmp_path, rows), tmp_path / "out"
+    summary = bulk.generate(config)
+    assert (summary.planned, summary.made, summary.rejected) == (2, 2, 1)
+    (made,), (rejected,) = manifest(out), manifest(out, bulk.REJECTS)
+    assert (made["status"], rejected["status"]) == ("made", "no candidate passed")
+    assert not (out / rejected["file_name"]).exists() and rejected["winner"] == rejected["sha256"] == ""
+    for candidate in json.loads(rejected["candidates"]):
+        assert candidate["failures"] == [f"ssim {candidate['scores']['ssim']:.4g} < 2"]
+    before = written(out)
+    again = bulk.generate(config)
+    assert (again.made, again.rejected) == (0, 1) and written(out) == before
+    assert list(bulk.files(out).values()) == [out / made["file_name"]]
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one(config, tmp_path, guide):
+    name = plan(config)[0].file_name
+    row = {"edit": "remove_support_devices", "sweep": {"guidance_scale": [2.0, 9.0]}}
+    rows = [row | {"guide": guide}, row | {"best": "ssim", "at_least": {"ssim": 2}, "file_name": name}]
+    rows.append({"edit": "remove_support_devices", "method": "edit_friendly", "seed": 3})
+    one = with_edits(config, tmp_path, rows)
+    two = replace(one, out=str(tmp_path / "two"))
+    bulk.generate(one)
+    bulk.launch(two, 2)
+    assert written(tmp_path / "two") == written(tmp_path / "out")
+    assert {row["status"] for row in manifest(tmp_path / "two")} == {"made", "selected"}
+
+
+def test_a_seed_decides_the_noise_whatever_the_batch(config, tmp_path):
+    rows = [{"edit": "remove_support_devices", "method": "edit_friendly", "seed": seed} for seed in (0, 1)]
+    config = with_edits(config, tmp_path, rows)
+    bulk.generate(config)
+    bulk.generate(replace(config, batch_size=1, out=str(tmp_path / "alone")))
+    pixels = {}
+    for out in ("out", "alone"):
+        for row in manifest(tmp_path / out):
+            key = out, row["source_file"], json.loads(row["settings"])["seed"]
+            pixels[key] = np.asarray(Image.open(tmp_path / out / row["file_name"])).astype(int)
+    for out, name, seed in pixels:
+        assert abs(pixels[out, name, seed] - pixels["alone", name, seed]).mean() < 0.5
+    assert any((image != pixels[out, name, 1 - seed]).any() for (out, name, seed), image in pixels.items())
+
+
+def test_a_guide_that_is_missing_or_blind_stops_the_run_before_it_starts(config, tmp_path, guide):
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "guide": "none"}
+    with pytest.raises(FileNotFoundError, match=r"no classifier at .*none"):
+        bulk.generate(with_edits(config, tmp_path, [row]))
+    blind = ClassifierConfig(labels=("Cardiomegaly",), blocks=(1,), growth=4, features=4)
+    save_classifier(build_classifier(blind), blind, tmp_path / "weights" / "blind")
+    with pytest.raises(ValueError, match="does not read Support Devices"):
+        bulk.generate(with_edits(config, tmp_path, [row | {"guide": "blind"}]))
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_another_guide_of_the_same_name_makes_other_files(config, tmp_path, guide):
+    config = with_edits(config, tmp_path, [{"edit": "remove_support_devices", "sweep": SWEEP, "guide": guide}])
+    tasks = plan(config)
+    before = set(bulk._names(config, tasks, "model").values())
+    other = ClassifierConfig(blocks=(1,), growth=4, features=4, seed=2)
+    save_classifier(build_classifier(other), other, tmp_path / "weights" / guide)
+    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
 
 
 # --- again, and in parts --------------------------------------------------------------------------
@@ -317,6 +439,17 @@ def test_the_formats_say_the_same(config, tmp_path, suffix):
     assert second.edit.key == "unchanged" and second.settings.method == "ddim"
 
 
+def test_a_choice_is_the_same_from_a_table_and_from_the_run(config, tmp_path):
+    cell = '"{""guidance_scale"": [2, 5]}"'
+    (csv_task, *_) = plan(with_edits(config, tmp_path, f"edit,sweep,best\nunchanged,{cell},ssim\n", "csv"))
+    run = configured(config, [("sweep", '{"guidance_scale": [2, 5]}'), ("best", "ssim")])
+    (run_task, *_) = plan(with_edits(run, tmp_path, [{"edit": "unchanged"}]))
+    expected = Choice({"guidance_scale": [2.0, 5.0]}, best="ssim")
+    assert csv_task.settings.choice == run_task.settings.choice == expected
+    (tmp_path / "config.json").write_text(bulk_plan.config_json(run))
+    assert load_config(tmp_path / "config.json") == run
+
+
 def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
     once = plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices"}]))
     rows = [{"edit": "remove_support_devices"}, {"edit": "remove the devices", "file_name": once[0].file_name}]
@@ -336,6 +469,29 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "method": "magic"}], "row 1: unknown inversion method 'magic'"),
         ([{"edit": "unchanged", "num_inference_steps": 0}], "row 1: num_inference_steps is 0"),
         ([{"edit": "unchanged", "batch_size": 2}], "row 1: unknown column 'batch_size'"),
+        ([{"edit": "unchanged", "seed": 2}], "row 1: seed is for edit_friendly; the method direct draws no noise"),
+        ([{"edit": "unchanged", "seed": "x", "method": "edit_friendly"}], "row 1: seed takes int"),
+        ([{"edit": "unchanged", "sweep": [0.2]}], "row 1: sweep takes dict"),
+        ([{"edit": "unchanged", "sweep": {"gidance": [2]}, "best": "ssim"}], "sweep: unknown setting 'gidance'"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": 2}, "best": "ssim"}], "guidance_scale takes a list"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": []}, "best": "ssim"}], "guidance_scale takes a list"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": ["x"]}, "best": "ssim"}], "guidance_scale takes float"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [-1]}, "best": "ssim"}], "row 1: guidance_scale is -1"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [2] * 300}, "best": "ssim"}], "sweep has 300 candidates"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}}],
+            "row 1: a sweep needs a guide to choose by, or best",
+        ),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "guide"}],
+            "'guide' .it takes a guide.; known",
+        ),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "guide": "g"}], "edit unchanged names none"),
+        ([{"edit": "unchanged", "best": "ssim"}], "row 1: best is given, but no sweep"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "ssim", "at_least": {"ssim": "x"}}],
+            "row 1: at_least is 'x' for 'ssim'; expected a number",
+        ),
         ([{"edit": "unchanged", "source": "a"}], "not both: source is given too"),
         ([{"source": "a"}], "row 1: a text edit needs both prompts"),
         ([{"source": "a", "target": "b", "words": "c"}], "row 1: 'c' is in neither prompt"),

@@ -1,73 +1,113 @@
-"""Two processes against one: `python benchmarks/bulk.py [EDITS] [STEPS]` writes figures/phantom/bulk.json.
+"""Bulk generation over processes and through kills: `python -m benchmarks.bulk` writes figures/phantom/bulk.json.
 
 The same plan of phantom edits with the shipped model, one CPU thread to each process, each run started afresh from the
-command line, so that loading counts for both. Their files must be the same bytes. Fewer edits than 64 are a trial, and
-nothing is recorded.
+command line, so that loading counts for all. One process and two must write the same bytes, and so must a run that is
+killed (kill -9) at random moments and then finished. Fewer edits than 64 are a trial, and nothing is recorded.
 """
 
+import argparse
+import random
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from prism_lib import bulk, bulk_plan, datasets, results
 
-EDITS, STEPS, PROCESSES = 64, 20, 2
+EDITS, STEPS, PROCESSES, KILLS = 64, 20, 2, 10
 
 
-def main(edits: int = EDITS, steps: int = STEPS) -> dict[str, float]:
-    """Prepare phantoms, make the counterfactuals twice, compare every byte; returns the metrics."""
+def main() -> None:
+    """Prepare phantoms, make the counterfactuals three times, compare every byte; print or record the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=EDITS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kills", type=int, default=KILLS)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, results.Timer() as timer:
-        folder = Path(name)
-        data = datasets.prepare(
-            datasets.PrepareConfig(
-                "phantom", folder / "data", num_images=4 * edits + 16, vocabulary="phantom", split=(0, 0, 1)
-            )
-        )
-        rows = bulk_plan.BulkConfig(
-            str(data), str(folder / "edits.csv"), str(folder / "all"), num_inference_steps=steps
-        )
-        Path(rows.edits).write_text("edit\nremove_support_devices\n")
-        chosen = [task.file_name for task in bulk_plan.plan(rows)[:edits]]
-        Path(rows.edits).write_text("file_name,edit\n" + "".join(f"{n},remove_support_devices\n" for n in chosen))
+        config = _prepared(Path(name), options.edits, options.steps)
         seconds, found = {}, {}
         for processes in (1, PROCESSES):
-            config = replace(rows, out=str(folder / f"out{processes}"))
+            own = replace(config, out=str(Path(name) / f"out{processes}"))
             with results.Timer() as run:
-                command = ["generate", "--data", config.data, "--edits", config.edits, "--out", config.out]
-                settings = ["--processes", str(processes), "-p", "num_inference_steps", str(steps)]
-                subprocess.run([sys.executable, "-m", "prism_lib.runner", *command, *settings], check=True)
-            seconds[processes] = run.seconds
-            out = Path(config.out)
-            found[processes] = {path.name: path.read_bytes() for path in [*out.rglob("*.png"), out / bulk.MANIFEST]}
-    if found[1] != found[PROCESSES] or len(found[1]) != edits + 1:
-        raise RuntimeError("one process and two did not write the same files")
+                subprocess.run(_command(own, processes), check=True)
+            seconds[processes], found[processes] = run.seconds, _written(Path(own.out))
+        own = replace(config, out=str(Path(name) / "killed"))
+        kills = _kill(own, options.kills, seconds[1], random.Random(options.seed))
+        subprocess.run(_command(own, 1), check=True)
+        if found[1] != found[PROCESSES] or len(found[1]) != options.edits + 1:
+            raise RuntimeError("one process and two did not write the same files")
+        if found[1] != _written(Path(own.out)):
+            raise RuntimeError(f"the run that was killed {kills} times did not write the same files")
     metrics = {
-        "edits": edits,
+        "edits": options.edits,
         "seconds_one_process": seconds[1],
         "seconds_two_processes": seconds[PROCESSES],
         "speedup_two_processes": seconds[1] / seconds[PROCESSES],
+        "kills": kills,
         "equal_files": len(found[1]),
     }
-    if edits >= EDITS:
+    if options.edits >= EDITS:
         results.record(
             "bulk",
             dataset="phantom",
             notebook="benchmarks/bulk.py",
             parameters={
-                "edits": edits,
-                "num_inference_steps": steps,
-                "threads": rows.threads,
-                "batch_size": rows.batch_size,
+                "edits": options.edits,
+                "num_inference_steps": options.steps,
+                "threads": config.threads,
+                "batch_size": config.batch_size,
             },
-            seed=0,
+            seed=options.seed,
             metrics=metrics,
-            model=rows.model,
+            model=config.model,
             seconds=timer.seconds,
         )
-    return metrics
+    sys.stdout.write(f"{metrics}\n")
+
+
+def _prepared(folder: Path, edits: int, steps: int) -> bulk_plan.BulkConfig:
+    """Phantoms and a file of so many edits."""
+    wanted = datasets.PrepareConfig(
+        "phantom", folder / "data", num_images=4 * edits + 16, vocabulary="phantom", split=(0, 0, 1)
+    )
+    rows, out = folder / "edits.csv", folder / "all"
+    config = bulk_plan.BulkConfig(str(datasets.prepare(wanted)), str(rows), str(out), num_inference_steps=steps)
+    rows.write_text("edit\nremove_support_devices\n")
+    chosen = [task.file_name for task in bulk_plan.plan(config)[:edits]]
+    rows.write_text("file_name,edit\n" + "".join(f"{name},remove_support_devices\n" for name in chosen))
+    return config
+
+
+def _command(config: bulk_plan.BulkConfig, processes: int) -> list[str]:
+    """The command line of a run."""
+    words = ["generate", "--data", config.data, "--edits", config.edits, "--out", config.out]
+    settings = ["--processes", str(processes), "-p", "num_inference_steps", str(config.num_inference_steps)]
+    return [sys.executable, "-m", "prism_lib.runner", *words, *settings]
+
+
+def _written(out: Path) -> dict[str, bytes]:
+    """All images and the manifest, by name."""
+    return {path.name: path.read_bytes() for path in [*out.rglob("*.png"), out / bulk.MANIFEST]}
+
+
+def _kill(config: bulk_plan.BulkConfig, times: int, seconds: float, rng: random.Random) -> int:
+    """Start a run and kill it at a random moment, so many times; returns how often it was still running.
+
+    Moments are shares of an undisturbed run's time, so that some fall on loading and some on the work.
+    """
+    killed = 0
+    for _ in range(times):
+        process = subprocess.Popen(_command(config, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.1, 0.6) * seconds)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+    return killed
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{main(*map(int, sys.argv[1:]))}\n")
+    main()

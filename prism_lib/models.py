@@ -187,13 +187,15 @@ def load_pipeline(
     *,
     unet: str | Path = "",
     vae: str | Path = "",
+    channels_last: bool = False,
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
     ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
     betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
     here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
-    folder raises before anything is loaded.
+    folder raises before anything is loaded. ``channels_last`` lays weights of convolutions out for GPUs in half
+    precision; results change by rounding alone.
     """
     pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
     for slot, source in (("unet", unet), ("vae", vae)):
@@ -209,6 +211,9 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False).eval()
+    if channels_last:
+        for part in (pipeline.vae, pipeline.unet):
+            part.to(memory_format=torch.channels_last)
     return pipeline
 
 

@@ -66,9 +66,7 @@ def test_weights_are_frozen_again_and_no_gradient_is_left(both):
     assert all(not p.requires_grad and p.grad is None for p in plain.pipe.unet.parameters())
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (paths.root() / "benchmarks").glob("*.py") if path.stem != "bulk")
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (paths.root() / "benchmarks").glob("*.py")))
 def test_a_benchmark_prints_its_help_and_does_no_work(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     if not hasattr(module, "main"):

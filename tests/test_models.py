@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from prism_lib import models, prompts
-from tests.tiny import tiny_images, tiny_pipeline
+from prism_lib.editing import edit
+from prism_lib.inversion import invert
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
 
 def test_weights_follow_the_seed():
@@ -33,6 +35,20 @@ def test_a_saved_pipeline_is_the_same_when_loaded(tmp_path):
     config = loaded.scheduler.config
     assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_channels_last_changes_the_layout_and_no_result(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    plain, last = (models.load_pipeline(tmp_path / "pipe", channels_last=flag) for flag in (False, True))
+    weight = last.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    results = []
+    for pipe in (plain, last):
+        for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+            part.double()  # an untrained model amplifies rounding
+        inversion = invert(pipe, tiny_images(2), [REMOVE.source] * 2, num_inference_steps=2)
+        results.append(torch.stack([r.raw for r in edit(pipe, inversion, [REMOVE] * 2, mask="off")]))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
 
 
 def test_the_tokenizer_knows_the_vocabulary_as_whole_words():

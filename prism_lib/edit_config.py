@@ -27,7 +27,7 @@ class EditConfig:
     guidance below its own `proximal_quantile`.
     """
 
-    guidance_scale: float = 2.5
+    guidance_scale: float = 3.0
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
     alignment: str = "refine"

@@ -21,8 +21,11 @@ from prism_lib import datasets
 from prism_lib.ablation import Measurement, counted_rows, summarise
 from prism_lib.baselines import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.cases import prompt_pairs
+from prism_lib.classifier import ClassifierConfig, named_network
 from prism_lib.editing import EditConfig
-from prism_lib.evaluation import Judge, evaluate_results
+from prism_lib.evaluation import Judge, choose_cases, evaluate_results
+from prism_lib.ganterfactual import GanConfig, train_for
+from prism_lib.imagefolder import load_info
 from prism_lib.imagic import Imagic
 from prism_lib.inversion import METHODS
 from prism_lib.prompts import Edit
@@ -30,6 +33,9 @@ from prism_lib.results import Timer
 
 CRITERION = "true_error_ratio"
 BUDGET = 4
+
+SKIPPED = "Skipped: no images were asked for, or nobody knows the true counterfactuals of these images."
+GAN = "GANterfactual"
 
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
@@ -52,15 +58,93 @@ class Tuned:
         return {"chosen": settings(self.editor), "tried": tried}
 
 
+@dataclass(frozen=True)
+class StudyConfig:
+    """What `run` compares, and how much work goes into it.
+
+    `methods` are names of `candidates` or `GAN`; none stands for all. `images` are test patients for each edit and
+    `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
+    and its guide is a small classifier of its own, never the judge.
+    """
+
+    methods: tuple[str, ...] = ()
+    images: int = 3
+    tuning_images: int = 1
+    budget: int = BUDGET
+    steps: int = 25
+    imagic_steps: int = 200
+    gan_steps: int = 2000
+    gan_filters: int = 32
+    guide_steps: int = 200
+    guide_images: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [*candidates(self.steps, self.imagic_steps), GAN]
+        if unknown := [name for name in self.methods if name not in known]:
+            raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
+        for name in ("tuning_images", "budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `run` found: how each method was tuned, what it does on test patients, and what both took in seconds."""
+
+    tuned: Mapping[str, Tuned]
+    measured: Mapping[str, Measurement]
+    seconds: float
+
+
+def run(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    edits: Sequence[Edit],
+    config: StudyConfig,
+    output: Path,
+    judge: Judge | None = None,
+) -> Study | None:
+    """Train the GAN, tune every method on validation patients, compare all on test patients.
+
+    GANs are kept below ``output`` and not trained again. None, before any work, where ``config.images`` is 0 or the
+    truth is not known: there is nothing to tune by (`SKIPPED` says so).
+    """
+    info = load_info(folder)
+    if config.images < 1 or info["source"] != "phantom":
+        return None
+    validation, test = (
+        {change: choose_cases(folder, change, count, split) for change in edits}
+        for split, count in (("val", config.tuning_images), ("test", config.images))
+    )
+    with Timer() as timer:
+        tried = {
+            name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
+        }
+        wanted = config.methods or (*tried, GAN)
+        if GAN in wanted:
+            labels = tuple(info["labels"])
+            guide = named_network("densenet-tiny", ClassifierConfig(labels, steps=config.guide_steps))
+            recipe = GanConfig(labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed)
+            tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
+        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget)
+        editors = {name: result.editor for name, result in tuned.items()}
+        measured = compare(pipe, folder, test, editors, judge)
+    return Study(tuned, measured, timer.seconds)
+
+
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
     """`BUDGET` settings per method; those whose inversion is not in `inversion.METHODS` are left out.
 
-    `steps` are the DDIM steps of all, `imagic_steps` the optimizer steps of each of Imagic's two fits.
+    A smaller budget takes the first of each; ours begin with the editor's default. `steps` are the DDIM steps of all,
+    `imagic_steps` the optimizer steps of each of Imagic's two fits.
     """
     scales, windows = (3.0, 7.5), (0.4, 0.8)
+    default = EditConfig()
+    ours = [default, *(replace(default, guidance_scale=factor * default.guidance_scale) for factor in (1.4, 0.8, 2.0))]
     plain = [replace(PLAIN, guidance_scale=scale, cross_replace_steps=window) for scale in scales for window in windows]
     grid: dict[str, list[Editor]] = {
-        "PRISM (ours)": [PromptToPrompt("direct", steps, EditConfig(guidance_scale=w)) for w in (2.0, 3.0, 4.0, 5.0)],
+        "PRISM (ours)": [PromptToPrompt("direct", steps, config) for config in ours],
         "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
         "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
         "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],
@@ -70,7 +154,7 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
         "SDEdit": [SDEdit(strength, w, steps) for w in scales for strength in (0.3, 0.6)],
         "Imagic": [
             Imagic(eta, imagic_steps, unet_steps=imagic_steps, num_inference_steps=steps)
-            for eta in (0.5, 0.7, 0.9, 1.0)
+            for eta in (0.7, 0.9, 0.5, 1.0)
         ],
     }
     known = {name: [e for e in editors if getattr(e, "method", "direct") in METHODS] for name, editors in grid.items()}

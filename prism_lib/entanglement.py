@@ -86,6 +86,22 @@ def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[P
     return pairs
 
 
+def study_here(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    change: Edit,
+    other: str,
+    count: int,
+    editor: PromptToPrompt = OURS,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """`study` of the one model at hand; {}, before any work, if ``count`` is 0 or the truth is not known."""
+    info = datasets.load_info(folder)
+    if count < 1 or info["source"] != "phantom":
+        return {}
+    return study({info["config"]["confounding"]: (pipe, Path(folder))}, change, other, count, editor, seed)
+
+
 def study(
     models: dict[float, tuple[StableDiffusionPipeline, Path]],
     change: Edit,

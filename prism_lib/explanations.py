@@ -1,4 +1,4 @@
-"""What an edit changed, in numbers and in files: statistics by region, lossless signed differences, transitions.
+"""What an edit changed and where it looked: statistics by region, signed differences, transitions, attention maps.
 
 A signed difference is counterfactual minus original, positive where it is brighter, in units of the [0, 1] gray range;
 the other direction is its negative. Stored differences keep every 8-bit step of both signs.
@@ -7,14 +7,23 @@ the other direction is its negative. Stored differences keep every 8-bit step of
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.denoising import EditTask, denoise, edit_controller
+from prism_lib.edit_config import EditConfig
+from prism_lib.inversion import Inversion
+from prism_lib.masks import Areas
+from prism_lib.prompts import PromptPair
 
 # In a stored difference this value means "no change", and one more is one 8-bit gray level brighter.
 _ZERO = 2**15
@@ -52,6 +61,36 @@ def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Te
                 }
             )
     return pd.DataFrame(rows)
+
+
+def mask_regions(mask: Tensor) -> dict[str, Tensor]:
+    """Regions for `region_statistics` from a soft mask (1, 1, H, W): where it is open, and elsewhere.
+
+    One that holds no pixel is left out.
+    """
+    regions = {"inside the mask": mask > 0, "outside": mask == 0}
+    return {name: region for name, region in regions.items() if bool(region.any())}
+
+
+@torch.no_grad()
+def attention_maps(
+    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig
+) -> tuple[Tensor, Tensor]:
+    """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
+
+    Cross-attention to the words that the pair names as the edit's, averaged over heads, coarse layers and steps of the
+    very walk that `editing.edit` takes (Hertz et al., 2023). A prompt without such words has a map of zeros.
+    """
+    if len(pairs) != len(inversion):
+        raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
+    tasks = [EditTask(n, pair, config) for n, pair in enumerate(pairs)]
+    areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
+    with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
+        outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)
+    maps = outcome.word_maps[list(outcome.row_of)].float().cpu()
+    maps = F.interpolate(maps, size=inversion.images.shape[-2:], mode="bilinear", align_corners=False)
+    source, target = (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)).split(1, dim=1)
+    return source, target
 
 
 def save_difference(edited: Tensor, original: Tensor, path: Path) -> Path:

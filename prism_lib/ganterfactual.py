@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from prism_lib import datasets
 from prism_lib.baselines import unmasked
+from prism_lib.classifier import ClassifierConfig, load_classifier
 from prism_lib.editing import Counterfactual
-from prism_lib.evaluation import Judge
+from prism_lib.evaluation import Judge, train_judge
 from prism_lib.imagefolder import Folder
 from prism_lib.labels import snake_case
 from prism_lib.objective import stable_seed
@@ -108,6 +109,34 @@ def train_gan(folder: Folder, classifier: Judge, output: Path, config: GanConfig
     for name in DIRECTIONS:
         _save(training.generators[name].state_dict(), target / f"{name}.safetensors")
     return target
+
+
+def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Judge:
+    """The classifier that pulls the GAN, trained on the first ``images`` of the train split.
+
+    One at ``output`` with the same configuration is reused; ValueError for one with another.
+    """
+    if not (output / "config.json").is_file():
+        train_judge(Path(folder), output, config, images)
+    # Read back even if just trained: stored weights are float16, and a run that goes on must be pulled by the same.
+    model, found = load_classifier(output)
+    if found != config:
+        raise ValueError(f"{output} holds a classifier with other settings; choose another output folder")
+    return Judge(model, found.labels)
+
+
+def train_for(
+    folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
+) -> Ganterfactual:
+    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
+
+    What lies below ``output`` stays apart by the content of the prepared folder, so other data is never mixed in.
+    """
+    home = output / str(datasets.load_info(folder)["content_hash"])[:12]
+    classifier = train_guide(folder, home / "guide", guide, images)
+    for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
+        train_gan(folder, classifier, home, replace(config, label=label))
+    return Ganterfactual(home)
 
 
 def load_generators(folder: Path) -> dict[str, nn.Module]:

@@ -46,7 +46,7 @@ MAKERS: dict[str, str] = {
     "judges": "benchmarks/judges.py",
 }
 # At which depth of the metrics a table's rows stand, where it is not 1 (an edit, a method).
-ROW_DEPTH = {"classifiers": 2}
+ROW_DEPTH = {"classifiers": 2, "baselines": 2}
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -184,11 +184,18 @@ def _pareto(record: Mapping[str, Any]) -> list[Drawing]:
     return [Drawing(f"{record['name']}_pareto", record["name"], "pareto", points, *labels)] if points else []
 
 
+def _entanglement(record: Mapping[str, Any]) -> list[Drawing]:
+    shares = report.intervals(record, "carried_along")
+    return [Drawing("entanglement", record["name"], "dots", shares, "share of the other finding carried along")]
+
+
 DRAWN: dict[str, Callable[[Mapping[str, Any]], list[Drawing]]] = {
     "counterfactual_quality": _quality,
     "classifiers": _classifiers,
     "inversion_methods": _pareto,
     "ablations": _pareto,
+    "baselines": _pareto,
+    "entanglement": _entanglement,
 }
 
 

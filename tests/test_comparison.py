@@ -86,3 +86,39 @@ def test_nothing_to_compare_is_an_error(phantom_folder, cases):
 def test_a_result_for_every_image(phantom_folder, cases):
     with pytest.raises(ValueError, match="2 images of remove_support_devices need as many results, got 0"):
         evaluation.evaluate_results(phantom_folder, cases[REMOVE], REMOVE, [])
+
+
+def small(**changes):
+    values = {"images": 1, "budget": 1, "steps": 4, "gan_steps": 1, "gan_filters": 4, "guide_steps": 1}
+    return comparison.StudyConfig(("PRISM (ours)", comparison.GAN), guide_images=16, **(values | changes))
+
+
+def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, tmp_path, monkeypatch):
+    found = comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path)
+    assert list(found.measured) == ["PRISM (ours)", comparison.GAN] == list(found.tuned)
+    test = evaluation.choose_cases(phantom_folder, REMOVE, 1, "test")
+    for measured in found.measured.values():
+        assert measured.evaluations[0].table["file_name"].tolist() == test["file_name"].tolist()
+    for work in ("prism_lib.ganterfactual._Training.step", "prism_lib.ganterfactual.train_judge"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("trained again"))
+    again = comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path)
+    edited = [study.measured[comparison.GAN].evaluations[0].edited for study in (found, again)]
+    assert torch.equal(*edited)
+
+
+def test_nothing_is_compared_without_truth_or_images(phantom_folder, tmp_path, monkeypatch):
+    assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(images=0), tmp_path) is None
+    real = datasets.load_info(phantom_folder) | {"source": "nih"}
+    monkeypatch.setattr(comparison, "load_info", lambda _: real)
+    assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path) is None
+
+
+def test_wrong_settings_of_a_study_are_named():
+    with pytest.raises(ValueError, match="unknown method 'Photoshop'; known: PRISM"):
+        comparison.StudyConfig(("Photoshop",))
+    with pytest.raises(ValueError, match="budget is 0"):
+        small(budget=0)
+
+
+def test_the_default_is_the_first_of_our_settings():
+    assert comparison.candidates(50)["PRISM (ours)"][0] == PromptToPrompt()

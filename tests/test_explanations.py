@@ -4,7 +4,18 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib.explanations import load_difference, region_statistics, save_difference, save_gif, transition
+from prism_lib.editing import EditConfig
+from prism_lib.explanations import (
+    attention_maps,
+    load_difference,
+    mask_regions,
+    region_statistics,
+    save_difference,
+    save_gif,
+    transition,
+)
+from prism_lib.inversion import invert
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
 
 def test_region_statistics_by_hand():
@@ -65,3 +76,23 @@ def test_bad_input_is_named(tmp_path):
     Image.new("L", (4, 4)).save(path)
     with pytest.raises(ValueError, match="is no signed difference"):
         load_difference(path)
+
+
+def test_attention_maps_are_each_images_own():
+    pipe, images = tiny_pipeline(), tiny_images(2)
+    inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=2)
+    maps = attention_maps(pipe, inverted, [REMOVE, REMOVE], EditConfig())
+    alone = attention_maps(pipe, inverted[1:], [REMOVE], EditConfig())
+    for both, one in zip(maps, alone, strict=True):
+        assert both.shape == images.shape
+        assert both.amin() >= 0 and both.amax() <= 1 + 1e-6
+        assert torch.allclose(both[1:], one, atol=1e-3)
+    with pytest.raises(ValueError, match="2 inverted images need as many prompt pairs, got 1"):
+        attention_maps(pipe, inverted, [REMOVE], EditConfig())
+
+
+def test_regions_of_a_mask_that_hold_a_pixel():
+    mask = torch.tensor([[[[0.0, 0.3], [1.0, 0.0]]]])
+    regions = mask_regions(mask)
+    assert [int(region.sum()) for region in regions.values()] == [2, 2]
+    assert list(mask_regions(torch.ones(1, 1, 2, 2))) == ["inside the mask"]

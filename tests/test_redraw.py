@@ -122,6 +122,22 @@ def test_records_of_another_data_set_or_commit_are_not_mixed(folder, monkeypatch
         redraw.load_all("isic")
 
 
+def test_baselines_and_entanglement_are_drawn_from_their_records(folder):
+    error = {"true_error_ratio": 0.4, "true_error_ratio_low": 0.3, "true_error_ratio_high": 0.5}
+    methods = {"ours": error | {"seconds_per_image": 2.0, "remove_x": error}}
+    results.record("baselines", "phantom", metrics=methods, **ABOUT)
+    carried = {"confounding 0, prism, mask off": {"carried_along": 0.2, "true_error_ratio": 0.5}}
+    results.record("entanglement", "phantom", metrics=carried, **ABOUT)
+    draw_all(folder)
+    records = redraw.load_all("phantom")
+    drawn = {item.name: item.values for item in redraw.drawings(records)}
+    assert drawn["baselines_pareto"] == {"ours": (2.0, 0.4, 0.3, 0.5)}
+    assert drawn["entanglement"] == {"confounding 0, prism, mask off": (0.2, 0.2, 0.2)}
+    assert list(redraw.frame(records["baselines"]).index) == ["ours", "ours / remove_x"]
+    assert not {"baselines", "entanglement"} & redraw.absent(records).keys()
+    assert redraw.check("phantom") == []
+
+
 def test_an_unknown_kind_of_drawing_is_refused():
     with pytest.raises(ValueError, match="unknown kind of drawing 'pie'"):
         plotting.draw("pie", {}, "x")

@@ -8,6 +8,7 @@ the images of a step follow from seed and step alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -130,9 +131,10 @@ def train_for(
 ) -> Ganterfactual:
     """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
 
-    What lies below ``output`` stays apart by the content of the prepared folder, so other data is never mixed in.
+    Each combination of prepared folder and settings has a folder of its own below ``output``: nothing is mixed.
     """
-    home = output / str(datasets.load_info(folder)["content_hash"])[:12]
+    made = (datasets.load_info(folder)["content_hash"], config, guide, images)
+    home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)
     for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
         train_gan(folder, classifier, home, replace(config, label=label))

@@ -36,7 +36,7 @@ class MaskConfig:
     into the evidence.
     """
 
-    min_change: float = 0.02
+    min_change: float = 0.015
     weak: float = 3.0
     strong: float = 4.0
     attention_weight: float = 0.25

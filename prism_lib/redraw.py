@@ -35,6 +35,8 @@ MAKERS: dict[str, str] = {
     "ablations": "04_ablations",
     "baselines": "04_ablations",
     "entanglement": "04_ablations",
+    "hard_cases": "04_ablations",
+    "corner_text": "04_ablations",
     "classifiers": "05_classifiers",
     "rendering": "benchmarks/rendering.py",
     "editing_speed": "benchmarks/editing.py",
@@ -189,6 +191,11 @@ def _entanglement(record: Mapping[str, Any]) -> list[Drawing]:
     return [Drawing("entanglement", record["name"], "dots", shares, "share of the other finding carried along")]
 
 
+def _hard_cases(record: Mapping[str, Any]) -> list[Drawing]:
+    errors = report.intervals(record, "true_error_ratio")
+    return [Drawing("hard_cases", record["name"], "dots", errors, "error to truth")]
+
+
 DRAWN: dict[str, Callable[[Mapping[str, Any]], list[Drawing]]] = {
     "counterfactual_quality": _quality,
     "classifiers": _classifiers,
@@ -196,6 +203,7 @@ DRAWN: dict[str, Callable[[Mapping[str, Any]], list[Drawing]]] = {
     "ablations": _pareto,
     "baselines": _pareto,
     "entanglement": _entanglement,
+    "hard_cases": _hard_cases,
 }
 
 

@@ -188,7 +188,7 @@ def _pareto(record: Mapping[str, Any]) -> list[Drawing]:
 
 def _entanglement(record: Mapping[str, Any]) -> list[Drawing]:
     shares = report.intervals(record, "carried_along")
-    return [Drawing("entanglement", record["name"], "dots", shares, "share of the other finding carried along")]
+    return [Drawing("entanglement", record["name"], "dots", shares, "share carried along")]
 
 
 def _hard_cases(record: Mapping[str, Any]) -> list[Drawing]:

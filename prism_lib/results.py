@@ -217,7 +217,8 @@ def device() -> str:
     """What the numbers were computed on, in words: the GPU's name, or `cpu` with architecture and threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def _git(*arguments: str) -> str:

@@ -98,12 +98,12 @@ def _written(out: Path) -> dict[str, bytes]:
 def _kill(config: bulk_plan.BulkConfig, times: int, seconds: float, rng: random.Random) -> int:
     """Start a run and kill it at a random moment, so many times; returns how often it was still running.
 
-    Moments are shares of an undisturbed run's time, so that some fall on loading and some on the work.
+    Moments are small shares of an undisturbed run's time, so that there is work left for the last of ten.
     """
     killed = 0
     for _ in range(times):
         process = subprocess.Popen(_command(config, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.1, 0.6) * seconds)
+        time.sleep(rng.uniform(0.03, 0.25) * seconds)
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     return killed

@@ -26,7 +26,7 @@ from prism_lib import datasets, monitoring
 from prism_lib.cases import prompt_pairs
 from prism_lib.editing import EditConfig, stack
 from prism_lib.evaluation import edit_images
-from prism_lib.imagefolder import Folder
+from prism_lib.imagefolder import Folder, truth_is_known
 from prism_lib.models import encode_prompts
 from prism_lib.prompts import Edit
 
@@ -80,7 +80,7 @@ def synthetic(
 
 def truth(folder: Folder) -> Source:
     """The phantom's true counterfactuals: the upper bound that real images do not have."""
-    if datasets.load_info(folder)["source"] != "phantom":
+    if not truth_is_known(folder):
         raise ValueError(f"{folder} holds real images, of which nobody knows the true counterfactual")
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:

@@ -25,7 +25,7 @@ from prism_lib.classifier import ClassifierConfig, named_network
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Judge, choose_cases, evaluate_results
 from prism_lib.ganterfactual import GanConfig, train_for
-from prism_lib.imagefolder import load_info
+from prism_lib.imagefolder import load_info, truth_is_known
 from prism_lib.imagic import Imagic
 from prism_lib.inversion import METHODS
 from prism_lib.prompts import Edit
@@ -62,7 +62,7 @@ class Tuned:
 class StudyConfig:
     """What `run` compares, and how much work goes into it.
 
-    `methods` are names of `candidates` or `GAN`; none stands for all. `images` are test patients for each edit and
+    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit and
     `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
     and its guide is a small classifier of its own, never the judge.
     """
@@ -80,6 +80,7 @@ class StudyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))  # notebooks and JSON have lists
         known = [*candidates(self.steps, self.imagic_steps), GAN]
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
@@ -110,8 +111,7 @@ def run(
     GANs are kept below ``output`` and not trained again. None, before any work, where ``config.images`` is 0 or the
     truth is not known: there is nothing to tune by (`SKIPPED` says so).
     """
-    info = load_info(folder)
-    if config.images < 1 or info["source"] != "phantom":
+    if config.images < 1 or not truth_is_known(folder):
         return None
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}
@@ -123,7 +123,7 @@ def run(
         }
         wanted = config.methods or (*tried, GAN)
         if GAN in wanted:
-            labels = tuple(info["labels"])
+            labels = tuple(load_info(folder)["labels"])
             guide = named_network("densenet-tiny", ClassifierConfig(labels, steps=config.guide_steps))
             recipe = GanConfig(labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed)
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]

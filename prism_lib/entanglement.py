@@ -20,6 +20,7 @@ from prism_lib.baselines import PromptToPrompt
 from prism_lib.captions import caption
 from prism_lib.cases import prompt_pairs
 from prism_lib.evaluation import evaluate_results, interval
+from prism_lib.imagefolder import truth_is_known
 from prism_lib.prompts import Edit, PromptPair, vocabulary
 
 WORDINGS = ("negated", "prism")
@@ -96,10 +97,11 @@ def study_here(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """`study` of the one model at hand; {}, before any work, if ``count`` is 0 or the truth is not known."""
-    info = datasets.load_info(folder)
-    if count < 1 or info["source"] != "phantom":
+    if count < 1 or not truth_is_known(folder):
         return {}
-    return study({info["config"]["confounding"]: (pipe, Path(folder))}, change, other, count, editor, seed)
+    return study(
+        {datasets.load_info(folder)["config"]["confounding"]: (pipe, Path(folder))}, change, other, count, editor, seed
+    )
 
 
 def study(

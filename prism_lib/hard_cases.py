@@ -17,6 +17,7 @@ from prism_lib import datasets
 from prism_lib.cases import marker_masks
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Evaluation, choose_cases, evaluate_edit, interval
+from prism_lib.imagefolder import truth_is_known
 from prism_lib.metrics import masked_l1
 from prism_lib.prompts import Edit
 
@@ -37,14 +38,13 @@ def study(
 
     {}, before any work, if ``count`` is 0 or the truth is not known.
     """
-    info = datasets.load_info(folder)
-    if count < 1 or info["source"] != "phantom":
+    if count < 1 or not truth_is_known(folder):
         return {}
     cases = choose_cases(folder, change, count)
     evaluation = evaluate_edit(pipe, folder, cases, change, config, num_inference_steps=num_inference_steps)
     marker = marker_masks(folder, cases)
     assert marker is not None  # of a phantom it is always known
-    labels = [label for label in info["labels"] if label != "No Finding"]
+    labels = [label for label in datasets.load_info(folder)["labels"] if label != "No Finding"]
     return {
         "hard_cases": by_stratum(evaluation, strata(evaluation, cases, labels), seed),
         "corner_text": corner_text(evaluation, marker, seed),

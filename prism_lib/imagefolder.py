@@ -50,6 +50,11 @@ def load_info(folder: Folder) -> dict[str, Any]:
     return info
 
 
+def truth_is_known(folder: Folder) -> bool:
+    """Whether true counterfactuals of a prepared folder's images can be rendered: of phantoms they can."""
+    return bool(load_info(folder)["source"] == "phantom")
+
+
 def load_table(folder: Folder, split: str | None = None) -> pd.DataFrame:
     """The metadata of a prepared folder, all of it or one split; labels are 1, 0, -1 or NaN."""
     if split is not None and split not in SPLITS:

@@ -27,6 +27,7 @@ DIFFERENCE_LIMIT = 0.5
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them
+_FEW = 10  # points that can all be named
 
 # A curve is (x, y), or (x, y, low, high) with a band.
 Curve = Sequence[Sequence[float]]
@@ -211,7 +212,7 @@ def pareto(
 ) -> Figure:
     """A point per name, ``(cost, error, low, high)``, both better when small; a line joins those that nothing beats.
 
-    Costs are drawn on a logarithmic axis. Names stand beside the points of the front, the others are in gray.
+    Costs are drawn on a logarithmic axis. Points off the front are gray, and named only where there are few.
     """
     front, best = [], float("inf")
     for name, (_, error, _, _) in sorted(values.items(), key=lambda item: item[1][:2]):
@@ -226,14 +227,30 @@ def pareto(
             axis.vlines(cost, low, high, color=shade, linewidth=1, alpha=0.5)
             axis.plot(cost, error, "o", color=shade)
         axis.plot(*zip(*(values[name][:2] for name in front), strict=True), color=color, linewidth=1)
-        for name in front:
-            axis.annotate(
-                name.replace("_", " "), values[name][:2], xytext=(4, 4), textcoords="offset points", fontsize="x-small"
-            )
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
+        _name_points(figure, axis, {name: values[name][:2] for name in values if name in front or len(values) <= _FEW})
         for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             formatted(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     return figure
+
+
+def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside points, from the lowest upwards, each at least a line above the one before."""
+    figure.draw_without_rendering()  # settles the limits
+    left, right = axis.get_xlim()
+    below = float("-inf")
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        height = float(axis.transData.transform(point)[1]) * 72 / figure.dpi
+        below = max(height + 3, below + 9)
+        late = point[0] > left * (right / left) ** 0.85
+        axis.annotate(
+            name.replace("_", " "),
+            point,
+            xytext=(-4 if late else 4, below - height),
+            textcoords="offset points",
+            horizontalalignment="right" if late else "left",
+            fontsize="x-small",
+        )
 
 
 def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "") -> Figure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from prism_lib import comparison, datasets, evaluation
+from prism_lib import comparison, datasets, evaluation, imagefolder
 from prism_lib.baselines import PromptToPrompt, unmasked
 from prism_lib.prompts import Edit
 from tests.tiny import tiny_pipeline
@@ -109,7 +109,7 @@ def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, 
 def test_nothing_is_compared_without_truth_or_images(phantom_folder, tmp_path, monkeypatch):
     assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(images=0), tmp_path) is None
     real = datasets.load_info(phantom_folder) | {"source": "nih"}
-    monkeypatch.setattr(comparison, "load_info", lambda _: real)
+    monkeypatch.setattr(imagefolder, "load_info", lambda _: real)
     assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path) is None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prism_lib import datasets, entanglement
+from prism_lib import datasets, entanglement, imagefolder
 from prism_lib.baselines import PromptToPrompt
 from prism_lib.entanglement import carried_along
 from prism_lib.prompts import Edit
@@ -92,5 +92,5 @@ def test_one_model_is_studied_at_its_own_confounding_or_not_at_all(phantom_folde
     assert here == entanglement.study({0.0: (tiny_pipeline(), phantom_folder)}, HEART, DEVICES, 1, EDITOR)
     assert entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 0) == {}
     real = datasets.load_info(phantom_folder) | {"source": "nih"}
-    monkeypatch.setattr(datasets, "load_info", lambda _: real)
+    monkeypatch.setattr(imagefolder, "load_info", lambda _: real)
     assert entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1) == {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prism_lib import cases as case_tools
-from prism_lib import datasets, hard_cases
+from prism_lib import datasets, hard_cases, imagefolder
 from prism_lib.editing import Counterfactual
 from prism_lib.evaluation import choose_cases, evaluate_results
 from prism_lib.hard_cases import by_stratum, corner_text, strata
@@ -87,3 +87,9 @@ def test_the_study_edits_and_reads(phantom_folder):
     assert found["hard_cases"]["all"]["images"] == 3
     assert set(found["corner_text"]) == {"autoencoder", "latent path", "composite"}
     assert hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 0) == {}
+
+
+def test_images_without_truth_are_not_studied(phantom_folder, monkeypatch):
+    real = datasets.load_info(phantom_folder) | {"source": "nih"}
+    monkeypatch.setattr(imagefolder, "load_info", lambda _: real)
+    assert hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3) == {}

@@ -18,6 +18,7 @@ from prism_lib.profiles import FIGURES_PARAMETER, available_profiles, declared_p
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 MAX_LINES = 20
+MAX_PARAMETERS = 25
 SMOKE_SECONDS = 600
 UPPER = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
 ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|mnt|tmp|work|data|opt|var|scratch)/|~/|[A-Z]:\\)")
@@ -72,7 +73,7 @@ def parameters(notebook):
 def thin(notebook):
     for cell in code_cells(notebook):
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
-        if len(lines) > MAX_LINES and "parameters" not in cell.metadata.get("tags", []):
+        if len(lines) > (MAX_PARAMETERS if "parameters" in cell.metadata.get("tags", []) else MAX_LINES):
             yield f"{len(lines)} lines of code: {head(cell)}"
         for node in ast.walk(parsed(cell)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -120,3 +120,18 @@ def test_the_global_style_stays_as_it_was():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_names_of_few_points_do_not_lie_on_each_other():
+    near = {f"method {n}": (2.0, 0.3 + n / 1000, 0.2, 0.4) for n in range(4)}
+    figure = plotting.pareto(near | {"slow": (90.0, 0.3, 0.2, 0.4)}, xlabel="seconds")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+
+
+def test_of_many_points_the_front_alone_is_named():
+    many = {f"method {n}": (1.0 + n, 1.0 + n, n, 2.0 + n) for n in range(20)}
+    (axis,) = plotting.pareto(many, xlabel="seconds").axes
+    assert [text.get_text() for text in axis.texts] == ["method 0"]

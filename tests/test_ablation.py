@@ -133,7 +133,7 @@ def test_the_schedule_says_when_confining_starts():
 def test_the_front_is_what_nothing_beats():
     points = {"a": (1, 0.9, 0.8, 1), "b": (2, 0.5, 0.4, 0.6), "c": (3, 0.6, 0.5, 0.7), "d": (9, 0.1, 0, 0.2)}
     (axis,) = plotting.pareto(points, xlabel="seconds").axes
-    assert [text.get_text() for text in axis.texts] == ["a", "b", "d"]
+    assert {text.get_text() for text in axis.texts} == set(points)  # so few that all can be named
     front = max(axis.lines, key=lambda line: len(line.get_xdata()))
     assert list(front.get_xdata()) == [1, 2, 9]
 

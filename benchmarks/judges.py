@@ -1,6 +1,6 @@
 """Two judges of different architecture: `python -m benchmarks.judges` writes figures/phantom/judges.json.
 
-The shipped DenseNet and an EfficientNet-B0, trained here by the same code on phantoms that neither an edit nor the
+The shipped DenseNet and a ResNet-18, trained here by the same code on phantoms that neither an edit nor the
 tests use, read the same held-out phantoms: AUC per label of both, and how often they agree. The second judge's weights
 are left in PRISM_RUNS/judges/.
 """
@@ -28,12 +28,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     first = evaluation.load_judge("phantom-judge")
     assert first is not None
-    config = classifier.named_network("efficientnet-b0", classifier.ClassifierConfig(labels=first.labels, steps=STEPS))
+    config = classifier.named_network("resnet18", classifier.ClassifierConfig(labels=first.labels, steps=STEPS))
     with results.Timer() as timer:
         second = classifier.train_classifier(*draw(TRAIN, TRAIN_SEED, first.labels), config)
-        classifier.save_classifier(second, config, paths.runs() / "judges" / "efficientnet-b0")
+        classifier.save_classifier(second, config, paths.runs() / "judges" / "resnet18")
         images, labels = draw(TEST, TEST_SEED, first.labels)
-        read = {"densenet": classifier.predict(first.model, images), "efficientnet": classifier.predict(second, images)}
+        read = {"densenet": classifier.predict(first.model, images), "resnet": classifier.predict(second, images)}
     results.record(
         "judges",
         dataset="phantom",
@@ -41,7 +41,7 @@ def main() -> None:
         parameters={"second": config, "size": SIZE, "train": TRAIN, "test": TEST},
         seed=TRAIN_SEED,
         metrics={
-            "agreement": robustness.agreement(read["densenet"], read["efficientnet"]),
+            "agreement": robustness.agreement(read["densenet"], read["resnet"]),
             **{f"auc_{name}": classifier.auc(values, labels, first.labels) for name, values in read.items()},
         },
         model="phantom-judge",

@@ -1,8 +1,9 @@
 """How fast fine-tuning is, and what kill -9 costs: `python -m benchmarks.training` writes two records.
 
 `figures/phantom/training_speed.json`: images a second with latents and captions from the cache against the order of
-work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step; and two processes
-against one at the same global batch. With a GPU also a U-Net of SD v1.5's size, 512 x 512, bfloat16, by batch size.
+work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step (in float32 and, as
+that script does it, with the frozen parts cast to bfloat16 and the U-Net under autocast); and two processes against one
+at the same global batch. With a GPU also a U-Net of SD v1.5's size, 512 x 512, bfloat16, by batch size.
 
 `figures/phantom/resume.json`: the largest difference between an uninterrupted run and one that was killed in
 mid-epoch and resumed, with EMA, for one and two processes, with and without LoRA. It should be zero.
@@ -44,26 +45,33 @@ H100_BF16 = 989e12  # dense multiply-adds count as two
 
 
 def main() -> None:
-    """Both records; `--size small` is a trial of seconds, whose numbers go to a folder of their own."""
+    """The records; `--size small` is a trial of seconds, whose numbers go to a folder of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("full", "small"), default="full", help="small is a trial of seconds")
-    small = parser.parse_args().size == "small"
+    parser.add_argument("--only", choices=("speed", "resume"), help="make one of the two records")
+    given = parser.parse_args()
+    small = given.size == "small"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = datasets.prepare(
             datasets.PrepareConfig("phantom", folder / "data", num_images=40 if small else 400, vocabulary="phantom")
         )
         figures = paths.runs() / "benchmarks" if small else ""
-        with results.Timer() as timer:
-            metrics: dict[str, Any] = cached_against_uncached(dataset, folder, 2 if small else 10)
-            metrics |= processes_against_one(dataset, folder, 4 if small else 40)
-            if torch.cuda.is_available():
-                metrics["sd_v1_5"] = full_size()
-        settings = {"batch_size": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads()}
-        save("training_speed", settings, metrics, figures, timer.seconds)
-        with results.Timer() as timer:
-            metrics = killed_against_whole(dataset, folder, 12 if small else 30)
-        save("resume", {"steps": 12 if small else 30, "checkpoint_every": 5}, metrics, figures, timer.seconds)
+        if given.only != "resume":
+            with results.Timer() as timer:
+                metrics: dict[str, Any] = {}
+                for dtype in (torch.float32, torch.bfloat16):
+                    metrics |= cached_against_uncached(dataset, folder, 2 if small else 10, dtype)
+                metrics |= processes_against_one(dataset, folder, 4 if small else 40)
+                if torch.cuda.is_available():
+                    metrics["sd_v1_5"] = full_size()
+            settings = {"batch_size": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads()}
+            save("training_speed", settings, metrics, figures, timer.seconds)
+        if given.only != "speed":
+            steps = 12 if small else 30
+            with results.Timer() as timer:
+                metrics = killed_against_whole(dataset, folder, steps)
+            save("resume", {"steps": steps, "checkpoint_every": 5}, metrics, figures, timer.seconds)
 
 
 def save(name: str, parameters: dict[str, Any], metrics: dict[str, Any], figures: str | Path, seconds: float) -> None:
@@ -81,11 +89,13 @@ def save(name: str, parameters: dict[str, Any], metrics: dict[str, Any], figures
     )
 
 
-def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
+def cached_against_uncached(dataset: Path, folder: Path, steps: int, dtype: torch.dtype) -> dict[str, float]:
     """Images a second of the same training step, fed from the cache and by the frozen parts; rounds alternate."""
     pipeline = models.load_pipeline(models.SHIPPED)
     device = Accelerator().device
     pipeline.to(device)
+    pipeline.vae.to(dtype)
+    pipeline.text_encoder.to(dtype)
     cache = build_cache(pipeline, dataset, "train", folder / "cache", seed=0, captions_per_image=4, explicit_share=0.5)
     table = datasets.load_table(dataset, "train")
     captions = [texts[0] for texts in cases.sample_captions(dataset, table, 0, 1, 0.5)]
@@ -101,8 +111,8 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str
         rows = order.rows(step * BATCH, BATCH).tolist()
         images = datasets.read_images(dataset, table.iloc[rows]).to(device)
         with torch.no_grad():
-            pixels = (images * 2 - 1).expand(-1, 3, -1, -1)
-            latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
+            pixels = (images * 2 - 1).expand(-1, 3, -1, -1).to(dtype)
+            latents = pipeline.vae.encode(pixels).latent_dist.sample().float() * pipeline.vae.config.scaling_factor
         return latents, models.encode_prompts(pipeline, [captions[row] for row in rows])
 
     speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
@@ -112,13 +122,15 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int) -> dict[str
         begin = now()
         for _ in range(steps):
             latents, embeddings = (part.to(device) for part in feed(next(counter)))
-            train_step(unet, optimizer, pipeline.scheduler, latents, embeddings)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                train_step(unet, optimizer, pipeline.scheduler, latents, embeddings)
         speeds[name].append(BATCH * steps / (now() - begin))
     cached, uncached = (statistics.median(speeds[name][1:]) for name in ("cached", "uncached"))  # the first warms up
+    suffix = "" if dtype == torch.float32 else "_bfloat16"
     return {
-        "images_per_second_cached": cached,
-        "images_per_second_uncached": uncached,
-        "speedup_cached": cached / uncached,
+        f"images_per_second_cached{suffix}": cached,
+        f"images_per_second_uncached{suffix}": uncached,
+        f"speedup_cached{suffix}": cached / uncached,
     }
 
 

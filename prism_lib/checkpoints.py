@@ -87,7 +87,7 @@ def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -18,11 +18,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import DenseNet, EfficientNetBN
+from monai.networks.nets import DenseNet, EfficientNetBN, resnet18
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from prism_lib.devices import default_device
 
 OBJECTIVES = ("erm", "reweighted", "group_dro")
 
@@ -32,8 +34,8 @@ class ClassifierConfig:
     """Architecture and recipe.
 
     Args:
-        network: "densenet", built of `blocks`, `growth` and `features`, or the name of a MONAI EfficientNet such as
-            "efficientnet-b0", which ignores these three.
+        network: "densenet", built of `blocks`, `growth` and `features`, or "resnet18" or the name of a MONAI
+            EfficientNet such as "efficientnet-b0", which ignore these three.
         steps: optimizer steps; 0 for as many as `epochs` come to. Sets of different size compare at equal steps.
         objective: "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR
             2022); "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
@@ -68,6 +70,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "densenet121": {"blocks": (6, 12, 24, 16), "growth": 32, "features": 64},
     "densenet-small": {"blocks": (4, 8, 12, 8), "growth": 16, "features": 32},
     "densenet-tiny": {"blocks": (2, 4, 4, 2), "growth": 12, "features": 24},
+    "resnet18": {"network": "resnet18"},
     "efficientnet-b0": {"network": "efficientnet-b0"},
 }
 
@@ -80,9 +83,14 @@ def named_network(name: str, config: ClassifierConfig) -> ClassifierConfig:
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
-    """A MONAI DenseNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
+    """A MONAI DenseNet, ResNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.network == "resnet18":
+            # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
+            return resnet18(
+                spatial_dims=2, n_input_channels=1, num_classes=len(config.labels), conv1_t_stride=2, feed_forward=True
+            )
         if config.network != "densenet":
             return EfficientNetBN(
                 config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=len(config.labels)
@@ -101,15 +109,17 @@ def train_classifier(
     images: Tensor,
     labels: Tensor,
     config: ClassifierConfig,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     groups: Tensor | None = None,
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
+    Runs on ``device``, by default a GPU where there is one (`devices.default_device`).
     Small shifts and changes of contrast augment; chests are never mirrored. One-cycle AdamW, deterministic in the seed.
     ``groups`` (N,), whole numbers, are what the objectives "reweighted" and "group_dro" need.
     """
     known = _check_training(images, labels, config, groups)
+    device = default_device() if device is None else device
     model = build_classifier(config).to(device).train()
     model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -237,15 +247,15 @@ def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) ->
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
     (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     return folder
 
 
-def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
-    """Load what `save_classifier` wrote, in float32 and evaluation mode."""
+def load_classifier(folder: Path, device: str | torch.device | None = None) -> tuple[nn.Module, ClassifierConfig]:
+    """Load what `save_classifier` wrote, in float32 and evaluation mode, onto ``device`` (as in `train_classifier`)."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
@@ -259,4 +269,4 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
             for name, value in load_file(folder / "model.safetensors").items()
         }
     )
-    return model.eval(), config
+    return model.eval().to(default_device() if device is None else device), config

@@ -92,8 +92,7 @@ def run(
 
 def _train(data: TrainingSet, config: StudyConfig, name: str, seed: int, test: Tensor) -> Tensor:
     classifier = replace(config.classifier, seed=seed, objective=OBJECTIVES.get(name, "erm"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return predict(train_classifier(data.images, data.labels, classifier, device, data.groups), test)
+    return predict(train_classifier(data.images, data.labels, classifier, groups=data.groups), test)
 
 
 def summarise(readings: Readings, config: StudyConfig, baseline: str = "as_is") -> dict[str, Any]:

@@ -193,6 +193,12 @@ def evaluate_results(
     return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
 
 
+def reread(evaluation: Evaluation, judge: Judge) -> Evaluation:
+    """The same results, read by another judge: a table of its numbers alone."""
+    table = evaluation.table[["file_name", "patient_id"]]
+    return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
+
+
 def batch_difference(
     pipe: StableDiffusionPipeline,
     folder: str | Path,

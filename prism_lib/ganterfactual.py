@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from prism_lib import datasets
 from prism_lib.baselines import unmasked
 from prism_lib.classifier import ClassifierConfig, load_classifier
+from prism_lib.devices import default_device
 from prism_lib.editing import Counterfactual
 from prism_lib.evaluation import Judge, train_judge
 from prism_lib.imagefolder import Folder
@@ -151,6 +152,7 @@ def load_generators(folder: Path) -> dict[str, nn.Module]:
     for name in DIRECTIONS:
         networks[name] = _generator(config).eval()
         networks[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
+        networks[name].to(default_device())
     return networks
 
 
@@ -167,6 +169,9 @@ class _Training:
             torch.manual_seed(config.seed)
             self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
+        self.device = next(self.classifier.parameters()).device
+        for part in self._parts():
+            part.to(self.device)
         self.optimizers = [
             torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self._parts()
         ]
@@ -176,6 +181,7 @@ class _Training:
 
     def step(self, negative: Tensor, positive: Tensor) -> None:
         """One step of the generators, then one of the discriminators."""
+        negative, positive = negative.to(self.device), positive.to(self.device)
         # A direction takes from one side to the other: "remove" from positive to negative.
         given, wanted = {"remove": positive, "add": negative}, {"remove": negative, "add": positive}
         self.discriminators.requires_grad_(False)
@@ -193,7 +199,7 @@ class _Training:
     def _generator_loss(
         self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, total, fakes = self.config, torch.zeros(()), {}
+        config, total, fakes = self.config, torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self.generators[name](given[name]).tanh()
             score = self.discriminators[name](fake)[-1]
@@ -251,7 +257,8 @@ def _discriminator(config: GanConfig) -> nn.Module:
 
 def _translate(network: nn.Module, images: Tensor) -> Tensor:
     """Images (N, 1, H, W) in [0, 1], through a generator and back to [0, 1]."""
-    return torch.cat([(network(part * 2 - 1).tanh() + 1) / 2 for part in images.split(8)])
+    device = next(network.parameters()).device
+    return torch.cat([(network(part.to(device) * 2 - 1).tanh() + 1) / 2 for part in images.split(8)])
 
 
 def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
@@ -273,5 +280,5 @@ def _claim(target: Path, config: GanConfig) -> None:
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)
     partial.replace(path)

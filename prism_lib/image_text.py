@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from prism_lib import paths
+from prism_lib.devices import default_device
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,17 @@ class ImageTextModel:
         return _features(self.model.get_text_features(input_ids=ids.to(self.model.device)))
 
 
-def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> ImageTextModel:
+def load_image_text_model(
+    name_or_path: str | Path, tokenizer: Any = None, device: str | torch.device | None = None
+) -> ImageTextModel:
     """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
 
+    It runs on `device`, by default a GPU where there is one (`devices.default_device`).
     `tokenizer` is for a folder without one, such as `clip/` beside the pipeline that it was trained for.
     """
     name = _locate(str(name_or_path))
     model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
+    model.to(default_device() if device is None else device)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
     if tokenizer is None:

@@ -94,10 +94,10 @@ def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = MaskConf
 
 def grow(seeds: Tensor, body: Tensor) -> Tensor:
     """Gray-scale hysteresis: what of `body` the seeds reach through it (Vincent, 1993); (N, 1, H, W)."""
-    start = torch.minimum(seeds, body).double().cpu().numpy()
-    limit = body.double().cpu().numpy()
+    start = torch.minimum(seeds, body).cpu().double().numpy()  # not every device has float64
+    limit = body.cpu().double().numpy()
     grown = [reconstruction(s[0], b[0], footprint=np.ones((3, 3))) for s, b in zip(start, limit, strict=True)]
-    return torch.from_numpy(np.stack(grown))[:, None].to(body)
+    return torch.from_numpy(np.stack(grown))[:, None].to(body.dtype).to(body.device)
 
 
 def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prism_lib import paths, prompts
+from prism_lib.devices import default_device
 from prism_lib.parts import PARTS, refuse_pickles, replace_part
 
 logger = logging.getLogger(__name__)
@@ -188,8 +189,11 @@ def load_pipeline(
     unet: str | Path = "",
     vae: str | Path = "",
     channels_last: bool = False,
+    device: str | torch.device | None = None,
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
+
+    It runs on ``device``, by default a GPU where there is one (`devices.default_device`).
 
     ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
     betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
@@ -214,7 +218,7 @@ def load_pipeline(
     if channels_last:
         for part in (pipeline.vae, pipeline.unet):
             part.to(memory_format=torch.channels_last)
-    return pipeline
+    return pipeline.to(default_device() if device is None else device)
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:

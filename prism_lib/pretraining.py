@@ -182,8 +182,8 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of encode-decode, per image (N,), for images (N, 1, H, W) in [0, 1]."""
     errors = []
     for chunk in images.split(8):
-        pixels = (chunk * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
-        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.mean(1, keepdim=True) / 2 + 0.5
+        pixels = (chunk * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.mean(1, keepdim=True).to(chunk) / 2 + 0.5
         errors.append(F.mse_loss(output.clamp(0, 1), chunk, reduction="none").mean((1, 2, 3)))
     return -10 * torch.cat(errors).log10()
 

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 
 from prism_lib import paths
+from prism_lib.devices import default_device
 
 FIELDS = (
     "name",
@@ -215,8 +216,9 @@ def versions() -> dict[str, str]:
 
 def device() -> str:
     """What the numbers were computed on, in words: the GPU's name, or `cpu` with architecture and threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    place = default_device()
+    if place.type != "cpu":
+        return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     threads = torch.get_num_threads()
     return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 

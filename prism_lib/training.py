@@ -73,7 +73,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         if final.is_dir():
             return final
         check(config)
-        pipeline = pipeline or models.load_pipeline(config.pipeline, unet=config.unet, vae=config.vae)
+        # `_prepare` brings each part to the device of its process, when its turn has come.
+        pipeline = pipeline or models.load_pipeline(config.pipeline, unet=config.unet, vae=config.vae, device="cpu")
         run = _prepare(config, accelerator, pipeline)
         for step in run.steps():
             if run.after_step(step + 1, run.train_step(step)):

@@ -116,11 +116,12 @@ def test_an_objective_of_groups_needs_groups(data):
         replace(SMALL, objective="sgd")
 
 
-def test_a_second_architecture_trains_and_comes_back(data, tmp_path):
-    config = classifier.named_network("efficientnet-b0", replace(SMALL, steps=2))
+@pytest.mark.parametrize("name", ["efficientnet-b0", "resnet18"])
+def test_a_second_architecture_trains_and_comes_back(data, tmp_path, name):
+    config = classifier.named_network(name, replace(SMALL, steps=2))
     model = classifier.train_classifier(*data, config)
     loaded, back = classifier.load_classifier(classifier.save_classifier(model, config, tmp_path / "second"))
-    assert back == config and back.network == "efficientnet-b0"
+    assert back == config and back.network == name
     torch.testing.assert_close(
         classifier.predict(loaded, data[0][:4]), classifier.predict(model, data[0][:4]), atol=0.02, rtol=0
     )

@@ -1,0 +1,197 @@
+"""Whatever runs a model runs on a device other than the CPU, and gives there what the CPU gives."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prism_lib import (
+    classifier,
+    devices,
+    evaluation,
+    ganterfactual,
+    inversion,
+    models,
+    monitoring,
+    novelty,
+    pretraining,
+)
+from prism_lib.baselines import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.editing import EditConfig, edit, stack
+from prism_lib.image_text import ImageTextModel
+from prism_lib.imagic import Imagic
+from prism_lib.inversion import InversionConfig, invert
+from prism_lib.inversion_store import load_inversion
+from prism_lib.prompts import Edit
+from prism_lib.selection import Guide, GuideScorer, SimilarityScorer
+from tests.elsewhere import DEVICE, Remote, elsewhere
+from tests.test_selection import clip_model
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+
+CHANGE = Edit(remove=("Support Devices",))
+NETWORK = classifier.ClassifierConfig(blocks=(1, 1), growth=4, features=8, steps=2, batch_size=4)
+EDITS = {
+    "default": EditConfig(),
+    "blend": EditConfig(local_blend=True, local_blend_start=0.0, word_weight=2.0, word_windows={"without": 0.8}),
+    "proximal": EditConfig(proximal="l1", negative="empty", inject_negative=True, composite="paste"),
+    "alone": EditConfig(cross_replace_steps=1.0, self_replace_steps=0.0, correct_drift=False, batch_size=1),
+}
+EDITORS = {
+    "ours": PromptToPrompt(num_inference_steps=2),
+    "plain": PromptToPrompt("ddim", 2, PLAIN, "off"),
+    "two masks": TwoMasks(num_inference_steps=3, margin=1),
+    "sdedit": SDEdit(num_inference_steps=4),
+    "ledits": LEdits(num_inference_steps=4, intersect=False),
+    "imagic": Imagic(embedding_steps=2, unet_steps=2, num_inference_steps=2, batch_size=2),
+}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The pretended device, chosen by the variable that users have."""
+    monkeypatch.setenv("PRISM_DEVICE", DEVICE.type)
+    with elsewhere() as there:
+        yield there
+
+
+def moved(double=True):
+    """The tiny pipeline on the device; float64 leaves no rounding to speak of."""
+    return copy.deepcopy(tiny_pipeline(double=double)).to(DEVICE)
+
+
+def both(work, double=True):
+    """What some work gives here and there."""
+    return work(tiny_pipeline(double=double)), work(moved(double))
+
+
+def same(here, there, tolerance=1e-5):
+    assert not isinstance(there, Remote), "results come back to the CPU"
+    assert here.shape == there.shape and float((here - there).abs().max()) <= tolerance
+
+
+def test_the_pretended_device_is_as_strict_as_a_gpu(device):
+    remote = torch.ones(2, 3).to(device)
+    assert (
+        remote.device == device
+        and (remote + 1).device == device
+        and torch.equal((remote + 1).cpu(), 2 * torch.ones(2, 3))
+    )
+    with pytest.raises(RuntimeError, match="on the CPU and on the device"):
+        remote + torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="on the CPU and on the device"):
+        torch.nn.Linear(3, 3)(remote)
+    with pytest.raises(RuntimeError, match="generator of the CPU"):
+        torch.randn(2, device=device, generator=torch.Generator())
+    with pytest.raises(RuntimeError):
+        remote.numpy()
+
+
+@pytest.mark.parametrize("method", inversion.METHODS)
+def test_every_inversion_and_its_edit(device, method):
+    images, config = tiny_images(2), InversionConfig(inner_steps=2)
+
+    def work(pipe):
+        inverted = invert(pipe, images, [REMOVE.source] * 2, method, num_inference_steps=3, config=config)
+        return stack(edit(pipe, inverted, [REMOVE] * 2)), inverted.reconstruct(pipe)
+
+    here, there = both(work)
+    same(here[0], there[0])
+    same(here[1], there[1])
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("mask", ["auto", "off", "own"])
+def test_every_setting_of_an_edit(device, name, mask):
+    images = tiny_images(2)
+    own = torch.zeros(2, 1, 32, 32)
+    own[:, :, 4:20, 4:20] = 1
+    keep = torch.zeros(2, 1, 32, 32)
+    keep[:, :, 8:12] = 1
+    areas = {"mask": own, "keep": keep} if mask == "own" else {"mask": mask}
+
+    def work(pipe):
+        inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=3)
+        return edit(pipe, inverted, [REMOVE] * 2, EDITS[name], **areas)
+
+    here, there = both(work)
+    for part in ("image", "raw", "reconstruction", "mask"):
+        same(stack(here, part), stack(there, part))
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_every_baseline(device, name):
+    images = tiny_images(2)
+    here, there = both(lambda pipe: EDITORS[name](pipe, images, [REMOVE] * 2, CHANGE), double=False)
+    same(stack(here), stack(there), 2e-3)  # float32, and a tiny model that exaggerates
+
+
+def test_a_saved_inversion_comes_back_to_the_device(device, tmp_path):
+    pipe, images = moved(), tiny_images(1)
+    path = invert(pipe, images, [REMOVE.source], num_inference_steps=3).save(tmp_path / "one.safetensors", pipe)
+    loaded = load_inversion(path, pipe, images, [REMOVE.source], num_inference_steps=3)
+    assert loaded.latents.device == device
+    edit(pipe, loaded, [REMOVE])
+
+
+def test_models_are_loaded_to_the_device(device):
+    pipe = models.load_pipeline()
+    assert {part.device for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {device}
+    assert models.load_pipeline(device="cpu").device.type == "cpu"
+    judge = evaluation.load_judge("phantom-judge")
+    assert {parameter.device for parameter in judge.model.parameters()} == {device}
+
+
+def test_reading_scoring_and_sampling(device, tmp_path):
+    images = tiny_images(4)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]] * 2)
+    reader = classifier.train_classifier(images, labels, NETWORK, groups=torch.tensor([0, 1, 0, 1]))
+    assert next(reader.parameters()).device == device
+    probabilities = classifier.predict(reader, images)
+    assert not isinstance(probabilities, Remote)
+    same(classifier.predict(copy.deepcopy(reader).to("cpu"), images), probabilities)
+    classifier.save_classifier(reader, NETWORK, tmp_path / "reader")
+    same(classifier.predict(classifier.load_classifier(tmp_path / "reader")[0], images), probabilities, 1e-2)
+    pipe = moved(double=False)
+    results = edit(pipe, invert(pipe, images[:1], [REMOVE.source], num_inference_steps=2), [REMOVE])
+    encoder = ImageTextModel(clip_model().to(device), pipe.tokenizer)
+    scores = (
+        SimilarityScorer(encoder).scores(results)[0]
+        | GuideScorer(Guide(reader, NETWORK.labels), CHANGE).scores(results)[0]
+    )
+    assert all(isinstance(value, float) for value in scores.values())
+    same(*(pretraining.reconstruction_psnr(p.vae, images) for p in (tiny_pipeline(), pipe)), 1e-2)
+    same(*(novelty.log_errors(p, images) for p in (tiny_pipeline(), pipe)), 1e-3)
+    embeddings = models.encode_prompts(pipe, [REMOVE.source, ""])
+    sample = monitoring.sample_images(pipe, pipe.unet, embeddings[:1], embeddings[1:], steps=2)
+    assert sample.shape == (1, 1, 32, 32)
+
+
+def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
+    guide = evaluation.Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    config = ganterfactual.GanConfig("Support Devices", steps=2, filters=4, checkpoint_every=1)
+    folder = ganterfactual.train_gan(phantom_folder, guide, tmp_path, config)
+    editor = ganterfactual.Ganterfactual(folder.parent)
+    assert not isinstance(editor(moved(), tiny_images(1), [REMOVE], CHANGE)[0].image, Remote)
+    again = ganterfactual.train_gan(phantom_folder, guide, tmp_path / "more", replace(config, steps=1))
+    assert again.is_dir()
+
+
+def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):
+    judge = evaluation.Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    cases = evaluation.choose_cases(phantom_folder, CHANGE, 2)
+    result = evaluation.evaluate_edit(
+        moved(double=False), phantom_folder, cases, CHANGE, EditConfig(), num_inference_steps=2, judge=judge
+    )
+    assert evaluation.summarise(result)["changed_outside_mask"] == 0
+
+
+def test_the_default_is_the_cpu_without_a_gpu_and_a_wrong_name_is_said(monkeypatch):
+    monkeypatch.delenv("PRISM_DEVICE", raising=False)
+    monkeypatch.setattr(devices, "is_cuda_available", lambda: False)
+    assert devices.default_device() == torch.device("cpu")
+    monkeypatch.setattr(devices, "is_cuda_available", lambda: True)
+    assert devices.default_device() == torch.device("cuda")
+    monkeypatch.setenv("PRISM_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="PRISM_DEVICE='gpu' is no device"):
+        devices.default_device()

@@ -48,6 +48,7 @@ from prism_lib.augmentation import fingerprint
 from prism_lib.batching import in_parts
 from prism_lib.bulk_choice import REJECTED, Chooser
 from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
+from prism_lib.devices import default_device
 from prism_lib.editing import Counterfactual, sweep
 from prism_lib.imagefolder import load_info, read_images
 from prism_lib.inversion import InversionConfig, invert
@@ -80,11 +81,13 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     Runs in every process of an `accelerate launch`, or in this one. `pipe` replaces `config.model` (a notebook has it
     loaded already). Data, edits, prompts, disk and write access are checked before the first image is touched.
     """
-    tasks, state = plan(config), PartialState()
+    usual = default_device()
+    tasks, state = plan(config), PartialState(cpu=usual.type == "cpu")  # else CPU processes do not know of each other
+    device = state.device if state.num_processes > 1 else usual
     out = Path(config.out).expanduser().resolve()
     if state.is_main_process:
         _check_place(out, config, tasks)
-    pipe = load_pipeline(config.model, device=state.device) if pipe is None else pipe.to(state.device)
+    pipe = load_pipeline(config.model, device=device) if pipe is None else pipe.to(device)
     _check_lengths(pipe, tasks)
     chooser = check_choices(tasks)
     names = _names(config, tasks, _model(pipe))
@@ -355,7 +358,7 @@ def _intact(path: Path, sha256: str) -> bool:
 
 
 def launch(config: BulkConfig, processes: int) -> None:
-    """`generate` in this process, or by `accelerate launch` in several; RuntimeError if that fails.
+    """`generate` in this process, or by torchrun in several; RuntimeError if that fails.
 
     0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
     """
@@ -366,11 +369,10 @@ def launch(config: BulkConfig, processes: int) -> None:
         return
     check_choices(plan(config))  # what is wrong is said once, not by every process
     path = write_text(Path(config.out) / "config.json", config_json(config))
-    kind = "--multi_gpu" if gpus else "--cpu"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_processes", str(processes)]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launcher, "--main_process_port", "0", "-m", "prism_lib.bulk", str(path)]
-    if code := subprocess.run(command).returncode:
+    # Not `accelerate launch`: without GPUs it starts one process on one machine, whatever the number asked for.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
+    if code := subprocess.run([*launcher, "-m", "prism_lib.bulk", str(path)], env=environment).returncode:
         raise RuntimeError(f"a process of the run ended with status {code}; the same command goes on where it stopped")
 
 

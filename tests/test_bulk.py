@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import replace
 
@@ -374,6 +375,24 @@ def test_two_processes_write_the_files_of_one(config, done, tmp_path):
     bulk.launch(two, 2)
     assert_whole(tmp_path / "two", len(plan(config)))
     assert written(tmp_path / "two") == written(done)
+
+
+@pytest.mark.slow
+def test_as_many_processes_work_as_were_asked_for(config, tmp_path, monkeypatch):
+    calls = []
+    finished = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: calls.append((command, more)) or finished)
+    bulk.launch(config, 2)
+    monkeypatch.undo()
+    (command, more), script = calls[0], tmp_path / "who.py"
+    script.write_text(
+        "import pathlib, sys\nfrom prism_lib import bulk\n"
+        "bulk._work = lambda *given, show: pathlib.Path(__file__).with_suffix('.' + given[6].stem).touch()\n"
+        "bulk.main(sys.argv[1:])\n"
+    )
+    launcher = command[: command.index("prism_lib.bulk") - 1]
+    subprocess.run([*launcher, str(script), command[-1]], check=True, **more)
+    assert {path.suffix for path in tmp_path.glob("who.*")} == {".py", ".000001-0000", ".000001-0001"}
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 
 from prism_lib.bulk_choice import Choice
+from prism_lib.devices import dtype_of
 from prism_lib.editing import EditConfig, grid
 from prism_lib.imagefolder import load_info, load_table, read_images
 from prism_lib.inversion import METHODS
@@ -54,6 +55,7 @@ class BulkConfig:
         sweep, guide, best, at_least, at_most: the choice among candidates where something is swept, see
             `bulk_choice.Choice`.
         batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
+        precision: "no" for float32, "bf16" or "fp16": of the model's weights, see `models.load_pipeline`.
         bits: 8, or 16 for gray images: the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
         threads: CPU threads of each process, 0 for torch's choice; rounding may depend on it.
     """
@@ -73,6 +75,7 @@ class BulkConfig:
     at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
     at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
     batch_size: int = 4
+    precision: str = "no"
     bits: int = 8
     threads: int = 1
 
@@ -81,6 +84,7 @@ class BulkConfig:
             raise ValueError(f"bits is {self.bits}; expected 8 or 16")
         if self.batch_size < 1 or self.threads < 0:
             raise ValueError(f"need batch_size >= 1 and threads >= 0, got {self.batch_size} and {self.threads}")
+        dtype_of(self.precision)
         _check_inversion(self.method, self.num_inference_steps)
 
 

@@ -1,4 +1,4 @@
-"""Where models run: one place that decides, so that a notebook says nothing about it."""
+"""Where models run, and in which precision: one place that decides, so that a notebook says nothing about it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import os
 
 import torch
 from accelerate.utils import is_cuda_available
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of one of `PRECISIONS`; ValueError for another name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
 
 
 def default_device() -> torch.device:

@@ -7,12 +7,11 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 from diffusers.optimization import SchedulerType
 
 from prism_lib import models
+from prism_lib.devices import PRECISIONS
 
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPTIMIZERS = ("adamw", "adamw8bit")
 
 

@@ -213,7 +213,7 @@ class Run:
         self.pipeline.unet = self.averaged
         partial = final.with_name(f".partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        self.pipeline.save_pretrained(partial, safe_serialization=True)
+        self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
         partial.replace(final)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prism_lib import paths, prompts
-from prism_lib.devices import default_device
+from prism_lib.devices import default_device, dtype_of
 from prism_lib.parts import PARTS, refuse_pickles, replace_part
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
 
 def load_pipeline(
     name_or_path: str | Path = SHIPPED,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     *,
     unet: str | Path = "",
     vae: str | Path = "",
@@ -193,7 +193,8 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
-    It runs on ``device``, by default a GPU where there is one (`devices.default_device`).
+    It runs on ``device``, by default a GPU where there is one (`devices.default_device`), with weights of ``dtype``,
+    which may have a name of `devices.PRECISIONS`; latents, softmax and decoded images stay float32.
 
     ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
     betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
@@ -201,6 +202,7 @@ def load_pipeline(
     folder raises before anything is loaded. ``channels_last`` lays weights of convolutions out for GPUs in half
     precision; results change by rounding alone.
     """
+    dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
     for slot, source in (("unet", unet), ("vae", vae)):
         if source:

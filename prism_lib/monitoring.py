@@ -115,4 +115,4 @@ def text_samples(
     texts = datasets.load_table(dataset, "val")["text"].drop_duplicates().head(count).tolist()
     embeddings = models.encode_prompts(pipeline, [*texts, ""])
     empty = embeddings[-1:].expand(len(texts), -1, -1)
-    return sample_images(pipeline, pipeline.unet, embeddings[:-1], empty, seed=seed), texts
+    return sample_images(pipeline, pipeline.unet, embeddings[:-1], empty, seed=seed).cpu(), texts

@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from prism_lib import cases, datasets, models, phantom, prompts
 from prism_lib.cache import require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, save_checkpoint
+from prism_lib.devices import default_device
 from prism_lib.models import PipelineConfig
 from prism_lib.textures import textures
 
@@ -57,9 +58,11 @@ class VaeConfig:
 def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[str, float]]:
     """Train in place and normalise the latent channels; returns the losses, one dict per 50 steps.
 
-    The loss is L1 + gradient L1 + squared error + a small KL term, on random crops. Resumes from ``folder``.
+    The loss is L1 + gradient L1 + squared error + a small KL term, on random crops. Resumes from ``folder``. Runs on
+    `devices.default_device`, and leaves the autoencoder on the CPU.
     """
-    vae.to(memory_format=torch.channels_last).train()
+    device = default_device()
+    vae.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     state = load_checkpoint(folder, {"vae": vae.state_dict()}, optimizer)
@@ -74,7 +77,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="autoencoder"):
             for group, rate in zip(optimizer.param_groups, _rates(schedule, step), strict=True):
                 group["lr"] = rate
-            batch = _vae_batch(pools, config, step).contiguous(memory_format=torch.channels_last)
+            batch = _vae_batch(pools, config, step).to(device, memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
             total = losses["l1"] + config.gradient_weight * losses["gradient"]
             total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
@@ -90,6 +93,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
                 save_checkpoint(folder, step + 1, {"vae": vae.state_dict()}, optimizer, info)
     vae.eval().to(memory_format=torch.contiguous_format)
     normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
+    vae.to("cpu")
     return history
 
 
@@ -165,7 +169,7 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     The channels of a trained autoencoder differ widely in scale; afterwards each has zero mean and unit variance on
     ``images`` (N, 1, H, W), so the one scalar ``scaling_factor`` = 1 is right. Reconstructions do not change.
     """
-    pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
+    pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(8)])
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
     channels = len(shift)
@@ -210,8 +214,10 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
 
     Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions. Contrast
     alone is slow to tell "with" from "without" on so little data, so both towers also learn to read the labels: the
-    image from its pooled state, the text from its pooled state and from the mean of its tokens.
+    image from its pooled state, the text from its pooled state and from the mean of its tokens. Runs on
+    `devices.default_device`, and leaves the result on the CPU.
     """
+    device = default_device()
     text = pipeline.text_encoder.config
     vision = CLIPVisionConfig(
         hidden_size=config.vision_width,
@@ -227,7 +233,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         joint = CLIPConfig(
             text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
         )
-        clip = CLIPModel(joint).train()
+        clip = CLIPModel(joint).train().to(device)
     table = datasets.load_table(dataset, "train")
     images = _small_images(dataset, table, config.image_size)
     labels = torch.tensor(table[datasets.load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
@@ -236,7 +242,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         readers = nn.ModuleList(
             nn.Linear(width, labels.shape[1]) for width in (vision.hidden_size, text.hidden_size, text.hidden_size)
         )
-    trained = [*clip.parameters(), *readers.parameters()]
+    trained = [*clip.parameters(), *readers.to(device).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -246,14 +252,14 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         some = table.iloc[rows.tolist()]
         drawn = cases.sample_captions(dataset, some, f"{config.seed}:{step}", 1, config.explicit_share)
         texts = [captions[0] for captions in drawn]
-        tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt")
+        tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = clip(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
-            pixel_values=images[rows].float().div(127.5).sub(1).expand(-1, 3, -1, -1),
+            pixel_values=images[rows].to(device).float().div(127.5).sub(1).expand(-1, 3, -1, -1),
         )
         same = torch.tensor([[float(a == b) for b in texts] for a in texts])
-        target = same / same.sum(1, keepdim=True)
+        target = (same / same.sum(1, keepdim=True)).to(device)
         logits = output.logits_per_image
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         words = output.text_model_output.last_hidden_state * tokens.attention_mask[..., None]
@@ -262,7 +268,8 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
             output.text_model_output.pooler_output,
             words.sum(1) / tokens.attention_mask.sum(1, keepdim=True),
         )
-        reading = [_known_bce(head(state), labels[rows]) for head, state in zip(readers, states, strict=True)]
+        known = labels[rows].to(device)
+        reading = [_known_bce(head(state), known) for head, state in zip(readers, states, strict=True)]
         loss = contrast + config.label_weight * torch.stack(reading).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -276,7 +283,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
                 contrast.item(),
                 [f"{value.item():.3f}" for value in reading],
             )
-    clip.eval().requires_grad_(False)
+    clip.eval().requires_grad_(False).to("cpu")
     pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
     return clip
 

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from prism_lib import datasets, models
 from prism_lib.cache import Share, build_cache, require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, require_space
-from prism_lib.finetune_config import PRECISIONS, FinetuneConfig, load_config, save_config
+from prism_lib.devices import PRECISIONS
+from prism_lib.finetune_config import FinetuneConfig, load_config, save_config
 from prism_lib.lock import exclusive
 from prism_lib.loop import Run
 from prism_lib.monitoring import JsonlTracker

@@ -53,12 +53,10 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         remote = device.type == DEVICE.type
         if remote and kwargs.get("generator") is not None:
             raise RuntimeError(f"{func} draws on the device with a generator of the CPU")
-        kwargs = kwargs | {"device": torch.device("cpu")}
+        kwargs = kwargs | {"device": torch.device("cpu") if remote else device}
     done = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if func._schema.is_mutable:
-        return kwargs["out"] if "out" in kwargs else args[0]
-    if isinstance(done, torch.Tensor) and func is _aten.copy_.default:
-        return args[0]
+        return (kwargs["out"] if "out" in kwargs else args[0]) if func._schema.returns else None
     return tree_map(lambda leaf: Remote(leaf) if remote and isinstance(leaf, torch.Tensor) else leaf, done)
 
 

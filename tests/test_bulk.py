@@ -581,6 +581,7 @@ def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
     ("change", "message"),
     [
         ({"bits": 12}, "bits is 12"),
+        ({"precision": "half"}, "precision is 'half'"),
         ({"batch_size": 0}, "need batch_size >= 1"),
         ({"method": "magic"}, "unknown inversion method"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),

@@ -1,12 +1,15 @@
 """Whatever runs a model runs on a device other than the CPU, and gives there what the CPU gives."""
 
 import copy
+import shutil
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 
 from prism_lib import (
+    bulk,
     classifier,
     devices,
     evaluation,
@@ -16,6 +19,7 @@ from prism_lib import (
     monitoring,
     novelty,
     pretraining,
+    training,
 )
 from prism_lib.baselines import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.editing import EditConfig, edit, stack
@@ -26,6 +30,7 @@ from prism_lib.inversion_store import load_inversion
 from prism_lib.prompts import Edit
 from prism_lib.selection import Guide, GuideScorer, SimilarityScorer
 from tests.elsewhere import DEVICE, Remote, elsewhere
+from tests.test_pretraining import TINY_CLIP, TINY_VAE
 from tests.test_selection import clip_model
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
@@ -195,3 +200,65 @@ def test_the_default_is_the_cpu_without_a_gpu_and_a_wrong_name_is_said(monkeypat
     monkeypatch.setenv("PRISM_DEVICE", "gpu")
     with pytest.raises(ValueError, match="PRISM_DEVICE='gpu' is no device"):
         devices.default_device()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_the_models_alone(precision):
+    dtype, images = devices.dtype_of(precision), tiny_images(2)
+    half = copy.deepcopy(tiny_pipeline()).to(dtype=dtype)
+    config = EditConfig(guidance_scale=1.5)
+
+    def work(pipe):
+        inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=3)
+        return inverted, edit(pipe, inverted, [REMOVE] * 2, config)
+
+    (full, expected), (inverted, results) = work(tiny_pipeline()), work(half)
+    assert half.unet.dtype == dtype and inverted.latents.dtype == torch.float32
+    error = (inverted.latents - full.latents).abs().mean() / full.latents.abs().mean()
+    assert 0 < float(error) < 5 * torch.finfo(dtype).eps
+    for result, whole in zip(results, expected, strict=True):
+        assert result.image.dtype == torch.float32 and bool(result.image.isfinite().all())
+        assert torch.equal(result.image[result.mask == 0], result.factual[result.mask == 0])
+        # Untrained weights and guidance exaggerate what rounding there is.
+        assert float((result.raw - whole.raw).abs().mean()) < 10 * torch.finfo(dtype).eps
+
+
+def test_a_pipeline_is_loaded_in_the_precision_asked_for_and_known_by_it():
+    full, half = models.load_pipeline(), models.load_pipeline(dtype="bf16")
+    assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
+    assert bulk._model(full) != bulk._model(half), "files of both never share a name"
+    with pytest.raises(ValueError, match="precision is 'half'; expected one of no, fp16, bf16"):
+        models.load_pipeline(dtype="half")
+
+
+def test_training_from_scratch(device, phantom_folder, tmp_path, monkeypatch):
+    adamw = torch.optim.AdamW
+    # Fused steps are for devices that PyTorch has kernels for.
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
+    vae = models.build_pipeline(models.tiny_config(), seed=0).vae
+    history = pretraining.train_vae(vae, TINY_VAE, tmp_path / "vae")
+    assert vae.device.type == "cpu" and not history
+    again = models.build_pipeline(models.tiny_config(), seed=0).vae
+    pretraining.train_vae(again, replace(TINY_VAE, steps=4), tmp_path / "vae")  # from the checkpoint
+    assert all(torch.equal(one, other) for one, other in zip(vae.parameters(), again.parameters(), strict=True))
+    clip = pretraining.train_clip(copy.deepcopy(tiny_pipeline()), phantom_folder, TINY_CLIP)
+    assert clip.device.type == "cpu"
+
+
+def test_fine_tuning_and_going_on(device, phantom_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda _: device))
+    monkeypatch.setattr(
+        training, "_optimizer", lambda config, trained: torch.optim.AdamW(trained, lr=config.learning_rate)
+    )
+    models.build_pipeline(models.tiny_config(), seed=0).save_pretrained(tmp_path / "start")
+    config = training.FinetuneConfig(
+        str(phantom_folder), str(tmp_path / "run"), str(tmp_path / "start"), steps=2, batch_size=2,
+        validation_every=1, sample_every=2, checkpoint_every=1,
+    )  # fmt: skip
+    whole = training.finetune(config)
+    shutil.copytree(tmp_path / "run" / "step-00000001", tmp_path / "more" / "step-00000001")
+    resumed = training.finetune(replace(config, output=str(tmp_path / "more")))
+    one, other = (models.load_pipeline(folder, device="cpu").unet.state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    start = models.load_pipeline(tmp_path / "start", device="cpu").unet.state_dict()
+    assert not torch.equal(one["conv_in.weight"], start["conv_in.weight"])

@@ -97,6 +97,7 @@ def test_export_halves_the_file_and_keeps_the_pipeline(tmp_path):
 def test_psnr_of_a_perfect_and_a_known_error():
     class Identity:
         config = type("Config", (), {"in_channels": 3})
+        device = torch.device("cpu")
 
         def __init__(self, error):
             self.error = error

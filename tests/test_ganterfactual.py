@@ -71,7 +71,7 @@ def test_the_generator_loss_is_the_sum_of_its_terms(guide):
     for name in ("none", "cycle_weight", "identity_weight", "classifier_weight"):
         weights = dict.fromkeys(("cycle_weight", "identity_weight", "classifier_weight"), 0.0)
         training.config = replace(CONFIG, **(weights | ({} if name == "none" else {name: 2.0})))
-        totals[name] = float(training._generator_loss(images, wanted)[0])
+        totals[name] = float(training._generator_loss(images, wanted)[0].detach())
     training.config = CONFIG
     fake = {name: training.generators[name](images[name]).tanh() for name in images}
     cycle = sum(

@@ -254,8 +254,8 @@ def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) ->
     return folder
 
 
-def load_classifier(folder: Path, device: str | torch.device | None = None) -> tuple[nn.Module, ClassifierConfig]:
-    """Load what `save_classifier` wrote, in float32 and evaluation mode, onto ``device`` (as in `train_classifier`)."""
+def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
+    """Load what `save_classifier` wrote, in float32 and evaluation mode, onto `devices.default_device`."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
@@ -269,4 +269,4 @@ def load_classifier(folder: Path, device: str | torch.device | None = None) -> t
             for name, value in load_file(folder / "model.safetensors").items()
         }
     )
-    return model.eval().to(default_device() if device is None else device), config
+    return model.eval().to(default_device()), config

@@ -60,17 +60,15 @@ class ImageTextModel:
         return _features(self.model.get_text_features(input_ids=ids.to(self.model.device)))
 
 
-def load_image_text_model(
-    name_or_path: str | Path, tokenizer: Any = None, device: str | torch.device | None = None
-) -> ImageTextModel:
+def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> ImageTextModel:
     """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
 
-    It runs on `device`, by default a GPU where there is one (`devices.default_device`).
+    It runs on `devices.default_device`.
     `tokenizer` is for a folder without one, such as `clip/` beside the pipeline that it was trained for.
     """
-    name = _locate(str(name_or_path))
+    name = locate(str(name_or_path))
     model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
-    model.to(default_device() if device is None else device)
+    model.to(default_device())
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
     if tokenizer is None:
@@ -81,7 +79,8 @@ def load_image_text_model(
     return ImageTextModel(model, tokenizer, **{key: tuple(stated[n]) for key, n in normal.items() if n in stated})
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
+    """The folder that a name stands for, or the name itself where it can be a hub id; FileNotFoundError otherwise."""
     places = (Path(name).expanduser(), paths.runs() / name, paths.weights() / name)
     folder = next((place for place in places if (place / "config.json").is_file()), None)
     if folder is None and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from prism_lib import paths
 from prism_lib.devices import default_device
 from prism_lib.evaluation import Judge
+from prism_lib.image_text import locate
 from prism_lib.labels import Vocabulary
 
 YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO")
@@ -74,8 +74,7 @@ def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary
     asked = tuple(label for label in labels if label in vocabulary.phrases)
     if not asked:
         raise ValueError(f"vocabulary {vocabulary.name!r} has no words for {', '.join(labels)}")
-    places = (paths.runs() / name_or_path, paths.weights() / name_or_path)
-    name = next((str(place) for place in places if (place / "config.json").is_file()), name_or_path)
+    name = locate(name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
     model.requires_grad_(False).eval().to(default_device())
     questions = [question(label, vocabulary) for label in asked]

@@ -109,6 +109,8 @@ def test_what_cannot_be_asked_is_said(folder, judge):
     assert reader.load_reader("", LABELS, vocabulary("phantom")) is None
     with pytest.raises(ValueError, match="no words for Melanoma"):
         reader.load_reader(str(folder), ("Melanoma",), vocabulary("phantom"))
+    with pytest.raises(FileNotFoundError, match="is no image-text model"):
+        reader.load_reader("/nowhere/llava", LABELS, vocabulary("phantom"))
     with pytest.raises(ValueError, match="no question"):
         reader.QuestionReader(judge.model.model, judge.model.processor, [])
     silent = LlavaProcessor(judge.model.processor.image_processor, tokenizer(), patch_size=8)

@@ -1,9 +1,9 @@
 """Prompt-to-prompt: one attention processor that lets an edit borrow the source image's attention (Hertz et
 al., 2023).
 
-A controlled U-Net call holds one row per image for the source (conditional), then one per edit for its negative prompt
-and one per edit for its target (conditional), the last two on the edited latents. Several edits of one image share its
-source row: `parents` says whose each is. Inside their windows of steps
+A controlled U-Net call holds one row per image for the source (conditional), then one for the negative prompt of each
+edit that is guided at this step, and one per edit for its target (conditional), the last two on the edited latents.
+Several edits of one image share its source row: `parents` says whose each is. Inside their windows of steps
 
 - cross-attention of the target is put together from the source's maps and its own, as an `Alignment` says,
   times a weight per token. There are few tokens, so probabilities are written out, but only in layers and
@@ -19,6 +19,7 @@ layer calls.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,8 @@ class Controller:
     `transfer` (K, L, L) and `own` (K, L) build the edited cross maps; token weights are already in them. A token is
     edited in the steps from its `first` to before its `last`, both (K, L). Self-attention is injected in an edit's
     first `self_steps` steps in layers of at most `self_max_tokens` queries, into the target row alone as the reference
-    implementations do, or with `inject_negative` into the negative row too. `parents` holds the image of each edit.
+    implementations do, or with `inject_negative` into the negative row too. An edit has a negative row in its first
+    `guided_steps` steps. `parents` holds the image of each edit.
     """
 
     transfer: Tensor
@@ -109,6 +111,7 @@ class Controller:
     self_steps: tuple[int, ...]
     self_max_tokens: tuple[int, ...]
     inject_negative: tuple[bool, ...]
+    guided_steps: tuple[int, ...]
     parents: tuple[int, ...]
     maps: WordMaps | None = None
     step: int = 0
@@ -126,6 +129,7 @@ class Controller:
         self_steps: int | Sequence[int] = 0,
         self_max_tokens: int | Sequence[int] = 32 * 32,
         inject_negative: bool | Sequence[bool] = False,
+        guided_steps: int | Sequence[int] = sys.maxsize,
         parents: Sequence[int] | None = None,
         maps: WordMaps | None = None,
         step: int = 0,
@@ -146,6 +150,7 @@ class Controller:
             _each(self_steps, edits),
             _each(self_max_tokens, edits),
             _each(inject_negative, edits),
+            _each(guided_steps, edits),
             tuple(range(edits)) if parents is None else tuple(parents),
             maps,
             step,
@@ -158,8 +163,13 @@ class Controller:
 
     @property
     def edits(self) -> int:
-        """The number of edits K; a controlled call has N + 2 K rows."""
+        """The number of edits K, the rows of a controlled call that are targets."""
         return len(self.parents)
+
+    @property
+    def guided(self) -> tuple[int, ...]:
+        """The edits with a negative row at this step, in the order of these rows."""
+        return tuple(edit for edit, steps in enumerate(self.guided_steps) if self.step < steps)
 
     def select(self, rows: Sequence[int]) -> Controller:
         """The controller of some edits, also repeated ones, with the maps they have collected."""
@@ -173,6 +183,7 @@ class Controller:
             self_steps=tuple(self.self_steps[row] for row in rows),
             self_max_tokens=tuple(self.self_max_tokens[row] for row in rows),
             inject_negative=tuple(self.inject_negative[row] for row in rows),
+            guided_steps=tuple(self.guided_steps[row] for row in rows),
             parents=tuple(self.parents[row] for row in rows),
             maps=None if self.maps is None else self.maps.select(index),
             _indices={},
@@ -202,13 +213,15 @@ class Controller:
 
     def looking(self, queries: int) -> tuple[Tensor, Tensor]:
         """Which rows look around for themselves in a self-attention layer, and by which of these each row sees."""
-        images, edits = self.images, self.edits
-        eyes = list(range(images + 2 * edits))
-        for edit, injected in enumerate(self.injects_self(queries)):
+        first_target = self.images + len(self.guided)
+        eyes = list(range(first_target + self.edits))
+        injects = self.injects_self(queries)
+        for edit, injected in enumerate(injects):
             if injected:
-                eyes[images + edits + edit] = self.parents[edit]
-                if self.inject_negative[edit]:
-                    eyes[images + edit] = self.parents[edit]
+                eyes[first_target + edit] = self.parents[edit]
+        for row, edit in enumerate(self.guided, start=self.images):
+            if injects[edit] and self.inject_negative[edit]:
+                eyes[row] = self.parents[edit]
         own = tuple(sorted(set(eyes)))
         place = {row: position for position, row in enumerate(own)}
         return self._index(own), self._index(tuple(place[row] for row in eyes))
@@ -246,9 +259,12 @@ class PromptToPromptProcessor:
         spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
         if spatial is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        images, edits = self.controller.images, self.controller.edits
-        if len(hidden_states) != images + 2 * edits:
-            raise ValueError(f"a controlled call needs {images} + 2 x {edits} rows, got {len(hidden_states)}")
+        parts = self.controller.images, len(self.controller.guided), self.controller.edits
+        if len(hidden_states) != sum(parts):
+            raise ValueError(
+                f"a controlled call needs {' + '.join(map(str, parts))} rows (sources, negatives, targets), "
+                f"got {len(hidden_states)}"
+            )
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
         if attn.group_norm is not None:
@@ -286,7 +302,7 @@ class PromptToPromptProcessor:
         if not (record or control.edits_cross()):
             return _attend(attn, query, key, value)
 
-        n, edited = control.images, control.images + control.edits
+        n, edited = control.images, control.images + len(control.guided)
         source = _probabilities(attn, query[:n], key[:n])
         target = _probabilities(attn, query[edited:], key[edited:])
         handed = control.of_parents(source)

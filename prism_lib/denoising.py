@@ -1,9 +1,9 @@
 """The walk down of an edit: sources and their targets from x*_T to clean latents, in one U-Net call a step.
 
-Each call holds a row per image for its source and two per edit, for negative and target prompt. A step hands the
-source's attention to the targets, guides them, returns the source to where its inversion wants it
-(`prism_lib.descent`) and keeps the targets within their bounds. Edits of one image share a row for as long as they
-agree (`prism_lib.forking`). Nothing here knows pixels: `prism_lib.editing` decodes and composites.
+Each call holds a row per image for its source and one per edit for its target prompt, and while the edit is guided one
+for its negative prompt. A step hands the source's attention to the targets, guides them, returns the source to where
+its inversion wants it (`prism_lib.descent`) and keeps the targets within their bounds. Edits of one image share a row
+for as long as they agree (`prism_lib.forking`). Nothing here knows pixels: `prism_lib.editing` decodes and composites.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def denoise(
     callback: Callback | None,
     first: int,
 ) -> Outcome:
-    """Walk sources and targets down together; one U-Net call of N + 2 K rows a step, K growing where edits fork."""
+    """Walk sources and targets down together, in one U-Net call a step: N sources, K targets and the negatives of those
+    that are guided; K grows where edits fork."""
     schedule, descent = inversion.schedule, inversion.descent
     source = inversion.latents[inversion.start].to(pipe.device)
     target = source[[task.image for task in tasks]]
@@ -88,12 +89,16 @@ def denoise(
                     target, noise_change = target[list(stage.leads)], noise_change[list(stage.leads)]
             controller.step = index
             timestep = schedule.timesteps[level]
-            rows = torch.cat([source, target, target])
-            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level))
-            of_source, of_negative, of_target = prediction.split([len(source), len(target), len(target)])
+            negatives = list(controller.guided)
+            rows = torch.cat([source, target[negatives], target])
+            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level, negatives))
+            of_source, of_negative, of_target = prediction.split([len(source), len(negatives), len(target)])
             noise_change = noise_change + (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
 
-            guided = _guided(of_negative, of_target, [task.config for task in own])
+            guided = of_target.clone()
+            if negatives:
+                configs = [own[row].config for row in negatives]
+                guided[negatives] = _guided(of_negative, of_target[negatives], configs)
             stepped_target = descent.step(schedule, target, guided, level, target_above)
             stepped = descent.step(schedule, source, of_source, level, source_above)
             source_above, target_above = source, target
@@ -135,9 +140,16 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
         self_steps=[round(config.self_replace_steps * steps) for config in configs],
         self_max_tokens=[config.self_max_tokens for config in configs],
         inject_negative=[config.inject_negative for config in configs],
+        guided_steps=[_guided_steps(config, steps) for config in configs],
         parents=[task.image for task in tasks],
         maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
     )
+
+
+def _guided_steps(config: EditConfig, steps: int) -> int:
+    """The first steps in which an edit needs its negative prediction: none where guidance adds nothing."""
+    idle = config.guidance_scale == 1 and config.proximal == "none"
+    return 0 if idle else round(config.guidance_end * steps)
 
 
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
@@ -168,12 +180,14 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
     crosses = step < round(config.cross_replace_steps * steps)
     exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
     injects = step < round(config.self_replace_steps * steps)
+    guides = step < _guided_steps(config, steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
     confines = config.confine > 0 and step / steps >= config.confine_start
     return (
         task.image,
         task.pair,
-        (config.guidance_scale, config.negative, config.correct_drift, config.proximal, config.proximal_quantile),
+        config.correct_drift,
+        (config.guidance_scale, config.negative, config.proximal, config.proximal_quantile) if guides else None,
         (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
         (config.self_max_tokens, config.inject_negative) if injects else None,
         config.local_blend_threshold if blends else None,
@@ -206,12 +220,13 @@ class _Texts:
         stored = inversion.negative_embeds if away == "stored" else None
         return cls(source, negative, target, tuple(task.image for task in tasks), stored)
 
-    def embeds(self, stage: Stage, level: int) -> Tensor:
-        """What the U-Net reads at a level, (N + 2 K, L, D)."""
+    def embeds(self, stage: Stage, level: int, guided: Sequence[int]) -> Tensor:
+        """What the U-Net reads at a level for sources, the rows that are `guided`, and targets, (N + G + K, L, D)."""
         leads = list(stage.leads)
-        negative = self.negative[leads]
+        away = [leads[row] for row in guided]
+        negative = self.negative[away]
         if self.stored is not None:
-            negative = self.stored[level, [self.images[lead] for lead in leads]].to(negative)
+            negative = self.stored[level, [self.images[lead] for lead in away]].to(negative)
         return torch.cat([self.source, negative, self.target[leads]])
 
 

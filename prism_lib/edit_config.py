@@ -16,11 +16,12 @@ PROXIMALS = ("none", "l0", "l1")
 class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
-    A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's
-    attention to the words of the edit inside the cross window. `word_windows` gives words or phrases of the target
-    prompt a cross window of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected
-    in layers of at most `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the
-    automatic mask.
+    Guidance acts in the first `guidance_end` of the steps (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
+    there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. A longer
+    `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's attention to the
+    words of the edit inside the cross window. `word_windows` gives words or phrases of the target prompt a cross window
+    of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected in layers of at most
+    `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
     `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
     the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
     of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
@@ -28,6 +29,7 @@ class EditConfig:
     """
 
     guidance_scale: float = 3.0
+    guidance_end: float = 1.0
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
     alignment: str = "refine"
@@ -50,7 +52,13 @@ class EditConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        shares = ("cross_replace_steps", "self_replace_steps", "local_blend_threshold", "local_blend_start")
+        shares = (
+            "guidance_end",
+            "cross_replace_steps",
+            "self_replace_steps",
+            "local_blend_threshold",
+            "local_blend_start",
+        )
         for name in (*shares, "confine", "confine_start", "proximal_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")

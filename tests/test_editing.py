@@ -22,7 +22,7 @@ from prism_lib.prompts import PromptPair
 
 STEPS = 5
 # Values far from the defaults, so that every part of the edit shows.
-STRONG = EditConfig(guidance_scale=5.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0)
+STRONG = EditConfig(guidance_scale=5.0, guidance_end=1.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0)
 # An untrained model changes every pixel a little, so the automatic mask of tests takes the upper half.
 HALF = MaskConfig(weak=1.0, strong=1.2, seed_evidence=0.5, grow_evidence=0.3, close=0, dilate=0)
 REFERENCE = replace(STRONG, negative="empty", correct_drift=False, confine=0.0)
@@ -95,7 +95,8 @@ def reference_edit(pipe, inversion, pair, config):
             noise(inversion.latents[STEPS - step], source_text, store)
             unconditional = noise(target, empty_text, lambda name, probabilities, cross: probabilities)
             conditional = noise(target, target_text, inject)
-            guided = unconditional + config.guidance_scale * (conditional - unconditional)
+            scale = config.guidance_scale if step < int(config.guidance_end * STEPS + 0.5) else 1
+            guided = unconditional + scale * (conditional - unconditional)
             target = scheduler.step(guided, int(t), target).prev_sample
             yield target
     finally:
@@ -108,6 +109,7 @@ def reference_edit(pipe, inversion, pair, config):
     [
         {},
         {"self_max_tokens": 64},
+        {"guidance_end": 0.4},
         {"cross_replace_steps": 1.0, "word_weight": 1.0},
         {"word_windows": {"support devices": 0.2, "cardiomegaly": 1.0}},
         {"word_windows": {"devices": 0.8, "without": 0.4}, "cross_replace_steps": 0.0},
@@ -172,6 +174,7 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
     "change",
     [
         {"guidance_scale": 1.0},
+        {"guidance_end": 0.6},
         {"cross_replace_steps": 0.0},
         {"self_replace_steps": 0.0},
         {"word_weight": 1.0},
@@ -224,13 +227,24 @@ def test_an_edit_is_deterministic_and_leaves_its_input_alone():
     assert torch.equal(inversion.latents, latents)
 
 
-def test_three_evaluations_a_step():
+@pytest.mark.parametrize(
+    ("change", "guided"),
+    [
+        ({}, STEPS),
+        ({"guidance_end": 0.4}, 2),
+        ({"guidance_end": 0.0}, 0),
+        ({"guidance_scale": 1.0}, 0),
+        ({"guidance_scale": 1.0, "proximal": "l0"}, STEPS),
+    ],
+)
+def test_three_evaluations_a_step_where_the_edit_is_guided_and_two_where_not(change, guided):
     pipe, inversion = tiny_pipeline(), inverted(count=3)
     rows = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    edit(pipe, inversion, [REMOVE] * 3, EditConfig(batch_size=2))
+    edit(pipe, inversion, [REMOVE] * 3, replace(STRONG, batch_size=2, **change))
     handle.remove()
-    assert rows == [6] * STEPS + [3] * STEPS
+    free = STEPS - guided
+    assert rows == [6] * guided + [4] * free + [3] * guided + [2] * free
 
 
 # --- sweeps
@@ -248,6 +262,7 @@ def test_a_forked_sweep_equals_separate_edits():
         replace(confined, mask=MaskConfig(attention_weight=1.0)),
     ]
     configs += [replace(STRONG, word_windows=windows) for windows in ({"devices": 0.2}, {"cardiomegaly": 0.8})]
+    configs += [replace(STRONG, inject_negative=True, guidance_end=end) for end in (0.2, 0.6)]
     swept = sweep(pipe, inversion, pairs, configs)
     assert [len(results) for results in swept] == [len(configs)] * 2
     for place, config in enumerate(configs):
@@ -272,7 +287,7 @@ def test_several_edits_of_an_image_share_its_source():
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     (results,) = edit_many(pipe, inversion, [[REMOVE, UNCHANGED]], STRONG)
     handle.remove()
-    assert rows == [1 + 2 * 2] * STEPS
+    assert rows == [1 + 2 * 2] * STEPS  # STRONG is guided to the end
     for result, pair in zip(results, (REMOVE, UNCHANGED), strict=True):
         (alone,) = edit(pipe, inversion, [pair], STRONG)
         torch.testing.assert_close(result.raw, alone.raw, atol=1e-5, rtol=0)

@@ -40,6 +40,7 @@ from prism_lib.prompts import PromptPair
 
 SCORES = ("mask_area", "change", "change_outside_mask")
 _DEFAULTS = EditConfig()
+_CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
 _NO_PAIR = PromptPair("", "", (), ())
 
 
@@ -158,10 +159,16 @@ def _edit_all(
             outcome = denoise(pipe, part, batch, own, areas[images], progress, callback, first)
             return _finish(pipe, part, batch, outcome, areas[images])
 
-        firsts, size = [0, *itertools.accumulate(map(len, wanted))], wanted[0][0][1].batch_size
-        starts = [*firsts[:-1:size], len(tasks)]
+        firsts = [0, *itertools.accumulate(map(len, wanted))]
+        starts = [*firsts[: -1 : _images_at_a_time(pipe.device, wanted)], len(tasks)]
         results = in_parts([slice(*bounds) for bounds in itertools.pairwise(starts)], made)
     return [results[start:stop] for start, stop in itertools.pairwise(firsts)]
+
+
+def _images_at_a_time(device: torch.device, wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]]) -> int:
+    """The batch size asked for, on a CPU no more than its caches hold."""
+    size = wanted[0][0][1].batch_size
+    return size if device.type != "cpu" else max(1, min(size, _CPU_ROWS // (1 + 2 * max(map(len, wanted)))))
 
 
 def _finish(

@@ -188,7 +188,7 @@ def load_pipeline(
     *,
     unet: str | Path = "",
     vae: str | Path = "",
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     device: str | torch.device | None = None,
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
@@ -199,8 +199,8 @@ def load_pipeline(
     ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
     betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
     here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
-    folder raises before anything is loaded. ``channels_last`` lays weights of convolutions out for GPUs in half
-    precision; results change by rounding alone.
+    folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
+    and in half precision, where it is faster; results change by rounding alone.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
@@ -217,10 +217,13 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False).eval()
+    device = torch.device(default_device() if device is None else device)
+    if channels_last is None:
+        channels_last = device.type == "cpu" or dtype != torch.float32
     if channels_last:
         for part in (pipeline.vae, pipeline.unet):
             part.to(memory_format=torch.channels_last)
-    return pipeline.to(default_device() if device is None else device)
+    return pipeline.to(device)
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:

@@ -75,7 +75,9 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
             return final
         check(config)
         # `_prepare` brings each part to the device of its process, when its turn has come.
-        pipeline = pipeline or models.load_pipeline(config.pipeline, unet=config.unet, vae=config.vae, device="cpu")
+        pipeline = pipeline or models.load_pipeline(
+            config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
+        )
         run = _prepare(config, accelerator, pipeline)
         for step in run.steps():
             if run.after_step(step + 1, run.train_step(step)):

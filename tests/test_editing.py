@@ -22,7 +22,9 @@ from prism_lib.prompts import PromptPair
 
 STEPS = 5
 # Values far from the defaults, so that every part of the edit shows.
-STRONG = EditConfig(guidance_scale=5.0, guidance_end=1.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0)
+STRONG = EditConfig(
+    guidance_scale=5.0, guidance_end=1.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0
+)
 # An untrained model changes every pixel a little, so the automatic mask of tests takes the upper half.
 HALF = MaskConfig(weak=1.0, strong=1.2, seed_evidence=0.5, grow_evidence=0.3, close=0, dilate=0)
 REFERENCE = replace(STRONG, negative="empty", correct_drift=False, confine=0.0)
@@ -280,6 +282,16 @@ def test_a_sweep_of_five_windows_takes_at_most_390_evaluations():
     sweep(pipe, inversion, [REMOVE], grid(EditConfig(), self_replace_steps=(0.4, 0.5, 0.6, 0.7, 0.8)))
     handle.remove()
     assert sum(rows) == 50 + 50 + 2 * 140
+
+
+def test_on_a_cpu_a_batch_of_sweeps_makes_calls_of_a_dozen_rows_at_most():
+    pipe, inversion, rows = tiny_pipeline(), inverted(count=3), []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for ends in ((0.2, 0.4, 0.6), (0.2, 0.8)):
+        sweep(pipe, inversion, [REMOVE] * 3, grid(STRONG, self_replace_steps=ends))
+    handle.remove()
+    # Three settings: an image at a time, 1 + 2 x 3 rows at last. Two settings: two images, then the third.
+    assert [rows[step] for step in range(STEPS - 1, len(rows), STEPS)] == [7, 7, 7, 10, 5]
 
 
 def test_several_edits_of_an_image_share_its_source():

@@ -130,17 +130,25 @@ def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def summarise(measured: Mapping[str, Measurement], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Per variant: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations."""
-    summary = {}
+def summarise(
+    measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Per variant: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations.
+
+    With ``by_edit`` also those of each edit alone, a dictionary by the edit's key.
+    """
+    summary: dict[str, dict[str, Any]] = {}
     for name, measurement in measured.items():
         table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
-        values = {"images": float(len(table))}
+        values: dict[str, Any] = {"images": float(len(table))}
         for column in COLUMNS:
             if column in table and table[column].notna().all():
                 values |= interval(column, table[column], table["patient_id"], seed)
         values["seconds_per_image"] = measurement.seconds_per_image
         values["unet_evaluations"] = measurement.unet_evaluations
+        for evaluation in measurement.evaluations if by_edit else ():
+            alone = replace(measurement, evaluations=(evaluation,))
+            values[evaluation.edit.key] = summarise({name: alone}, seed)[name]
         summary[name] = values
     return summary
 

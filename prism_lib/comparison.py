@@ -226,12 +226,8 @@ def measure(
 
 def record(measured: Mapping[str, Measurement], tuned: Mapping[str, Tuned], seed: int = 0) -> dict[str, Any]:
     """The metrics of the record `baselines`: per method, all edits together and each alone; how it was tuned apart."""
-    metrics: dict[str, Any] = {name: dict(values) for name, values in summarise(measured, seed).items()}
-    for name, found in measured.items():
-        for evaluation in found.evaluations:
-            alone = {name: replace(found, evaluations=(evaluation,))}
-            metrics[name][evaluation.edit.key] = summarise(alone, seed)[name]
-    return {"methods": metrics, "tuning": {name: result.as_record()["tried"] for name, result in tuned.items()}}
+    tuning = {name: result.as_record()["tried"] for name, result in tuned.items()}
+    return {"methods": summarise(measured, seed, by_edit=True), "tuning": tuning}
 
 
 def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:

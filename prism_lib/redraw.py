@@ -39,6 +39,7 @@ MAKERS: dict[str, str] = {
     "corner_text": "04_ablations",
     "classifiers": "05_classifiers",
     "rendering": "benchmarks/rendering.py",
+    "identifiability": "benchmarks/identifiability.py",
     "editing_speed": "benchmarks/editing.py",
     "bulk": "benchmarks/bulk.py",
     "training_speed": "benchmarks/training.py",
@@ -48,7 +49,7 @@ MAKERS: dict[str, str] = {
     "judges": "benchmarks/judges.py",
 }
 # At which depth of the metrics a table's rows stand, where it is not 1 (an edit, a method).
-ROW_DEPTH = {"classifiers": 2, "baselines": 2}
+ROW_DEPTH = {"classifiers": 2, "baselines": 2, "inversion_methods": 2}
 
 Records = Mapping[str, Mapping[str, Any]]
 

@@ -114,6 +114,8 @@ def section(dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
     reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
     text = quality_table(quality) + f"\nThe judge's AUC on held-out images: {reading or 'no judge'}.\n"
     folder = paths.figures(dataset, figures_dir)
+    if (folder / "identifiability.json").is_file():
+        text += "\n" + identifiability_table(results.load_record("identifiability", dataset, figures_dir))
     if (folder / "ablations.json").is_file():
         ablations = results.load_record("ablations", dataset, figures_dir)
         if points := tradeoff(ablations["metrics"]):
@@ -126,6 +128,25 @@ def section(dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
         text += "\n" + classifiers_table(results.load_record("classifiers", dataset, figures_dir))
         text += f"\n{_picture(dataset, 'classifiers', 'worst-group accuracy by training set')}\n"
     return text
+
+
+def identifiability_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of an `identifiability` record: a row per edit whose outcome the image does not decide."""
+    undecided = {edit: values for edit, values in record["metrics"].items() if values["true_error_ratio"] >= 0.005}
+    decided = [edit.replace("_", " ") for edit in record["metrics"] if edit not in undecided]
+    labels = {
+        "true_error_ratio": "error of a perfect editor",
+        "blend_error_ratio": "of the blend of all answers",
+        "mask_recall": "mask recall of a perfect editor",
+    }
+    images = next(iter(record["metrics"].values()))["images"]
+    return (
+        "What no editor can know: patients may share one image, bit for bit, and differ in their true counterfactuals. "
+        "An editor that reads all there is in an image can draw one of them.\n\n"
+        f"{results.table(undecided, labels)}\n"
+        f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
+        f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
+    )
 
 
 def _picture(dataset: str, name: str, what: str) -> str:

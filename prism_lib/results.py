@@ -57,6 +57,7 @@ RECORDS: dict[str, tuple[str, ...]] = {
         "latent_outside_l1_ratio",
     ),
     "judge": (),
+    "identifiability": ("true_error_ratio", "mask_recall"),
     "editing_speed": (
         "unet_evaluations_direct_sweep",
         "speedup_direct_sweep_batch1",

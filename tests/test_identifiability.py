@@ -1,0 +1,58 @@
+"""Twins: the same image to the bit, hidden noise of their own, and the error that this leaves to every editor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prism_lib import identifiability, phantom
+
+SIZE = 48
+BARE = {"support_devices": 0.0, "pleural_effusion": 0.0, "cardiomegaly": 0.0}
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def patient(**attributes):
+    return phantom.sample_patients([3], seed=5).intervene(**(BARE | attributes))
+
+
+def test_noise_of_what_is_not_there_is_hidden_and_that_of_what_is_there_is_not():
+    hidden = identifiability.hidden_noise(patient(), SIZE, generator())
+    for name in ("pacemaker", "catheter", "ecg", "tube", "kinds", "effusion_level", "effusion_side"):
+        assert hidden[name].all(), name
+    assert not hidden["pose"].any() and not hidden["exposure"].all()
+    assert hidden["heart"].tolist()[1]  # by how much a heart would grow
+    present = patient(support_devices=1.0)
+    kind = phantom.DEVICE_KINDS[int(present.device_kinds[0].int().argmax())]
+    noise = {"pacemaker": "pacemaker", "central venous catheter": "catheter", "ecg leads": "ecg"}.get(kind, "tube")
+    assert not identifiability.hidden_noise(present, SIZE, generator())[noise].all()
+
+
+def test_twins_have_the_same_image_and_other_counterfactuals():
+    one = patient()
+    others = identifiability.twins(one, 3, SIZE, generator())
+    assert (phantom.render(others, SIZE) == phantom.render(one, SIZE)).all()
+    images, _ = phantom.counterfactual(others, SIZE, support_devices=1.0)
+    assert not torch.equal(images[0], images[1])
+    assert (others.noise["pose"] == one.noise["pose"]).all()
+
+
+def test_the_image_decides_removals_and_does_not_decide_where_devices_would_be():
+    bare, full = patient(), patient(support_devices=1.0)
+    added = identifiability.ambiguity(bare, SIZE, 3, support_devices=1.0).iloc[0]
+    removed = identifiability.ambiguity(full, SIZE, 3, support_devices=0.0).iloc[0]
+    assert removed["true_error_ratio"] < 0.01 and removed["mask_recall"] == 1
+    assert added["true_error_ratio"] > 0.3 and added["mask_recall"] < 0.9
+    assert added["blend_error_ratio"] < added["true_error_ratio"]
+    again = identifiability.ambiguity(bare, SIZE, 3, support_devices=1.0).iloc[0]
+    assert added.equals(again)
+
+
+def test_an_intervention_that_changes_nothing_and_a_group_are_refused():
+    with pytest.raises(ValueError, match="no counterfactual of its own"):
+        identifiability.ambiguity(patient(), SIZE, 2, support_devices=0.0)
+    with pytest.raises(ValueError, match="patient by patient, got 2"):
+        identifiability.hidden_noise(phantom.sample_patients(2, seed=0), SIZE, generator())

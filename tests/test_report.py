@@ -81,3 +81,14 @@ def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
     assert "| prism | 0.75 |" in section and "(figures/phantom/plots/classifiers.png)" in section
     drawn = {drawing.name for drawing in redraw.drawings(redraw.load_all("phantom", folder))}
     assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 06 draws"
+
+
+def test_what_no_editor_can_know_names_the_edits_that_an_image_leaves_open(folder):
+    names = ("true_error_ratio", "blend_error_ratio", "mask_recall")
+    metrics = {"add_x": dict.fromkeys(names, 0.5), "remove_x": dict.fromkeys(names, 0.0)}
+    results.record(
+        "identifiability", metrics={k: v | {"images": 4} for k, v in metrics.items()}, figures_dir=folder, **ABOUT
+    )
+    section = report.section("phantom", folder)
+    assert "| add x | 0.50 | 0.50 | 0.50 |" in section
+    assert "0.005 of error: remove x. 4 patients an edit" in section

@@ -143,7 +143,7 @@ def identifiability_table(record: Mapping[str, Any]) -> str:
     return (
         "What no editor can know: patients may share one image, bit for bit, and differ in their true counterfactuals. "
         "An editor that reads all there is in an image can draw one of them.\n\n"
-        f"{results.table(undecided, labels)}\n"
+        f"{results.markdown(results.table(undecided, labels), 'edit')}\n"
         f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
         f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
     )

@@ -87,7 +87,9 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     out = Path(config.out).expanduser().resolve()
     if state.is_main_process:
         _check_place(out, config, tasks)
-    pipe = load_pipeline(config.model, config.precision, device=device) if pipe is None else pipe.to(device)
+    if pipe is None:
+        pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
+    pipe.to(device)
     _check_lengths(pipe, tasks)
     chooser = check_choices(tasks)
     names = _names(config, tasks, _model(pipe))

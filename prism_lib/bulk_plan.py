@@ -56,6 +56,7 @@ class BulkConfig:
             `bulk_choice.Choice`.
         batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
         precision: "no" for float32, "bf16" or "fp16": of the model's weights, see `models.load_pipeline`.
+        compile: see `models.compile_blocks`; worth its minute of compiling in long runs on GPUs.
         bits: 8, or 16 for gray images: the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
         threads: CPU threads of each process, 0 for torch's choice; rounding may depend on it.
     """
@@ -76,6 +77,7 @@ class BulkConfig:
     at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
     batch_size: int = 4
     precision: str = "no"
+    compile: bool = False
     bits: int = 8
     threads: int = 1
 

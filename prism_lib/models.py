@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -189,6 +191,7 @@ def load_pipeline(
     unet: str | Path = "",
     vae: str | Path = "",
     channels_last: bool | None = None,
+    compile: bool = False,
     device: str | torch.device | None = None,
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
@@ -200,7 +203,8 @@ def load_pipeline(
     betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
     here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
     folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
-    and in half precision, where it is faster; results change by rounding alone.
+    and in half precision, where it is faster; results change by rounding alone. ``compile`` is for long runs, see
+    `compile_blocks`.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
@@ -223,7 +227,22 @@ def load_pipeline(
     if channels_last:
         for part in (pipeline.vae, pipeline.unet):
             part.to(memory_format=torch.channels_last)
-    return pipeline.to(device)
+    pipeline.to(device)
+    return compile_blocks(pipeline) if compile else pipeline
+
+
+def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
+    """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
+
+    Attention stays as it is: the processors that steer it change with every edit, and each change would compile anew.
+    """
+    blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
+    # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True)
+    return pipeline
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:

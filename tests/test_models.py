@@ -51,6 +51,20 @@ def test_channels_last_changes_the_layout_and_no_result(tmp_path):
     torch.testing.assert_close(*results, atol=1e-4, rtol=0)
 
 
+def test_compiled_blocks_edit_as_plain_ones_do(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    plain, compiled = (models.load_pipeline(tmp_path / "pipe") for _ in range(2))
+    models.compile_blocks(compiled, backend="eager")  # traced and guarded as ever, but not handed to a compiler
+    results = []
+    for pipe in (plain, compiled):
+        for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+            part.double()
+        inversion = invert(pipe, tiny_images(3), [REMOVE.source] * 3, num_inference_steps=2, batch_size=2)
+        results.append(torch.stack([r.raw for r in edit(pipe, inversion, [REMOVE] * 3, mask="off")]))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+    assert compiled.unet.state_dict().keys() == plain.unet.state_dict().keys()
+
+
 def test_the_tokenizer_knows_the_vocabulary_as_whole_words():
     tokenizer = models.train_tokenizer(prompts.corpus(), 1024)
     for word in ("with", "without", "cardiomegaly", "effusion", "devices"):

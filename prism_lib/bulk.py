@@ -184,12 +184,12 @@ def _names(config: BulkConfig, tasks: Sequence[Task], model: str) -> dict[int, s
     """id(task) -> its output path."""
     common = {"data": load_info(config.data)["content_hash"], "model": model, "bits": config.bits}
     names = {}
-    guides = {c.guide: c.digest() for c in (task.settings.choice for task in tasks) if c is not None and c.guide}
+    scored = {id(c): c.digests() for c in (task.settings.choice for task in tasks) if c is not None}
     for task in tasks:
         pair = [task.pair.source, task.pair.target, task.pair.source_words, task.pair.target_words]
         content = common | {"image": task.file_name, "prompts": pair, "settings": task.settings.text}
-        if task.settings.choice is not None and task.settings.choice.guide:
-            content["guide"] = guides[task.settings.choice.guide]
+        if task.settings.choice is not None:
+            content |= scored[id(task.settings.choice)]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         names[id(task)] = output_path(task, digest)
     return names

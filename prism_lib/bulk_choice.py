@@ -10,14 +10,26 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prism_lib import paths
 from prism_lib.edit_config import EditConfig
 from prism_lib.editing import SCORES, Counterfactual
+from prism_lib.image_text import load_image_text_model, weight_files
 from prism_lib.profiles import coerce
 from prism_lib.prompts import Edit
-from prism_lib.selection import Criteria, Guide, GuideScorer, IdentityScorer, Scorer, Selection, load_guide, select
+from prism_lib.selection import (
+    Criteria,
+    Guide,
+    GuideScorer,
+    IdentityScorer,
+    Scorer,
+    Selection,
+    SimilarityScorer,
+    load_guide,
+    select,
+)
 
 MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"
 
@@ -29,27 +41,32 @@ class Choice:
     Args:
         sweep: values to try by field of `EditConfig`, {"self_replace_steps": [0.2, 0.4]}.
         guide: a classifier below PRISM_WEIGHTS that scores `guide` and `guide_gain`; "" for none.
-        best: the score to maximise; "" for `guide_gain`.
+        similarity: a CLIP or SigLIP model that scores as `SimilarityScorer` says, such as `directional`: a folder, also
+            below PRISM_RUNS or PRISM_WEIGHTS, or a hub id; "" for none.
+        best: the score to maximise; "" for `guide_gain`, or for `directional` without a guide.
         at_least, at_most: bounds by score that a candidate has to keep.
     """
 
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
     guide: str = ""
+    similarity: str = ""
     best: str = ""
     at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
     at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        known = (*SCORES, *IdentityScorer.NAMES, *(GuideScorer.NAMES if self.guide else ()))
-        if not self.best and not self.guide:
-            raise ValueError("a sweep needs a guide to choose by, or best, the score to maximise")
+        known = (*SCORES, *IdentityScorer.NAMES)
+        known += (*(GuideScorer.NAMES if self.guide else ()), *(SimilarityScorer.NAMES if self.similarity else ()))
+        if not (self.best or self.guide or self.similarity):
+            raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
         for name, bounds in (("at_least", self.at_least), ("at_most", self.at_most)):
             for score, bound in bounds.items():
                 if isinstance(bound, bool) or not isinstance(bound, int | float):
                     raise ValueError(f"{name} is {bound!r} for {score!r}; expected a number")
         for score in (self.criteria.best, *self.at_least, *self.at_most):
             if score not in known:
-                hint = " (it takes a guide)" if score in GuideScorer.NAMES else ""
+                takers = {"a guide": GuideScorer.NAMES, "a similarity": SimilarityScorer.NAMES}
+                hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
                 raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
 
     @classmethod
@@ -67,26 +84,38 @@ class Choice:
     @property
     def criteria(self) -> Criteria:
         """As `selection` takes them."""
-        return Criteria(self.best or "guide_gain", self.at_least, self.at_most)
+        best = self.best or ("guide_gain" if self.guide else "directional")
+        return Criteria(best, self.at_least, self.at_most)
 
-    def digest(self) -> str:
-        """SHA-256 of the guide's weights: another guide of the same name chooses other results."""
-        return hashlib.sha256((paths.weights() / self.guide / "model.safetensors").read_bytes()).hexdigest()
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights of what scores: another guide of the same name chooses other results."""
+        found = {}
+        if self.guide:
+            found["guide"] = _sha256(paths.weights() / self.guide / "model.safetensors")
+        if self.similarity:
+            found["similarity"] = " ".join(_sha256(file) for file in weight_files(self.similarity))
+        return found
 
 
 class Chooser:
-    """Chooses among candidates; every guide is loaded once."""
+    """Chooses among candidates; every guide and every image-text model is loaded once."""
 
     def __init__(self) -> None:
         self._guides: dict[str, Guide] = {}
+        self._similarities: dict[str, SimilarityScorer] = {}
 
     def scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:
         """What scores an edit's candidates; ValueError for a guide that is the judge or does not read the edit."""
-        if not choice.guide:
-            return [IdentityScorer()]
-        if choice.guide not in self._guides:
-            self._guides[choice.guide] = load_guide(choice.guide)
-        return [IdentityScorer(), GuideScorer(self._guides[choice.guide], edit)]
+        scorers: list[Scorer] = [IdentityScorer()]
+        if choice.guide:
+            if choice.guide not in self._guides:
+                self._guides[choice.guide] = load_guide(choice.guide)
+            scorers.append(GuideScorer(self._guides[choice.guide], edit))
+        if choice.similarity:
+            if choice.similarity not in self._similarities:
+                self._similarities[choice.similarity] = SimilarityScorer(load_image_text_model(choice.similarity))
+            scorers.append(self._similarities[choice.similarity])
+        return scorers
 
     def choose(
         self, choice: Choice | None, edit: Edit, candidates: Sequence[Counterfactual]
@@ -116,3 +145,7 @@ def _record(choice: Choice, candidates: Sequence[Counterfactual], selection: Sel
         tried = {name: getattr(candidate.settings, name) for name in choice.sweep}
         rows.append({"settings": tried, "scores": scores, "failures": failures})
     return json.dumps(rows)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ The file of edits is CSV, JSON or YAML, a row (or mapping) per edit:
     source, target        instead of `edit`: two prompts in your own words; `words`, parted by "|", say what it is about
     method, guidance_scale, ...   settings of this row: `method`, `num_inference_steps` and the fields of `EditConfig`
     sweep                 settings to try, {"self_replace_steps": [0.2, 0.4]} (such text in CSV); the best is kept, as
-                          `guide`, `best`, `at_least` and `at_most` say (`bulk_choice.Choice`)
+                          `guide`, `similarity`, `best`, `at_least` and `at_most` say (`bulk_choice.Choice`)
     seed                  of the noise, for methods that draw any (edit_friendly); each image draws its own from it
 
 Nothing here loads a model or writes a file; every error names the file and the row.
@@ -52,7 +52,7 @@ class BulkConfig:
         model: as `models.load_pipeline` takes it.
         edit: settings where a row has none of its own.
         seed: of the noise, for methods that draw any.
-        sweep, guide, best, at_least, at_most: the choice among candidates where something is swept, see
+        sweep, guide, similarity, best, at_least, at_most: the choice among candidates where something is swept, see
             `bulk_choice.Choice`.
         batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
         precision: "no" for float32, "bf16" or "fp16": of the model's weights, see `models.load_pipeline`.
@@ -72,6 +72,7 @@ class BulkConfig:
     seed: int = 0
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
     guide: str = ""
+    similarity: str = ""
     best: str = ""
     at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
     at_most: Mapping[str, float] = field(default_factory=dict, hash=False)

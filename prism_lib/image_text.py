@@ -64,7 +64,7 @@ def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> Im
     """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
 
     It runs on `devices.default_device`.
-    `tokenizer` is for a folder without one, such as `clip/` beside the pipeline that it was trained for.
+    `tokenizer` is for a folder without one; one in `tokenizer/` beside the folder is found without.
     """
     name = locate(str(name_or_path))
     model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
@@ -72,7 +72,9 @@ def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> Im
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        beside = Path(name).parent / "tokenizer"  # as `pretraining` leaves it
+        alone = (beside / "tokenizer_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(beside if alone else name)
     preprocessing = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     stated = json.loads(Path(preprocessing).read_text(encoding="utf-8")) if preprocessing else {}
     normal = {"mean": "image_mean", "std": "image_std"}
@@ -86,6 +88,14 @@ def locate(name: str) -> str:
     if folder is None and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name} is no image-text model: no config.json, here or below {paths.runs()}")
     return name if folder is None else str(folder)
+
+
+def weight_files(name: str) -> list[Path]:
+    """The safetensors of a model that `load_image_text_model` has loaded, in a folder or in the hub's cache."""
+    name = locate(name)
+    if Path(name).is_dir():
+        return sorted(Path(name).glob("*.safetensors"))
+    return [Path(str(cached_file(name, "model.safetensors")))]
 
 
 def _features(output: Any) -> Tensor:

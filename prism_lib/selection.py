@@ -49,6 +49,8 @@ class SimilarityScorer:
     prediction consistency of LANCE as a margin.
     """
 
+    NAMES: ClassVar = ("image_image", "image_text_source", "image_text", "directional", "consistency")
+
     model: ImageTextModel
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:

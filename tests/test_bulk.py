@@ -22,10 +22,12 @@ from prism_lib.bulk_choice import Choice
 from prism_lib.bulk_plan import BulkConfig, configured, load_config, plan
 from prism_lib.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.editing import EditConfig, edit, grid, sweep
+from prism_lib.image_text import load_image_text_model
 from prism_lib.inversion import invert
 from prism_lib.masks import MaskConfig
-from prism_lib.selection import Criteria, GuideScorer, IdentityScorer, load_guide, select_each
-from tests.tiny import tiny_pipeline
+from prism_lib.models import load_pipeline
+from prism_lib.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
+from tests.tiny import clip_model, tiny_pipeline
 
 STEPS = 2
 EDITS = """\
@@ -121,8 +123,9 @@ def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
     table = datasets.load_table(config.data).set_index("file_name").loc[[task.file_name for task in batch]]
     images, pairs = datasets.read_images(config.data, table.reset_index()), [task.pair for task in batch]
     with bulk._threads(config.threads):
-        inversion = invert(tiny_pipeline(), images, [pair.source for pair in pairs], num_inference_steps=STEPS)
-        results = edit(tiny_pipeline(), inversion, pairs, batch[0].settings.edit)
+        pipe = load_pipeline(config.model)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
+        results = edit(pipe, inversion, pairs, batch[0].settings.edit)
     rows = {(row["source_file"], row["edit"]): row for row in manifest(done)}
     untouched = 0
     for task, result, image in zip(batch, results, images, strict=True):
@@ -179,8 +182,9 @@ def by_hand(config, tasks, scorers, criteria):
     table = datasets.load_table(config.data).set_index("file_name").loc[[task.file_name for task in tasks]]
     images, pairs = datasets.read_images(config.data, table.reset_index()), [task.pair for task in tasks]
     with bulk._threads(config.threads):
-        inversion = invert(tiny_pipeline(), images, [pair.source for pair in pairs], num_inference_steps=STEPS)
-        swept = sweep(tiny_pipeline(), inversion, pairs, grid(config.edit, **SWEEP))
+        pipe = load_pipeline(config.model)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
+        swept = sweep(pipe, inversion, pairs, grid(config.edit, **SWEEP))
         return [select_each([own], scorers(task.edit), criteria)[0] for own, task in zip(swept, tasks, strict=True)]
 
 
@@ -209,6 +213,26 @@ def test_the_winner_is_that_of_selection_by_hand(config, tmp_path, guide):
         )
         pixels = np.asarray(Image.open(tmp_path / "out" / row["file_name"]))
         assert np.array_equal(pixels, (selection.best.image[0] * 255).round().numpy())
+
+
+def test_an_image_text_model_may_choose(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
+    clip_model().save_pretrained(tmp_path / "runs" / "model" / "clip")
+    tiny_pipeline().tokenizer.save_pretrained(tmp_path / "runs" / "model" / "tokenizer")
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "similarity": "model/clip", "at_most": {"directional": 2}}
+    config = with_edits(config, tmp_path, [row])
+    bulk.generate(config)
+    rows, tasks = {row["source_file"]: row for row in manifest(tmp_path / "out")}, plan(config)[: config.batch_size]
+    scorers = [IdentityScorer(), SimilarityScorer(load_image_text_model("model/clip"))]
+    chosen = by_hand(config, tasks, lambda _: scorers, Criteria("directional"))
+    for task, selection in zip(tasks, chosen, strict=True):
+        assert int(rows[task.file_name]["winner"]) == selection.winner
+        for name in SimilarityScorer.NAMES:
+            score = selection.scores[selection.winner][name]
+            assert float(rows[task.file_name][f"score_{name}"]) == pytest.approx(score, abs=1e-5)
+    before = set(bulk._names(config, tasks, "model").values())
+    clip_model(seed=1).save_pretrained(tmp_path / "runs" / "model" / "clip")
+    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
 
 
 def test_that_no_candidate_passed_is_an_outcome_and_not_tried_again(config, tmp_path):
@@ -499,11 +523,15 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "sweep": {"guidance_scale": [2] * 300}, "best": "ssim"}], "sweep has 300 candidates"),
         (
             [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}}],
-            "row 1: a sweep needs a guide to choose by, or best",
+            "row 1: a sweep needs a guide or a similarity to choose by, or best",
         ),
         (
             [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "guide"}],
             "'guide' .it takes a guide.; known",
+        ),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "directional"}],
+            "'directional' .it takes a similarity.; known",
         ),
         ([{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "guide": "g"}], "edit unchanged names none"),
         ([{"edit": "unchanged", "best": "ssim"}], "row 1: best is given, but no sweep"),

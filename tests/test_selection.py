@@ -6,30 +6,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import SiglipConfig, SiglipModel
 
-from prism_lib import metrics, models, paths, selection
+from prism_lib import metrics, paths, selection
 from prism_lib.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.editing import Counterfactual, EditConfig
 from prism_lib.image_text import ImageTextModel, load_image_text_model
 from prism_lib.prompts import Edit
 from prism_lib.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, select, select_each
-from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
-
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def clip_model():
-    text = models.text_config(models.tiny_config(), tiny_pipeline().tokenizer).to_dict()
-    vision = SMALL | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+from tests.tiny import REMOVE, SMALL_ENCODER, UNCHANGED, clip_model, tiny_images, tiny_pipeline
 
 
 def siglip_model():
-    text = SMALL | {"vocab_size": len(tiny_pipeline().tokenizer), "max_position_embeddings": 40}
-    vision = SMALL | {"image_size": 16, "patch_size": 8}
+    text = SMALL_ENCODER | {"vocab_size": len(tiny_pipeline().tokenizer), "max_position_embeddings": 40}
+    vision = SMALL_ENCODER | {"image_size": 16, "patch_size": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()

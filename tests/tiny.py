@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
 from prism_lib import models
 from prism_lib.prompts import PromptPair
@@ -36,3 +37,15 @@ def tiny_pipeline(prediction_type: str = "epsilon", double: bool = False) -> Sta
 def tiny_images(count: int, channels: int = 1, size: int = 32) -> Tensor:
     """Seeded random images in [0, 1]."""
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+SMALL_ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def clip_model(seed: int = 0) -> CLIPModel:
+    """An untrained CLIP of images of 16 pixels that reads the tiny pipeline's tokens."""
+    text = models.text_config(models.tiny_config(), tiny_pipeline().tokenizer).to_dict()
+    vision = SMALL_ENCODER | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()

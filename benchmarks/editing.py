@@ -34,7 +34,14 @@ from prism_lib.prompts import Edit, PromptPair
 STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
 WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
 EDIT = Edit(remove=("Support Devices",))
-PUBLISHED = EditConfig(guidance_scale=7.5, cross_replace_steps=0.8, negative="empty", correct_drift=False, confine=0)
+PUBLISHED = EditConfig(
+    guidance_scale=7.5,
+    guidance_end=1.0,
+    cross_replace_steps=0.8,
+    negative="empty",
+    correct_drift=False,
+    confine=0,
+)
 SD_V1_5 = models.PipelineConfig(
     image_size=512,
     vae_channels=(128, 256, 512, 512),

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from prism_lib.ddim import Schedule
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Evaluation, Judge, evaluate_edit, interval
+from prism_lib.inversion import RECOMMENDED
 from prism_lib.prompts import Edit
 
 # Columns of `evaluation` that a variant is summarised by, where they are known.
@@ -41,7 +42,7 @@ COLUMNS = (
 class Variant:
     """One way to edit; `mask` is "auto" or "off" (the raw decode, nothing put back into the input)."""
 
-    method: str = "direct"
+    method: str = RECOMMENDED
     num_inference_steps: int = 50
     edit: EditConfig = field(default_factory=EditConfig)
     mask: str = "auto"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from prism_lib.editing import Counterfactual, EditConfig, edit, stack
 from prism_lib.evaluation import edit_images
-from prism_lib.inversion import invert
+from prism_lib.inversion import RECOMMENDED, invert
 from prism_lib.models import decode_latents, encode_images
 from prism_lib.objective import stable_seed
 from prism_lib.prompts import Edit, PromptPair
@@ -50,7 +50,7 @@ class PromptToPrompt:
     `mask` is "auto" or "off". `PLAIN` are the settings of the reference implementations.
     """
 
-    method: str = "direct"
+    method: str = RECOMMENDED
     num_inference_steps: int = 50
     edit: EditConfig = field(default_factory=EditConfig)
     mask: str = "auto"
@@ -67,6 +67,7 @@ class PromptToPrompt:
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(
     guidance_scale=7.5,
+    guidance_end=1.0,
     cross_replace_steps=0.8,
     self_replace_steps=0.4,
     negative="empty",
@@ -108,6 +109,7 @@ class TwoMasks:
                 cross_replace_steps=0.0, self_replace_steps=0.0, negative="empty", correct_drift=False, confine=0.0
             ),
             guidance_scale=self.guidance_scale,
+            guidance_end=1.0,
         )
         edited = edit(pipe, inverted, pairs, config, mask=wide)
         return [replace(result, settings=self) for result in edited]

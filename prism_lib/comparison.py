@@ -27,7 +27,7 @@ from prism_lib.evaluation import Judge, choose_cases, evaluate_results
 from prism_lib.ganterfactual import GanConfig, train_for
 from prism_lib.imagefolder import load_info, truth_is_known
 from prism_lib.imagic import Imagic
-from prism_lib.inversion import METHODS
+from prism_lib.inversion import METHODS, RECOMMENDED
 from prism_lib.prompts import Edit
 from prism_lib.results import Timer
 
@@ -141,10 +141,14 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
     """
     scales, windows = (3.0, 7.5), (0.4, 0.8)
     default = EditConfig()
-    ours = [default, *(replace(default, guidance_scale=factor * default.guidance_scale) for factor in (1.4, 0.8, 2.0))]
+    others = [replace(default, guidance_scale=factor * default.guidance_scale) for factor in (1.4, 0.8)]
     plain = [replace(PLAIN, guidance_scale=scale, cross_replace_steps=window) for scale in scales for window in windows]
     grid: dict[str, list[Editor]] = {
-        "PRISM (ours)": [PromptToPrompt("direct", steps, config) for config in ours],
+        "PRISM (ours)": [
+            PromptToPrompt(RECOMMENDED, steps, default),
+            PromptToPrompt("direct", steps, default),
+            *(PromptToPrompt(RECOMMENDED, steps, config) for config in others),
+        ],
         "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
         "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
         "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],

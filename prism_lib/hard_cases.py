@@ -18,6 +18,7 @@ from prism_lib.cases import marker_masks
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Evaluation, choose_cases, evaluate_edit, interval
 from prism_lib.imagefolder import truth_is_known
+from prism_lib.inversion import RECOMMENDED
 from prism_lib.metrics import masked_l1
 from prism_lib.prompts import Edit
 
@@ -41,7 +42,9 @@ def study(
     if count < 1 or not truth_is_known(folder):
         return {}
     cases = choose_cases(folder, change, count)
-    evaluation = evaluate_edit(pipe, folder, cases, change, config, num_inference_steps=num_inference_steps)
+    evaluation = evaluate_edit(
+        pipe, folder, cases, change, config, method=RECOMMENDED, num_inference_steps=num_inference_steps
+    )
     marker = marker_masks(folder, cases)
     assert marker is not None  # of a phantom it is always known
     labels = [label for label in datasets.load_info(folder)["labels"] if label != "No Finding"]

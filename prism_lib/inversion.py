@@ -275,6 +275,10 @@ def _null_text(pipe: StableDiffusionPipeline, inversion: Inversion, embeds: Tens
     return replace(inversion, latents=latents, negative_embeds=stored)
 
 
+# Of all, the least error to the truth on validation phantoms, and the most even one (04_ablations, CHANGELOG). `invert`
+# itself stays with "direct", which draws no noise and whose trajectory many edits share.
+RECOMMENDED = "edit_friendly"
+
 # What `invert` does first; null-text and edit-friendly go on from there.
 METHODS: Mapping[str, Callable[..., Tensor]] = {
     "direct": invert_ddim,

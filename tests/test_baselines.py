@@ -8,7 +8,7 @@ import torch
 from prism_lib.baselines import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
 from prism_lib.editing import EditConfig, edit, stack
 from prism_lib.imagic import Imagic
-from prism_lib.inversion import invert
+from prism_lib.inversion import RECOMMENDED, invert
 from prism_lib.models import decode_latents, encode_images
 from prism_lib.prompts import Edit
 from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
@@ -46,7 +46,8 @@ def test_an_editor_answers_each_image_alone_and_leaves_no_trace(name):
 
 def test_ours_is_the_editor_itself():
     pipe, images = tiny_pipeline(), tiny_images(1)
-    plain = edit(pipe, invert(pipe, images, [REMOVE.source], num_inference_steps=2), [REMOVE], EditConfig())
+    inversion = invert(pipe, images, [REMOVE.source], RECOMMENDED, num_inference_steps=2)
+    plain = edit(pipe, inversion, [REMOVE], EditConfig())
     assert torch.equal(stack(EDITORS["ours"](pipe, images, [REMOVE], CHANGE)), stack(plain))
 
 

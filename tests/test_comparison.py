@@ -46,13 +46,13 @@ def test_the_least_error_to_the_truth_is_chosen(phantom_folder, cases, truth):
 
 
 def test_all_methods_see_the_same_images_and_are_counted(phantom_folder, cases, truth):
-    editors = {"ours": PromptToPrompt(num_inference_steps=2), "oracle": Oracle(truth, 1.0)}
+    editors = {"ours": PromptToPrompt("direct", num_inference_steps=2), "oracle": Oracle(truth, 1.0)}
     measured = comparison.compare(tiny_pipeline(), phantom_folder, cases, editors)
     for mine, known in zip(measured["ours"].evaluations, measured["oracle"].evaluations, strict=True):
         assert torch.equal(mine.factual, known.factual)
     metrics = comparison.record(measured, {})["methods"]
     assert metrics["oracle"]["true_error_ratio"] == pytest.approx(0, abs=1e-6)
-    assert metrics["ours"]["unet_evaluations"] == 2 + 2 * 3 and metrics["oracle"]["unet_evaluations"] == 0
+    assert metrics["ours"]["unet_evaluations"] == 2 + 2 * 2 + 1 and metrics["oracle"]["unet_evaluations"] == 0
     assert metrics["ours"]["images"] == 4 and metrics["ours"][ADD.key]["images"] == 2
     panels, titles = comparison.sheet(measured, edit=1)
     assert titles == ["original", "true counterfactual", "ours", "oracle"]

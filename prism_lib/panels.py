@@ -16,7 +16,7 @@ import ipywidgets as widgets
 
 from prism_lib import imagefolder, paths
 from prism_lib.gallery import Case, sentence
-from prism_lib.inversion import METHODS
+from prism_lib.inversion import METHODS, RECOMMENDED
 from prism_lib.labels import label_state
 from prism_lib.recipe import Recipe
 from prism_lib.study import SWEEPS, Study
@@ -224,7 +224,10 @@ class SettingsPanel(Panel):
             "word weight", usual.word_weight, 0, 4, 0.25, "attention to the words of the edit, while the layout is kept"
         )
         self.method = widgets.Dropdown(
-            options=list(METHODS), value="direct", description="method", tooltip="inversion: how the image is explained"
+            options=list(METHODS),
+            value=RECOMMENDED,
+            description="method",
+            tooltip="inversion: what explains the image",
         )
         self.steps = widgets.IntSlider(
             value=steps, min=2, max=100, description="steps", tooltip="DDIM steps: 20 is quick, 50 what the figures use"

@@ -20,7 +20,7 @@ from torch import Tensor
 from prism_lib import models, paths, phantom, results
 from prism_lib.ddim import Schedule
 from prism_lib.editing import Counterfactual, EditConfig, edit
-from prism_lib.inversion import METHODS, Callback, Inversion, invert
+from prism_lib.inversion import METHODS, RECOMMENDED, Callback, Inversion, invert
 from prism_lib.prompts import PromptPair
 from prism_lib.uploads import read_file
 
@@ -47,7 +47,7 @@ class Recipe:
     target_words: tuple[str, ...]
     model: str = models.SHIPPED
     mode: str = "L"
-    method: str = "direct"
+    method: str = RECOMMENDED
     steps: int = 20
     guidance_scale: float = _USUAL.guidance_scale
     self_replace_steps: float = _USUAL.self_replace_steps

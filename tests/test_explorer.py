@@ -19,6 +19,7 @@ from prism_lib.classifier import ClassifierConfig, build_classifier
 from prism_lib.evaluation import Judge
 from prism_lib.explorer import Explorer
 from prism_lib.gallery import Fault, sentence
+from prism_lib.models import load_pipeline
 from prism_lib.outcomes import image_hash
 from prism_lib.recipe import Recipe, load_image
 from prism_lib.study import SWEEPS, Study
@@ -155,7 +156,7 @@ def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_
     """Bit for bit, for a phantom and for an upload with an uploaded mask."""
     folder = tmp_path / "runs" / "tiny"
     study.pipe.save_pretrained(folder, safe_serialization=True)
-    study.model = "tiny"
+    study.model, study.pipe = "tiny", load_pipeline(folder)
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
     made = study.run([recipe], edit)
@@ -531,8 +532,6 @@ def test_without_a_front_end_there_is_a_picture(explorer):
 
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="the shipped weights are missing")
 def test_the_shipped_reference_is_of_the_shipped_weights():
-    from prism_lib.models import load_pipeline
-
     pipe = load_pipeline()
     if not (paths.weights() / "phantom-sd" / novelty.FILE).is_file():
         pytest.skip("no reference is shipped yet: python benchmarks/explorer.py writes it")

@@ -1,7 +1,7 @@
 """What no editor can know: `python -m benchmarks.identifiability` writes figures/phantom/identifiability.json.
 
 For every edit of 03_counterfactuals, how far the true counterfactuals of patients with one and the same image differ
-(`prism_lib.identifiability`): the error, and the mask's recall, of an editor that reads all there is in an image.
+(`prism_lib.identifiability`): the error, and the mask's recall, of a fair draw of the answers that an image allows.
 """
 
 import argparse

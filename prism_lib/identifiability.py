@@ -3,9 +3,11 @@
 A counterfactual keeps the patient's exogenous noise, and abduction has to read that noise from the image (Pearl, 2009).
 Some of it leaves no trace: where a pacemaker *would* sit shows in no image without one. Patients who differ in such
 hidden noise alone are *twins*: their images agree bit for bit, their true counterfactuals do not. An editor that knew
-everything the image says could still only draw one of them, and misses the truth by as much as twins differ.
+everything the image says could still only draw one of them, and misses the truth by as much as twins differ. (One that
+always gives the likeliest answer may miss by less, and shows none of the variety.)
 
-This is a lower bound. Noise that shows a little, in a single pixel even, counts as seen, although nobody could read it.
+Twins show the least of what is undecided: noise that shows a little, in a single pixel even, counts as seen, although
+nobody could read it.
 """
 
 from __future__ import annotations

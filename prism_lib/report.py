@@ -135,14 +135,14 @@ def identifiability_table(record: Mapping[str, Any]) -> str:
     undecided = {edit: values for edit, values in record["metrics"].items() if values["true_error_ratio"] >= 0.005}
     decided = [edit.replace("_", " ") for edit in record["metrics"] if edit not in undecided]
     labels = {
-        "true_error_ratio": "error of a perfect editor",
-        "blend_error_ratio": "of the blend of all answers",
-        "mask_recall": "mask recall of a perfect editor",
+        "true_error_ratio": "error of a fair draw",
+        "blend_error_ratio": "of the blend of all draws",
+        "mask_recall": "mask recall of a fair draw",
     }
     images = next(iter(record["metrics"].values()))["images"]
     return (
         "What no editor can know: patients may share one image, bit for bit, and differ in their true counterfactuals. "
-        "An editor that reads all there is in an image can draw one of them.\n\n"
+        "An editor that reads all there is in an image draws one of them; the likeliest may miss by less.\n\n"
         f"{results.markdown(results.table(undecided, labels), 'edit')}\n"
         f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
         f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"

@@ -29,7 +29,7 @@ class EditConfig:
     """
 
     guidance_scale: float = 3.0
-    guidance_end: float = 0.7
+    guidance_end: float = 0.4
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
     alignment: str = "refine"

@@ -64,7 +64,7 @@ def test_without_a_mask_the_raw_decode_is_measured(measured):
 
 
 def test_evaluations_are_counted_by_row(measured):
-    # Two steps of inversion, two of source and target, and a negative row in the first 70 % of two: one step.
+    # Two steps of inversion, two of source and target, and a negative row in the first 40 % of two: one step.
     assert measured["base"].unet_evaluations == 2 + 2 * 2 + 1
     assert measured["base"].images == 4
     assert measured["base"].seconds_per_image > 0

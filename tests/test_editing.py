@@ -281,8 +281,8 @@ def test_a_sweep_of_five_windows_takes_at_most_390_evaluations():
     inversion = invert(pipe, tiny_images(1), [SOURCE], num_inference_steps=50)
     sweep(pipe, inversion, [REMOVE], grid(EditConfig(), self_replace_steps=(0.4, 0.5, 0.6, 0.7, 0.8)))
     handle.remove()
-    # Forks after 20, 25, 30 and 35 steps, and negative rows in the first 35.
-    assert EditConfig().guidance_end == 0.7 and sum(rows) == 50 + 50 + 140 + 65
+    # Forks after 20, 25, 30 and 35 steps, and negative rows in the first 20.
+    assert EditConfig().guidance_end == 0.4 and sum(rows) == 50 + 50 + 140 + 20
 
 
 def test_on_a_cpu_a_batch_of_sweeps_makes_calls_of_a_dozen_rows_at_most():

@@ -171,6 +171,11 @@ class Controller:
         """The edits with a negative row at this step, in the order of these rows."""
         return tuple(edit for edit, steps in enumerate(self.guided_steps) if self.step < steps)
 
+    @property
+    def guided_rows(self) -> Tensor:
+        """`guided` as an index into rows of edits."""
+        return self._index(self.guided)
+
     def select(self, rows: Sequence[int]) -> Controller:
         """The controller of some edits, also repeated ones, with the maps they have collected."""
         index = self._index(tuple(rows))
@@ -232,7 +237,7 @@ class Controller:
     def _index(self, rows: tuple[int, ...]) -> Tensor:
         """Row numbers as a tensor, copied to the device once."""
         if rows not in self._indices:
-            self._indices[rows] = torch.tensor(rows, device=self.transfer.device)
+            self._indices[rows] = torch.tensor(rows, dtype=torch.long, device=self.transfer.device)
         return self._indices[rows]
 
 

@@ -89,15 +89,15 @@ def denoise(
                     target, noise_change = target[list(stage.leads)], noise_change[list(stage.leads)]
             controller.step = index
             timestep = schedule.timesteps[level]
-            negatives = list(controller.guided)
+            negatives = controller.guided_rows
             rows = torch.cat([source, target[negatives], target])
-            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level, negatives))
+            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level, controller.guided))
             of_source, of_negative, of_target = prediction.split([len(source), len(negatives), len(target)])
             noise_change = noise_change + (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
 
             guided = of_target.clone()
-            if negatives:
-                configs = [own[row].config for row in negatives]
+            if controller.guided:
+                configs = [own[row].config for row in controller.guided]
                 guided[negatives] = _guided(of_negative, of_target[negatives], configs)
             stepped_target = descent.step(schedule, target, guided, level, target_above)
             stepped = descent.step(schedule, source, of_source, level, source_above)
@@ -223,6 +223,8 @@ class _Texts:
     def embeds(self, stage: Stage, level: int, guided: Sequence[int]) -> Tensor:
         """What the U-Net reads at a level for sources, the rows that are `guided`, and targets, (N + G + K, L, D)."""
         leads = list(stage.leads)
+        if not guided:
+            return torch.cat([self.source, self.target[leads]])
         away = [leads[row] for row in guided]
         negative = self.negative[away]
         if self.stored is not None:

@@ -426,6 +426,7 @@ def wait(explorer):
 def test_click_remove_and_run(explorer):
     original = explorer.result.compare.value
     explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.settings.mask.value = "off"  # untrained weights change too little for the automatic mask
     explorer.run.click()
     wait(explorer)
     assert "Done in" in explorer.status.value

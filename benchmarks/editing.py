@@ -36,6 +36,7 @@ WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
 EDIT = Edit(remove=("Support Devices",))
 PUBLISHED = EditConfig(
     guidance_scale=7.5,
+    addition_factor=1.0,
     guidance_end=1.0,
     cross_replace_steps=0.8,
     negative="empty",

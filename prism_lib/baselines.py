@@ -67,6 +67,7 @@ class PromptToPrompt:
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(
     guidance_scale=7.5,
+    addition_factor=1.0,
     guidance_end=1.0,
     cross_replace_steps=0.8,
     self_replace_steps=0.4,
@@ -109,6 +110,7 @@ class TwoMasks:
                 cross_replace_steps=0.0, self_replace_steps=0.0, negative="empty", correct_drift=False, confine=0.0
             ),
             guidance_scale=self.guidance_scale,
+            addition_factor=1.0,
             guidance_end=1.0,
         )
         edited = edit(pipe, inverted, pairs, config, mask=wide)

@@ -36,6 +36,11 @@ class EditTask:
     pair: PromptPair
     config: EditConfig
 
+    @property
+    def guidance_scale(self) -> float:
+        """The scale that its pair of prompts calls for."""
+        return self.config.guidance_scale * (self.config.addition_factor if self.pair.adds else 1)
+
 
 @dataclass
 class Outcome:
@@ -97,8 +102,7 @@ def denoise(
 
             guided = of_target.clone()
             if controller.guided:
-                configs = [own[row].config for row in controller.guided]
-                guided[negatives] = _guided(of_negative, of_target[negatives], configs)
+                guided[negatives] = _guided(of_negative, of_target[negatives], [own[row] for row in controller.guided])
             stepped_target = descent.step(schedule, target, guided, level, target_above)
             stepped = descent.step(schedule, source, of_source, level, source_above)
             source_above, target_above = source, target
@@ -140,16 +144,16 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
         self_steps=[round(config.self_replace_steps * steps) for config in configs],
         self_max_tokens=[config.self_max_tokens for config in configs],
         inject_negative=[config.inject_negative for config in configs],
-        guided_steps=[_guided_steps(config, steps) for config in configs],
+        guided_steps=[_guided_steps(task, steps) for task in tasks],
         parents=[task.image for task in tasks],
         maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
     )
 
 
-def _guided_steps(config: EditConfig, steps: int) -> int:
+def _guided_steps(task: EditTask, steps: int) -> int:
     """The first steps in which an edit needs its negative prediction: none where guidance adds nothing."""
-    idle = config.guidance_scale == 1 and config.proximal == "none"
-    return 0 if idle else round(config.guidance_end * steps)
+    idle = task.guidance_scale == 1 and task.config.proximal == "none"
+    return 0 if idle else round(task.config.guidance_end * steps)
 
 
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
@@ -180,14 +184,14 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
     crosses = step < round(config.cross_replace_steps * steps)
     exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
     injects = step < round(config.self_replace_steps * steps)
-    guides = step < _guided_steps(config, steps)
+    guides = step < _guided_steps(task, steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
     confines = config.confine > 0 and step / steps >= config.confine_start
     return (
         task.image,
         task.pair,
         config.correct_drift,
-        (config.guidance_scale, config.negative, config.proximal, config.proximal_quantile) if guides else None,
+        (task.guidance_scale, config.negative, config.proximal, config.proximal_quantile) if guides else None,
         (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
         (config.self_max_tokens, config.inject_negative) if injects else None,
         config.local_blend_threshold if blends else None,
@@ -232,16 +236,16 @@ class _Texts:
         return torch.cat([self.source, negative, self.target[leads]])
 
 
-def _guided(negative: Tensor, target: Tensor, configs: Sequence[EditConfig]) -> Tensor:
+def _guided(negative: Tensor, target: Tensor, tasks: Sequence[EditTask]) -> Tensor:
     """Classifier-free guidance of each row by its own scale, proximal where asked for (Han et al., WACV 2024)."""
     direction = target - negative
-    for row, config in enumerate(configs):
+    for row, config in enumerate(task.config for task in tasks):
         if config.proximal != "none":
             size = direction[row].abs()
             limit = size.flatten().quantile(config.proximal_quantile)
             kept = size - limit if config.proximal == "l1" else size
             direction[row] = torch.where(size > limit, direction[row].sign() * kept, 0)
-    return negative + _column([config.guidance_scale for config in configs], direction) * direction
+    return negative + _column([task.guidance_scale for task in tasks], direction) * direction
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

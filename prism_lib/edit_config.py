@@ -17,7 +17,9 @@ class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
     Guidance acts in the first `guidance_end` of the steps (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
-    there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. A longer
+    there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. Where an edit
+    adds something, its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what
+    it is and where, of what has to come only the words do. A longer
     `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's attention to the
     words of the edit inside the cross window. `word_windows` gives words or phrases of the target prompt a cross window
     of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected in layers of at most
@@ -28,7 +30,8 @@ class EditConfig:
     guidance below its own `proximal_quantile`.
     """
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
+    addition_factor: float = 2.0
     guidance_end: float = 0.4
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
@@ -67,7 +70,7 @@ class EditConfig:
         for word, share in self.word_windows.items():
             if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
                 raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
-        for name in ("guidance_scale", "word_weight"):
+        for name in ("guidance_scale", "addition_factor", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
         choices = {"alignment": ALIGNMENTS, "negative": NEGATIVES, "composite": COMPOSITES, "proximal": PROXIMALS}

@@ -202,7 +202,12 @@ class SettingsPanel(Panel):
         self._study, self._file = study, ""
         usual = Recipe("", "a", "b", (), ())
         self.guidance = _slider(
-            "strength", usual.guidance_scale, 0, 10, 0.5, "guidance scale: how strongly the edit's words are followed"
+            "strength",
+            usual.guidance_scale,
+            0,
+            10,
+            0.5,
+            "guidance scale: how strongly the edit's words are followed; twice that where it adds something",
         )
         self.structure = _slider(
             "structure kept",

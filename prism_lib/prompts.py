@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from prism_lib import language
 from prism_lib.captions import (
@@ -59,6 +60,9 @@ __all__ = [
 ]
 
 _PUNCTUATION = ".,;:!?()\"'"
+_DENYING = {"without", "no", "not", "absence", "normal"}
+_AFFIRMING = {"with", "showing", "shows", "but"}
+_ARTICLES = {"a", "an", "the", "and", "or"}
 _VERBS = ("remove", "add", "keep")
 
 
@@ -70,6 +74,11 @@ class PromptPair:
     target: str
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
+
+    @cached_property  # asked at every step
+    def adds(self) -> bool:
+        """Whether the target says of something that it is there, and the source does not."""
+        return bool(_affirmed(self.target) - _affirmed(self.source))
 
 
 @dataclass(frozen=True)
@@ -237,6 +246,19 @@ def _differing_phrases(source: str, target: str) -> tuple[tuple[str, ...], tuple
         for side, text in enumerate(texts)
     )
     return removed, added
+
+
+def _affirmed(text: str) -> set[str]:
+    """The words of a text that no word before them in their clause denies."""
+    words: set[str] = set()
+    for clause in re.split(r"[.,;:!?()]", text.lower()):
+        denied = False
+        for word in clause.split():
+            if word in _DENYING | _AFFIRMING:
+                denied = word in _DENYING
+            elif not denied and word not in _ARTICLES:
+                words.add(word)
+    return words
 
 
 def _says(text: str, phrase: str) -> bool:

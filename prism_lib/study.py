@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PREVIEW_STEPS = 5
 SWEEPS: Mapping[str, tuple[float, ...]] = {
-    "guidance_scale": (2.0, 3.0, 4.5, 6.0),
+    "guidance_scale": (1.0, 2.0, 3.5, 5.0),
     "self_replace_steps": (0.0, 0.2, 0.4, 0.6),
 }
 Progress = Callable[[float], None]

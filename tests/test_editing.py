@@ -201,6 +201,17 @@ def test_every_setting_of_the_latent_edit_has_an_effect(change):
     assert (plain.raw - changed.raw).abs().max() > 1e-5
 
 
+def test_an_addition_is_guided_by_the_factor_more_and_a_removal_is_not():
+    pipe, add = tiny_pipeline(), PromptPair(REMOVE.target, REMOVE.source, REMOVE.target_words, REMOVE.source_words)
+    for pair, scale in ((add, 4.0), (REMOVE, 2.0)):
+        inversion = inverted(pair)
+        (result,) = edit(pipe, inversion, [pair], replace(STRONG, guidance_scale=2.0, addition_factor=2.0))
+        (plain,) = edit(pipe, inversion, [pair], replace(STRONG, guidance_scale=scale, addition_factor=1.0))
+        (other,) = edit(pipe, inversion, [pair], replace(STRONG, guidance_scale=6 - scale, addition_factor=1.0))
+        assert torch.equal(result.raw, plain.raw)
+        assert (result.raw - other.raw).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("config", [EditConfig(), replace(STRONG, local_blend=True)])
 def test_an_image_does_not_depend_on_its_batch(config):
     """In double precision: an untrained model amplifies the rounding of batched float32 kernels."""

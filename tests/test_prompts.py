@@ -288,6 +288,35 @@ def test_free_text_edit_about_given_words():
     assert (pair.source_words, pair.target_words) == (("heart",), ("heart", "tubes"))
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "adds"),
+    [
+        ("x-ray without edema", "x-ray with edema", True),
+        ("x-ray with edema", "x-ray without edema", False),
+        ("There is no edema.", "There is evidence of edema.", True),
+        ("there is evidence of edema.", "there is no edema.", False),
+        ("x-ray", "x-ray with edema", True),
+        ("x-ray", "x-ray without edema", False),
+        ("x-ray with edema", "x-ray", False),
+        ("with a heart and tubes", "with a heart", False),
+        ("with a heart", "with a heart and tubes", True),
+        ("Chest X-ray showing Edema", "Normal chest X-ray with no significant findings", False),
+        ("Normal chest X-ray with no significant findings", "Chest X-ray showing Edema", True),
+        ("x-ray without edema or tubes", "x-ray with tubes, without edema", True),
+        ("with edema, without tubes", "without edema, with tubes", True),
+        ("X-ray.", "x-ray", False),
+    ],
+)
+def test_a_pair_adds_what_its_source_denies_or_does_not_say(source, target, adds):
+    assert Edit.text(source, target).prompts({}).adds is adds
+
+
+def test_edits_of_labels_add_what_they_say_they_add():
+    assert Edit(add=("Pleural Effusion",)).prompts(SICK).adds
+    assert not Edit(remove=("Cardiomegaly",)).prompts(SICK).adds
+    assert Edit(remove=("Cardiomegaly",), add=("Pleural Effusion",)).prompts(SICK).adds
+
+
 def test_free_text_keys_do_not_collide():
     keys = {Edit.text(source, "a heart").key for source in ("one", "two")}
     assert len(keys) == 2

@@ -141,7 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run the notebooks of a profile in order")
     run.add_argument("profile", metavar="PROFILE")
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
-    run.add_argument("--only", nargs="+", default=[], metavar="NN", help="run these notebooks and no others")
+    run.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="NN", help="run these notebooks and no others"
+    )
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
     run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
     run.add_argument(

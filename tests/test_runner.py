@@ -204,6 +204,13 @@ def test_an_override_runs_in_its_own_folder(checkout, capsys):
     assert "[1/1] 00_first: " in capsys.readouterr().out
 
 
+def test_notebooks_may_be_named_one_by_one(checkout, monkeypatch):
+    executed = []
+    monkeypatch.setattr(runner, "execute", lambda job, folder: executed.append(job.name))
+    runner.main(["run", "tiny", "--only", "01", "--only", "00"])
+    assert executed == ["00_first", "01_second"]
+
+
 def test_running_an_early_notebook_again_makes_later_ones_stale(checkout, monkeypatch):
     executed = []
 

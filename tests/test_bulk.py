@@ -132,7 +132,7 @@ def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
         with Image.open(done / rows[task.file_name, task.edit.key]["file_name"]) as file:
             assert (file.format, file.mode) == ("PNG", "L")
             pixels = np.asarray(file)
-        assert np.array_equal(pixels, (result.image[0] * 255).round().numpy())
+        assert np.array_equal(pixels, (result.image[0].double() * 255).round().numpy())
         outside = (result.mask[0] == 0).numpy()
         assert np.array_equal(pixels[outside], (image[0] * 255).round().numpy()[outside])
         untouched += outside.sum()

@@ -137,16 +137,6 @@ class Cached:
         return f"{change.key}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """A hash of all weights: images are only those of *this* model, whatever its folder is called."""
-    content = hashlib.sha256()
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        for name, value in part.state_dict().items():
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            content.update(name.encode() + values.numpy().tobytes())
-    return content.hexdigest()[:16]
-
-
 def _gray(images: Tensor) -> Tensor:
     return images.mean(1, keepdim=True)
 

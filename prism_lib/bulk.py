@@ -44,7 +44,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.augmentation import fingerprint
 from prism_lib.batching import in_parts
 from prism_lib.bulk_choice import REJECTED, Chooser
 from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
@@ -53,7 +52,7 @@ from prism_lib.editing import Counterfactual, sweep
 from prism_lib.imagefolder import load_info, read_images
 from prism_lib.inversion import InversionConfig, invert
 from prism_lib.lock import exclusive
-from prism_lib.models import load_pipeline
+from prism_lib.models import fingerprint, load_pipeline
 from prism_lib.results import write_text
 
 logger = logging.getLogger(__name__)

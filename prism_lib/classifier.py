@@ -18,9 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import DenseNet, EfficientNetBN, resnet18
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -84,6 +82,8 @@ def named_network(name: str, config: ClassifierConfig) -> ClassifierConfig:
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
     """A MONAI DenseNet, ResNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
+    from monai.networks.nets import DenseNet, EfficientNetBN, resnet18  # three seconds: only where one is built
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.network == "resnet18":
@@ -231,6 +231,8 @@ def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str
 
     Raises ValueError naming a label of which only one class occurs.
     """
+    from sklearn.metrics import roc_auc_score  # half a second: only where it is asked
+
     areas = {}
     for column, name in enumerate(names):
         truth = labels[:, column].numpy().astype(float)

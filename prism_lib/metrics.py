@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 # --- identity -------------------------------------------------------------------------------------
 
@@ -70,6 +69,8 @@ def ms_ssim(images: Tensor, others: Tensor) -> Tensor:
     _check_images(images=images, others=others)
     if min(images.shape[-2:]) < 161:
         raise ValueError(f"five scales of an 11 x 11 window need 161 x 161 pixels, got {tuple(images.shape[-2:])}")
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # a second: only here
+
     return multiscale_structural_similarity_index_measure(images, others, data_range=1.0, reduction="none")
 
 

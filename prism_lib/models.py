@@ -7,6 +7,7 @@ function assumes four latent channels or a factor of eight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import string
@@ -284,6 +285,16 @@ def _locate(name: str) -> str:
             f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
         )
     return name
+
+
+def fingerprint(pipeline: StableDiffusionPipeline) -> str:
+    """A hash of all weights: images are only those of *this* model, whatever its folder is called."""
+    content = hashlib.sha256()
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for name, value in part.state_dict().items():
+            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            content.update(name.encode() + values.numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def image_factor(vae: AutoencoderKL) -> int:

@@ -7,10 +7,8 @@ layer (`classifier.features`), and not from one trained on photographs; distance
 from __future__ import annotations
 
 import torch
-from monai.metrics.fid import get_fid_score
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torchmetrics.image.kid import poly_mmd
 
 
 def directional_similarity(
@@ -34,6 +32,8 @@ def fid(features: Tensor, others: Tensor) -> float:
 
     Biased for few images (fewer than features, and the covariance is singular): compare sets of one size, or use `kid`.
     """
+    from monai.metrics.fid import get_fid_score  # seconds: only where it is asked
+
     _check(features, 2)
     _check(others, 2)
     return max(0.0, float(get_fid_score(features, others)))
@@ -41,6 +41,8 @@ def fid(features: Tensor, others: Tensor) -> float:
 
 def kid(features: Tensor, others: Tensor, *, subsets: int = 100, subset_size: int = 50, seed: int = 0) -> float:
     """Kernel inception distance: mean unbiased MMD^2 of (x.y / D + 1)^3 over subsets (Binkowski et al., ICLR 2018)."""
+    from torchmetrics.image.kid import poly_mmd  # a second: only where it is asked
+
     for values in (features, others):
         _check(values, subset_size)
     generator, draws = torch.Generator().manual_seed(seed), []

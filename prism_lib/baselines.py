@@ -2,8 +2,9 @@
 
 An editor is a frozen dataclass of settings; `editor(pipe, images, pairs, change)` gives a `Counterfactual` per image,
 so that every method is measured by the same functions as ours. Here are those that train nothing: prompt-to-prompt on
-any inversion, SDEdit, LEDITS++ and editing between two masks. `prism_lib.imagic` and `prism_lib.ganterfactual` hold the
-two that train; `prism_lib.comparison` tunes and compares all of them.
+any inversion, SDEdit, LEDITS++ and editing between two masks. `prism_lib.edict` holds one with an
+inversion of its own, `prism_lib.imagic` and `prism_lib.ganterfactual` the two that train; `prism_lib.comparison` tunes
+and compares all of them.
 
 The classes of diffusers share the caller's U-Net and autoencoder. The scheduler is always a copy, and attention
 processors are put back.

@@ -22,6 +22,7 @@ from prism_lib.ablation import Measurement, counted_rows, summarise
 from prism_lib.baselines import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.cases import prompt_pairs
 from prism_lib.classifier import ClassifierConfig, named_network
+from prism_lib.edict import Edict
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Judge, choose_cases, evaluate_results
 from prism_lib.ganterfactual import GanConfig, train_for
@@ -151,6 +152,8 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
         ],
         "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
         "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
+        "BDIA + prompt-to-prompt": [PromptToPrompt("bdia", steps, config, "off") for config in plain],
+        "EDICT": [Edict(scale, strength, num_inference_steps=steps) for scale in scales for strength in (0.8, 0.5)],
         "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],
         "LEDITS++": [
             LEdits(scale, threshold, num_inference_steps=steps) for scale in (3.0, 7.5) for threshold in (0.8, 0.95)

@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prism_lib import ddim
 from prism_lib.baselines import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
+from prism_lib.ddim import Schedule
+from prism_lib.edict import Edict
 from prism_lib.editing import EditConfig, edit, stack
 from prism_lib.imagic import Imagic
-from prism_lib.inversion import RECOMMENDED, invert
-from prism_lib.models import decode_latents, encode_images
+from prism_lib.inversion import RECOMMENDED, invert, predict_noise
+from prism_lib.models import decode_latents, encode_images, encode_prompts
 from prism_lib.prompts import Edit
 from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
 
@@ -20,6 +23,7 @@ EDITORS = {
     "two masks": TwoMasks(num_inference_steps=3, margin=1, method="direct"),
     "sdedit": SDEdit(num_inference_steps=4),
     "ledits": LEdits(num_inference_steps=4, intersect=False),
+    "edict": Edict(num_inference_steps=4),
     "imagic": Imagic(embedding_steps=2, unet_steps=2, num_inference_steps=2, batch_size=2),
 }
 
@@ -76,6 +80,46 @@ def test_an_edit_of_nothing_by_ledits_is_its_own_reconstruction():
     assert torch.allclose(*outcomes, atol=1e-4)
     changed = replace(EDITORS["ledits"], edit_guidance_scale=9.0)(pipe, images, [REMOVE], CHANGE)[0].image
     assert not torch.allclose(outcomes[0], changed, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("mixing", [0.93, 1.0])
+def test_edict_undoes_itself_with_guidance(prediction_type, mixing):
+    pipe, editor = tiny_pipeline(prediction_type), Edict(7.5, 1.0, mixing, num_inference_steps=20)
+    clean = encode_images(pipe.vae, tiny_images(2))
+    with torch.no_grad():
+        noised = editor.up(pipe, clean, [REMOVE.source] * 2)
+        back = editor.down(pipe, noised, [REMOVE.source] * 2)
+        elsewhere = editor.down(pipe, noised, [REMOVE.target] * 2)
+    for latents, other in zip(back, elsewhere, strict=True):
+        assert (latents - clean).abs().max() <= 1e-4
+        assert (other - clean).abs().max() > 1e-2
+    assert all((latents - clean).abs().max() > 1e-1 for latents in noised)
+
+
+def test_a_first_half_step_of_edict_is_ddim():
+    pipe, editor = tiny_pipeline(), Edict(1.0, 1.0, mixing=1.0, num_inference_steps=1)
+    schedule, prompts = Schedule.from_config(pipe.scheduler.config, 1), [REMOVE.source] * 2
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = editor.down(pipe, (latents.double(), latents.double()), prompts)
+        prediction = predict_noise(pipe, latents, schedule.timesteps[1], encode_prompts(pipe, prompts))
+    expected = ddim.step(schedule, latents, prediction, 1)
+    torch.testing.assert_close(first.float(), expected, atol=3e-6, rtol=0)  # a last step is a short one
+    assert (second.float() - expected).abs().max() > 3e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixing": 0.0}, "mixing is 0.0"),
+        ({"strength": 1.5}, "strength is 1.5"),
+        ({"strength": 0.1, "num_inference_steps": 5}, "leaves none to walk"),
+    ],
+)
+def test_edict_says_what_it_cannot_do(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Edict(**settings)
 
 
 def test_imagic_fits_the_image():

@@ -96,7 +96,8 @@ class Edict:
     ) -> Tensor:
         """The guided prediction of the noise in latents at a level."""
         prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
-        guided = ddim.guided(*prediction.chunk(2), self.guidance_scale)
+        unconditional, conditional = prediction.chunk(2)
+        guided = ddim.guided(unconditional, conditional, self.guidance_scale)
         return clean_and_noise(schedule, latents, guided, level)[1]
 
 

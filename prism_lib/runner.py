@@ -70,6 +70,8 @@ def execute(job: Job, folder: Path) -> None:
             cwd=job.notebook.parent,
             progress_bar=sys.stderr.isatty(),
             kernel_manager_class=_kernel_manager(),
+            # Else every notebook begins by warning that its kernel, on this very machine, listens without encryption.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except papermill.PapermillExecutionError as error:
         source = [line for line in error.source.splitlines() if line.strip()][:3]

@@ -50,6 +50,7 @@ class Recipe:
     method: str = RECOMMENDED
     steps: int = 20
     guidance_scale: float = _USUAL.guidance_scale
+    guidance_end: float = 0.7  # longer than usual: in 20 steps, devices that are added do not come otherwise
     self_replace_steps: float = _USUAL.self_replace_steps
     cross_replace_steps: float = _USUAL.cross_replace_steps
     word_weight: float = _USUAL.word_weight
@@ -72,6 +73,7 @@ class Recipe:
         """The editor's settings."""
         return EditConfig(
             guidance_scale=self.guidance_scale,
+            guidance_end=self.guidance_end,
             self_replace_steps=self.self_replace_steps,
             cross_replace_steps=self.cross_replace_steps,
             word_weight=self.word_weight,

@@ -2,16 +2,15 @@
 
 One image at a time: DDIM inversion, an embedding optimised for every step by a backward pass that also makes the
 gradients of the U-Net's weights, a reconstruction pass, and then every edit from the start, with classifier-free
-guidance on source and target. Attention maps are written out throughout, in inversion too, and weights lie in memory as
-diffusers loads them. So do the implementations of Hertz et al. (2023) and Mokady et al. (2023) that later work builds
-on. Schedulers are diffusers' own; only words are aligned by `prism_lib`, because both sides must ask for the same edit.
-Attention maps are not kept for later, which spares memory that the published code needs.
+guidance on source and target and with all attention maps written out. So do the implementations of Hertz et al. (2023)
+and Mokady et al. (2023) that later work builds on. Schedulers are diffusers' own; only words are aligned by
+`prism_lib`, because both sides must ask for the same edit. Attention maps are not kept for later, which spares memory
+that the published code needs.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
@@ -26,14 +25,6 @@ from prism_lib.prompts import PromptPair
 
 
 class Maps:
-    """Maps that are written out and left as they are: the published code's dummy controller."""
-
-    def edit(self, maps: Tensor, cross: bool) -> Tensor:
-        """The maps of one layer, (rows x heads, queries, keys)."""
-        return maps
-
-
-class EditedMaps(Maps):
     """Prompt-to-prompt's edit of written-out attention maps; a call's rows are [source, target] twice, by guidance."""
 
     def __init__(self, pipe: StableDiffusionPipeline, pair: PromptPair, config: EditConfig, steps: int) -> None:
@@ -52,9 +43,6 @@ class EditedMaps(Maps):
         elif not cross and self.step < self.self_steps and maps.shape[1] <= self.self_max_tokens:
             target = source
         return torch.cat([*others, source, target])
-
-
-AnyMaps = TypeVar("AnyMaps", bound=Maps)
 
 
 class MapsProcessor:
@@ -90,12 +78,11 @@ class Reference:
 
     def sweep(self, image: Tensor, pair: PromptPair, configs: Sequence[EditConfig]) -> list[Tensor]:
         """All the work for one image; the decoded edits, one per setting."""
-        with as_published(self.pipe):
-            trajectory = self.invert(image, pair.source)
-            with with_weight_gradients(self.pipe):
-                _, negatives = self.null_text(trajectory, pair.source)
-            self.reconstruct(trajectory, negatives, pair.source)
-            edits = [self.edit(trajectory, negatives, pair, config) for config in configs]
+        trajectory = self.invert(image, pair.source)
+        with with_weight_gradients(self.pipe):
+            _, negatives = self.null_text(trajectory, pair.source)
+        self.reconstruct(trajectory, negatives, pair.source)
+        edits = [self.edit(trajectory, negatives, pair, config) for config in configs]
         return [decode_latents(self.pipe.vae, latents, image.shape[1])[1:] for latents in edits]
 
     @torch.no_grad()
@@ -152,7 +139,7 @@ class Reference:
         """Latents of source and target, (2, c, h, w), after a pass of four U-Net rows a step."""
         scheduler, latents = self.scheduler(), trajectory[-1].repeat(2, 1, 1, 1)
         text = encode_prompts(self.pipe, [pair.source, pair.target])
-        with written_out(self.pipe, EditedMaps(self.pipe, pair, config, self.steps)) as maps:
+        with written_out(self.pipe, Maps(self.pipe, pair, config, self.steps)) as maps:
             for step, (t, negative) in enumerate(zip(scheduler.timesteps, negatives, strict=True)):
                 maps.step = step
                 noise = self.predict(latents.repeat(2, 1, 1, 1), t, torch.cat([negative, negative, text]))
@@ -179,19 +166,6 @@ class Reference:
 
 
 @contextmanager
-def as_published(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """Every attention map written out, and the U-Net's weights in PyTorch's usual layout; then all as it was."""
-    weights = [weight for weight in pipe.unet.parameters() if weight.ndim == 4]
-    before = torch.contiguous_format if all(w.is_contiguous() for w in weights) else torch.channels_last
-    pipe.unet.to(memory_format=torch.contiguous_format)
-    try:
-        with written_out(pipe, Maps()):
-            yield
-    finally:
-        pipe.unet.to(memory_format=before)
-
-
-@contextmanager
 def with_weight_gradients(pipe: StableDiffusionPipeline) -> Iterator[None]:
     """Leave the U-Net's weights trainable, as the published code does; frozen again and without gradients after."""
     pipe.unet.requires_grad_(True)
@@ -202,7 +176,7 @@ def with_weight_gradients(pipe: StableDiffusionPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def written_out(pipe: StableDiffusionPipeline, maps: AnyMaps) -> Iterator[AnyMaps]:
+def written_out(pipe: StableDiffusionPipeline, maps: Maps) -> Iterator[Maps]:
     """Every attention layer of the U-Net by `MapsProcessor`; the old processors come back."""
     before = dict(pipe.unet.attn_processors)
     pipe.unet.set_attn_processor(MapsProcessor(maps))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
-from benchmarks.reference import MapsProcessor, Reference, as_published, with_weight_gradients
+from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, results
 from prism_lib.editing import EditConfig, grid, sweep
 from prism_lib.inversion import InversionConfig, invert
@@ -28,26 +28,11 @@ def both():
     """Our null-text inversion and the reference's, of the same image."""
     pipe, image = tiny_pipeline(), tiny_images(1)
     plain = Reference(pipe, STEPS, CONFIG)
-    with as_published(pipe), with_weight_gradients(pipe):
-        trajectory = plain.invert(image, SOURCE)
+    trajectory = plain.invert(image, SOURCE)
+    with with_weight_gradients(pipe):
         latents, negatives = plain.null_text(trajectory, SOURCE)
     inversion = invert(pipe, image, [SOURCE], "null_text", STEPS, config=CONFIG)
     return plain, inversion, trajectory, latents, negatives
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_reference_works_as_published_and_leaves_no_trace(layout):
-    unet = tiny_pipeline().unet
-    unet.to(memory_format=layout)
-    processors = dict(unet.attn_processors)
-    try:
-        with as_published(tiny_pipeline()):
-            assert unet.conv_in.weight.is_contiguous()
-            assert all(isinstance(processor, MapsProcessor) for processor in unet.attn_processors.values())
-        assert unet.conv_in.weight.is_contiguous(memory_format=layout)
-        assert unet.attn_processors == processors
-    finally:
-        unet.to(memory_format=torch.contiguous_format)
 
 
 def test_null_text_of_the_reference_leads_to_the_same_latents(both):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from prism_lib import bulk, bulk_plan, datasets, results
 
-EDITS, STEPS, PROCESSES, KILLS = 64, 50, 2, 10
+EDITS, STEPS, PROCESSES, KILLS = 64, 20, 2, 10
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from prism_lib import bulk, bulk_plan, datasets, results
+from prism_lib import bulk_plan, datasets, results
 
 EDITS, STEPS, PROCESSES, KILLS = 64, 20, 2, 10
 
@@ -92,7 +92,7 @@ def _command(config: bulk_plan.BulkConfig, processes: int) -> list[str]:
 
 def _written(out: Path) -> dict[str, bytes]:
     """All images and the manifest, by name."""
-    return {path.name: path.read_bytes() for path in [*out.rglob("*.png"), out / bulk.MANIFEST]}
+    return {path.name: path.read_bytes() for path in [*out.rglob("*.png"), out / bulk_plan.MANIFEST]}
 
 
 def _kill(config: bulk_plan.BulkConfig, times: int, seconds: float, rng: random.Random) -> int:

@@ -15,10 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # plans check alignments by name, and need no transformers
+    from transformers import PreTrainedTokenizerBase
 
 ALIGNMENTS = ("refine", "replace")
 

@@ -25,7 +25,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,8 +44,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.batching import in_parts
-from prism_lib.bulk_choice import REJECTED, Chooser
-from prism_lib.bulk_plan import BulkConfig, Settings, Task, batches, config_json, image_shape, load_config, plan
+from prism_lib.bulk_chooser import REJECTED, Chooser, digests
+from prism_lib.bulk_plan import (
+    MANIFEST,
+    REJECTS,
+    BulkConfig,
+    Settings,
+    Task,
+    batches,
+    image_shape,
+    load_config,
+    plan,
+)
 from prism_lib.devices import default_device
 from prism_lib.editing import Counterfactual, sweep
 from prism_lib.imagefolder import load_info, read_images
@@ -57,8 +66,6 @@ from prism_lib.results import write_text
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "metadata.csv"
-REJECTS = "rejected.csv"
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
@@ -183,7 +190,7 @@ def _names(config: BulkConfig, tasks: Sequence[Task], model: str) -> dict[int, s
     """id(task) -> its output path."""
     common = {"data": load_info(config.data)["content_hash"], "model": model, "bits": config.bits}
     names = {}
-    scored = {id(c): c.digests() for c in (task.settings.choice for task in tasks) if c is not None}
+    scored = {id(c): digests(c) for c in (task.settings.choice for task in tasks) if c is not None}
     for task in tasks:
         pair = [task.pair.source, task.pair.target, task.pair.source_words, task.pair.target_words]
         content = common | {"image": task.file_name, "prompts": pair, "settings": task.settings.text}
@@ -356,25 +363,6 @@ def _read_parts(out: Path) -> Iterator[dict[str, Any]]:
 
 def _intact(path: Path, sha256: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-
-
-def launch(config: BulkConfig, processes: int) -> None:
-    """`generate` in this process, or by torchrun in several; RuntimeError if that fails.
-
-    0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
-    """
-    gpus = torch.cuda.device_count()
-    processes = processes or gpus or min(os.cpu_count() or 1, 4)
-    if processes == 1:
-        generate(config)
-        return
-    check_choices(plan(config))  # what is wrong is said once, not by every process
-    path = write_text(Path(config.out) / "config.json", config_json(config))
-    # Not `accelerate launch`: without GPUs it starts one process on one machine, whatever the number asked for.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
-    if code := subprocess.run([*launcher, "-m", "prism_lib.bulk", str(path)], env=environment).returncode:
-        raise RuntimeError(f"a process of the run ended with status {code}; the same command goes on where it stopped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

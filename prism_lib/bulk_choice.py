@@ -1,4 +1,4 @@
-"""Bulk edits that are chosen among candidates: what a row may ask for, and what became of it.
+"""Bulk edits that are chosen among candidates: what a row may ask for; `prism_lib.bulk_chooser` then chooses.
 
 A row with `sweep` makes a candidate of every combination of settings (`editing.sweep`) and takes the best of those that
 pass (`selection.select`). A guide classifier may score, the judge never. That nothing passes is an outcome of the row.
@@ -6,32 +6,13 @@ pass (`selection.select`). A guide classifier may score, the judge never. That n
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from prism_lib import paths
-from prism_lib.edit_config import EditConfig
-from prism_lib.editing import SCORES, Counterfactual
-from prism_lib.image_text import load_image_text_model, weight_files
+from prism_lib import criteria
+from prism_lib.criteria import Criteria
 from prism_lib.profiles import coerce
-from prism_lib.prompts import Edit
-from prism_lib.selection import (
-    Criteria,
-    Guide,
-    GuideScorer,
-    IdentityScorer,
-    Scorer,
-    Selection,
-    SimilarityScorer,
-    load_guide,
-    select,
-)
-
-MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"
 
 
 @dataclass(frozen=True)
@@ -55,8 +36,8 @@ class Choice:
     at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        known = (*SCORES, *IdentityScorer.NAMES)
-        known += (*(GuideScorer.NAMES if self.guide else ()), *(SimilarityScorer.NAMES if self.similarity else ()))
+        known = (*criteria.EDIT, *criteria.IDENTITY)
+        known += (*(criteria.GUIDE if self.guide else ()), *(criteria.SIMILARITY if self.similarity else ()))
         if not (self.best or self.guide or self.similarity):
             raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
         for name, bounds in (("at_least", self.at_least), ("at_most", self.at_most)):
@@ -65,7 +46,7 @@ class Choice:
                     raise ValueError(f"{name} is {bound!r} for {score!r}; expected a number")
         for score in (self.criteria.best, *self.at_least, *self.at_most):
             if score not in known:
-                takers = {"a guide": GuideScorer.NAMES, "a similarity": SimilarityScorer.NAMES}
+                takers = {"a guide": criteria.GUIDE, "a similarity": criteria.SIMILARITY}
                 hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
                 raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
 
@@ -86,66 +67,3 @@ class Choice:
         """As `selection` takes them."""
         best = self.best or ("guide_gain" if self.guide else "directional")
         return Criteria(best, self.at_least, self.at_most)
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the weights of what scores: another guide of the same name chooses other results."""
-        found = {}
-        if self.guide:
-            found["guide"] = _sha256(paths.weights() / self.guide / "model.safetensors")
-        if self.similarity:
-            found["similarity"] = " ".join(_sha256(file) for file in weight_files(self.similarity))
-        return found
-
-
-class Chooser:
-    """Chooses among candidates; every guide and every image-text model is loaded once."""
-
-    def __init__(self) -> None:
-        self._guides: dict[str, Guide] = {}
-        self._similarities: dict[str, SimilarityScorer] = {}
-
-    def scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:
-        """What scores an edit's candidates; ValueError for a guide that is the judge or does not read the edit."""
-        scorers: list[Scorer] = [IdentityScorer()]
-        if choice.guide:
-            if choice.guide not in self._guides:
-                self._guides[choice.guide] = load_guide(choice.guide)
-            scorers.append(GuideScorer(self._guides[choice.guide], edit))
-        if choice.similarity:
-            if choice.similarity not in self._similarities:
-                self._similarities[choice.similarity] = SimilarityScorer(load_image_text_model(choice.similarity))
-            scorers.append(self._similarities[choice.similarity])
-        return scorers
-
-    def choose(
-        self, choice: Choice | None, edit: Edit, candidates: Sequence[Counterfactual]
-    ) -> tuple[Counterfactual | None, dict[str, Any]]:
-        """The result of one image, None if nothing passed, and the columns that say how it came about.
-
-        Candidates are scored image by image, so that no score depends on an image's neighbours.
-        """
-        if choice is None:
-            (only,) = candidates
-            return only, _columns(MADE, only.scores)
-        selection = select(candidates, self.scorers(choice, edit), choice.criteria)
-        winner = selection.winner
-        columns = _columns(REJECTED, {}) if winner is None else _columns(SELECTED, selection.scores[winner])
-        return selection.best, columns | {"winner": winner, "candidates": _record(choice, candidates, selection)}
-
-
-def _columns(status: str, scores: Mapping[str, float]) -> dict[str, Any]:
-    return {"status": status, **{f"score_{name}": value for name, value in scores.items()}}
-
-
-def _record(choice: Choice, candidates: Sequence[Counterfactual], selection: Selection) -> str:
-    """Every candidate as JSON: what was tried, its scores, and why it failed."""
-    rows = []
-    for candidate, scores, failures in zip(candidates, selection.scores, selection.failures, strict=True):
-        assert isinstance(candidate.settings, EditConfig)
-        tried = {name: getattr(candidate.settings, name) for name in choice.sweep}
-        rows.append({"settings": tried, "scores": scores, "failures": failures})
-    return json.dumps(rows)
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -10,7 +10,7 @@ The file of edits is CSV, JSON or YAML, a row (or mapping) per edit:
                           `guide`, `similarity`, `best`, `at_least` and `at_most` say (`bulk_choice.Choice`)
     seed                  of the noise, for methods that draw any (edit_friendly); each image draws its own from it
 
-Nothing here loads a model or writes a file; every error names the file and the row.
+Nothing here loads a model, or the libraries that models need, or writes a file; every error names the file and the row.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ import yaml
 
 from prism_lib.bulk_choice import Choice
 from prism_lib.devices import dtype_of
-from prism_lib.editing import EditConfig, grid
+from prism_lib.edit_config import EditConfig, grid
 from prism_lib.imagefolder import load_info, load_table, read_images
-from prism_lib.inversion import METHODS
-from prism_lib.models import SHIPPED
+from prism_lib.inversion_config import INVERSIONS
+from prism_lib.paths import SHIPPED
 from prism_lib.profiles import coerce
 from prism_lib.prompts import Edit, PromptPair, Vocabulary, vocabulary
 
 ALL = "all"
+MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
 BITS = (8, 16)
 RANDOM = ("edit_friendly",)  # inversions that draw noise
 MOST_CANDIDATES = 256
@@ -284,8 +285,8 @@ def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
 
 
 def _check_inversion(method: str, steps: int) -> None:
-    if method not in METHODS:
-        raise ValueError(f"unknown inversion method {method!r}; known: {', '.join(METHODS)}")
+    if method not in INVERSIONS:
+        raise ValueError(f"unknown inversion method {method!r}; known: {', '.join(INVERSIONS)}")
     if not 1 <= steps <= 1000:
         raise ValueError(f"num_inference_steps is {steps}; expected 1 to 1000")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prism_lib.alignment import ALIGNMENTS
 from prism_lib.masks import COMPOSITES, MaskConfig
@@ -79,3 +81,10 @@ class EditConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
+
+
+def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:
+    """All combinations of some settings, the others as in `config`: `grid(config, self_replace_steps=(0.2, 0.4))`."""
+    if empty := [name for name, choices in values.items() if isinstance(choices, str) or not len(choices)]:
+        raise ValueError(f"{empty[0]} is {values[empty[0]]!r}; expected values to try")
+    return [replace(config, **dict(zip(values, row, strict=True))) for row in itertools.product(*values.values())]

@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -33,12 +32,12 @@ from prism_lib import masks
 from prism_lib.batching import in_parts
 from prism_lib.denoising import EditTask, Outcome, denoise, edit_controller
 from prism_lib.edit_config import EditConfig
+from prism_lib.edit_config import grid as grid
 from prism_lib.inversion import Callback, Inversion
 from prism_lib.masks import Areas
 from prism_lib.models import decode_latents
 from prism_lib.prompts import PromptPair
 
-SCORES = ("mask_area", "change", "change_outside_mask")
 _DEFAULTS = EditConfig()
 _CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
 _NO_PAIR = PromptPair("", "", (), ())
@@ -66,13 +65,6 @@ class Counterfactual:
 def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
     """One field of many results as a batch: (N, C, H, W), or (N, 1, H, W) for "mask"."""
     return torch.stack([getattr(result, name) for result in results])
-
-
-def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:
-    """All combinations of some settings, the others as in `config`: `grid(config, self_replace_steps=(0.2, 0.4))`."""
-    if empty := [name for name, choices in values.items() if isinstance(choices, str) or not len(choices)]:
-        raise ValueError(f"{empty[0]} is {values[empty[0]]!r}; expected values to try")
-    return [replace(config, **dict(zip(values, row, strict=True))) for row in itertools.product(*values.values())]
 
 
 def edit(

@@ -29,35 +29,12 @@ from tqdm.auto import tqdm
 from prism_lib import ddim
 from prism_lib.ddim import Schedule, inverse_step
 from prism_lib.descent import DESCENTS, Descent
+from prism_lib.inversion_config import RECOMMENDED as RECOMMENDED
+from prism_lib.inversion_config import InversionConfig
 from prism_lib.models import check_images, decode_latents, encode_images, encode_prompts, image_factor
 
 Callback = Callable[[int, int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class InversionConfig:
-    """Settings of single methods.
-
-    Null-text: guidance scale that the source is to follow, at most `inner_steps` of Adam per step, its first learning
-    rate and the loss that ends the first step early. Edit-friendly: `skip`, the share of the noisiest steps that an
-    edit leaves out, and `seed` of the noise.
-    """
-
-    guidance_scale: float = 7.5
-    inner_steps: int = 10
-    learning_rate: float = 1e-2
-    threshold: float = 1e-5
-    skip: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("guidance_scale", "learning_rate", "threshold"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps is {self.inner_steps}; expected at least 1")
-        if not 0 <= self.skip < 1:
-            raise ValueError(f"skip is {self.skip}; expected a share in [0, 1)")
+_USUAL = InversionConfig()
 
 
 @dataclass(frozen=True)
@@ -74,7 +51,7 @@ class Inversion:
     latents: Tensor
     schedule: Schedule
     method: str
-    config: InversionConfig = InversionConfig()
+    config: InversionConfig = _USUAL
     negative_embeds: Tensor | None = None
 
     def __len__(self) -> int:
@@ -130,7 +107,7 @@ def invert(
     method: str = "direct",
     num_inference_steps: int = 50,
     *,
-    config: InversionConfig = InversionConfig(),
+    config: InversionConfig = _USUAL,
     batch_size: int = 8,
     callback: Callback | None = None,
 ) -> Inversion:
@@ -274,10 +251,6 @@ def _null_text(pipe: StableDiffusionPipeline, inversion: Inversion, embeds: Tens
         )
     return replace(inversion, latents=latents, negative_embeds=stored)
 
-
-# Of all, the least error to the truth on validation phantoms, and the most even one (04_ablations, CHANGELOG). `invert`
-# itself stays with "direct", which draws no noise and whose trajectory many edits share.
-RECOMMENDED = "edit_friendly"
 
 # What `invert` does first; null-text and edit-friendly go on from there.
 METHODS: Mapping[str, Callable[..., Tensor]] = {

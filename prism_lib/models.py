@@ -29,7 +29,7 @@ from prism_lib.parts import PARTS, refuse_pickles, replace_part
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = "phantom-sd"
+SHIPPED = paths.SHIPPED
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+SHIPPED = "phantom-sd"  # the pipeline below `weights` that comes with the package
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -49,6 +49,7 @@ class VaeConfig:
     gradient_weight: float = 1.0
     square_weight: float = 4.0
     kl_weight: float = 1e-8  # of the sum over a latent; 1e-6 leaves one nat a value, and blurs everything
+    decoder_only: bool = False  # leaves the encoder, so every latent, as it is: a U-Net trained on them stays right
     start_logvar: float = -6.0  # a posterior that starts wide learns to blur first
     patient_seed: int = 100
     seed: int = 0
@@ -59,18 +60,23 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     """Train in place and normalise the latent channels; returns the losses, one dict per 50 steps.
 
     The loss is L1 + gradient L1 + squared error + a small KL term, on random crops. Resumes from ``folder``. Runs on
-    `devices.default_device`, and leaves the autoencoder on the CPU.
+    `devices.default_device`, and leaves the autoencoder on the CPU. With ``decoder_only`` `vae` is a trained one.
     """
     device = default_device()
     vae.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
+    trained = (vae.post_quant_conv, vae.decoder) if config.decoder_only else (vae,)
+    parameters = [parameter for part in trained for parameter in part.parameters()]
+    vae.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     state = load_checkpoint(folder, {"vae": vae.state_dict()}, optimizer)
     if state and state["config"] != asdict(config):
         raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
     history: list[dict[str, float]] = state.get("history", [])
     schedule.last_epoch = start = state.get("step", 0)
-    if start == 0:
+    if start == 0 and not config.decoder_only:
         _start_narrow(vae, config.start_logvar)
     if start < config.steps:
         pools = _pools(config)
@@ -82,7 +88,7 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
             total = losses["l1"] + config.gradient_weight * losses["gradient"]
             total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
             total.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % 50 == 0:
@@ -92,7 +98,8 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
                 info = {"config": asdict(config), "history": history}
                 save_checkpoint(folder, step + 1, {"vae": vae.state_dict()}, optimizer, info)
     vae.eval().to(memory_format=torch.contiguous_format)
-    normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
+    if not config.decoder_only:
+        normalise_latents(vae, phantom.render(phantom.sample_patients(64, config.patient_seed), config.image_size))
     vae.to("cpu")
     return history
 
@@ -134,12 +141,14 @@ def _vae_batch(pools: tuple[Tensor, Tensor], config: VaeConfig, step: int) -> Te
         pick = int(torch.randint(len(pool), (1,), generator=generator))
         furthest = config.image_size - config.crop
         top, left = torch.randint(furthest + 1, (2,), generator=generator).tolist()
-        if k % 2 == 0 and float(torch.rand((), generator=generator)) < config.corner_share:
+        corner = k % 2 == 0 and float(torch.rand((), generator=generator)) < config.corner_share
+        if corner:
             top, left = 0, furthest * (left % 2)
         image = pool[pick, :, top : top + config.crop, left : left + config.crop].float() / 255
         turn, mirror = torch.randint(4, (2,), generator=generator).tolist()
-        image = torch.rot90(image, turn, (1, 2))
-        image = image.flip(2) if mirror % 2 else image
+        if not corner:  # letters stand upright
+            image = torch.rot90(image, turn, (1, 2))
+            image = image.flip(2) if mirror % 2 else image
         gamma, level, noise = torch.rand(3, generator=generator).tolist()
         if k % 4 > 1:  # every second image keeps its own contrast
             image = image ** (0.6 + gamma) * (0.6 + 0.4 * level)

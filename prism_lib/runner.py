@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from prism_lib import bulk, bulk_plan  # they import torch
+    from prism_lib import bulk_launch, bulk_plan  # they import torch
 
     try:
         config = bulk_plan.BulkConfig(options.data, options.edits, options.out)
@@ -203,12 +203,13 @@ def _generate(options: argparse.Namespace) -> int:
     if options.check:
         return 0
     try:
-        bulk.launch(config, options.processes)
+        bulk_launch.launch(config, options.processes)
     except (ValueError, RuntimeError, KeyboardInterrupt) as error:
         print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
         return 1
-    apart = f" that passed, {bulk.REJECTS} one for each other" if (Path(options.out) / bulk.REJECTS).is_file() else ""
-    print(f"{bulk.MANIFEST} in {options.out} has a row for each{apart}", flush=True)
+    rejects = bulk_plan.REJECTS
+    apart = f" that passed, {rejects} one for each other" if (Path(options.out) / rejects).is_file() else ""
+    print(f"{bulk_plan.MANIFEST} in {options.out} has a row for each{apart}", flush=True)
     return 0
 
 

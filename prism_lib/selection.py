@@ -12,9 +12,8 @@ The judge that measures counterfactuals must not choose them: a winner picked by
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from prism_lib import metrics, paths
 from prism_lib.classifier import load_classifier, predict
+from prism_lib.criteria import GUIDE, IDENTITY, SIMILARITY, Criteria
+from prism_lib.criteria import PRISM_CRITERIA as PRISM_CRITERIA
 from prism_lib.editing import Counterfactual, stack
 from prism_lib.image_text import ImageTextModel
 from prism_lib.prompts import Edit
@@ -49,7 +50,7 @@ class SimilarityScorer:
     prediction consistency of LANCE as a margin.
     """
 
-    NAMES: ClassVar = ("image_image", "image_text_source", "image_text", "directional", "consistency")
+    NAMES: ClassVar = SIMILARITY
 
     model: ImageTextModel
 
@@ -84,7 +85,7 @@ class IdentityScorer:
     What the edit changed outside its mask before the composite, `change_outside_mask`, is with every candidate.
     """
 
-    NAMES: ClassVar = ("ssim", "identity_l1")
+    NAMES: ClassVar = IDENTITY
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
         """SSIM and mean absolute difference of counterfactual and input."""
@@ -104,7 +105,7 @@ class Guide:
 class GuideScorer:
     """What a guide reads: `guide`, the least probability of the edit's own targets, and `guide_gain` over the input."""
 
-    NAMES: ClassVar = ("guide", "guide_gain")
+    NAMES: ClassVar = GUIDE
 
     guide: Guide
     edit: Edit
@@ -136,39 +137,6 @@ def load_guide(name: str, judge: str = "phantom-judge") -> Guide:
         raise ValueError(f"{name!r} is the judge {judge!r}: it measures counterfactuals and must not select them")
     model, config = load_classifier(folders[0])
     return Guide(model, config.labels)
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """The score to maximise, and bounds that a candidate has to keep; a bound is kept by equality too.
-
-    Bounds depend on the model behind the scores. `PRISM_CRITERIA` are those that PRISM's code runs with.
-    """
-
-    best: str = "directional"
-    at_least: Mapping[str, float] = field(default_factory=dict)
-    at_most: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, bound in (*self.at_least.items(), *self.at_most.items()):
-            if not math.isfinite(bound):
-                raise ValueError(f"the bound of {name} is {bound}; expected a finite number")
-
-    def failures(self, scores: Mapping[str, float]) -> tuple[str, ...]:
-        """Why a candidate does not pass, () if it does; ValueError for a score that nobody computed."""
-        names = {self.best, *self.at_least, *self.at_most}
-        if missing := sorted(names - set(scores)):
-            raise ValueError(f"no score {', '.join(missing)}; the scorers give {', '.join(scores)}")
-        found = [f"{name} is {scores[name]}" for name in sorted(names) if not math.isfinite(scores[name])]
-        found += [f"{n} {scores[n]:.4g} < {bound:g}" for n, bound in self.at_least.items() if scores[n] < bound]
-        found += [f"{n} {scores[n]:.4g} > {bound:g}" for n, bound in self.at_most.items() if scores[n] > bound]
-        return tuple(found)
-
-
-PRISM_CRITERIA = Criteria(
-    best="directional",
-    at_least={"image_image": 0.6, "image_text_source": 0.1, "image_text": 0.1, "directional": -0.5, "consistency": 0.0},
-)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -17,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib import bulk, bulk_plan, datasets, runner
+from prism_lib import bulk, bulk_launch, bulk_plan, datasets, runner
 from prism_lib.bulk_choice import Choice
 from prism_lib.bulk_plan import BulkConfig, configured, load_config, plan
 from prism_lib.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.editing import EditConfig, edit, grid, sweep
 from prism_lib.image_text import load_image_text_model
-from prism_lib.inversion import invert
+from prism_lib.inversion import METHODS, invert
+from prism_lib.inversion_config import INVERSIONS
 from prism_lib.masks import MaskConfig
 from prism_lib.models import load_pipeline
 from prism_lib.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
@@ -64,14 +66,14 @@ def with_edits(config, tmp_path, content, suffix="json"):
     return replace(config, edits=str(path))
 
 
-def manifest(out, name=bulk.MANIFEST):
+def manifest(out, name=bulk_plan.MANIFEST):
     with (out / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def written(out):
     """Everything below `images` and the manifest, by name."""
-    files = [*(out / "images").rglob("*"), out / bulk.MANIFEST, out / bulk.REJECTS]
+    files = [*(out / "images").rglob("*"), out / bulk_plan.MANIFEST, out / bulk_plan.REJECTS]
     return {str(path.relative_to(out)): path.read_bytes() for path in files if path.is_file()}
 
 
@@ -79,7 +81,7 @@ def assert_whole(out, planned):
     """Every output once, each as its row says, and nothing else."""
     rows, files = manifest(out), written(out)
     assert len(rows) == planned == len(files) - 1
-    assert {row["file_name"] for row in rows} == files.keys() - {bulk.MANIFEST}
+    assert {row["file_name"] for row in rows} == files.keys() - {bulk_plan.MANIFEST}
     for row in rows:
         assert hashlib.sha256(files[row["file_name"]]).hexdigest() == row["sha256"]
 
@@ -242,7 +244,7 @@ def test_that_no_candidate_passed_is_an_outcome_and_not_tried_again(config, tmp_
     config, out = with_edits(config, tmp_path, rows), tmp_path / "out"
     summary = bulk.generate(config)
     assert (summary.planned, summary.made, summary.rejected) == (2, 2, 1)
-    (made,), (rejected,) = manifest(out), manifest(out, bulk.REJECTS)
+    (made,), (rejected,) = manifest(out), manifest(out, bulk_plan.REJECTS)
     assert (made["status"], rejected["status"]) == ("made", "no candidate passed")
     assert not (out / rejected["file_name"]).exists() and rejected["winner"] == rejected["sha256"] == ""
     for candidate in json.loads(rejected["candidates"]):
@@ -262,7 +264,7 @@ def test_two_processes_choose_as_one(config, tmp_path, guide):
     one = with_edits(config, tmp_path, rows)
     two = replace(one, out=str(tmp_path / "two"))
     bulk.generate(one)
-    bulk.launch(two, 2)
+    bulk_launch.launch(two, 2)
     assert written(tmp_path / "two") == written(tmp_path / "out")
     assert {row["status"] for row in manifest(tmp_path / "two")} == {"made", "selected"}
 
@@ -324,7 +326,7 @@ def test_what_is_lost_or_damaged_is_made_again_the_same(config, done):
 def test_a_row_cut_short_and_a_half_written_file_do_not_count(config, done):
     before = written(done)
     rows = [json.dumps(row | {"score_mask_area": float(row["score_mask_area"])}) for row in manifest(done)]
-    (done / bulk.MANIFEST).unlink()
+    (done / bulk_plan.MANIFEST).unlink()
     (done / "parts" / "000001-0000.jsonl").write_text("\n".join([*rows[:-1], rows[-1][:30]]))
     (done / "images" / ".half.123.part").write_bytes(b"half")
     assert 1 <= bulk.generate(config).made <= config.batch_size
@@ -336,7 +338,7 @@ def test_more_edits_join_the_same_manifest(config, done, tmp_path):
     more = with_edits(config, tmp_path, [{"edit": "remove_pleural_effusion"}])
     summary = bulk.generate(more)
     assert_whole(done, len(before) - 1 + summary.planned)
-    assert before.items() - written(done).items() == {(bulk.MANIFEST, before[bulk.MANIFEST])}
+    assert before.items() - written(done).items() == {(bulk_plan.MANIFEST, before[bulk_plan.MANIFEST])}
 
 
 def test_other_settings_model_or_bits_never_share_a_name(config):
@@ -396,7 +398,7 @@ def test_a_batch_without_room_is_halved_with_equal_results(config, tmp_path, mon
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(config, done, tmp_path):
     two = replace(config, out=str(tmp_path / "two"))
-    bulk.launch(two, 2)
+    bulk_launch.launch(two, 2)
     assert_whole(tmp_path / "two", len(plan(config)))
     assert written(tmp_path / "two") == written(done)
 
@@ -406,7 +408,7 @@ def test_as_many_processes_work_as_were_asked_for(config, tmp_path, monkeypatch)
     calls = []
     finished = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(subprocess, "run", lambda command, **more: calls.append((command, more)) or finished)
-    bulk.launch(config, 2)
+    bulk_launch.launch(config, 2)
     monkeypatch.undo()
     (command, more), script = calls[0], tmp_path / "who.py"
     script.write_text(
@@ -422,9 +424,9 @@ def test_as_many_processes_work_as_were_asked_for(config, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_process_that_fails_is_reported(config, tmp_path):
     (tmp_path / "out" / "images").mkdir(parents=True)
-    (tmp_path / "out" / bulk.MANIFEST).write_text("a,b\n1,2\n")
+    (tmp_path / "out" / bulk_plan.MANIFEST).write_text("a,b\n1,2\n")
     with pytest.raises(RuntimeError, match="ended with status"):
-        bulk.launch(config, 2)
+        bulk_launch.launch(config, 2)
 
 
 @pytest.mark.slow
@@ -599,10 +601,10 @@ def test_a_full_disk_or_an_unwritable_place_is_found_first(config, tmp_path, mon
 
 def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / bulk.MANIFEST).write_text("file_name,label\na.png,1\n")
+    (tmp_path / "out" / bulk_plan.MANIFEST).write_text("file_name,label\na.png,1\n")
     with pytest.raises(ValueError, match="no manifest of a bulk run"):
         bulk.generate(config)
-    assert (tmp_path / "out" / bulk.MANIFEST).read_text() == "file_name,label\na.png,1\n"
+    assert (tmp_path / "out" / bulk_plan.MANIFEST).read_text() == "file_name,label\na.png,1\n"
 
 
 @pytest.mark.parametrize(
@@ -670,3 +672,12 @@ def test_settings_are_text_in_the_type_of_their_default(config):
 def test_the_module_says_how_to_call_it(capsys):
     assert bulk.main([]) == 2
     assert "accelerate launch -m prism_lib.bulk CONFIG.json" in capsys.readouterr().err
+
+
+def test_plans_name_every_inversion_there_is():
+    assert tuple(METHODS) == INVERSIONS
+
+
+def test_a_launcher_plans_without_the_libraries_of_models():
+    code = "import sys, prism_lib.bulk_launch; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -111,3 +111,21 @@ def test_psnr_of_a_perfect_and_a_known_error():
     images = torch.full((2, 1, 8, 8), 0.5)
     psnr = pretraining.reconstruction_psnr(Identity(0.2), images)  # 0.2 of [-1, 1] is 0.1 of [0, 1]
     torch.testing.assert_close(psnr, torch.full((2,), 20.0), atol=1e-3, rtol=0)
+
+
+def test_a_decoder_learns_alone(tmp_path):
+    vae = models.build_pipeline(models.tiny_config(), seed=0).vae
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    pretraining.train_vae(vae, replace(TINY_VAE, decoder_only=True), tmp_path)
+    changed = {key.split(".")[0] for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_crops_of_corners_stand_upright():
+    patients = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    patients[..., 2, 28:] = 255  # a line in the upper right corner, which a turn would put upright
+    config = replace(TINY_VAE, batch_size=64, corner_share=1.0)
+    crops = pretraining._vae_batch((patients, patients), config, 0)[::2, 0]
+    with_line = crops[crops.amax((1, 2)) > 0]
+    assert 0 < len(with_line) < len(crops)
+    assert (with_line[:, 2, 12:] > with_line[:, 8, 12:]).all()

@@ -20,7 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 DIFFERENCE_LIMIT = 0.5
@@ -219,38 +219,70 @@ def pareto(
         if error < best:
             front.append(name)
             best = error
+    named = {name: values[name][:2] for name in values if name in front or len(values) <= _FEW}
     color = sns.color_palette("colorblind")[0]
     with _style():
-        figure, axis = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
+        figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
         for name, (cost, error, low, high) in values.items():
             shade = color if name in front else "0.7"
             axis.vlines(cost, low, high, color=shade, linewidth=1, alpha=0.5)
             axis.plot(cost, error, "o", color=shade)
         axis.plot(*zip(*(values[name][:2] for name in front), strict=True), color=color, linewidth=1)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
-        _name_points(figure, axis, {name: values[name][:2] for name in values if name in front or len(values) <= _FEW})
-        for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            formatted(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _decades(values) < 2 else (1,)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+        _name_points(figure, axis, named, bold=front)
     return figure
 
 
-def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside points, from the lowest upwards, each at least a line above the one before."""
-    figure.draw_without_rendering()  # settles the limits
-    left, right = axis.get_xlim()
-    below = float("-inf")
-    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
-        height = float(axis.transData.transform(point)[1]) * 72 / figure.dpi
-        below = max(height + 3, below + 9)
-        late = point[0] > left * (right / left) ** 0.85
+def _decades(values: Mapping[str, tuple[float, ...]]) -> float:
+    """How many powers of ten the costs span."""
+    costs = [value[0] for value in values.values()]
+    return float(np.log10(max(costs) / min(costs)))
+
+
+def _name_points(
+    figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]], bold: Sequence[str] = ()
+) -> None:
+    """Names in the right margin, in the order of their points' heights, each with a thin line to its point."""
+    figure.draw_without_rendering()  # settles limits and height
+    line = 10 / (axis.get_window_extent().height * 72 / figure.dpi)  # a line of text, as a share of the axis
+    order = sorted(points, key=lambda name: points[name][1])
+    heights = _apart(
+        [float(axis.transAxes.inverted().transform(axis.transData.transform(points[n]))[1]) for n in order], line
+    )
+    for name, height in zip(order, heights, strict=True):
         axis.annotate(
             name.replace("_", " "),
-            point,
-            xytext=(-4 if late else 4, below - height),
-            textcoords="offset points",
-            horizontalalignment="right" if late else "left",
+            points[name],
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
             fontsize="x-small",
+            color="black" if name in bold else "0.4",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.6",
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights, moved as little as a pass up and a pass down take to be ``gap`` apart below 1."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    ceiling = max(1.0, gap * (len(placed) - 1))
+    for n in reversed(range(len(placed))):
+        placed[n] = min(placed[n], ceiling)
+        ceiling = placed[n] - gap
+    return placed
 
 
 def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "") -> Figure:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prism_lib import paths, results
+
+BASE = "default settings"
 
 # Metric -> column heading, in the order of the tables; an arrow says which way is better.
 HEADLINES: dict[str, str] = {
@@ -69,9 +72,14 @@ def intervals(record: Mapping[str, Any], metric: str) -> dict[str, tuple[float, 
 
 
 def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
-    """Variant -> (seconds per image, error to the truth, low, high), of the variants that have both."""
+    """Variant -> (seconds per image, error to the truth, low, high), of the variants that have both.
+
+    A variant that came up several times was measured once: it is the base of all studies, and named so.
+    """
     errors = intervals({"metrics": metrics}, "true_error_ratio")
-    return {name: (metrics[name]["seconds_per_image"], *error) for name, error in errors.items()}
+    points = {name: (float(metrics[name]["seconds_per_image"]), *error) for name, error in errors.items()}
+    times = Counter(points.values())
+    return {(name if times[point] == 1 else BASE): point for name, point in points.items()}
 
 
 def by_strength(metrics: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from prism_lib import plotting
 
@@ -126,7 +127,7 @@ def test_names_of_few_points_do_not_lie_on_each_other():
     near = {f"method {n}": (2.0, 0.3 + n / 1000, 0.2, 0.4) for n in range(4)}
     figure = plotting.pareto(near | {"slow": (90.0, 0.3, 0.2, 0.4)}, xlabel="seconds")
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the line to the point
     assert len(boxes) == 5
     assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
 
@@ -135,3 +136,14 @@ def test_of_many_points_the_front_alone_is_named():
     many = {f"method {n}": (1.0 + n, 1.0 + n, n, 2.0 + n) for n in range(20)}
     (axis,) = plotting.pareto(many, xlabel="seconds").axes
     assert [text.get_text() for text in axis.texts] == ["method 0"]
+
+
+def test_names_keep_the_order_of_their_points_and_stay_beside_the_axis():
+    crowded = {f"method {n}": (1.0 + n, 0.9 - n / 1000, 0.2, 0.9) for n in range(9)}
+    figure = plotting.pareto(crowded | {"far below": (20.0, 0.0, 0.0, 0.1)}, xlabel="seconds")
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    places = {text.get_text(): Text.get_window_extent(text) for text in axis.texts}
+    assert sorted(places, key=lambda name: -places[name].y0) == [f"method {n}" for n in range(9)] + ["far below"]
+    assert all(axis.get_window_extent().x1 < place.x0 and place.x1 <= figure.bbox.x1 for place in places.values())
+    assert max(place.y1 for place in places.values()) <= figure.bbox.y1

@@ -70,7 +70,7 @@ def test_a_trial_never_reaches_the_readme(folder, monkeypatch):
 
 def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
     assert "![" not in report.section("phantom", folder) and "training set" not in report.section("phantom", folder)
-    points = {name: {"seconds_per_image": 3.0, "true_error_ratio": 0.2} for name in ("direct", "ddim")}
+    points = {f"steps {n}": {"seconds_per_image": n, "true_error_ratio": 0.2} for n in (3.0, 4.0)}
     results.record("ablations", metrics=points, figures_dir=folder, **ABOUT)
     sets = {"as_is": {"worst_group_accuracy": 0.25}, "prism": {"worst_group_accuracy": 0.75}}
     study = {"target": "A", "shortcut": "B", "strengths": [1.0], "images": 8, "added": 4, "seeds": [0, 1]}
@@ -92,3 +92,15 @@ def test_what_no_editor_can_know_names_the_edits_that_an_image_leaves_open(folde
     section = report.section("phantom", folder)
     assert "| add x | 0.50 | 0.50 | 0.50 |" in section
     assert "0.005 of error: remove x. 4 patients an edit" in section
+
+
+def test_what_was_measured_once_is_one_point_of_the_tradeoff():
+    base = {
+        "true_error_ratio": 0.2,
+        "true_error_ratio_low": 0.1,
+        "true_error_ratio_high": 0.3,
+        "seconds_per_image": 2.0,
+    }
+    other = base | {"seconds_per_image": 3.0}
+    points = report.tradeoff({"method direct": base, "guidance_scale 2": base, "guidance_scale 5": other})
+    assert points == {report.BASE: (2.0, 0.2, 0.1, 0.3), "guidance_scale 5": (3.0, 0.2, 0.1, 0.3)}

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 
-from prism_lib import denoising, masks
+from prism_lib import criteria, denoising, masks
 from prism_lib.alignment import token_span
 from prism_lib.attention import PromptToPromptProcessor
 from prism_lib.editing import EditConfig, edit, edit_many, grid, sweep
@@ -413,6 +413,7 @@ def test_pixels_outside_the_automatic_mask_are_the_inputs_own():
     assert 0 < outside.float().mean() < 1
     assert torch.equal(result.image[outside], inversion.images[0][outside])
     assert result.scores["mask_area"] == pytest.approx(1 - outside.float().mean().item())
+    assert tuple(result.scores) == criteria.EDIT, "a choice is planned by these names"
 
 
 @pytest.mark.parametrize("mask", ["auto", "off", box(slice(0, 32), slice(0, 32))])

@@ -81,6 +81,16 @@ class Summary:
     rejected: int
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What the processes of a run have in common: what to make, with what, and `names`, id(task) -> its output path."""
+
+    tasks: list[Task]
+    pipe: StableDiffusionPipeline
+    chooser: Chooser
+    names: dict[int, str]
+
+
 def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
     """Make every counterfactual of the plan that `config.out` does not hold yet; the manifest is then complete.
 
@@ -88,29 +98,40 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     loaded already). Data, edits, prompts, disk and write access are checked before the first image is touched.
     """
     usual = default_device()
-    tasks, state = plan(config), PartialState(cpu=usual.type == "cpu")  # else CPU processes do not know of each other
+    state = PartialState(cpu=usual.type == "cpu")  # else CPU processes do not know of each other
     device = state.device if state.num_processes > 1 else usual
-    out = Path(config.out).expanduser().resolve()
-    if state.is_main_process:
-        _check_place(out, config, tasks)
+    return work(config, prepare(config, device, pipe, state.is_main_process), state)
+
+
+def prepare(
+    config: BulkConfig, device: torch.device, pipe: StableDiffusionPipeline | None = None, check_place: bool = True
+) -> Ready:
+    """Plan, load and check: all that comes before the first image, apart from what other processes have made."""
+    tasks = plan(config)
+    if check_place:
+        _check_place(Path(config.out).expanduser().resolve(), config, tasks)
     if pipe is None:
         pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
     pipe.to(device)
     _check_lengths(pipe, tasks)
-    chooser = check_choices(tasks)
-    names = _names(config, tasks, _model(pipe))
+    return Ready(tasks, pipe, check_choices(tasks), _names(config, tasks, _model(pipe)))
+
+
+def work(config: BulkConfig, ready: Ready, state: PartialState) -> Summary:
+    """This process's share of a run; the main process also looks what there is, and merges what all have made."""
+    out = Path(config.out).expanduser().resolve()
     with exclusive(out) if state.is_main_process else nullcontext():
-        run, pending = _start(state, out, batches(tasks, config.batch_size), names)
+        run, pending = _start(state, out, batches(ready.tasks, config.batch_size), ready.names)
         own = pending[state.process_index :: state.num_processes]
         part = out / "parts" / f"{run:06d}-{state.process_index:04d}.jsonl"
-        with _threads(config.threads):
-            _work(pipe, config, own, names, chooser, out, part, show=state.is_main_process)
+        with threads(config.threads):
+            _work(config, ready, own, out, part, show=state.is_main_process)
         state.wait_for_everyone()
         if state.is_main_process:
             _merge(out)
         state.wait_for_everyone()
-    rejected = {row["file_name"] for row in _read_manifest(out / REJECTS)} & set(names.values())
-    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)), len(rejected))
+    rejected = {row["file_name"] for row in _read_manifest(out / REJECTS)} & set(ready.names.values())
+    return Summary(out / MANIFEST, len(ready.tasks), sum(map(len, pending)), len(rejected))
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
@@ -128,7 +149,7 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Let torch use so many CPU threads inside the block; 0 leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -222,25 +243,17 @@ def _start(
 # --- the work -------------------------------------------------------------------------------------
 
 
-def _work(
-    pipe: StableDiffusionPipeline,
-    config: BulkConfig,
-    own: Sequence[list[Task]],
-    names: dict[int, str],
-    chooser: Chooser,
-    out: Path,
-    part: Path,
-    show: bool,
-) -> None:
+def _work(config: BulkConfig, ready: Ready, own: Sequence[list[Task]], out: Path, part: Path, show: bool) -> None:
     """Edit batch after batch; tqdm shows the images done by this process and how long the rest will take."""
     with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
         for batch in own:
-            for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
-                result, outcome = chooser.choose(task.settings.choice, task.edit, candidates)
+            for task, candidates in zip(batch, _edited(ready.pipe, config, batch), strict=True):
+                result, outcome = ready.chooser.choose(task.settings.choice, task.edit, candidates)
                 content = b"" if result is None else _png(result.image, config.bits)
+                name = ready.names[id(task)]
                 if content:
-                    _write(out / names[id(task)], content)
-                _append(part, _row(task, outcome, names[id(task)], content))
+                    _write(out / name, content)
+                _append(part, _row(task, outcome, name, content))
             progress.update(len(batch))
 
 

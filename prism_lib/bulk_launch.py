@@ -1,7 +1,8 @@
 """Start a bulk run in as many processes as it is worth.
 
-Apart from `prism_lib.bulk`: the launcher only plans, so it spares the imports of diffusers and transformers, which
-every process of the run makes for itself. In a run of some minutes over many processes those seconds count.
+On CPUs the model is loaded once and the processes are forked from there: they share its weights, and the seconds that
+libraries and weights take are spent once. With GPUs, which a forked process cannot use, torchrun starts them; the
+launcher then only plans, and spares the imports of diffusers and transformers (so `prism_lib.bulk` is imported late).
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prism_lib.bulk_plan import BulkConfig, config_json, plan
 from prism_lib.results import write_text
 
+_AGAIN = "the same command goes on where it stopped"
+
 
 def launch(config: BulkConfig, processes: int) -> None:
-    """`bulk.generate` in this process, or by torchrun in several; RuntimeError if that fails.
+    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
     0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
     """
@@ -28,7 +33,13 @@ def launch(config: BulkConfig, processes: int) -> None:
         from prism_lib.bulk import generate
 
         generate(config)
-        return
+    elif gpus or config.threads > 1 or sys.platform != "linux":  # a pool of threads does not survive a fork
+        _torchrun(config, processes, {} if gpus else {"ACCELERATE_USE_CPU": "true"})
+    else:
+        _fork(config, processes)
+
+
+def _torchrun(config: BulkConfig, processes: int, variables: dict[str, str]) -> None:
     tasks = plan(config)  # what is wrong is said once, not by every process
     if any(task.settings.choice for task in tasks):
         from prism_lib.bulk import check_choices  # it loads what scores
@@ -37,6 +48,34 @@ def launch(config: BulkConfig, processes: int) -> None:
     path = write_text(Path(config.out) / "config.json", config_json(config))
     # Not `accelerate launch`: without GPUs it starts one process on one machine, whatever the number asked for.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
-    if code := subprocess.run([*launcher, "-m", "prism_lib.bulk", str(path)], env=environment).returncode:
-        raise RuntimeError(f"a process of the run ended with status {code}; the same command goes on where it stopped")
+    command = [*launcher, "-m", "prism_lib.bulk", str(path)]
+    if code := subprocess.run(command, env=os.environ | variables).returncode:
+        raise RuntimeError(f"a process of the run ended with status {code}; {_AGAIN}")
+
+
+def _fork(config: BulkConfig, processes: int) -> None:
+    from torch import multiprocessing
+
+    from prism_lib import bulk
+
+    with bulk.threads(1), tempfile.TemporaryDirectory() as meeting:
+        ready = bulk.prepare(config, torch.device("cpu"))
+        write_text(Path(config.out) / "config.json", config_json(config))
+        shared = (processes, f"file://{meeting}/store", config, ready)
+        try:
+            multiprocessing.start_processes(_forked, shared, nprocs=processes, start_method="fork")
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"a process of the run failed: {reason}; {_AGAIN}") from error
+
+
+def _forked(index: int, processes: int, store: str, config: BulkConfig, ready: Any) -> None:
+    """One of the processes; what torchrun would tell it in variables, and a file where they find each other."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from prism_lib import bulk
+
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in place.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which knew of no others
+    bulk.work(config, ready, PartialState(cpu=True, init_method=store))

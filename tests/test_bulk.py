@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -124,7 +125,7 @@ def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
     (batch, *_) = bulk_plan.batches(plan(config), config.batch_size)
     table = datasets.load_table(config.data).set_index("file_name").loc[[task.file_name for task in batch]]
     images, pairs = datasets.read_images(config.data, table.reset_index()), [task.pair for task in batch]
-    with bulk._threads(config.threads):
+    with bulk.threads(config.threads):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
         results = edit(pipe, inversion, pairs, batch[0].settings.edit)
@@ -183,7 +184,7 @@ def by_hand(config, tasks, scorers, criteria):
     """The same choice by the parts of the library, image by image."""
     table = datasets.load_table(config.data).set_index("file_name").loc[[task.file_name for task in tasks]]
     images, pairs = datasets.read_images(config.data, table.reset_index()), [task.pair for task in tasks]
-    with bulk._threads(config.threads):
+    with bulk.threads(config.threads):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
         swept = sweep(pipe, inversion, pairs, grid(config.edit, **SWEEP))
@@ -404,16 +405,29 @@ def test_two_processes_write_the_files_of_one(config, done, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_many_processes_work_as_were_asked_for(config, tmp_path, monkeypatch):
+def test_as_many_forked_processes_work_as_were_asked_for(config, tmp_path, monkeypatch):
+    bulk.PartialState()  # as a notebook has, which has generated before: the processes must not take it for their own
+    monkeypatch.setattr(bulk, "_work", lambda *given, show: (tmp_path / f"{given[4].stem}{show}").touch())
+    bulk_launch.launch(config, 3)
+    assert {path.name for path in tmp_path.glob("000001-*")} == {
+        "000001-0000True",
+        "000001-0001False",
+        "000001-0002False",
+    }
+    assert bulk.PartialState().num_processes == 1
+
+
+@pytest.mark.slow
+def test_as_many_processes_of_torchrun_work_as_were_asked_for(config, tmp_path, monkeypatch):
     calls = []
     finished = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(subprocess, "run", lambda command, **more: calls.append((command, more)) or finished)
-    bulk_launch.launch(config, 2)
+    bulk_launch.launch(replace(config, threads=2), 2)  # a pool of threads, which a fork would break
     monkeypatch.undo()
     (command, more), script = calls[0], tmp_path / "who.py"
     script.write_text(
         "import pathlib, sys\nfrom prism_lib import bulk\n"
-        "bulk._work = lambda *given, show: pathlib.Path(__file__).with_suffix('.' + given[6].stem).touch()\n"
+        "bulk._work = lambda *given, show: pathlib.Path(__file__).with_suffix('.' + given[4].stem).touch()\n"
         "bulk.main(sys.argv[1:])\n"
     )
     launcher = command[: command.index("prism_lib.bulk") - 1]
@@ -421,11 +435,31 @@ def test_as_many_processes_work_as_were_asked_for(config, tmp_path, monkeypatch)
     assert {path.suffix for path in tmp_path.glob("who.*")} == {".py", ".000001-0000", ".000001-0001"}
 
 
+def test_gpus_are_never_used_from_a_forked_process(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bulk_launch, "_torchrun", lambda *given: calls.append(given))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bulk_launch.launch(config, 0)
+    assert calls == [(config, 2, {})]
+
+
 @pytest.mark.slow
-def test_a_process_that_fails_is_reported(config, tmp_path):
+@pytest.mark.parametrize(("threads", "message"), [(1, "is no manifest of a bulk run"), (2, "ended with status")])
+def test_a_process_that_fails_is_reported(config, tmp_path, threads, message):
     (tmp_path / "out" / "images").mkdir(parents=True)
     (tmp_path / "out" / bulk_plan.MANIFEST).write_text("a,b\n1,2\n")
-    with pytest.raises(RuntimeError, match="ended with status"):
+    with pytest.raises(RuntimeError, match=message):
+        bulk_launch.launch(replace(config, threads=threads), 2)
+
+
+@pytest.mark.slow
+def test_a_forked_process_that_is_killed_is_reported(config, monkeypatch):
+    def killed(*given, show):
+        if not show:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(bulk, "_work", killed)
+    with pytest.raises(RuntimeError, match=r"failed: .*SIGKILL.*goes on where it stopped"):
         bulk_launch.launch(config, 2)
 
 

@@ -103,7 +103,7 @@ def _kill(config: bulk_plan.BulkConfig, times: int, seconds: float, rng: random.
     killed = 0
     for _ in range(times):
         process = subprocess.Popen(_command(config, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.03, 0.25) * seconds)
+        time.sleep(rng.uniform(0.03, 0.18) * seconds)
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     return killed

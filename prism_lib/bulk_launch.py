@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from prism_lib.bulk_plan import BulkConfig, config_json, plan
 from prism_lib.results import write_text
+
+if TYPE_CHECKING:
+    from prism_lib.bulk import Ready
 
 _AGAIN = "the same command goes on where it stopped"
 
@@ -33,7 +36,8 @@ def launch(config: BulkConfig, processes: int) -> None:
         from prism_lib.bulk import generate
 
         generate(config)
-    elif gpus or config.threads > 1 or sys.platform != "linux":  # a pool of threads does not survive a fork
+    elif gpus or config.threads > 1 or config.compile or sys.platform != "linux":
+        # What a fork would break: a GPU in use, a pool of threads, workers of the compiler, libraries of macOS.
         _torchrun(config, processes, {} if gpus else {"ACCELERATE_USE_CPU": "true"})
     else:
         _fork(config, processes)
@@ -69,7 +73,7 @@ def _fork(config: BulkConfig, processes: int) -> None:
             raise RuntimeError(f"a process of the run failed: {reason}; {_AGAIN}") from error
 
 
-def _forked(index: int, processes: int, store: str, config: BulkConfig, ready: Any) -> None:
+def _forked(index: int, processes: int, store: str, config: BulkConfig, ready: Ready) -> None:
     """One of the processes; what torchrun would tell it in variables, and a file where they find each other."""
     from accelerate.state import AcceleratorState, PartialState
 

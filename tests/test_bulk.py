@@ -435,12 +435,14 @@ def test_as_many_processes_of_torchrun_work_as_were_asked_for(config, tmp_path, 
     assert {path.suffix for path in tmp_path.glob("who.*")} == {".py", ".000001-0000", ".000001-0001"}
 
 
-def test_gpus_are_never_used_from_a_forked_process(config, monkeypatch):
-    calls = []
+def test_what_a_fork_would_break_is_started_by_torchrun(config, monkeypatch):
+    calls, compiled = [], replace(config, compile=True)
     monkeypatch.setattr(bulk_launch, "_torchrun", lambda *given: calls.append(given))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    bulk_launch.launch(compiled, 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bulk_launch.launch(config, 0)
-    assert calls == [(config, 2, {})]
+    assert calls == [(compiled, 3, {"ACCELERATE_USE_CPU": "true"}), (config, 2, {})]
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 One image inverted and edited at five lengths of the self-attention window (direct inversion, `editing.sweep`) against
 null-text inversion and prompt-to-prompt in the published order of work (`reference.py`): the same weights, images,
 prompts, steps and machine, autoencoder included on both sides. Null-text inversion is also compared by itself, ours
-against the published loop on the same trajectory: seconds, and the largest difference of the latents. The reference
-stops its inner loops early, as published, so `unet_evaluations_reference` counts the forward evaluations that it made.
+against the published loop on the same four trajectories, one by one and (ours) all in one batch: seconds, and the
+largest difference of the latents. The reference stops its inner loops early, as published, so
+`unet_evaluations_reference` counts the forward evaluations that it made.
 
 With a GPU also a pipeline of SD v1.5's size with random weights: 512 x 512, bfloat16, by batch size. `--steps 3` is a
 trial; anything but the defaults is recorded under `runs/`.
@@ -32,6 +33,7 @@ from prism_lib.models import encode_prompts
 from prism_lib.prompts import Edit, PromptPair
 
 STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
+NULL_TEXTS = 4
 WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
 EDIT = Edit(remove=("Support Devices",))
 PUBLISHED = EditConfig(
@@ -100,6 +102,11 @@ class Measured:
         """Seconds of the median call."""
         return statistics.median(self.seconds)
 
+    @property
+    def total(self) -> float:
+        """Seconds of all calls together."""
+        return sum(self.seconds)
+
 
 def main() -> None:
     """Measure and record."""
@@ -114,7 +121,7 @@ def main() -> None:
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         cases = Cases.draw(BATCH, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
         metrics: dict[str, Any] = direct_against_reference(pipe, cases, options.steps, options.images)
-        metrics |= null_text_against_loop(pipe, cases, options.steps, options.images)
+        metrics |= null_text_against_loop(pipe, cases, options.steps)
         if torch.cuda.is_available():
             metrics["sd_v1_5"] = full_size(options.steps)
     trial = (options.steps, options.images) != (STEPS, IMAGES)
@@ -126,6 +133,7 @@ def main() -> None:
             "num_inference_steps": options.steps,
             "images": options.images,
             "batch_size": BATCH,
+            "null_text_images": NULL_TEXTS,
             "self_replace_steps": WINDOWS,
             "edit": EDIT.key,
             "config": EditConfig(),
@@ -181,31 +189,36 @@ def direct(
     return sweep(pipe, inversion, pairs, configs)
 
 
-def null_text_against_loop(pipe: StableDiffusionPipeline, cases: Cases, steps: int, images: int) -> dict[str, float]:
-    """Null-text optimisation of the same trajectories, ours against the published loop; sides alternate."""
-    ours, plain, differences = Measured(), Measured(), []
+def null_text_against_loop(pipe: StableDiffusionPipeline, cases: Cases, steps: int) -> dict[str, float]:
+    """Null-text optimisation of the same trajectories: ours, one by one and in a batch, against the published loop."""
+    ours, plain, batched, differences = Measured(), Measured(), Measured(), []
     theirs = reference.Reference(pipe, steps, InversionConfig())
-    for n in range(images):
-        prompt = cases.pairs[n].source
-        inversion = invert(pipe, cases.images[n : n + 1], [prompt], "direct", steps)
-        fast, _ = ours.call(pipe, partial(null_text, pipe, inversion, prompt))
+    prompts = [pair.source for pair in cases.pairs[:NULL_TEXTS]]
+    inversion = invert(pipe, cases.images[:NULL_TEXTS], prompts, "direct", steps)
+    together, _ = batched.call(pipe, partial(null_text, pipe, inversion))
+    for n, prompt in enumerate(prompts):
+        own = inversion[n : n + 1]
+        fast, _ = ours.call(pipe, partial(null_text, pipe, own))
         with reference.with_weight_gradients(pipe):
-            slow, _ = plain.call(pipe, partial(theirs.null_text, inversion.latents, prompt))
-        differences.append(float((fast - slow).abs().max()))
+            slow, _ = plain.call(pipe, partial(theirs.null_text, own.latents, prompt))
+        differences += [float((made - slow).abs().max()) for made in (fast, together[:, n : n + 1])]
     return {
-        "speedup_null_text": plain.median / ours.median,
+        "speedup_null_text": plain.total / ours.total,
+        "speedup_null_text_batch4": plain.total / batched.total,
         "null_text_difference": max(differences),
-        "seconds_null_text": ours.median,
-        "seconds_null_text_loop": plain.median,
+        "seconds_null_text": ours.total / NULL_TEXTS,
+        "seconds_null_text_batch4": batched.total / NULL_TEXTS,
+        "seconds_null_text_loop": plain.total / NULL_TEXTS,
         "unet_evaluations_null_text": statistics.mean(ours.evaluations),
+        "unet_evaluations_null_text_batch4": batched.evaluations[0] / NULL_TEXTS,
         "unet_evaluations_null_text_loop": statistics.mean(plain.evaluations),
     }
 
 
 @torch.no_grad()
-def null_text(pipe: StableDiffusionPipeline, inversion: Inversion, prompt: str) -> tuple[Tensor, Tensor]:
-    """Our null-text optimisation of a trajectory that is there already."""
-    text, empty = encode_prompts(pipe, [prompt]), encode_prompts(pipe, [""])
+def null_text(pipe: StableDiffusionPipeline, inversion: Inversion) -> tuple[Tensor, Tensor]:
+    """Our null-text optimisation of trajectories that are there already."""
+    text, empty = encode_prompts(pipe, inversion.prompts), encode_prompts(pipe, [""] * len(inversion))
     return optimise_null_text(pipe, inversion.latents, text, empty, inversion.schedule, inversion.config)
 
 

@@ -16,6 +16,8 @@ from prism_lib.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
 
 # What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
 MOST_CLAUSES = 7
+# How many of the explicit captions say details where they are known: an edit may name a side or a kind of device.
+DETAILED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,14 @@ def sample_caption(
     """A training caption: the explicit one with probability `explicit_share`, else any other template.
 
     The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
-    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
+    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}. Of the
+    explicit ones `DETAILED_SHARE` say all details that are known, as the prompts of an edit do that names one.
     """
     if not 0 <= explicit_share <= 1:
         raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
     said = statement(labels, vocab)
     if rng.random() < explicit_share:
-        return explicit(said)
+        return explicit(_detailed(said, details) if details and rng.random() < DETAILED_SHARE else said)
     clauses = [_reworded(clause, rng, vocab, details or {}) for clause in said.clauses]
     rng.shuffle(clauses)
     if len(clauses) > MOST_CLAUSES:
@@ -161,6 +164,12 @@ def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> St
                 clauses.append(Clause(label, vocab.phrase(name), state))
     normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
     return Statement(vocab.subject, tuple(clauses), normal, vocab.title)
+
+
+def _detailed(said: Statement, details: Mapping[str, str]) -> Statement:
+    """The same with all known details of what is present in place of the labels' plain phrases."""
+    clauses = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
+    return replace(said, clauses=tuple(clauses))
 
 
 def _reworded(clause: Clause, rng: random.Random, vocab: Vocabulary, details: Mapping[str, str]) -> Clause:

@@ -274,7 +274,8 @@ def optimise_null_text(
     """The guided way down along a trajectory (T + 1, N, c, h, w), and the embeddings (T + 1, N, L, D) that lead it.
 
     Images are independent: the loss is each one's mean, Adam works element by element, and an image that has met its
-    threshold keeps its embedding. Only embeddings get gradients, and the conditional prediction of a step is made once.
+    threshold keeps its embedding and leaves the batch. Only embeddings get gradients, and the conditional prediction of
+    a step is made once.
     """
     latents, stored = trajectory.clone(), empty_embeds.new_zeros(schedule.num_steps + 1, *empty_embeds.shape)
     embeds, sample = empty_embeds, trajectory[-1]
@@ -286,18 +287,23 @@ def optimise_null_text(
         embeds = embeds.clone().requires_grad_()
         optimizer = torch.optim.Adam([embeds], lr=config.learning_rate * (1 - index / (2 * schedule.num_steps)))
         running = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
+        rows = running.nonzero()[:, 0]
         for inner in range(config.inner_steps):
+            tried = embeds.detach()[rows].requires_grad_()
             with torch.enable_grad():
-                below = _advance(pipe, sample, conditional, embeds, schedule, level, config)
-                losses = (below - trajectory[level - 1]).square().mean((1, 2, 3))
-                (embeds.grad,) = torch.autograd.grad(losses.sum(), embeds)
+                below = _advance(pipe, sample[rows], conditional[rows], tried, schedule, level, config)
+                losses = (below - trajectory[level - 1, rows]).square().mean((1, 2, 3))
+                (gradient,) = torch.autograd.grad(losses.sum(), tried)
+            embeds.grad = torch.zeros_like(embeds).index_copy(0, rows, gradient)
             before = embeds.detach().clone()
             optimizer.step()
             embeds.data = torch.where(running[:, None, None], embeds.data, before)
-            running &= losses.detach() >= config.threshold + index * 2e-5
-            # Asking costs a GPU a synchronisation, so it is asked every third step only.
-            if (sample.device.type == "cpu" or inner % 3 == 2) and not bool(running.any()):
-                break
+            running[rows] &= losses.detach() >= config.threshold + index * 2e-5
+            # Asking which are left costs a GPU a synchronisation, so it is asked every third step only.
+            if sample.device.type == "cpu" or inner % 3 == 2:
+                rows = running.nonzero()[:, 0]
+                if not len(rows):
+                    break
         embeds = embeds.detach()
         stored[level] = embeds
         sample = latents[level - 1] = _advance(pipe, sample, conditional, embeds, schedule, level, config)

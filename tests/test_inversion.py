@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,32 @@ def test_null_text_in_a_batch_equals_the_published_loop(prediction_type):
     for n in range(2):
         alone = plain_null_text(pipe, plain.latents[:, n : n + 1], config)
         torch.testing.assert_close(together.latents[:, n : n + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_null_text_evaluates_an_image_only_until_it_has_met_its_threshold():
+    pipe, images = tiny_pipeline(), tiny_images(2)
+    config = InversionConfig(guidance_scale=3.0, inner_steps=6, threshold=0.0)
+
+    def evaluations(*chosen, threshold):
+        rows = []
+        with evaluated(pipe, rows):
+            some = images[list(chosen)]
+            invert(pipe, some, [SOURCE] * len(some), "null_text", STEPS, config=replace(config, threshold=threshold))
+        return sum(rows)
+
+    alone = [evaluations(n, threshold=1.0) for n in range(2)]
+    assert alone[0] != alone[1]  # one is done sooner, and would be carried along
+    assert evaluations(0, 1, threshold=1.0) == sum(alone) < 2 * evaluations(0, threshold=0.0)
+
+
+@contextmanager
+def evaluated(pipe, rows):
+    """The rows of every U-Net call inside the block."""
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_edit_friendly_noise_is_the_images_own_and_drawn_from_the_seed():

@@ -16,9 +16,11 @@ from torch import Tensor
 from prism_lib import phantom
 from prism_lib.image_table import Columns
 from prism_lib.imagefolder import Folder, load_info, load_table, read_images
+from prism_lib.labels import CHEST
 from prism_lib.preparation import prepare
 from prism_lib.prepare_config import PrepareConfig
 from prism_lib.prompts import Edit
+from prism_lib.sources import DETAIL_COLUMNS, details
 
 __all__ = [
     "Columns",
@@ -36,12 +38,27 @@ __all__ = [
 
 
 def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
-    """The rows that an edit applies to: what it removes is labelled present, what it adds absent."""
-    for label in (*edit.remove, *edit.add):
-        if label not in table:
-            raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
-    suits = table[list(edit.remove)].eq(1).all(axis=1) & table[list(edit.add)].eq(0).all(axis=1)
+    """The rows that an edit applies to: what it removes is labelled present, what it adds absent.
+
+    A detail ("pacemaker") is removed where the source says that it is there, and added where its label is absent.
+    """
+    suits = pd.Series(True, index=table.index)
+    for names, state in ((edit.remove, 1), (edit.add, 0)):
+        for name in names:
+            label = CHEST.owners.get(name, name)
+            if label not in table:
+                raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
+            suits &= table[label].eq(state)
+            if state and name != label:
+                suits &= _said(table, label, name)
     return table[suits].reset_index(drop=True)
+
+
+def _said(table: pd.DataFrame, label: str, detail: str) -> pd.Series:
+    """Which rows have this detail of a label."""
+    if not set(DETAIL_COLUMNS) <= set(table.columns):
+        raise ValueError(f"the data set does not say which rows have {detail!r}; edit {label!r} instead")
+    return table.apply(lambda row: detail in details("phantom", row).get(label, "").split(" and "), axis=1)
 
 
 def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> tuple[Tensor, Tensor] | None:

@@ -29,6 +29,7 @@ from prism_lib.classifier import (
 )
 from prism_lib.editing import Counterfactual, EditConfig, edit, stack
 from prism_lib.inversion import invert
+from prism_lib.labels import CHEST
 from prism_lib.prompts import Edit, PromptPair
 from prism_lib.results import Timer
 
@@ -258,10 +259,13 @@ def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
 def _by_judge(e: Evaluation, judge: Judge) -> dict[str, Any]:
     """Probabilities of the edited label before and after, CPG, and how many other labels flipped."""
     before, after = predict(judge.model, _gray(e.factual)), predict(judge.model, _gray(e.edited))
-    changed = [*e.edit.remove, *e.edit.add]
+    owners = CHEST.owners
+    changed = [owners.get(name, name) for name in (*e.edit.remove, *e.edit.add)]
     others = [k for k, label in enumerate(judge.labels) if label not in changed]
     columns: dict[str, Any] = {}
-    if len(changed) == 1 and changed[0] in judge.labels:
+    # With one of its details removed a label may still be present, by another: then nothing is expected of the judge.
+    decided = not any(name in owners for name in e.edit.remove)
+    if len(changed) == 1 and changed[0] in judge.labels and decided:
         column, target = judge.labels.index(changed[0]), int(bool(e.edit.add))
         columns["p_before"] = before[:, column].tolist()
         columns["p_after"] = after[:, column].tolist()

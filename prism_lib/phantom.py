@@ -18,7 +18,9 @@ The graph, with one independent uniform U per variable and logistic(x) = 1 / (1 
 with prevalence(x) = logistic(x). At ``confounding`` = 0 every attribute is an independent fair coin; at 1 devices
 follow disease almost always, which is the shortcut that downstream classifiers learn. The side of an effusion, the
 kinds of device, their geometry and all severities are exogenous: an intervention ``support_devices=1`` shows the
-devices that *this* patient would have had.
+devices that *this* patient would have had. An intervention may also name one of `DETAILS`: ``pacemaker=1`` shows the
+pacemaker that this patient would have had beside the devices that are there, ``left_pleural_effusion=1`` fluid on the
+left, as high as it would have stood.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ from prism_lib import anatomy
 LABELS = ("No Finding", "Cardiomegaly", "Pleural Effusion", "Support Devices")
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 ATTRIBUTES = ("age", "female", "ap", "cardiomegaly", "pleural_effusion", "support_devices")
+
+# Which columns of `Patients.effusion_sides` and of `Patients.device_kinds` a detail sets.
+_SIDES = {"right_pleural_effusion": [0], "left_pleural_effusion": [1], "bilateral_pleural_effusion": [0, 1]}
+_KINDS = {kind.replace(" ", "_"): [column] for column, kind in enumerate(DEVICE_KINDS)}
+DETAILS = (*_SIDES, *_KINDS)
+SETTABLE = frozenset((*ATTRIBUTES, *DETAILS))  # what an intervention may name
 
 _CHUNK = 4
 _KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
@@ -72,19 +80,42 @@ class Patients:
     def intervene(self, **attributes: float | Tensor) -> Patients:
         """do(attribute = value): the same noise, all other attributes as they were.
 
-        Values are a number or a tensor (N,). Descendants in the graph keep their factual values, because the
-        question is what changes in the *image* "and nothing else".
+        Names are `ATTRIBUTES` and `DETAILS`, whose side or kind then no longer follows from its noise. Values are a
+        number or a tensor (N,). Descendants in the graph keep their factual values, because the question is what
+        changes in the *image* "and nothing else".
         """
-        changed = dict(self.attributes)
+        changed, details = dict(self.attributes), dict[str, Tensor]()
         for name, value in attributes.items():
-            if name not in changed:
-                raise ValueError(f"unknown phantom attribute {name!r}; the phantom has {', '.join(ATTRIBUTES)}")
+            if name not in SETTABLE:
+                known = ", ".join((*ATTRIBUTES, *DETAILS))
+                raise ValueError(f"unknown phantom attribute {name!r}; the phantom has {known}")
             new = torch.as_tensor(value, dtype=torch.float32).expand(len(self)).clone()
             valid = (new >= 0) & (new <= 120) if name == "age" else (new == 0) | (new == 1)
             if not bool(valid.all()):
                 raise ValueError(f"{name}={new[~valid][0].item():g} is outside what the phantom knows")
-            changed[name] = new
-        return replace(self, attributes=changed)
+            (details if name in DETAILS else changed)[name] = new
+        patients = replace(self, attributes=changed)
+        for name, new in details.items():
+            patients = patients._with_detail(name, new > 0.5)
+        return patients
+
+    def _with_detail(self, name: str, present: Tensor) -> Patients:
+        """One side of fluid or one kind of device there or not, (N,); the others as they are."""
+        if name in _SIDES:
+            sides = self.effusion_sides
+            sides[:, _SIDES[name]] = present[:, None]
+            right, left = sides.float().unbind(1)
+            drawn, there, finding = 0.5 + 0.3 * (left - right), sides.any(1), "pleural_effusion"
+            noise = {"effusion_side": torch.where(there, drawn, self.noise["effusion_side"])}
+        else:
+            kinds = self.device_kinds
+            kinds[:, _KINDS[name]] = present[:, None]
+            likely = torch.tensor(_KIND_PROBABILITIES)
+            drawn, there, finding = torch.where(kinds, likely / 2, (1 + likely) / 2), kinds.any(1), "support_devices"
+            old = self.noise["kinds"]
+            noise = {"kinds": torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)}
+        attributes = self.attributes | {finding: there.float()}
+        return replace(self, noise=self.noise | noise, attributes=attributes)
 
     @property
     def device_kinds(self) -> Tensor:

@@ -19,6 +19,7 @@ from prism_lib.pixels import FITS, ImageFiles, Picture, Rejection, read_gray
 
 __all__ = [
     "BATCH",
+    "DETAIL_COLUMNS",
     "FITS",
     "ImageFiles",
     "Phantoms",
@@ -34,6 +35,8 @@ __all__ = [
 
 BATCH = 32  # rows that a reader gets at once
 NONE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
+
+DETAIL_COLUMNS = ("devices", "effusion_side")  # what the phantom's table knows beyond labels
 
 Reader = Callable[[pd.DataFrame], Iterator[Picture | Rejection]]
 

@@ -222,7 +222,7 @@ class Study(Gallery):
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
         scores |= {f"reads {label}": value for label, value in self.readings(image).items()}
-        if case.name.startswith("phantom:") and edit.attributes and set(edit.attributes) <= set(phantom.ATTRIBUTES):
+        if case.name.startswith("phantom:") and edit.attributes and phantom.SETTABLE.issuperset(edit.attributes):
             truth, changed = phantom.counterfactual(phantom_patient(case.name), self.size, **edit.attributes)
             if bool(changed.any()):
                 scores["true_error_ratio"] = metrics.true_error_ratio(image, truth, factual, changed).item()

@@ -18,7 +18,7 @@ from prism_lib.chest import NIH_COLUMNS, nih_source
 from prism_lib.datasets import PrepareConfig, load_info, load_table, prepare, read_images
 from prism_lib.preparation import split_patients
 from prism_lib.prepare_config import SOURCES
-from prism_lib.prompts import PHANTOM, Edit, caption
+from prism_lib.prompts import CHEST, PHANTOM, Edit, caption
 from prism_lib.sources import ImageFiles, read_gray, seeded_order
 
 SIZE = 32
@@ -173,6 +173,26 @@ def test_examples_show_what_the_source_knows(phantoms, nih):
     assert example.titles == ("factual",)
     with pytest.raises(ValueError, match="suits any of remove_support_devices"):
         datasets.edit_examples(nih.parent / "prepared", edits[1:])
+
+
+@pytest.mark.parametrize("detail", ["pacemaker", "ecg leads", "left pleural effusion"])
+def test_a_detail_is_removed_where_it_is_and_added_where_its_label_is_absent(phantoms, detail):
+    table, label = load_table(phantoms), CHEST.owners[detail]
+    for verb, edit in (("remove", Edit(remove=(detail,))), ("add", Edit(add=(detail,)))):
+        rows = datasets.editable(table, edit)
+        assert 0 < len(rows) < len(table)
+        assert rows[label].eq(verb == "remove").all()
+        image, mask = datasets.true_counterfactual(phantoms, rows, edit)
+        factual = read_images(phantoms, rows)
+        assert mask.flatten(1).any(1).all() and torch.equal(image[~mask], factual[~mask])
+    named = table["devices"].str.contains(detail) | table["effusion_side"].eq(detail.split()[0])
+    assert len(datasets.editable(table, Edit(remove=(detail,)))) == named.sum()
+
+
+def test_a_data_set_without_details_says_so(nih):
+    table = load_table(prepare(config_for(nih)))
+    with pytest.raises(ValueError, match="does not say which rows have 'left pleural effusion'"):
+        datasets.editable(table, Edit(remove=("left pleural effusion",)))
 
 
 def test_editable_refuses_an_unknown_label(phantoms):

@@ -1,5 +1,7 @@
 """Evaluation: the numbers of an edit, on a tiny pipeline and small phantoms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,6 +79,14 @@ def test_the_judge_counts_only_what_can_flip(evaluated):
     assert summary["flip_rate"] == 0.5
     assert summary["images"] == 3
     assert summary["identity_l1_low"] <= summary["identity_l1"] <= summary["identity_l1_high"]
+
+
+def test_a_detail_is_read_as_the_label_that_it_belongs_to(evaluated):
+    judge = Judge(Oracle(), LABELS)
+    added = evaluation._by_judge(replace(evaluated, edit=Edit(add=("pacemaker",))), judge)
+    assert added["cpg"] == evaluation._by_judge(replace(evaluated, edit=Edit(add=("Support Devices",))), judge)["cpg"]
+    removed = evaluation._by_judge(replace(evaluated, edit=Edit(remove=("pacemaker",))), judge)
+    assert set(removed) == {"side_effect_rate"}, "there may be other devices"
 
 
 def test_captions_depend_on_image_and_seed_alone(phantom_folder):

@@ -80,6 +80,34 @@ def test_devices_are_dense_and_never_none(patients):
     assert torch.stack([c.max() for c in change]).min() > 0.08
 
 
+@pytest.mark.parametrize("column", range(len(phantom.DEVICE_KINDS)))
+def test_one_kind_of_device_comes_and_goes_and_the_others_stay(patients, column):
+    name = phantom.DEVICE_KINDS[column].replace(" ", "_")
+    before = patients.device_kinds
+    others = [k for k in range(before.shape[1]) if k != column]
+    for value in (0.0, 1.0):
+        changed = patients.intervene(**{name: value})
+        assert changed.device_kinds[:, column].eq(bool(value)).all()
+        assert torch.equal(changed.device_kinds[:, others], before[:, others])
+        assert torch.equal(changed.attributes["support_devices"] > 0.5, changed.device_kinds.any(1))
+        same = before[:, column] == bool(value)
+        assert torch.equal(phantom.render(changed, SIZE)[same], phantom.render(patients, SIZE)[same])
+
+
+def test_fluid_is_put_on_the_side_that_is_named(patients):
+    dry = patients.intervene(pleural_effusion=0)
+    sides = {"right": [True, False], "left": [False, True], "bilateral": [True, True]}
+    for side, expected in sides.items():
+        wet = dry.intervene(**{f"{side}_pleural_effusion": 1.0})
+        assert wet.effusion_sides.tolist() == [expected] * len(patients)
+        assert set(wet.labels()["effusion_side"]) == {side}
+        drained = wet.intervene(**{f"{side}_pleural_effusion": 0.0})
+        assert torch.equal(phantom.render(drained, SIZE), phantom.render(dry, SIZE))
+    both = dry.intervene(left_pleural_effusion=1, right_pleural_effusion=1)
+    assert torch.equal(phantom.render(both, SIZE), phantom.render(dry.intervene(bilateral_pleural_effusion=1), SIZE))
+    assert set(both.intervene(left_pleural_effusion=0).labels()["effusion_side"]) == {"right"}
+
+
 def test_confounding_is_what_ties_devices_to_disease():
     gaps = {}
     for confounding in (0.0, 1.0):
@@ -117,7 +145,8 @@ def test_resolutions_show_the_same_patient(patients):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.intervene(pacemaker=1), "unknown phantom attribute 'pacemaker'"),
+        (lambda p: p.intervene(stent=1), "unknown phantom attribute 'stent'.*pacemaker"),
+        (lambda p: p.intervene(pacemaker=2), "pacemaker=2"),
         (lambda p: p.intervene(cardiomegaly=0.5), "cardiomegaly=0.5"),
         (lambda p: p.intervene(age=-3), "age=-3"),
         (lambda p: phantom.render(p, 16), "size=16"),

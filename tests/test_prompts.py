@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from prism_lib.captions import DETAILED_SHARE
 from prism_lib.labels import NIH_LABELS, VOCABULARIES
 from prism_lib.prompts import (
     CHEST,
@@ -148,6 +149,16 @@ def test_details_are_said_for_present_labels_only():
     texts = [sample_caption(SICK, rng, PHANTOM, 0.0, details) for _ in range(200)]
     assert any("pacemaker" in text for text in texts)
     assert not any("left" in text for text in texts)
+
+
+def test_some_explicit_captions_say_the_details_as_the_prompts_of_an_edit_do():
+    details = {"Support Devices": "pacemaker"}
+    rng = random.Random(0)
+    texts = [sample_caption(SICK, rng, PHANTOM, 1.0, details) for _ in range(400)]
+    plain = caption(SICK, "explicit", PHANTOM)
+    detailed = Edit(add=("pacemaker",)).prompts(SICK | {"Support Devices": 0}, PHANTOM).target
+    assert set(texts) == {plain, detailed}
+    assert texts.count(detailed) / 400 == pytest.approx(DETAILED_SHARE, abs=0.06)
 
 
 def test_explicit_share_outside_its_range_is_refused():

@@ -2,19 +2,32 @@
 
 For every edit of 03_counterfactuals, how far the true counterfactuals of patients with one and the same image differ
 (`prism_lib.identifiability`): the error, and the mask's recall, of a fair draw of the answers that an image allows.
+`reversibility` asks the same of a finding that is removed in truth and then added again by a fair draw: the distance
+to the original in units of the autoencoder's own error, as in the record `axioms`.
 """
 
 import argparse
 
 import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
 
-from prism_lib import identifiability, phantom, results
+from prism_lib import identifiability, metrics, models, phantom, results
 from prism_lib.evaluation import interval
-from prism_lib.prompts import Edit, vocabulary
+from prism_lib.prompts import Edit, snake_case, vocabulary
 
 SIZE, SEED, POOL = 256, 2030, 400
-COLUMNS = ("true_error_ratio", "blend_error_ratio", "mask_recall", "mask_area_ratio")
-FINDINGS = ("support_devices", "pleural_effusion", "cardiomegaly")
+COLUMNS = ("true_error_ratio", "blend_error_ratio", "mask_recall", "mask_area_ratio", "reversibility")
+EDITS = (
+    "remove_support_devices",
+    "remove_pleural_effusion",
+    "remove_cardiomegaly",
+    "add_support_devices",
+    "add_pacemaker",
+    "add_pleural_effusion",
+    "add_left_pleural_effusion",
+    "add_cardiomegaly",
+)
 
 
 def main() -> None:
@@ -23,15 +36,18 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=16, help="patients for each edit")
     parser.add_argument("--twins", type=int, default=8, help="twins drawn for each patient")
     options = parser.parse_args()
-    pool = phantom.sample_patients(POOL, SEED)
+    pool, vocab = phantom.sample_patients(POOL, SEED), vocabulary("phantom")
+    known: dict[int, phantom.Patients] = {}
     found = {}
     with results.Timer() as timer:
-        for verb, before in (("remove", 1), ("add", 0)):
-            for finding in FINDINGS:
-                edit = Edit.from_key(f"{verb}_{finding}", vocabulary("phantom"))
-                suited = (pool.attributes[finding] == before).nonzero().flatten().tolist()[: options.patients]
-                table = identifiability.ambiguity(pool[suited], SIZE, options.twins, SEED, **edit.attributes)
-                found[edit.key] = summary(table)
+        pipe = models.load_pipeline(models.SHIPPED)
+        for key in EDITS:
+            edit = Edit.from_key(key, vocab)
+            patients = suited(pool, edit, options.patients)
+            table = identifiability.ambiguity(patients, SIZE, options.twins, SEED, known, **edit.attributes)
+            if edit.add:
+                table["reversibility"] = table["l1"].to_numpy() / own_error(pipe, patients, edit)
+            found[key] = summary(table)
     results.record(
         "identifiability",
         dataset="phantom",
@@ -39,15 +55,31 @@ def main() -> None:
         parameters={"size": SIZE, "patients": options.patients, "twins": options.twins},
         seed=SEED,
         metrics=found,
-        model="none",
+        model=models.SHIPPED,
         seconds=timer.seconds,
     )
+
+
+def suited(pool: phantom.Patients, edit: Edit, count: int) -> phantom.Patients:
+    """The first patients that have what is removed, or lack what is added."""
+    owners = vocabulary("phantom").owners
+    (name,) = (*edit.remove, *edit.add)
+    attribute = snake_case(owners.get(name, name))
+    return pool[(pool.attributes[attribute] == len(edit.remove)).nonzero()[:, 0].tolist()[:count]]
+
+
+@torch.no_grad()
+def own_error(pipe: StableDiffusionPipeline, patients: phantom.Patients, edit: Edit) -> torch.Tensor:
+    """The autoencoder's L1 on the counterfactuals of an edit, (N,)."""
+    images, _ = phantom.counterfactual(patients, SIZE, **edit.attributes)
+    restored = models.decode_latents(pipe.vae, models.encode_images(pipe.vae, images), 1)
+    return metrics.l1(restored.cpu(), images)
 
 
 def summary(table: pd.DataFrame) -> dict[str, float]:
     """Means over patients with intervals."""
     values = {"images": float(len(table))}
-    for column in COLUMNS:
+    for column in table.columns.intersection(COLUMNS):
         values |= interval(column, table[column], table["patient_id"], SEED)
     return values
 

@@ -61,25 +61,34 @@ def twins(patient: Patients, count: int, size: int, generator: torch.Generator) 
     return made
 
 
-def ambiguity(patients: Patients, size: int, count: int = 8, seed: int = 0, **attributes: float) -> pd.DataFrame:
+def ambiguity(
+    patients: Patients,
+    size: int,
+    count: int = 8,
+    seed: int = 0,
+    known: dict[int, Patients] | None = None,
+    **attributes: float,
+) -> pd.DataFrame:
     """How far the counterfactuals of twins are from a patient's own under do(attributes), a row per patient.
 
     Columns: `true_error_ratio`, `mask_recall` and `mask_area_ratio` of a twin's counterfactual taken for the patient's,
-    the mean over ``count`` twins; `blend_error_ratio`, the error of the twins' counterfactuals averaged, which is
-    smaller and looks like no radiograph.
+    and `l1`, their distance over the whole image, the mean over ``count`` twins; `blend_error_ratio`, the error of the
+    twins' counterfactuals averaged, which is smaller and looks like no radiograph. Twins by patient are kept in
+    ``known``, for other interventions on the same patients.
 
     Raises ValueError for a patient whose image the intervention does not change.
     """
-    rows = []
+    rows, known = [], {} if known is None else known
     for n in range(len(patients)):
         patient = patients[[n]]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + patient.index[0])
+        (index,) = patient.index
         factual = phantom.render(patient, size)
         truth, changed = phantom.counterfactual(patient, size, **attributes)
         if not bool(changed.any()):
-            raise ValueError(f"patient {patient.index[0]} has no counterfactual of its own: {dict(attributes)}")
-        others = twins(patient, count, size, generator)
-        images = phantom.counterfactual(others, size, **attributes)[0]
+            raise ValueError(f"patient {index} has no counterfactual of its own: {dict(attributes)}")
+        if index not in known:
+            known[index] = twins(patient, count, size, torch.Generator().manual_seed(seed * 1_000_003 + index))
+        images = phantom.counterfactual(known[index], size, **attributes)[0]
         rows.append({"patient_id": patient.labels()["patient_id"][0], **_against(images, truth, factual, changed)})
     return pd.DataFrame(rows)
 
@@ -92,6 +101,7 @@ def _against(images: Tensor, truth: Tensor, factual: Tensor, changed: Tensor) ->
         "true_error_ratio": float(metrics.true_error_ratio(images, truths, factuals, masks).mean()),
         "mask_recall": float(metrics.mask_recall(own, masks).mean()),
         "mask_area_ratio": float(metrics.mask_area_ratio(own, masks).mean()),
+        "l1": float(metrics.l1(images, truths).mean()),
         "blend_error_ratio": float(
             metrics.true_error_ratio(images.mean(0, keepdim=True), truth, factual, changed).mean()
         ),

@@ -47,8 +47,19 @@ def test_the_image_decides_removals_and_does_not_decide_where_devices_would_be()
     assert removed["true_error_ratio"] < 0.01 and removed["mask_recall"] == 1
     assert added["true_error_ratio"] > 0.3 and added["mask_recall"] < 0.9
     assert added["blend_error_ratio"] < added["true_error_ratio"]
-    again = identifiability.ambiguity(bare, SIZE, 3, support_devices=1.0).iloc[0]
-    assert added.equals(again)
+    assert added["l1"] > removed["l1"]
+    known = {}
+    for _ in range(2):  # drawn anew, and known from before
+        again = identifiability.ambiguity(bare, SIZE, 3, known=known, support_devices=1.0).iloc[0]
+        assert added.equals(again) and list(known) == [3]
+
+
+def test_a_named_detail_leaves_less_open_than_its_label():
+    drawn = {
+        name: identifiability.ambiguity(patient(), SIZE, 4, **{name: 1.0}).iloc[0]
+        for name in ("pleural_effusion", "left_pleural_effusion")
+    }
+    assert drawn["left_pleural_effusion"]["mask_recall"] > drawn["pleural_effusion"]["mask_recall"]
 
 
 def test_an_intervention_that_changes_nothing_and_a_group_are_refused():

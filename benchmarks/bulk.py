@@ -110,7 +110,7 @@ def _halves(config: bulk_plan.BulkConfig, folder: Path) -> list[bulk_plan.BulkCo
 def _run_apart(configs: Sequence[bulk_plan.BulkConfig]) -> None:
     """Runs of one process each, all at one time."""
     processes = [subprocess.Popen(_command(config, 1)) for config in configs]
-    if any([process.wait() for process in processes]):
+    if max(process.wait() for process in processes):
         raise RuntimeError("a separate run failed")
 
 

@@ -17,7 +17,7 @@ from prism_lib.evaluation import interval
 from prism_lib.prompts import Edit, snake_case, vocabulary
 
 SIZE, SEED, POOL = 256, 2030, 400
-COLUMNS = ("true_error_ratio", "blend_error_ratio", "mask_recall", "mask_area_ratio", "reversibility")
+COLUMNS = ["true_error_ratio", "blend_error_ratio", "mask_recall", "mask_area_ratio", "reversibility"]
 EDITS = (
     "remove_support_devices",
     "remove_pleural_effusion",

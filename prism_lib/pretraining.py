@@ -56,6 +56,19 @@ class VaeConfig:
     checkpoint_every: int = 250
 
 
+# The recipe of the decoder, when the encoder is done: burnt-in letters hold most of the error that is left.
+DECODER = VaeConfig(
+    steps=10_000,
+    batch_size=12,
+    crop=64,
+    corner_share=0.6,
+    learning_rate=1e-3,
+    square_weight=40,
+    decoder_only=True,
+    seed=7,
+)
+
+
 def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[str, float]]:
     """Train in place and normalise the latent channels; returns the losses, one dict per 50 steps.
 
@@ -322,8 +335,13 @@ class PretrainConfig:
     output: str
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
+    decoder: VaeConfig | None = None  # such as `DECODER`: the decoder trained on alone, once the encoder is done
     clip: ClipConfig = field(default_factory=ClipConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decoder is not None and not self.decoder.decoder_only:
+            raise ValueError("the recipe of the decoder must have decoder_only=True: the encoder's latents must stay")
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -343,6 +361,8 @@ def pretrain(config: PretrainConfig) -> Path:
         pipeline.tokenizer, config.dataset, "train", seed=config.seed, captions_per_image=2, explicit_share=0.5
     )
     history = train_vae(pipeline.vae, config.vae, output / "vae")
+    if config.decoder is not None:
+        history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     (output / "vae" / "history.json").write_text(json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):

@@ -72,13 +72,22 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path, monkeypatch
 
 
 def test_from_scratch_to_a_pipeline_folder(phantom_folder, tmp_path):
-    config = pretraining.PretrainConfig(str(phantom_folder), str(tmp_path), models.tiny_config(), TINY_VAE, TINY_CLIP)
+    decoder = replace(TINY_VAE, decoder_only=True)
+    config = pretraining.PretrainConfig(
+        str(phantom_folder), str(tmp_path), models.tiny_config(), TINY_VAE, decoder, TINY_CLIP
+    )
     folder = pretraining.pretrain(config)
     pipeline = models.load_pipeline(folder)
     untrained = models.build_pipeline(models.tiny_config(), 0)
     text = ["chest x-ray with cardiomegaly"]
     assert not torch.equal(models.encode_prompts(pipeline, text), models.encode_prompts(untrained, text))
     assert (tmp_path / "clip" / "model.safetensors").is_file()
+    trained = models.build_pipeline(models.tiny_config(), 0).vae
+    pretraining.train_vae(trained, TINY_VAE, tmp_path / "vae")  # what it was before the decoder went on
+    assert torch.equal(pipeline.vae.encoder.conv_in.weight, trained.encoder.conv_in.weight)
+    assert not torch.equal(pipeline.vae.decoder.conv_in.weight, trained.decoder.conv_in.weight)
+    with pytest.raises(ValueError, match="decoder_only=True"):
+        replace(config, decoder=TINY_VAE)
     assert pretraining.start_from("scratch", config) == str(folder)
     assert pretraining.start_from("phantom-sd", config) == "phantom-sd"
 

@@ -6,15 +6,19 @@ import importlib
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
+from benchmarks import bulk, identifiability
 from benchmarks.reference import Reference, with_weight_gradients
-from prism_lib import paths, results
+from prism_lib import paths, phantom, results
+from prism_lib.bulk_plan import BulkConfig
 from prism_lib.editing import EditConfig, grid, sweep
 from prism_lib.inversion import InversionConfig, invert
 from prism_lib.models import decode_latents
+from prism_lib.prompts import Edit
 
 STEPS = 4
 CONFIG = InversionConfig(guidance_scale=3.0, inner_steps=3)
@@ -78,3 +82,24 @@ def test_a_benchmark_prints_its_help_and_does_no_work(name, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="0"):
         module.main()
     assert f"benchmarks.{name}" in capsys.readouterr().out
+
+
+def test_two_separate_runs_share_the_edits_of_one(tmp_path):
+    edits = tmp_path / "edits.csv"
+    names = [f"test/{n}.png" for n in range(5)]
+    edits.write_text("file_name,edit\n" + "".join(f"{name},remove_support_devices\n" for name in names))
+    halves = bulk._halves(BulkConfig("data", str(edits), str(tmp_path / "all")), tmp_path)
+    tables = [pd.read_csv(half.edits) for half in halves]
+    assert sorted(len(table) for table in tables) == [2, 3]
+    assert sorted(pd.concat(tables)["file_name"]) == names
+    assert len({half.out for half in halves}) == 2
+
+
+def test_identifiability_asks_patients_that_an_edit_suits():
+    pool = phantom.sample_patients(12, seed=0)
+    for key in ("remove_support_devices", "add_pacemaker", "add_left_pleural_effusion"):
+        edit = Edit.from_key(key)
+        patients = identifiability.suited(pool, edit, 2)
+        assert len(patients) == 2
+        _, changed = phantom.counterfactual(patients, 64, **edit.attributes)
+        assert changed.flatten(1).any(1).all()

@@ -39,7 +39,7 @@ class EditTask:
     @property
     def guidance_scale(self) -> float:
         """The scale that its pair of prompts calls for."""
-        return self.config.guidance_scale * (self.config.addition_factor if self.pair.adds else 1)
+        return self.config.guidance_scale * (self.config.strengthening(self.pair.target_words) if self.pair.adds else 1)
 
 
 @dataclass

@@ -12,6 +12,10 @@ from prism_lib.masks import COMPOSITES, MaskConfig
 
 NEGATIVES = ("source", "empty")
 PROXIMALS = ("none", "l0", "l1")
+# Measured on validation phantoms: a large heart comes without more guidance, fluid with half of what a device needs.
+ADDITION_SHARES = {"cardiomegaly": 0.0, "enlarged heart": 0.0, "pleural effusion": 0.5} | {
+    f"{side} pleural effusion": 0.0 for side in ("left", "right", "bilateral")
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class EditConfig:
     Guidance acts in the first `guidance_end` of the steps (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
     there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. Where an edit
     adds something, its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what
-    it is and where, of what has to come only the words do. A longer
+    it is and where, of what has to come only the words do. `addition_shares` says, by phrase of the edit, how much of
+    that excess a finding needs; what it does not name needs all. A longer
     `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's attention to the
     words of the edit inside the cross window. `word_windows` gives words or phrases of the target prompt a cross window
     of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected in layers of at most
@@ -34,6 +39,7 @@ class EditConfig:
 
     guidance_scale: float = 2.0
     addition_factor: float = 2.0
+    addition_shares: Mapping[str, float] = field(default_factory=lambda: dict(ADDITION_SHARES), hash=False)
     guidance_end: float = 0.4
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
@@ -67,11 +73,13 @@ class EditConfig:
         for name in (*shares, "confine", "confine_start", "proximal_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
-        if not isinstance(self.word_windows, Mapping):
-            raise ValueError(f"word_windows is {self.word_windows!r}; expected a share of the steps by word")
-        for word, share in self.word_windows.items():
-            if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
-                raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
+        for name in ("word_windows", "addition_shares"):
+            by_word = getattr(self, name)
+            if not isinstance(by_word, Mapping):
+                raise ValueError(f"{name} is {by_word!r}; expected a share by word")
+            for word, share in by_word.items():
+                if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
+                    raise ValueError(f"{name} is {share!r} for {word!r}; expected a value in [0, 1] by word")
         for name in ("guidance_scale", "addition_factor", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
@@ -81,6 +89,11 @@ class EditConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
+
+    def strengthening(self, words: Sequence[str]) -> float:
+        """What the guidance of an edit that adds these phrases is multiplied by."""
+        shares = [self.addition_shares.get(word.lower(), 1.0) for word in words]
+        return 1 + max(shares, default=1.0) * (self.addition_factor - 1)
 
 
 def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:

@@ -212,12 +212,18 @@ class Edit:
         if self.source:
             return PromptPair(self.source, self.target, *self._text_words())
         changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
-        named = (*changed, *self.keep)
         before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
         after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
-        source, target = (explicit(statement(state, vocab, named)) for state in (before, after))
-        words = tuple(vocab.phrase(name) for name in changed)
-        return PromptPair(source, target, words, words)
+        # Where a label is absent so are its details, and captions say the label: "without support devices".
+        owners = vocab.owners
+        absent = {
+            n: owners[n] for n in self.add if n in owners and label_state(owners[n], labels.get(owners[n])) is False
+        }
+        said = tuple(absent.get(name, name) for name in changed)
+        source = explicit(statement(before, vocab, (*said, *self.keep)))
+        target = explicit(statement(after, vocab, (*changed, *self.keep)))
+        words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
+        return PromptPair(source, target, *words)
 
     def _text_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if not self.words:

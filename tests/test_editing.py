@@ -212,6 +212,14 @@ def test_an_addition_is_guided_by_the_factor_more_and_a_removal_is_not():
         assert (result.raw - other.raw).abs().max() > 1e-5
 
 
+def test_some_findings_need_less_of_the_excess():
+    config = EditConfig(addition_factor=3.0, addition_shares={"cardiomegaly": 0.0, "pleural effusion": 0.5})
+    strengths = [config.strengthening(words) for words in (("cardiomegaly",), ("Pleural effusion",), ("pacemaker",))]
+    assert strengths == [1.0, 2.0, 3.0]
+    assert config.strengthening(("cardiomegaly", "pacemaker")) == config.strengthening(()) == 3.0
+    assert replace(config, addition_factor=1.0).strengthening(("pacemaker",)) == 1.0
+
+
 @pytest.mark.parametrize("config", [EditConfig(), replace(STRONG, local_blend=True)])
 def test_an_image_does_not_depend_on_its_batch(config):
     """In double precision: an untrained model amplifies the rounding of batched float32 kernels."""
@@ -467,6 +475,8 @@ def test_a_cancelled_edit_restores_the_processors():
         ("word_windows", {"devices": "0.5"}),
         ("word_windows", {3: 0.5}),
         ("word_windows", ("devices", 0.5)),
+        ("addition_shares", {"devices": -0.5}),
+        ("addition_shares", ("devices", 0.5)),
         ("alignment", "merge"),
         ("negative", "none"),
         ("composite", "blend"),

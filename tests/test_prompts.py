@@ -192,6 +192,16 @@ def test_corpus_holds_every_word_that_a_caption_can_say(vocab):
 # --- edits
 
 
+def test_where_a_label_is_absent_the_source_of_a_detail_says_the_label_as_captions_do():
+    bare = SICK | {"Support Devices": 0}
+    pair = Edit(add=("pacemaker", "ecg leads")).prompts(bare, PHANTOM)
+    assert pair.source == caption(bare, "explicit", PHANTOM)
+    assert pair.target == "chest x-ray with cardiomegaly, without pleural effusion, with pacemaker, with ecg leads"
+    assert (set(pair.source_words), pair.target_words) == ({"support devices"}, ("pacemaker", "ecg leads"))
+    another = Edit(add=("pacemaker",)).prompts(SICK, PHANTOM)  # beside the devices that are there
+    assert "without pacemaker" in another.source and "with pacemaker" in another.target
+
+
 @pytest.mark.parametrize("key", PHANTOM_EDITS)
 def test_prompts_differ_in_one_word_and_match_the_captions(key):
     edit = Edit.from_key(key)

@@ -364,3 +364,13 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
     embeddings = encoder(ids.to(encoder.device))[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
+
+
+def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
+    """How far the text encoder holds two phrases apart, as a share of what lies between "with" and "without" the first.
+
+    Where it is near 0 the U-Net reads the same of both, and an edit that names one may show the other.
+    """
+    texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
+    one, two, without = encode_prompts(pipeline, texts).mean(1)
+    return float((one - two).norm() / (one - without).norm())

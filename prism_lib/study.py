@@ -31,6 +31,7 @@ from prism_lib.recipe import Recipe, phantom_patient
 logger = logging.getLogger(__name__)
 
 PREVIEW_STEPS = 5
+HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 SWEEPS: Mapping[str, tuple[float, ...]] = {
     "guidance_scale": (1.0, 2.0, 3.5, 5.0),
     "self_replace_steps": (0.0, 0.2, 0.4, 0.6),
@@ -215,7 +216,16 @@ class Study(Gallery):
         mask = self.masks.get(recipe.mask) if isinstance(recipe.mask, str) else None
         mask = None if mask is None else (mask > 0.5).float()
         result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
-        return Outcome(recipe, edit, result, self._scores(case, edit, result), self.notice_of(case))
+        notice = " ".join(filter(None, (self.notice_of(case), self._unheard(edit))))
+        return Outcome(recipe, edit, result, self._scores(case, edit, result), notice)
+
+    def _unheard(self, edit: Edit) -> str:
+        """That the model hardly hears a side or a kind of device which the edit names, or nothing."""
+        for name in (*edit.remove, *edit.add, *edit.keep):
+            for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
+                if other != name and models.told_apart(self.pipe, name, other, self.vocab.subject) < HEARD:
+                    return f"To {self.model}, {name} and {other} read almost the same: the image may show either."
+        return ""
 
     def _scores(self, case: Case, edit: Edit, result: Counterfactual) -> dict[str, float]:
         """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""

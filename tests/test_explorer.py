@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib import novelty, paths, phantom, plotting, views
+from prism_lib import models, novelty, paths, phantom, plotting, views
 from prism_lib.classifier import ClassifierConfig, build_classifier
 from prism_lib.evaluation import Judge
 from prism_lib.explorer import Explorer
@@ -391,6 +391,16 @@ def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
         assert ("explore(" in study.notice) == unlike
         edit, recipe = removal(study)
         assert study.run([recipe], edit)[0].notice == study.notice
+
+
+def test_a_detail_that_the_model_hardly_hears_is_said_with_the_result(runs, monkeypatch):
+    study = Study(tiny_pipeline())
+    study.open_phantom(0, patient(True))
+    for heard, expected in ((0.1, "pacemaker and central venous catheter read almost the same"), (0.5, "")):
+        monkeypatch.setattr(models, "told_apart", lambda *_, heard=heard: heard)
+        edit = study.edit(text="remove the pacemaker")
+        (outcome,) = study.run([study.recipe(edit, steps=3)], edit)
+        assert expected in outcome.notice and bool(outcome.notice) == bool(expected)
 
 
 def test_a_reference_holds_for_its_own_weights_only(tmp_path, monkeypatch, known):

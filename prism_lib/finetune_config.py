@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from diffusers.optimization import SchedulerType
 
 from prism_lib import models
 from prism_lib.devices import PRECISIONS
+from prism_lib.imagefolder import load_info
+from prism_lib.results import write_text
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -102,3 +105,26 @@ def save_config(config: FinetuneConfig) -> Path:
     partial.write_text(json.dumps(asdict(config), indent=1))
     partial.replace(path)
     return path
+
+
+def require_same_origin(config: FinetuneConfig) -> None:
+    """ValueError if the run in ``output`` began from weights or data that have been replaced since, under their names.
+
+    What it began from is kept in ``output/origin.json``; weights that lie on a hub are not looked at.
+    """
+    output = Path(config.output)
+    path = output / "origin.json"
+    origin: dict[str, str] = {}
+    with suppress(FileNotFoundError):  # a finished run may outlive them
+        origin["weights"] = models.weights_hash(config.pipeline)
+    with suppress(FileNotFoundError):
+        origin["data"] = str(load_info(config.dataset)["content_hash"])
+    if not path.is_file():
+        write_text(path, json.dumps(origin, indent=1) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in origin if found.get(name, origin[name]) != origin[name]]:
+        raise ValueError(
+            f"{output} holds a run that began from other {' and '.join(changed)} than {config.pipeline} and "
+            f"{config.dataset} have now; delete it, or choose another output folder"
+        )

@@ -232,6 +232,16 @@ def load_pipeline(
     return compile_blocks(pipeline) if compile else pipeline
 
 
+def weights_hash(name_or_path: str | Path) -> str:
+    """SHA-256 over the weight files of a pipeline that `load_pipeline` finds on this disk; "" for a hub id."""
+    place = Path(_locate(str(name_or_path)))
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else []:
+        with path.open("rb") as stream:
+            digest.update(path.relative_to(place).as_posix().encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if place.is_dir() else ""
+
+
 def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
     """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
 

@@ -37,7 +37,7 @@ from prism_lib import datasets, models
 from prism_lib.cache import Share, build_cache, require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, require_space
 from prism_lib.devices import PRECISIONS
-from prism_lib.finetune_config import FinetuneConfig, load_config, save_config
+from prism_lib.finetune_config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.lock import exclusive
 from prism_lib.loop import Run
 from prism_lib.monitoring import JsonlTracker
@@ -61,7 +61,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     Continues from the newest checkpoint of the same configuration; a finished run returns at once. Adapters are merged
     into the pipeline's U-Net, and kept beside it in ``output/lora``.
 
-    Raises RuntimeError when another process works in the folder, FloatingPointError with the batch's file names when
+    Raises ValueError when the folder's run began from other weights or data, RuntimeError when another process works in
+    it, FloatingPointError with the batch's file names when
     the loss stops being finite, MemoryError with the settings that help, and OSError when the disk is full.
     """
     output = Path(config.output)
@@ -70,6 +71,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     with exclusive(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             save_config(config)
+            if pipeline is None:
+                require_same_origin(config)
         accelerator.wait_for_everyone()
         if final.is_dir():
             return final

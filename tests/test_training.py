@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from prism_lib import cases, lock, models, monitoring, paths, training
 from prism_lib.checkpoints import write_tensors
+from prism_lib.finetune_config import require_same_origin
 from prism_lib.loop import Run
 from prism_lib.training import FinetuneConfig
 
@@ -274,6 +275,17 @@ def test_out_of_memory_says_what_helps(config, monkeypatch, settings, advice):
 def test_two_runs_cannot_write_one_folder(config):
     with lock.exclusive(Path(config.output)), pytest.raises(RuntimeError, match="in use by process"):
         training.finetune(config)
+
+
+def test_a_run_that_began_from_other_weights_or_data_is_not_taken_for_this_one(config):
+    require_same_origin(config)
+    require_same_origin(config)
+    origin = Path(config.output) / "origin.json"
+    kept = json.loads(origin.read_text())
+    for name in ("weights", "data"):
+        origin.write_text(json.dumps(kept | {name: "0" * 64}))
+        with pytest.raises(ValueError, match=f"began from other {name} than"):
+            training.finetune(config)
 
 
 def test_another_configuration_needs_another_folder(config, tmp_path):

@@ -13,9 +13,8 @@ from prism_lib.masks import COMPOSITES, MaskConfig
 NEGATIVES = ("source", "empty")
 PROXIMALS = ("none", "l0", "l1")
 # Measured on validation phantoms: a large heart comes without more guidance, fluid with half of what a device needs.
-ADDITION_SHARES = {"cardiomegaly": 0.0, "enlarged heart": 0.0, "pleural effusion": 0.5} | {
-    f"{side} pleural effusion": 0.0 for side in ("left", "right", "bilateral")
-}
+_FLUID = ("pleural effusion", "pleural fluid", *(f"{side} pleural effusion" for side in ("left", "right", "bilateral")))
+ADDITION_SHARES = dict.fromkeys(("cardiomegaly", "enlarged heart"), 0.0) | dict.fromkeys(_FLUID, 0.5)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from prism_lib.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
 # What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
 MOST_CLAUSES = 7
 # How many of the explicit captions say details where they are known: an edit may name a side or a kind of device.
-DETAILED_SHARE = 0.25
+DETAILED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def sample_caption(
     return TEMPLATES[template](replace(said, clauses=tuple(clauses)))
 
 
-def corpus(vocab: Vocabulary = CHEST) -> list[str]:
+def corpus(vocab: Vocabulary = CHEST, details: bool = True) -> list[str]:
     """Every phrase of a vocabulary in every template, present and absent: text to train a tokenizer on."""
     texts = [caption({NO_FINDING: 1}, template, vocab) for template in TEMPLATES]
     for label, phrase in vocab.phrases.items():
-        wordings = (phrase, *vocab.synonyms.get(label, ()), *vocab.details.get(label, ()))
+        wordings = (phrase, *vocab.synonyms.get(label, ()), *(vocab.details.get(label, ()) if details else ()))
         clauses = [Clause(label, wording, present) for wording in wordings for present in (True, False)]
         statements = [Statement(vocab.subject, (clause, clause), False, vocab.title) for clause in clauses]
         texts += [template(said) for said in statements for template in TEMPLATES.values()]

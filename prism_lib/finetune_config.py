@@ -42,6 +42,7 @@ class FinetuneConfig:
     explicit_share: float = 0.5  # captions in the wording that edits use
     balance: str = ""  # a label whose values are drawn equally often; an epoch is then a draw with replacement
     ema_decay: float = 0.999
+    noisy_share: float = 0.5  # of timesteps from the noisier half, where layout, sides and kinds are decided; 0.5: even
     snr_gamma: float = 0.0  # 5 for Min-SNR weighting (Hang et al., ICCV 2023); 0 is off
     mixed_precision: str = "no"  # "no", "fp16" or "bf16"
     gradient_checkpointing: bool = False  # a third more time, far less memory
@@ -67,6 +68,8 @@ class FinetuneConfig:
         for name in ("caption_dropout", "explicit_share", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
+        if not 0.5 <= self.noisy_share <= 1:
+            raise ValueError(f"noisy_share={self.noisy_share} is outside [0.5, 1]")
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

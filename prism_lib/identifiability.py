@@ -12,7 +12,7 @@ nobody could read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pandas as pd
@@ -67,14 +67,16 @@ def ambiguity(
     count: int = 8,
     seed: int = 0,
     known: dict[int, Patients] | None = None,
+    restore: Callable[[Tensor], Tensor] | None = None,
     **attributes: float,
 ) -> pd.DataFrame:
     """How far the counterfactuals of twins are from a patient's own under do(attributes), a row per patient.
 
     Columns: `true_error_ratio`, `mask_recall` and `mask_area_ratio` of a twin's counterfactual taken for the patient's,
     and `l1`, their distance over the whole image, the mean over ``count`` twins; `blend_error_ratio`, the error of the
-    twins' counterfactuals averaged, which is smaller and looks like no radiograph. Twins by patient are kept in
-    ``known``, for other interventions on the same patients.
+    twins' counterfactuals averaged, which is smaller and looks like no radiograph. With ``restore``, what a model's
+    autoencoder makes of images (N, 1, size, size), also `latent_outside_l1_ratio`, that of an editor which draws the
+    twin's and decodes it. Twins by patient are kept in ``known``, for other interventions on the same patients.
 
     Raises ValueError for a patient whose image the intervention does not change.
     """
@@ -90,6 +92,10 @@ def ambiguity(
             known[index] = twins(patient, count, size, torch.Generator().manual_seed(seed * 1_000_003 + index))
         images = phantom.counterfactual(known[index], size, **attributes)[0]
         rows.append({"patient_id": patient.labels()["patient_id"][0], **_against(images, truth, factual, changed)})
+        if restore is not None:
+            factuals, masks = (t.expand(count, -1, -1, -1) for t in (factual, changed))
+            ratios = metrics.outside_l1_ratio(restore(images), restore(factual).expand_as(images), factuals, masks)
+            rows[-1]["latent_outside_l1_ratio"] = float(ratios.mean())
     return pd.DataFrame(rows)
 
 

@@ -100,6 +100,7 @@ class DrawConfig:
     num_timesteps: int = 1000
     rank: int = 0
     world: int = 1
+    noisy_share: float = 0.5  # of timesteps drawn from the noisier half
 
 
 def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) -> Draw:
@@ -110,6 +111,9 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
     timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
+    if config.noisy_share > 0.5:
+        moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
+        timesteps = torch.where(moved, (timesteps + config.num_timesteps) // 2, timesteps)
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])

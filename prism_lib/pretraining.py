@@ -1,8 +1,8 @@
 """Train a small Stable Diffusion's frozen parts from scratch, in the order the original was trained.
 
 First the autoencoder, on phantoms and procedural textures; then a small CLIP on images and captions, whose text
-encoder conditions the U-Net. Both are frozen afterwards. The U-Net is trained by `prism_lib.training`, exactly as a
-fine-tuning run is.
+encoder conditions the U-Net, and in that the words which only details use. All is frozen afterwards. The U-Net is
+trained by `prism_lib.training`, exactly as a fine-tuning run is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from prism_lib import cases, datasets, models, phantom, prompts
 from prism_lib.cache import require_captions_fit
 from prism_lib.checkpoints import load_checkpoint, save_checkpoint
+from prism_lib.detail_words import DetailConfig, teach_details
 from prism_lib.devices import default_device
 from prism_lib.models import PipelineConfig
+from prism_lib.sources import knows_details
 from prism_lib.textures import textures
 
 logger = logging.getLogger(__name__)
@@ -337,6 +339,7 @@ class PretrainConfig:
     vae: VaeConfig = field(default_factory=VaeConfig)
     decoder: VaeConfig | None = None  # such as `DECODER`: the decoder trained on alone, once the encoder is done
     clip: ClipConfig = field(default_factory=ClipConfig)
+    details: DetailConfig | None = field(default_factory=DetailConfig)  # where the data set knows details; None: never
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -345,9 +348,10 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train autoencoder and CLIP and return a pipeline folder whose U-Net is still untrained, ``output/pipeline``.
+    """Train autoencoder, CLIP and words of details; the pipeline folder, whose U-Net is untrained: ``output/pipeline``.
 
-    ``output/clip`` keeps the whole CLIP; both folders appear whole. A finished run returns at once.
+    ``output/clip`` keeps the whole CLIP, as it was before the details; both folders appear whole. A finished run
+    returns at once.
     """
     output = Path(config.output)
     final = output / "pipeline"
@@ -364,6 +368,9 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.decoder is not None:
         history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
+    info = datasets.load_info(config.dataset)
+    if config.details is not None and knows_details(info["source"]):
+        teach_details(pipeline, prompts.vocabulary(info["config"]["vocabulary"]), config.details)
     (output / "vae" / "history.json").write_text(json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):
         partial = folder.with_name(f".partial-{folder.name}")

@@ -146,6 +146,7 @@ def identifiability_table(record: Mapping[str, Any]) -> str:
         "true_error_ratio": "error of a fair draw",
         "blend_error_ratio": "of the blend of all draws",
         "mask_recall": "mask recall of a fair draw",
+        "latent_outside_l1_ratio": "latent L1 outside / VAE's",
         "reversibility": "removed, and added by a fair draw: L1 / VAE's",
     }
     images = next(iter(record["metrics"].values()))["images"]

@@ -103,9 +103,14 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size), _phantom_details)
 
 
+def knows_details(source: str) -> bool:
+    """Whether a source knows more of a finding than its label: the kind of a device, the side of fluid."""
+    return source == "phantom"
+
+
 def details(source: str, row: Mapping[str, Any]) -> dict[str, str]:
     """Phrases more precise than a label that a source knows of a row; {} where it knows none."""
-    return _phantom_details(row) if source == "phantom" else {}
+    return _phantom_details(row) if knows_details(source) else {}
 
 
 def _phantom_details(row: Mapping[str, Any]) -> dict[str, str]:

@@ -226,6 +226,7 @@ def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableD
         int(pipeline.scheduler.config.num_train_timesteps),
         accelerator.process_index,
         accelerator.num_processes,
+        config.noisy_share,
     )
     order = Order(len(train), config.seed, weights)
     return Run(

@@ -48,6 +48,10 @@ def test_the_image_decides_removals_and_does_not_decide_where_devices_would_be()
     assert added["true_error_ratio"] > 0.3 and added["mask_recall"] < 0.9
     assert added["blend_error_ratio"] < added["true_error_ratio"]
     assert added["l1"] > removed["l1"]
+    dimmed = identifiability.ambiguity(bare, SIZE, 3, restore=lambda images: images * 0.99, support_devices=1.0)
+    assert dimmed["latent_outside_l1_ratio"].iloc[0] > 1.05  # devices that this patient would not have had
+    dimmed = identifiability.ambiguity(full, SIZE, 3, restore=lambda images: images * 0.99, support_devices=0.0)
+    assert dimmed["latent_outside_l1_ratio"].iloc[0] == pytest.approx(1, abs=0.01)
     known = {}
     for _ in range(2):  # drawn anew, and known from before
         again = identifiability.ambiguity(bare, SIZE, 3, known=known, support_devices=1.0).iloc[0]

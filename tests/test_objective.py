@@ -55,6 +55,17 @@ def test_balancing_draws_every_value_equally_often():
     assert all(count == pytest.approx(2000, abs=200) for count in counts.values())
 
 
+def test_timesteps_come_from_the_noisier_half_as_often_as_asked():
+    cache, order = blank_cache(4), Order(4, 0)
+    even, noisy = (objective.draw_batch(cache, order, DrawConfig(4000, 0.1, noisy_share=x), 0) for x in (0.5, 0.85))
+    for batch, share in ((even, 0.5), (noisy, 0.85)):
+        assert (batch.timesteps >= 500).float().mean().item() == pytest.approx(share, abs=0.03)
+        assert batch.timesteps.min() >= 0 and batch.timesteps.max() < 1000
+        upper = batch.timesteps[batch.timesteps >= 500]
+        assert (upper < 750).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert torch.equal(even.noise, noisy.noise)
+
+
 def test_captions_are_dropped_as_often_as_asked():
     cache = blank_cache(4, captions=2)
     kept = objective.draw_batch(cache, Order(4, 0), DrawConfig(2000, 0.25), 0).embeddings.mean()

@@ -61,7 +61,3 @@ def test_a_detail_without_a_word_of_its_own_is_named():
     vocab = replace(PHANTOM, details={"Pleural Effusion": ("pleural effusion with cardiomegaly",)})
     with pytest.raises(ValueError, match="no word of 'pleural effusion with cardiomegaly' is its own"):
         detail_words.detail_tokens(pipeline().tokenizer, vocab)
-
-
-def test_the_shipped_model_hears_sides_and_kinds():
-    assert nearest(models.load_pipeline()) > 0.2

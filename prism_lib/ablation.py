@@ -23,7 +23,7 @@ from prism_lib.ddim import Schedule
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Evaluation, Judge, evaluate_edit, interval
 from prism_lib.inversion import RECOMMENDED
-from prism_lib.prompts import Edit
+from prism_lib.prompts import NO_EDIT, Edit
 
 # Columns of `evaluation` that a variant is summarised by, where they are known.
 COLUMNS = (
@@ -168,8 +168,9 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
     "source" or "own", words with a window of their own apart; `local_blend` and `confine`, whether latents far from the
-    edit's words, or from the evidence of the edit, return to the source.
+    edit's words, or from the evidence of the edit, return to the source (where left open, as for no finding).
     """
+    confine = config.settled(NO_EDIT).confine
     levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
     cross, own = (
         round(share * num_inference_steps) for share in (config.cross_replace_steps, config.self_replace_steps)
@@ -182,7 +183,7 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
             "cross": ["source" if step < cross else "own" for step in steps],
             "self": ["source" if step < own else "own" for step in steps],
             "local_blend": [config.local_blend and share >= config.local_blend_start for share in progress],
-            "confine": [config.confine > 0 and share >= config.confine_start for share in progress],
+            "confine": [bool(confine) and share >= config.confine_start for share in progress],
         },
         index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
     )

@@ -30,16 +30,34 @@ from prism_lib.prompts import PromptPair
 
 @dataclass(frozen=True)
 class EditTask:
-    """One edit: the image's place in its batch, prompts and settings."""
+    """One edit: the image's place in its batch, prompts and settings; open ones are settled by the pair."""
 
     image: int
     pair: PromptPair
     config: EditConfig
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", self.config.settled(self.pair))
+
     @property
     def guidance_scale(self) -> float:
         """The scale that its pair of prompts calls for."""
-        return self.config.guidance_scale * (self.config.strengthening(self.pair.target_words) if self.pair.adds else 1)
+        return self.config.guidance_scale * _closed(self.config.addition_factor)
+
+    @property
+    def guidance_end(self) -> float:
+        """The share of the steps that are guided."""
+        return _closed(self.config.guidance_end)
+
+    @property
+    def confine(self) -> float:
+        """The share of the greatest evidence that latents need in order to part from the source's; 0 is off."""
+        return _closed(self.config.confine)
+
+
+def _closed(setting: float | None) -> float:
+    assert setting is not None, "the settings of a task are settled"
+    return setting
 
 
 @dataclass
@@ -153,7 +171,7 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
 def _guided_steps(task: EditTask, steps: int) -> int:
     """The first steps in which an edit needs its negative prediction: none where guidance adds nothing."""
     idle = task.guidance_scale == 1 and task.config.proximal == "none"
-    return 0 if idle else round(task.config.guidance_end * steps)
+    return 0 if idle else round(task.guidance_end * steps)
 
 
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
@@ -186,7 +204,7 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
     injects = step < round(config.self_replace_steps * steps)
     guides = step < _guided_steps(task, steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
-    confines = config.confine > 0 and step / steps >= config.confine_start
+    confines = task.confine > 0 and step / steps >= config.confine_start
     return (
         task.image,
         task.pair,
@@ -195,7 +213,7 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
         (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
         (config.self_max_tokens, config.inject_negative) if injects else None,
         config.local_blend_threshold if blends else None,
-        (config.confine, config.mask.attention_weight) if confines else None,
+        (task.confine, config.mask.attention_weight) if confines else None,
     )
 
 
@@ -269,7 +287,7 @@ def _bounds(
     """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere."""
     bounds = None if cells is None else controller.of_parents(cells)
     blending = [t.config.local_blend and progress >= t.config.local_blend_start for t in tasks]
-    confined = [t.config.confine > 0 and progress >= t.config.confine_start for t in tasks]
+    confined = [t.confine > 0 and progress >= t.config.confine_start for t in tasks]
     if not any(blending) and not any(confined):
         return bounds
     maps = _word_maps(controller, latents)
@@ -280,7 +298,7 @@ def _bounds(
             bounds[own] *= masks.attention_region(maps[own], config.local_blend_threshold)
         if confined[row]:
             evidence = masks.evidence(maps[own], noise_change[own], config.mask.attention_weight)
-            bounds[own] *= masks.evidence_region(evidence, config.confine)
+            bounds[own] *= masks.evidence_region(evidence, task.confine)
     return bounds
 
 

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from prism_lib.alignment import ALIGNMENTS
 from prism_lib.masks import COMPOSITES, MaskConfig
+from prism_lib.prompts import PromptPair
 
 NEGATIVES = ("source", "empty")
 PROXIMALS = ("none", "l0", "l1")
-# Measured on validation phantoms: a large heart comes without more guidance, fluid with half of what a device needs.
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an edit of one finding needs of the settings that an `EditConfig` leaves open (None)."""
+
+    addition_factor: float = 1.0
+    guidance_end: float = 0.4
+    confine: float = 0.27
+
+
+# Measured on validation phantoms (CHANGELOG). Devices are thin and anywhere, so little is kept out; which one comes is
+# best left to the whole of the denoising, at no more than a removal's guidance: early force alone makes two pacemakers.
+# Fluid and hearts lie together, and what parts elsewhere is by-catch.
+_HEART = ("cardiomegaly", "enlarged heart")
 _FLUID = ("pleural effusion", "pleural fluid", *(f"{side} pleural effusion" for side in ("left", "right", "bilateral")))
-ADDITION_SHARES = dict.fromkeys(("cardiomegaly", "enlarged heart"), 0.0) | dict.fromkeys(_FLUID, 0.5)
+_DEVICES = ("support devices", "medical devices")
+_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
+_REMOVAL, _ADDITION = Needs(), Needs(addition_factor=2.0)
+REMOVALS: Mapping[str, Needs] = (
+    dict.fromkeys(_HEART, Needs(confine=0.4))
+    | dict.fromkeys(_FLUID, Needs(confine=0.36))
+    | dict.fromkeys((*_DEVICES, *_KINDS), Needs(confine=0.22))
+)
+ADDITIONS: Mapping[str, Needs] = (
+    dict.fromkeys(_HEART, Needs(confine=0.36))
+    | dict.fromkeys(_FLUID, Needs(addition_factor=1.5, confine=0.32))
+    | dict.fromkeys(_DEVICES, Needs(guidance_end=1.0, confine=0.2))
+    | dict.fromkeys(_KINDS, Needs(addition_factor=2.0, guidance_end=1.0))
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +52,7 @@ class EditConfig:
     Guidance acts in the first `guidance_end` of the steps (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
     there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. Where an edit
     adds something, its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what
-    it is and where, of what has to come only the words do. `addition_shares` says, by phrase of the edit, how much of
-    that excess a finding needs; what it does not name needs all. A longer
+    it is and where, of what has to come only the words do. A longer
     `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's attention to the
     words of the edit inside the cross window. `word_windows` gives words or phrases of the target prompt a cross window
     of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected in layers of at most
@@ -34,12 +61,14 @@ class EditConfig:
     the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
     of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
     guidance below its own `proximal_quantile`.
+
+    `addition_factor`, `guidance_end` and `confine` are None by default: each edit then takes what its findings need
+    (`REMOVALS`, `ADDITIONS`), which `settled` tells. A number is taken for all edits.
     """
 
     guidance_scale: float = 2.0
-    addition_factor: float = 2.0
-    addition_shares: Mapping[str, float] = field(default_factory=lambda: dict(ADDITION_SHARES), hash=False)
-    guidance_end: float = 0.4
+    addition_factor: float | None = None
+    guidance_end: float | None = None
     cross_replace_steps: float = 0.1
     self_replace_steps: float = 0.3
     alignment: str = "refine"
@@ -52,7 +81,7 @@ class EditConfig:
     local_blend: bool = False
     local_blend_threshold: float = 0.3
     local_blend_start: float = 0.2
-    confine: float = 0.27
+    confine: float | None = None
     confine_start: float = 0.3
     proximal: str = "none"
     proximal_quantile: float = 0.7
@@ -70,17 +99,15 @@ class EditConfig:
             "local_blend_start",
         )
         for name in (*shares, "confine", "confine_start", "proximal_quantile"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not (self._open(name) or 0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
-        for name in ("word_windows", "addition_shares"):
-            by_word = getattr(self, name)
-            if not isinstance(by_word, Mapping):
-                raise ValueError(f"{name} is {by_word!r}; expected a share by word")
-            for word, share in by_word.items():
-                if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
-                    raise ValueError(f"{name} is {share!r} for {word!r}; expected a value in [0, 1] by word")
+        if not isinstance(self.word_windows, Mapping):
+            raise ValueError(f"word_windows is {self.word_windows!r}; expected a share by word")
+        for word, share in self.word_windows.items():
+            if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
+                raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
         for name in ("guidance_scale", "addition_factor", "word_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not (self._open(name) or 0 <= getattr(self, name) < float("inf")):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
         choices = {"alignment": ALIGNMENTS, "negative": NEGATIVES, "composite": COMPOSITES, "proximal": PROXIMALS}
         for name, known in choices.items():
@@ -89,10 +116,33 @@ class EditConfig:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
 
-    def strengthening(self, words: Sequence[str]) -> float:
-        """What the guidance of an edit that adds these phrases is multiplied by."""
-        shares = [self.addition_shares.get(word.lower(), 1.0) for word in words]
-        return 1 + max(shares, default=1.0) * (self.addition_factor - 1)
+    def settled(self, pair: PromptPair) -> EditConfig:
+        """These settings with what is open (None) as the findings of ``pair`` need it: the most that one of them does.
+
+        A removal has no factor: it is 1, whatever is set.
+        """
+        needs = [_needs(phrase, pair) for phrase in pair.target_words] or [_ADDITION if pair.adds else _REMOVAL]
+        factor = max(need.addition_factor for need in needs) if self.addition_factor is None else self.addition_factor
+        return replace(
+            self,
+            addition_factor=factor if pair.adds else 1.0,
+            guidance_end=max(need.guidance_end for need in needs) if self.guidance_end is None else self.guidance_end,
+            confine=min(need.confine for need in needs) if self.confine is None else self.confine,
+        )
+
+    def _open(self, name: str) -> bool:
+        """Whether a setting that findings may decide is left to them."""
+        return name in _OPEN and getattr(self, name) is None
+
+
+_OPEN = tuple(item.name for item in fields(Needs))
+
+
+def _needs(phrase: str, pair: PromptPair) -> Needs:
+    """What one phrase of an edit needs: it is added unless the edit adds nothing, or the target denies the phrase."""
+    phrase = phrase.lower()
+    adds = pair.adds and not pair.lost.intersection(phrase.split())
+    return (ADDITIONS if adds else REMOVALS).get(phrase, _ADDITION if adds else _REMOVAL)
 
 
 def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:

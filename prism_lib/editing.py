@@ -36,11 +36,10 @@ from prism_lib.edit_config import grid as grid
 from prism_lib.inversion import Callback, Inversion
 from prism_lib.masks import Areas
 from prism_lib.models import decode_latents
-from prism_lib.prompts import PromptPair
+from prism_lib.prompts import NO_EDIT, PromptPair
 
 _DEFAULTS = EditConfig()
 _CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
-_NO_PAIR = PromptPair("", "", (), ())
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def _finish(
     raw = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
     reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
     finished: dict[int, Counterfactual] = {}
-    for config in {id(task.config): task.config for task in tasks}.values():
-        own = [k for k, task in enumerate(tasks) if task.config is config]
+    for config in dict.fromkeys(task.config for task in tasks):
+        own = [k for k, task in enumerate(tasks) if task.config == config]
         rows, places = [outcome.row_of[k] for k in own], [tasks[k].image for k in own]
         coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], config.mask.attention_weight).to(
             images
@@ -212,7 +211,7 @@ def _composited(
             factual=images[n],
             reconstruction=reconstruction[n],
             mask=mask[n],
-            pair=_NO_PAIR,
+            pair=NO_EDIT,
             scores={name: values[n] for name, values in scores.items()},
             settings=config,
         )

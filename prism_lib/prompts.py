@@ -45,6 +45,7 @@ from prism_lib.labels import (
 
 __all__ = [
     "CHEST",
+    "NO_EDIT",
     "PHANTOM",
     "SKIN",
     "TEMPLATES",
@@ -75,10 +76,18 @@ class PromptPair:
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
 
-    @cached_property  # asked at every step
+    @cached_property
     def adds(self) -> bool:
         """Whether the target says of something that it is there, and the source does not."""
         return bool(_affirmed(self.target) - _affirmed(self.source))
+
+    @cached_property
+    def lost(self) -> set[str]:
+        """Words of what the source says that there is, and the target does not."""
+        return _affirmed(self.source) - _affirmed(self.target)
+
+
+NO_EDIT = PromptPair("", "", (), ())
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Recipe:
     method: str = RECOMMENDED
     steps: int = 20
     guidance_scale: float = _USUAL.guidance_scale
-    guidance_end: float = 0.7  # longer than usual: in 20 steps, devices that are added often do not come otherwise
+    guidance_end: float | None = None
     self_replace_steps: float = _USUAL.self_replace_steps
     cross_replace_steps: float = _USUAL.cross_replace_steps
     word_weight: float = _USUAL.word_weight

@@ -14,6 +14,7 @@ from tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 from prism_lib import criteria, denoising, masks
 from prism_lib.alignment import token_span
 from prism_lib.attention import PromptToPromptProcessor
+from prism_lib.edit_config import ADDITIONS, REMOVALS
 from prism_lib.editing import EditConfig, edit, edit_many, grid, sweep
 from prism_lib.inversion import invert
 from prism_lib.masks import MaskConfig
@@ -212,12 +213,40 @@ def test_an_addition_is_guided_by_the_factor_more_and_a_removal_is_not():
         assert (result.raw - other.raw).abs().max() > 1e-5
 
 
-def test_some_findings_need_less_of_the_excess():
-    config = EditConfig(addition_factor=3.0, addition_shares={"cardiomegaly": 0.0, "pleural effusion": 0.5})
-    strengths = [config.strengthening(words) for words in (("cardiomegaly",), ("Pleural effusion",), ("pacemaker",))]
-    assert strengths == [1.0, 2.0, 3.0]
-    assert config.strengthening(("cardiomegaly", "pacemaker")) == config.strengthening(()) == 3.0
-    assert replace(config, addition_factor=1.0).strengthening(("pacemaker",)) == 1.0
+def settled(source, target, words=(), **settings):
+    pair = PromptPair(source, target, words, words)
+    config = EditConfig(**settings).settled(pair)
+    return config.addition_factor, config.guidance_end, config.confine
+
+
+def test_open_settings_are_those_that_the_findings_need():
+    heart, fluid = REMOVALS["cardiomegaly"], ADDITIONS["pleural effusion"]
+    assert settled("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",)) == (1, 0.4, heart.confine)
+    added = settled("without pleural effusion", "with pleural effusion", ("Pleural effusion",))
+    assert added == (fluid.addition_factor, fluid.guidance_end, fluid.confine)
+    assert settled("with nodule", "without nodule", ("nodule",)) == settled("a", "a") == (1, 0.4, 0.27)
+    assert settled("without nodule", "with nodule", ("nodule",)) == (2, 0.4, 0.27)
+    # Only "with" differs: the words tell that something comes, not what.
+    assert settled("without pacemaker", "with pacemaker", ("with",)) == (2, 0.4, 0.27)
+
+
+def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():
+    words = ("cardiomegaly", "support devices")
+    both = settled("with cardiomegaly, without support devices", "without cardiomegaly, with support devices", words)
+    devices = ADDITIONS["support devices"]
+    assert REMOVALS["cardiomegaly"].confine > devices.confine
+    assert both == (devices.addition_factor, devices.guidance_end, devices.confine)
+
+
+def test_settings_that_are_given_are_taken_for_every_finding():
+    given = {"addition_factor": 3.0, "guidance_end": 0.6, "confine": 0.0}
+    assert settled("without support devices", "with support devices", ("support devices",), **given) == (3, 0.6, 0)
+    assert settled("with support devices", "without support devices", ("support devices",), **given) == (1, 0.6, 0)
+
+
+def test_a_result_tells_the_settings_that_it_was_made_with():
+    (result,) = edit(tiny_pipeline(), inverted(), [REMOVE], EditConfig())
+    assert result.settings == EditConfig().settled(REMOVE) != EditConfig()
 
 
 @pytest.mark.parametrize("config", [EditConfig(), replace(STRONG, local_blend=True)])
@@ -288,7 +317,7 @@ def test_a_forked_sweep_equals_separate_edits():
     assert [len(results) for results in swept] == [len(configs)] * 2
     for place, config in enumerate(configs):
         for results, alone in zip(swept, edit(pipe, inversion, pairs, config), strict=True):
-            assert results[place].settings == config
+            assert results[place].settings == config.settled(alone.pair)
             assert results[place].pair == alone.pair
             torch.testing.assert_close(results[place].raw, alone.raw, atol=1e-5, rtol=0)
             torch.testing.assert_close(results[place].mask, alone.mask, atol=1e-5, rtol=0)
@@ -301,7 +330,7 @@ def test_a_sweep_of_five_windows_takes_at_most_390_evaluations():
     sweep(pipe, inversion, [REMOVE], grid(EditConfig(), self_replace_steps=(0.4, 0.5, 0.6, 0.7, 0.8)))
     handle.remove()
     # Forks after 20, 25, 30 and 35 steps, and negative rows in the first 20.
-    assert EditConfig().guidance_end == 0.4 and sum(rows) == 50 + 50 + 140 + 20
+    assert EditConfig().settled(REMOVE).guidance_end == 0.4 and sum(rows) == 50 + 50 + 140 + 20
 
 
 def test_on_a_cpu_a_batch_of_sweeps_makes_calls_of_a_dozen_rows_at_most():
@@ -475,8 +504,9 @@ def test_a_cancelled_edit_restores_the_processors():
         ("word_windows", {"devices": "0.5"}),
         ("word_windows", {3: 0.5}),
         ("word_windows", ("devices", 0.5)),
-        ("addition_shares", {"devices": -0.5}),
-        ("addition_shares", ("devices", 0.5)),
+        ("addition_factor", -0.5),
+        ("addition_factor", float("nan")),
+        ("guidance_end", 1.5),
         ("alignment", "merge"),
         ("negative", "none"),
         ("composite", "blend"),

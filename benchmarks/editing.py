@@ -8,8 +8,7 @@ largest difference of the latents; an image whose loss meets the threshold withi
 inner steps in one of them, and is told apart as `parted`. The reference stops its inner loops early, as published, so
 `unet_evaluations_reference` counts the forward evaluations that it made.
 
-With a GPU also a pipeline of SD v1.5's size with random weights: 512 x 512, bfloat16, by batch size. `--steps 3` is a
-trial; anything but the defaults is recorded under `runs/`.
+`--steps 3` is a trial; anything but the defaults is recorded under `runs/`.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
 from prism_lib import models, paths, phantom, results
@@ -46,17 +44,6 @@ PUBLISHED = EditConfig(
     correct_drift=False,
     confine=0,
 )
-SD_V1_5 = models.PipelineConfig(
-    image_size=512,
-    vae_channels=(128, 256, 512, 512),
-    unet_channels=(320, 640, 1280, 1280),
-    unet_attention=(True, True, True, False),
-    unet_layers=2,
-    text_width=768,
-    text_layers=12,
-    attention_heads=8,
-)
-H100_BF16 = 989e12  # dense multiply-adds count as two
 
 
 @dataclass
@@ -123,8 +110,6 @@ def main() -> None:
         cases = Cases.draw(BATCH, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
         metrics: dict[str, Any] = direct_against_reference(pipe, cases, options.steps, options.images)
         metrics |= null_text_against_loop(pipe, cases, options.steps)
-        if torch.cuda.is_available():
-            metrics["sd_v1_5"] = full_size(options.steps)
     trial = (options.steps, options.images) != (STEPS, IMAGES)
     results.record(
         "editing_speed",
@@ -253,47 +238,6 @@ def now(pipe: StableDiffusionPipeline) -> float:
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def full_size(steps: int) -> dict[str, dict[str, float]]:
-    """One edit an image after direct inversion, with random weights of SD v1.5's size on 512 x 512 in bfloat16."""
-    pipe = models.build_pipeline(SD_V1_5, SEED)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval().to("cuda", torch.bfloat16)
-    cases = Cases.draw(BATCH, SD_V1_5.image_size)
-    operations = flops(pipe)
-    found = {}
-    for batch in (1, 2, 4, 8, 16):
-        images = cases.images.repeat(2, 1, 1, 1)[:batch]
-        pairs = (cases.pairs * 2)[:batch]
-        one_edit(pipe, images, pairs, 2)
-        torch.cuda.reset_peak_memory_stats()
-        measured = Measured()
-        measured.call(pipe, partial(one_edit, pipe, images, pairs, steps))
-        speed = measured.evaluations[0] / measured.median
-        found[f"batch_{batch}"] = {
-            "seconds_per_counterfactual": measured.median / batch,
-            "evaluations_per_second": speed,
-            "share_of_peak": speed * operations / H100_BF16,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
-    return found
-
-
-def one_edit(pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], steps: int) -> None:
-    """Inversion and one edit of every image, all in one batch."""
-    inversion = invert(pipe, images, [pair.source for pair in pairs], "direct", steps, batch_size=len(images))
-    sweep(pipe, inversion, pairs, [EditConfig(batch_size=len(images))])
-
-
-def flops(pipe: StableDiffusionPipeline) -> float:
-    """Floating-point operations of one U-Net evaluation."""
-    size, unet = SD_V1_5.image_size // SD_V1_5.vae_factor, pipe.unet
-    sample = torch.randn(1, unet.config.in_channels, size, size, device=unet.device, dtype=unet.dtype)
-    text = encode_prompts(pipe, [""]).to(sample)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(sample, 500, encoder_hidden_states=text)
-    return float(counter.get_total_flops())
 
 
 if __name__ == "__main__":

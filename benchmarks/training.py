@@ -3,14 +3,13 @@
 `figures/phantom/training_speed.json`: images a second with latents and captions from the cache against the order of
 work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step (in float32 and, as
 that script does it, with the frozen parts cast to bfloat16 and the U-Net under autocast); and two processes against one
-at the same global batch. With a GPU also a U-Net of SD v1.5's size, 512 x 512, bfloat16, by batch size.
+at the same global batch.
 
 `figures/phantom/resume.json`: the largest difference between an uninterrupted run and one that was killed in
 mid-epoch and resumed, with EMA, for one and two processes, with and without LoRA. It should be zero.
 """
 
 import argparse
-import copy
 import itertools
 import os
 import signal
@@ -26,22 +25,15 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from prism_lib import cases, datasets, models, monitoring, objective, paths, results, training
 from prism_lib.cache import build_cache
 from prism_lib.objective import DrawConfig, Order
 
 BATCH, ROUNDS = 8, 5
-SD_UNET = {  # stable-diffusion-v1-5/unet/config.json, where it differs from diffusers' defaults
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-H100_BF16 = 989e12  # dense multiply-adds count as two
 
 
 def main() -> None:
@@ -63,8 +55,6 @@ def main() -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     metrics |= cached_against_uncached(dataset, folder, 2 if small else 10, dtype)
                 metrics |= processes_against_one(dataset, folder, 4 if small else 40)
-                if torch.cuda.is_available():
-                    metrics["sd_v1_5"] = full_size()
             settings = {"batch_size": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads()}
             save("training_speed", settings, metrics, figures, timer.seconds)
         if given.only != "speed":
@@ -231,57 +221,6 @@ def difference(first: Path, second: Path) -> dict[str, float]:
         worst[f"{name}_difference"] = max(float((one[key] - other[key]).abs().max()) for key in one)
     logs = [monitoring.read_log(folder).drop(columns="images_per_second") for folder in (first, second)]
     return worst | {"loss_difference": float((logs[0] - logs[1]).abs().max().max())}
-
-
-def full_size() -> dict[str, dict[str, float]]:
-    """A U-Net of SD v1.5's size with random weights on 512 x 512: speed, share of the bfloat16 peak, memory."""
-    device = torch.device("cuda")
-    unet = UNet2DConditionModel(**SD_UNET).to(device, memory_format=torch.channels_last).train()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-    ).to(device, torch.bfloat16).requires_grad_(False)  # fmt: skip
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    text = text.to(device, torch.bfloat16).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
-    scheduler = copy.deepcopy(models.ddim_scheduler())
-    found = {}
-    for batch in (4, 8, 16, 32):
-        torch.cuda.reset_peak_memory_stats()
-        speed = {}
-        for name in ("uncached", "cached"):
-            latents = torch.randn(batch, 4, 64, 64, device=device)
-            embeddings = torch.randn(batch, 77, 768, device=device)
-            begin = 0.0
-            for step in range(12):
-                if step == 4:
-                    begin = now()
-                if name == "uncached":
-                    with torch.no_grad():
-                        pixels = torch.randn(batch, 3, 512, 512, device=device, dtype=torch.bfloat16)
-                        latents = vae.encode(pixels).latent_dist.sample().float()
-                        embeddings = text(torch.zeros(batch, 77, dtype=torch.long, device=device))[0].float()
-                with torch.autocast("cuda", torch.bfloat16):
-                    train_step(unet, optimizer, scheduler, latents, embeddings)
-            speed[name] = batch * 8 / (now() - begin)
-        found[f"batch_{batch}"] = {
-            "images_per_second_cached": speed["cached"],
-            "images_per_second_uncached": speed["uncached"],
-            "speedup_cached": speed["cached"] / speed["uncached"],
-            "share_of_peak": speed["cached"] * flops(unet) / H100_BF16,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
-    return found
-
-
-def flops(unet: UNet2DConditionModel) -> float:
-    """Floating-point operations of one training step per image: forward, and twice that backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sample = torch.randn(1, 4, 64, 64, device=unet.device), 500, torch.randn(1, 77, 768, device=unet.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*sample)
-    return 3.0 * counter.get_total_flops()
 
 
 if __name__ == "__main__":

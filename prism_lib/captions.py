@@ -17,7 +17,7 @@ from prism_lib.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
 # What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
 MOST_CLAUSES = 7
 # How many of the explicit captions say details where they are known: an edit may name a side or a kind of device.
-DETAILED_SHARE = 0.25
+DETAILED_SHARE = 0.4
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class FinetuneConfig:
     mixed_precision: str = "no"  # "no", "fp16" or "bf16"
     gradient_checkpointing: bool = False  # a third more time, far less memory
     compile: bool = False  # torch.compile: a slow first step, faster ones after it
+    draw_workers: int = 4  # threads that draw batches ahead for a GPU; a CPU has better use for its cores
     validation_every: int = 250
     early_stop: int = 0  # stop after as many validations without a lower loss, and keep the best; 0 is off
     sample_every: int = 500
@@ -62,7 +63,7 @@ class FinetuneConfig:
         for name in (*at_least_one, "sample_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("warmup", "lora_rank", "early_stop", "snr_gamma", "weight_decay"):
+        for name in ("warmup", "lora_rank", "early_stop", "snr_gamma", "weight_decay", "draw_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("caption_dropout", "explicit_share", "ema_decay"):

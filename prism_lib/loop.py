@@ -28,12 +28,11 @@ from prism_lib.checkpoints import read_tensors, save_checkpoint, write_tensors
 from prism_lib.finetune_config import FinetuneConfig
 from prism_lib.monitoring import sample_images
 from prism_lib.objective import (
+    Ahead,
     Draw,
     DrawConfig,
-    Order,
     by_timestep,
     diffusion_loss,
-    draw_batch,
     stable_seed,
     validation_draws,
 )
@@ -55,8 +54,8 @@ class Run:
     schedule: Any
     train: Cache
     validation: Cache
-    order: Order
     draws: DrawConfig
+    batches: Ahead
     start: int
     best: float  # lowest validation loss
     stale: int  # validations since
@@ -92,7 +91,7 @@ class Run:
             # Only a U-Net with dropout draws from here.
             torch.manual_seed(stable_seed(config.seed, "dropout", micro, accelerator.process_index))
             with accelerator.accumulate(self.unet):
-                batch = draw_batch(self.train, self.order, self.draws, micro)
+                batch = self.batches(micro)
                 try:
                     losses = self._losses(self.unet, batch)
                     loss = losses.mean()
@@ -117,15 +116,15 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        device = self.accelerator.device
+        there = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             return diffusion_loss(
                 unet,
                 self.pipeline.scheduler,
-                batch.latents.to(device),
-                batch.noise.to(device),
-                batch.timesteps.to(device),
-                batch.embeddings.to(device),
+                there.latents,
+                there.noise,
+                there.timesteps,
+                there.embeddings,
                 self.config.snr_gamma,
             )
 
@@ -213,6 +212,7 @@ class Run:
         self.pipeline.unet = self.averaged
         partial = final.with_name(f".partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
+        self.averaged.to(memory_format=torch.contiguous_format)  # as safetensors asks
         self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
         partial.replace(final)
 

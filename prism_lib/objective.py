@@ -7,6 +7,9 @@ a resumed run equals an uninterrupted one bit for bit, and the position inside a
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,16 +59,18 @@ class Order:
         """With ``weights`` (count,) an epoch is as many draws with replacement, in proportion to them."""
         self.count, self.seed, self.weights = count, seed, weights
         self._epochs: dict[int, Tensor] = {}
+        self._lock = threading.Lock()  # batches may be drawn by several threads
 
     def rows(self, start: int, count: int) -> Tensor:
         """The rows (count,) from a position on."""
-        return torch.stack([self._row(position) for position in range(start, start + count)])
+        with self._lock:
+            return torch.stack([self._row(position) for position in range(start, start + count)])
 
     def _row(self, position: int) -> Tensor:
         epoch, offset = divmod(position, self.count)
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(stable_seed(self.seed, "epoch", epoch))
-            kept = {old: order for old, order in self._epochs.items() if old == epoch - 1}
+            kept = {old: order for old, order in self._epochs.items() if abs(old - epoch) == 1}
             if self.weights is None:
                 drawn = torch.randperm(self.count, generator=generator)
             else:
@@ -89,6 +94,18 @@ class Draw:
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,)
     embeddings: Tensor  # (B, tokens, width), float32
+
+    def to(self, device: torch.device) -> Draw:
+        """The same on a device; the rows stay, they are for people."""
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> Draw:
+        """The same in memory that a GPU copies from while it computes."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        parts = (self.latents, self.noise, self.timesteps, self.embeddings)
+        return Draw(self.rows, *map(change, parts))
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,33 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
     return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
+
+
+class Ahead:
+    """Batches drawn by threads before they are asked for, so that a GPU does not wait for noise and for reading.
+
+    A batch is a function of its number, so it is the same whoever draws it, and when.
+    """
+
+    def __init__(self, draw: Callable[[int], Draw], stop: int, workers: int) -> None:
+        """Numbers below ``stop`` will be asked for, in order; with no worker each is drawn when it is asked for."""
+        self._draw, self._stop, self._workers = draw, stop, workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="draw") if workers else None
+        self._drawn: dict[int, Future[Draw]] = {}
+
+    def __call__(self, number: int) -> Draw:
+        """The batch of a number; what raised while it was drawn is raised here."""
+        if self._pool is None:
+            return self._draw(number)
+        for later in range(number, min(number + 2 * self._workers, self._stop)):
+            if later not in self._drawn:
+                self._drawn[later] = self._pool.submit(self._draw, later)
+        return self._drawn.pop(number).result()
+
+    def close(self) -> None:
+        """End the threads; what nobody asked for is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) -> list[Draw]:

@@ -41,7 +41,7 @@ from prism_lib.finetune_config import FinetuneConfig, load_config, require_same_
 from prism_lib.lock import exclusive
 from prism_lib.loop import Run
 from prism_lib.monitoring import JsonlTracker
-from prism_lib.objective import DrawConfig, Order, balancing_weights, stable_seed
+from prism_lib.objective import Ahead, Draw, DrawConfig, Order, balancing_weights, draw_batch, stable_seed
 
 __all__ = ["FinetuneConfig", "check", "finetune", "launch", "load_config", "main", "save_config"]
 
@@ -82,9 +82,12 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
             config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
         )
         run = _prepare(config, accelerator, pipeline)
-        for step in run.steps():
-            if run.after_step(step + 1, run.train_step(step)):
-                break
+        try:
+            for step in run.steps():
+                if run.after_step(step + 1, run.train_step(step)):
+                    break
+        finally:
+            run.batches.close()
         if accelerator.is_main_process:
             run.save_pipeline(final)
         accelerator.wait_for_everyone()
@@ -186,6 +189,9 @@ def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableD
     pipeline.text_encoder.to("cpu")  # its work is done
 
     unet = pipeline.unet.float().train().requires_grad_(config.lora_rank == 0).to(accelerator.device)
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        unet.to(memory_format=torch.channels_last)  # tensor cores read convolutions so
     if config.lora_rank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(config.seed, "lora"))
@@ -229,9 +235,15 @@ def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableD
         config.noisy_share,
     )
     order = Order(len(train), config.seed, weights)
+
+    def draw(micro: int) -> Draw:
+        batch = draw_batch(train, order, draws, micro)
+        return batch.pinned() if on_gpu else batch
+
+    batches = Ahead(draw, config.steps * config.gradient_accumulation, config.draw_workers if on_gpu else 0)
     return Run(
         config, accelerator, pipeline, unet, averaged, trained, shadow, ema, optimizer, schedule, train, validation,
-        order, draws, start, state.get("best", math.inf), state.get("stale", 0),
+        draws, batches, start, state.get("best", math.inf), state.get("stale", 0),
     )  # fmt: skip
 
 

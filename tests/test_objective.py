@@ -46,6 +46,35 @@ def test_an_order_can_be_entered_anywhere():
         assert order.rows(start, 1).item() == stream[start]
 
 
+def test_batches_drawn_ahead_by_threads_are_the_same():
+    cache, config, count = blank_cache(7), DrawConfig(4, 0.1), 20  # many epochs, and batches across two of them
+    here = [objective.draw_batch(cache, Order(7, seed=3), config, k) for k in range(count)]
+    order, asked = Order(7, seed=3), []
+
+    def draw(number):
+        asked.append(number)
+        return objective.draw_batch(cache, order, config, number)
+
+    ahead = objective.Ahead(draw, count, workers=4)
+    first = ahead(5)  # a run that goes on does not begin at 0
+    there = [first, *(ahead(k) for k in range(6, count))]
+    ahead.close()
+    for one, other in zip(here[5:], there, strict=True):
+        assert torch.equal(one.rows, other.rows) and torch.equal(one.noise, other.noise)
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.timesteps, other.timesteps)
+    assert sorted(asked) == list(range(5, count)), "each once, and none that nobody wants"
+
+
+def test_what_fails_in_a_thread_is_raised_where_it_is_asked_for():
+    def draw(number):
+        raise OSError(f"cannot read {number}")
+
+    ahead = objective.Ahead(draw, 9, workers=2)
+    with pytest.raises(OSError, match="cannot read 3"):
+        ahead(3)
+    ahead.close()
+
+
 def test_balancing_draws_every_value_equally_often():
     values = torch.tensor([1.0] * 5 + [0.0] * 90 + [float("nan")] * 105)
     weights = objective.balancing_weights(values)

@@ -38,9 +38,9 @@ REMOVALS: Mapping[str, Needs] = (
     | dict.fromkeys((*_DEVICES, *_KINDS), Needs(confine=0.22))
 )
 ADDITIONS: Mapping[str, Needs] = (
-    dict.fromkeys(_HEART, Needs(confine=0.32))
+    dict.fromkeys(_HEART, Needs(confine=0.25))
     | dict.fromkeys(_FLUID, Needs(addition_factor=1.75, confine=0.36))
-    | dict.fromkeys(_DEVICES, Needs(guidance_end=1.0, confine=0.2))
+    | dict.fromkeys(_DEVICES, Needs(guidance_end=0.7, confine=0.23))
     | dict.fromkeys(_KINDS, Needs(addition_factor=2.0, guidance_end=1.0))
 )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
-from benchmarks import bulk, identifiability
+from benchmarks import bulk, full_size, identifiability
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, phantom, results
 from prism_lib.bulk_plan import BulkConfig
@@ -82,6 +82,36 @@ def test_a_benchmark_prints_its_help_and_does_no_work(name, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="0"):
         module.main()
     assert f"benchmarks.{name}" in capsys.readouterr().out
+
+
+def test_a_model_of_full_size_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["full_size"])
+    with pytest.raises(SystemExit, match="2"):
+        full_size.main()
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    build, pipes = full_size.models.build_pipeline, []
+    monkeypatch.setattr(full_size.models, "build_pipeline", lambda *args: pipes.append(build(*args)) or pipes[0])
+    monkeypatch.setattr(full_size.models, "compile_blocks", lambda pipe: pipe)  # a minute, and tested elsewhere
+    given = ["--size", "tiny", "--steps", "4", "--edited", "1", "2", "--trained", "2"]
+    monkeypatch.setattr(sys, "argv", ["full_size", *given])
+    full_size.main()
+    metrics = results.load_record("full_size", "phantom", tmp_path / "benchmarks")["metrics"]
+    assert set(metrics["editing"]) == set(metrics["editing_compiled"]) == {"batch_1", "batch_2"}
+    for made in metrics["editing"].values():
+        # Four steps up; four down with three rows, and a fourth for the two of them that are guided.
+        assert made["unet_evaluations_per_counterfactual"] == 4 + 4 * 2 + 2 * 1
+        assert made["seconds_per_counterfactual"] > 0
+    trained = metrics["training"]["batch_2"]
+    expected = trained["images_per_second_cached"] / trained["images_per_second_uncached"]
+    assert trained["speedup_cached"] == pytest.approx(expected, rel=1e-3)
+    fresh = build(*[full_size.models.tiny_config(), full_size.SEED]).unet.bfloat16().state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in pipes[0].unet.state_dict().items())
 
 
 def test_two_separate_runs_share_the_edits_of_one(tmp_path):

@@ -142,6 +142,7 @@ def test_phrases_are_as_far_apart_as_the_text_encoder_puts_them():
     pipe, subject = tiny_pipeline(), "chest x-ray"
     assert models.told_apart(pipe, "pacemaker", "pacemaker", subject) == 0
     assert models.told_apart(pipe, "pacemaker", "endotracheal tube", subject) > 0
-    shipped = models.load_pipeline()  # which learned findings, and hardly their sides
+    shipped = models.load_pipeline()
     sides = models.told_apart(shipped, "left pleural effusion", "right pleural effusion", subject)
-    assert sides < 0.15 < models.told_apart(shipped, "pleural effusion", "support devices", subject)
+    assert sides > 0.5, "the shipped model was taught the words of details"
+    assert models.told_apart(shipped, "pleural effusion", "support devices", subject) > 0.5

@@ -18,13 +18,12 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from prism_lib import models, objective, paths, phantom, results
+from benchmarks.editing import EDIT, SEED, Cases, counted
+from prism_lib import models, objective, paths, results
 from prism_lib.editing import EditConfig, sweep
 from prism_lib.inversion import invert
-from prism_lib.prompts import Edit, PromptPair
+from prism_lib.prompts import PromptPair
 
-SEED = 0
-EDIT = Edit(remove=("Support Devices",))
 SD_V1_5 = models.PipelineConfig(
     image_size=512,
     vae_channels=(128, 256, 512, 512),
@@ -50,8 +49,9 @@ def main() -> None:
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cpu" and not tiny:
         parser.error("a model of this size needs a GPU; --size tiny does not")
+    config = models.tiny_config() if tiny else SD_V1_5
     with results.Timer() as timer:
-        pipe = models.build_pipeline(models.tiny_config() if tiny else SD_V1_5, SEED)
+        pipe = models.build_pipeline(config, SEED)
         for part in (pipe.vae, pipe.text_encoder, pipe.unet):
             part.requires_grad_(False).eval().to(place, torch.bfloat16)
         for part in (pipe.vae, pipe.unet):
@@ -63,28 +63,24 @@ def main() -> None:
         "full_size",
         dataset="phantom",
         notebook="benchmarks/full_size.py",
-        parameters={"num_inference_steps": given.steps, "edit": EDIT.key, "config": EditConfig(), "model": SD_V1_5},
+        parameters={"num_inference_steps": given.steps, "edit": EDIT.key, "config": EditConfig(), "model": config},
         seed=SEED,
         metrics=metrics,
         figures_dir=paths.runs() / "benchmarks" if tiny else "",
-        model="random weights of SD v1.5's size",
+        model="random weights",
         seconds=timer.seconds,
     )
 
 
 def editing(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds and memory of a counterfactual, autoencoder included, by batch size."""
-    patients = phantom.sample_patients(max(given.edited), SEED).intervene(support_devices=1.0)
-    labels = patients.labels()[["Cardiomegaly", "Pleural Effusion", "Support Devices"]].to_dict("records")
-    pairs = [EDIT.prompts({str(label): value for label, value in row.items()}) for row in labels]
-    images = phantom.render(patients, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
+    cases = Cases.draw(max(given.edited), pipe.unet.config.sample_size * models.image_factor(pipe.vae))
     operations, found = evaluation_flops(pipe), {}
     for batch in given.edited:
-        one_edit(pipe, images[:batch], pairs[:batch], 2)  # compiles, and chooses kernels
-        rows: list[int] = []
-        counter = pipe.unet.register_forward_pre_hook(partial(count_rows, rows))
-        seconds, memory = measured(partial(one_edit, pipe, images[:batch], pairs[:batch], given.steps))
-        counter.remove()
+        images, pairs = cases.images[:batch], cases.pairs[:batch]
+        one_edit(pipe, images, pairs, 2)  # compiles, and chooses kernels
+        with counted(pipe) as rows:
+            seconds, memory = measured(partial(one_edit, pipe, images, pairs, given.steps))
         found[f"batch_{batch}"] = {
             "seconds_per_counterfactual": seconds / batch,
             "unet_evaluations_per_counterfactual": sum(rows) / batch,
@@ -142,11 +138,6 @@ def training(pipe: StableDiffusionPipeline, batches: Sequence[int], steps: int =
         }
     unet.to(torch.bfloat16).eval().requires_grad_(False).load_state_dict(state)
     return found
-
-
-def count_rows(rows: list[int], _: object, inputs: tuple[Tensor, ...]) -> None:
-    """A hook that notes how many rows a U-Net is given."""
-    rows.append(len(inputs[0]))
 
 
 def repeat(work: Callable[[], None], times: int) -> None:

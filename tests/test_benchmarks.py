@@ -104,7 +104,7 @@ def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights
     metrics = results.load_record("full_size", "phantom", tmp_path / "benchmarks")["metrics"]
     assert set(metrics["editing"]) == set(metrics["editing_compiled"]) == {"batch_1", "batch_2"}
     for made in metrics["editing"].values():
-        # Four steps up; four down with three rows, and a fourth for the two of them that are guided.
+        # Four steps up; four down with source and target, and a row more in the two that are guided.
         assert made["unet_evaluations_per_counterfactual"] == 4 + 4 * 2 + 2 * 1
         assert made["seconds_per_counterfactual"] > 0
     trained = metrics["training"]["batch_2"]

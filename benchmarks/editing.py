@@ -38,6 +38,7 @@ EDIT = Edit(remove=("Support Devices",))
 PUBLISHED = EditConfig(
     guidance_scale=7.5,
     addition_factor=1.0,
+    guidance_start=0.0,
     guidance_end=1.0,
     cross_replace_steps=0.8,
     negative="empty",

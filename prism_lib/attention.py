@@ -100,8 +100,8 @@ class Controller:
     `transfer` (K, L, L) and `own` (K, L) build the edited cross maps; token weights are already in them. A token is
     edited in the steps from its `first` to before its `last`, both (K, L). Self-attention is injected in an edit's
     first `self_steps` steps in layers of at most `self_max_tokens` queries, into the target row alone as the reference
-    implementations do, or with `inject_negative` into the negative row too. An edit has a negative row in its first
-    `guided_steps` steps. `parents` holds the image of each edit.
+    implementations do, or with `inject_negative` into the negative row too. An edit has a negative row in the
+    steps of its `guided_steps`. `parents` holds the image of each edit.
     """
 
     transfer: Tensor
@@ -111,7 +111,7 @@ class Controller:
     self_steps: tuple[int, ...]
     self_max_tokens: tuple[int, ...]
     inject_negative: tuple[bool, ...]
-    guided_steps: tuple[int, ...]
+    guided_steps: tuple[range, ...]
     parents: tuple[int, ...]
     maps: WordMaps | None = None
     step: int = 0
@@ -129,7 +129,7 @@ class Controller:
         self_steps: int | Sequence[int] = 0,
         self_max_tokens: int | Sequence[int] = 32 * 32,
         inject_negative: bool | Sequence[bool] = False,
-        guided_steps: int | Sequence[int] = sys.maxsize,
+        guided_steps: Sequence[range] = (),
         parents: Sequence[int] | None = None,
         maps: WordMaps | None = None,
         step: int = 0,
@@ -137,6 +137,7 @@ class Controller:
         """A controller of one alignment per edit; `weights` (K, L) multiply the edited maps (reweight).
 
         Settings are one for all edits or one each; `cross_start` and `cross_steps` may also be (K, L), one per token.
+        Without `guided_steps` every step is guided.
         """
         edits = len(alignments)
         transfer = torch.stack([alignment.transfer for alignment in alignments]) * weights[:, None, :]
@@ -150,7 +151,7 @@ class Controller:
             _each(self_steps, edits),
             _each(self_max_tokens, edits),
             _each(inject_negative, edits),
-            _each(guided_steps, edits),
+            tuple(guided_steps) or (range(sys.maxsize),) * edits,
             tuple(range(edits)) if parents is None else tuple(parents),
             maps,
             step,
@@ -169,7 +170,7 @@ class Controller:
     @property
     def guided(self) -> tuple[int, ...]:
         """The edits with a negative row at this step, in the order of these rows."""
-        return tuple(edit for edit, steps in enumerate(self.guided_steps) if self.step < steps)
+        return tuple(edit for edit, steps in enumerate(self.guided_steps) if self.step in steps)
 
     @property
     def guided_rows(self) -> Tensor:

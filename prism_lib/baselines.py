@@ -69,6 +69,7 @@ class PromptToPrompt:
 PLAIN = EditConfig(
     guidance_scale=7.5,
     addition_factor=1.0,
+    guidance_start=0.0,
     guidance_end=1.0,
     cross_replace_steps=0.8,
     self_replace_steps=0.4,
@@ -112,6 +113,7 @@ class TwoMasks:
             ),
             guidance_scale=self.guidance_scale,
             addition_factor=1.0,
+            guidance_start=0.0,
             guidance_end=1.0,
         )
         edited = edit(pipe, inverted, pairs, config, mask=wide)

@@ -45,9 +45,9 @@ class EditTask:
         return self.config.guidance_scale * _closed(self.config.addition_factor)
 
     @property
-    def guidance_end(self) -> float:
-        """The share of the steps that are guided."""
-        return _closed(self.config.guidance_end)
+    def guidance_window(self) -> tuple[float, float]:
+        """Where guidance starts and ends, shares of the steps."""
+        return _closed(self.config.guidance_start), _closed(self.config.guidance_end)
 
     @property
     def confine(self) -> float:
@@ -168,10 +168,10 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
     )
 
 
-def _guided_steps(task: EditTask, steps: int) -> int:
-    """The first steps in which an edit needs its negative prediction: none where guidance adds nothing."""
+def _guided_steps(task: EditTask, steps: int) -> range:
+    """The steps in which an edit needs its negative prediction: none where guidance adds nothing."""
     idle = task.guidance_scale == 1 and task.config.proximal == "none"
-    return 0 if idle else round(task.guidance_end * steps)
+    return range(0) if idle else range(*(round(share * steps) for share in task.guidance_window))
 
 
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
@@ -202,7 +202,7 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
     crosses = step < round(config.cross_replace_steps * steps)
     exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
     injects = step < round(config.self_replace_steps * steps)
-    guides = step < _guided_steps(task, steps)
+    guides = step in _guided_steps(task, steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
     confines = task.confine > 0 and step / steps >= config.confine_start
     return (

@@ -50,6 +50,7 @@ class Recipe:
     method: str = RECOMMENDED
     steps: int = 20
     guidance_scale: float = _USUAL.guidance_scale
+    guidance_start: float | None = None
     guidance_end: float | None = None
     self_replace_steps: float = _USUAL.self_replace_steps
     cross_replace_steps: float = _USUAL.cross_replace_steps
@@ -73,6 +74,7 @@ class Recipe:
         """The editor's settings."""
         return EditConfig(
             guidance_scale=self.guidance_scale,
+            guidance_start=self.guidance_start,
             guidance_end=self.guidance_end,
             self_replace_steps=self.self_replace_steps,
             cross_replace_steps=self.cross_replace_steps,

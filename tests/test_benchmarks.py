@@ -23,7 +23,13 @@ from prism_lib.prompts import Edit
 STEPS = 4
 CONFIG = InversionConfig(guidance_scale=3.0, inner_steps=3)
 PUBLISHED = EditConfig(
-    guidance_scale=3.0, guidance_end=1.0, cross_replace_steps=0.75, negative="empty", correct_drift=False, confine=0.0
+    guidance_scale=3.0,
+    guidance_start=0.0,
+    guidance_end=1.0,
+    cross_replace_steps=0.75,
+    negative="empty",
+    correct_drift=False,
+    confine=0.0,
 )
 
 

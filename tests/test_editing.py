@@ -24,7 +24,12 @@ from prism_lib.prompts import PromptPair
 STEPS = 5
 # Values far from the defaults, so that every part of the edit shows.
 STRONG = EditConfig(
-    guidance_scale=5.0, guidance_end=1.0, cross_replace_steps=0.6, self_replace_steps=0.4, word_weight=2.0
+    guidance_scale=5.0,
+    guidance_start=0.0,
+    guidance_end=1.0,
+    cross_replace_steps=0.6,
+    self_replace_steps=0.4,
+    word_weight=2.0,
 )
 # An untrained model changes every pixel a little, so the automatic mask of tests takes the upper half.
 HALF = MaskConfig(weak=1.0, strong=1.2, seed_evidence=0.5, grow_evidence=0.3, close=0, dilate=0)
@@ -98,7 +103,8 @@ def reference_edit(pipe, inversion, pair, config):
             noise(inversion.latents[STEPS - step], source_text, store)
             unconditional = noise(target, empty_text, lambda name, probabilities, cross: probabilities)
             conditional = noise(target, target_text, inject)
-            scale = config.guidance_scale if step < int(config.guidance_end * STEPS + 0.5) else 1
+            start, end = (int(share * STEPS + 0.5) for share in (config.guidance_start, config.guidance_end))
+            scale = config.guidance_scale if start <= step < end else 1
             guided = unconditional + scale * (conditional - unconditional)
             target = scheduler.step(guided, int(t), target).prev_sample
             yield target
@@ -113,6 +119,7 @@ def reference_edit(pipe, inversion, pair, config):
         {},
         {"self_max_tokens": 64},
         {"guidance_end": 0.4},
+        {"guidance_start": 0.4, "guidance_end": 0.8},
         {"cross_replace_steps": 1.0, "word_weight": 1.0},
         {"word_windows": {"support devices": 0.2, "cardiomegaly": 1.0}},
         {"word_windows": {"devices": 0.8, "without": 0.4}, "cross_replace_steps": 0.0},
@@ -177,6 +184,7 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
     "change",
     [
         {"guidance_scale": 1.0},
+        {"guidance_start": 0.2},
         {"guidance_end": 0.6},
         {"cross_replace_steps": 0.0},
         {"self_replace_steps": 0.0},
@@ -216,18 +224,18 @@ def test_an_addition_is_guided_by_the_factor_more_and_a_removal_is_not():
 def settled(source, target, words=(), **settings):
     pair = PromptPair(source, target, words, words)
     config = EditConfig(**settings).settled(pair)
-    return config.addition_factor, config.guidance_end, config.confine
+    return config.addition_factor, config.guidance_start, config.guidance_end, config.confine
 
 
 def test_open_settings_are_those_that_the_findings_need():
     heart, fluid = REMOVALS["cardiomegaly"], ADDITIONS["pleural effusion"]
-    assert settled("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",)) == (1, 0.4, heart.confine)
+    assert settled("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",)) == (1, 0, 0.4, heart.confine)
     added = settled("without pleural effusion", "with pleural effusion", ("Pleural effusion",))
-    assert added == (fluid.addition_factor, fluid.guidance_end, fluid.confine)
-    assert settled("with nodule", "without nodule", ("nodule",)) == settled("a", "a") == (1, 0.4, 0.27)
-    assert settled("without nodule", "with nodule", ("nodule",)) == (2, 0.4, 0.27)
+    assert added == (fluid.addition_factor, fluid.guidance_start, fluid.guidance_end, fluid.confine)
+    assert settled("with nodule", "without nodule", ("nodule",)) == settled("a", "a") == (1, 0, 0.4, 0.27)
+    assert settled("without nodule", "with nodule", ("nodule",)) == (2, 0, 0.4, 0.27)
     # Only "with" differs: the words tell that something comes, not what.
-    assert settled("without pacemaker", "with pacemaker", ("with",)) == (2, 0.4, 0.27)
+    assert settled("without pacemaker", "with pacemaker", ("with",)) == (2, 0, 0.4, 0.27)
 
 
 def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():
@@ -235,13 +243,24 @@ def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():
     both = settled("with cardiomegaly, without support devices", "without cardiomegaly, with support devices", words)
     devices = ADDITIONS["support devices"]
     assert REMOVALS["cardiomegaly"].confine > devices.confine
-    assert both == (devices.addition_factor, devices.guidance_end, devices.confine)
+    assert both == (devices.addition_factor, 0, devices.guidance_end, devices.confine)
 
 
 def test_settings_that_are_given_are_taken_for_every_finding():
-    given = {"addition_factor": 3.0, "guidance_end": 0.6, "confine": 0.0}
-    assert settled("without support devices", "with support devices", ("support devices",), **given) == (3, 0.6, 0)
-    assert settled("with support devices", "without support devices", ("support devices",), **given) == (1, 0.6, 0)
+    given = {"addition_factor": 3.0, "guidance_start": 0.5, "guidance_end": 0.6, "confine": 0.0}
+    assert settled("without support devices", "with support devices", ("support devices",), **given) == (3, 0.5, 0.6, 0)
+    assert settled("with support devices", "without support devices", ("support devices",), **given) == (1, 0.5, 0.6, 0)
+
+
+def test_guidance_never_starts_after_its_end():
+    words = ("support devices",)
+    assert ADDITIONS["support devices"].guidance_start > 0.05
+    early = settled("without support devices", "with support devices", words, guidance_end=0.05)
+    assert early[1:3] == (0.05, 0.05)
+    with pytest.raises(ValueError, match=r"guidance_start is 0.6, after guidance_end, 0.5"):
+        EditConfig(guidance_start=0.6, guidance_end=0.5)
+    with pytest.raises(ValueError, match=r"guidance_start is 0.6, after guidance_end, 0.4"):
+        settled("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",), guidance_start=0.6)
 
 
 def test_a_result_tells_the_settings_that_it_was_made_with():
@@ -283,6 +302,8 @@ def test_an_edit_is_deterministic_and_leaves_its_input_alone():
         ({}, STEPS),
         ({"guidance_end": 0.4}, 2),
         ({"guidance_end": 0.0}, 0),
+        ({"guidance_start": 0.6}, 2),
+        ({"guidance_start": 0.4, "guidance_end": 0.4}, 0),
         ({"guidance_scale": 1.0}, 0),
         ({"guidance_scale": 1.0, "proximal": "l0"}, STEPS),
     ],
@@ -294,7 +315,9 @@ def test_three_evaluations_a_step_where_the_edit_is_guided_and_two_where_not(cha
     edit(pipe, inversion, [REMOVE] * 3, replace(STRONG, batch_size=2, **change))
     handle.remove()
     free = STEPS - guided
-    assert rows == [6] * guided + [4] * free + [3] * guided + [2] * free
+    late = change.get("guidance_start", 0) > 0
+    first, last = [6] * guided + [4] * free, [3] * guided + [2] * free
+    assert rows == (first[::-1] + last[::-1] if late else first + last)
 
 
 # --- sweeps
@@ -313,6 +336,7 @@ def test_a_forked_sweep_equals_separate_edits():
     ]
     configs += [replace(STRONG, word_windows=windows) for windows in ({"devices": 0.2}, {"cardiomegaly": 0.8})]
     configs += [replace(STRONG, inject_negative=True, guidance_end=end) for end in (0.2, 0.6)]
+    configs += [replace(STRONG, guidance_start=start) for start in (0.2, 0.6)]
     swept = sweep(pipe, inversion, pairs, configs)
     assert [len(results) for results in swept] == [len(configs)] * 2
     for place, config in enumerate(configs):
@@ -506,6 +530,8 @@ def test_a_cancelled_edit_restores_the_processors():
         ("word_windows", ("devices", 0.5)),
         ("addition_factor", -0.5),
         ("addition_factor", float("nan")),
+        ("guidance_start", -0.1),
+        ("guidance_start", float("nan")),
         ("guidance_end", 1.5),
         ("alignment", "merge"),
         ("negative", "none"),

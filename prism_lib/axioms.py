@@ -7,6 +7,7 @@ autoencoder's own error, 1 being as close as the model can decode; images are in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,20 @@ def composition(
 
 
 def reversibility(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, change: Edit, config: EditConfig, **how: Any
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    config: EditConfig,
+    paths: Sequence[str] = PATHS,
+    **how: Any,
 ) -> pd.DataFrame:
-    """Edit, and edit back: a row per image, columns `image` and `raw`."""
+    """Edit, and edit back: a row per image, a column for each of the ``paths``, which cost an edit each."""
     original, there = datasets.read_images(folder, cases), prompt_pairs(folder, cases, change)
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
     edited = edit_images(pipe, original, there, config, **how)
     reconstruction, columns = stack(edited, "reconstruction"), {}
-    for name in PATHS:
+    for name in paths:
         returned = stack(edit_images(pipe, stack(edited, name), back, config, **how), name)
         columns[name] = metrics.relative_l1(returned, original, reconstruction).tolist()
     return cases[["file_name", "patient_id"]].assign(**columns)

@@ -52,3 +52,7 @@ def test_an_edit_that_is_undone_comes_back(phantom_folder, cases, monkeypatch):
     assert [pair.source for pair in back] == [pair.target for pair in there]
     assert [pair.target for pair in back] == [pair.source for pair in there]
     assert not torch.equal(edited, datasets.read_images(phantom_folder, cases))
+    seen.clear()
+    one = axioms.reversibility(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), paths=("image",), **HOW)
+    assert len(seen) == 2 and "raw" not in one
+    assert one["image"].tolist() == table["image"].tolist()

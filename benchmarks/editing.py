@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks import reference
 from prism_lib import models, paths, phantom, results
+from prism_lib.baselines import PLAIN
 from prism_lib.editing import Counterfactual, EditConfig, grid, sweep
 from prism_lib.inversion import Inversion, InversionConfig, invert, optimise_null_text
 from prism_lib.models import encode_prompts
@@ -35,16 +36,7 @@ STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
 NULL_TEXTS = 4
 WINDOWS = (0.4, 0.5, 0.6, 0.7, 0.8)
 EDIT = Edit(remove=("Support Devices",))
-PUBLISHED = EditConfig(
-    guidance_scale=7.5,
-    addition_factor=1.0,
-    guidance_start=0.0,
-    guidance_end=1.0,
-    cross_replace_steps=0.8,
-    negative="empty",
-    correct_drift=False,
-    confine=0,
-)
+PUBLISHED = replace(PLAIN, local_blend=False)
 
 
 @dataclass

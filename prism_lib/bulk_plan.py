@@ -226,7 +226,9 @@ def _tasks(
         raise ValueError(f"file_name {name!r} is not in {config.data}")
     if settings.choice is not None and settings.choice.guide and not edit.attributes:
         raise ValueError(f"a guide reads labels, and the edit {edit.key} names none")
-    edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
+    unknown = edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
+    for candidate in settings.candidates:
+        candidate.settled(unknown)
     found = False
     for file_name in [name] if name != ALL else images:
         image = images[file_name]

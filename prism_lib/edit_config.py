@@ -52,13 +52,13 @@ class EditConfig:
 
     Guidance acts from `guidance_start` to `guidance_end` (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
     there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. Where many
-    things would do, guidance from the first step on makes all of them the likeliest one. Where an edit
-    adds something, its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what
-    it is and where, of what has to come only the words do. A longer
-    `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the target's attention to the
-    words of the edit inside the cross window. `word_windows` gives words or phrases of the target prompt a cross window
-    of their own, {"without": 0.8}, in place of `cross_replace_steps`. Self-attention is injected in layers of at most
-    `self_max_tokens` queries. `protect_text` keeps letters burnt into the corners out of the automatic mask.
+    things would do, guidance from the first step on makes all of them the likeliest one. Where an edit adds something,
+    its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what it is and where,
+    of what has to come only the words do. A longer `self_replace_steps` keeps *more* of the source's structure.
+    `word_weight` multiplies the target's attention to the words of the edit inside the cross window. `word_windows`
+    gives words or phrases of the target prompt a cross window of their own, {"without": 0.8}, in place of
+    `cross_replace_steps`. Self-attention is injected in layers of at most `self_max_tokens` queries. `protect_text`
+    keeps letters burnt into the corners out of the automatic mask.
     `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
     the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
     of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
@@ -118,20 +118,21 @@ class EditConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        _check_window(self.guidance_start, self.guidance_end)
+        start, end = self.guidance_start, self.guidance_end
+        if start is not None and end is not None and start > end:
+            raise ValueError(f"guidance_start is {start}, after guidance_end, {end}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
 
     def settled(self, pair: PromptPair) -> EditConfig:
         """These settings with what is open (None) as the findings of ``pair`` need it: the most that one of them does.
 
-        A removal has no factor: it is 1, whatever is set.
+        A removal has no factor: it is 1, whatever is set. ValueError where a given start lies after the needed end.
         """
         needs = [_needs(phrase, pair) for phrase in pair.target_words] or [_ADDITION if pair.adds else _REMOVAL]
         factor = max(need.addition_factor for need in needs) if self.addition_factor is None else self.addition_factor
         end = max(need.guidance_end for need in needs) if self.guidance_end is None else self.guidance_end
         start = min(end, *(n.guidance_start for n in needs)) if self.guidance_start is None else self.guidance_start
-        _check_window(start, end)
         return replace(
             self,
             addition_factor=factor if pair.adds else 1.0,
@@ -146,11 +147,6 @@ class EditConfig:
 
 
 _OPEN = tuple(item.name for item in fields(Needs))
-
-
-def _check_window(start: float | None, end: float | None) -> None:
-    if start is not None and end is not None and start > end:
-        raise ValueError(f"guidance_start is {start}, after guidance_end, {end}")
 
 
 def _needs(phrase: str, pair: PromptPair) -> Needs:

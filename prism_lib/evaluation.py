@@ -135,6 +135,8 @@ def edit_images(
 
     ``batch_size`` is the inversion's, ``how`` what else `inversion.invert` takes (method, num_inference_steps).
     """
+    for pair in pairs:
+        config.settled(pair)  # settings that do not go with an edit are refused before the inversion
     inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
     return edit(pipe, inversion, pairs, config, mask=mask)
 

@@ -62,7 +62,7 @@ class Recipe:
             raise ValueError(f"unknown inversion method {self.method!r}; known: {', '.join(METHODS)}")
         if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
             raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
-        _ = self.config  # checks its own values
+        self.config.settled(self.pair)  # checks its values, and that they go with the edit
 
     @property
     def pair(self) -> PromptPair:

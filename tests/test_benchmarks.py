@@ -11,26 +11,18 @@ import pytest
 import torch
 from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
-from benchmarks import bulk, full_size, identifiability
+from benchmarks import bulk, editing, full_size, identifiability
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, phantom, results
 from prism_lib.bulk_plan import BulkConfig
-from prism_lib.editing import EditConfig, grid, sweep
+from prism_lib.editing import grid, sweep
 from prism_lib.inversion import InversionConfig, invert
 from prism_lib.models import decode_latents
 from prism_lib.prompts import Edit
 
 STEPS = 4
 CONFIG = InversionConfig(guidance_scale=3.0, inner_steps=3)
-PUBLISHED = EditConfig(
-    guidance_scale=3.0,
-    guidance_start=0.0,
-    guidance_end=1.0,
-    cross_replace_steps=0.75,
-    negative="empty",
-    correct_drift=False,
-    confine=0.0,
-)
+PUBLISHED = replace(editing.PUBLISHED, guidance_scale=3.0, cross_replace_steps=0.75)
 
 
 @pytest.fixture(scope="module")

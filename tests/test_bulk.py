@@ -547,6 +547,7 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "guidance_scale": "much"}], "row 1: guidance_scale takes float"),
         ([{"edit": "unchanged", "guidance_scale": -1}], "row 1: guidance_scale is -1"),
         ([{"edit": "unchanged", "cross_replace_steps": 1.5}], "row 1: cross_replace_steps is 1.5"),
+        ([{"edit": "unchanged", "guidance_start": 0.6}], "row 1: guidance_start is 0.6, after guidance_end, 0.4"),
         ([{"edit": "unchanged", "method": "magic"}], "row 1: unknown inversion method 'magic'"),
         ([{"edit": "unchanged", "num_inference_steps": 0}], "row 1: num_inference_steps is 0"),
         ([{"edit": "unchanged", "batch_size": 2}], "row 1: unknown column 'batch_size'"),

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prism_lib.cases import prompt_pairs
 from prism_lib.ddim import Schedule
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Evaluation, Judge, evaluate_edit, interval
@@ -94,30 +95,49 @@ def measure(
 ) -> dict[str, Measurement]:
     """Edit the images of `cases` (edit -> rows of a prepared table) with every variant.
 
-    Variants that come up twice, as the base does in every study, are measured once.
+    What comes to the same is measured once: the base, which is in every study, and settings that an edit needs anyway
+    or cannot use, such as the factor of additions where something is removed.
     """
     if not cases or not variants:
         raise ValueError(f"need at least one edit and one variant, got {len(cases)} and {len(variants)}")
+    pairs = {edit: prompt_pairs(folder, table, edit) for edit, table in cases.items()}
+    images = sum(map(len, cases.values()))
+    found: dict[tuple[Edit, str], tuple[Evaluation, int]] = {}
     done: dict[str, Measurement] = {}
     for variant in tqdm({repr(variant): variant for variant in variants.values()}.values(), desc="variants"):
-        with counted_rows(pipe.unet) as rows:
-            evaluations = tuple(
-                evaluate_edit(
-                    pipe,
-                    folder,
-                    rows_of_edit,
-                    edit,
-                    variant.edit,
-                    method=variant.method,
-                    num_inference_steps=variant.num_inference_steps,
-                    judge=judge,
-                    mask=variant.mask,
-                )
-                for edit, rows_of_edit in cases.items()
-            )
-        images = sum(map(len, cases.values()))
-        done[repr(variant)] = Measurement(variant, evaluations, sum(rows) / images)
+        own = []
+        for edit, table in cases.items():
+            settled = [replace(variant, edit=variant.edit.settled(pair)) for pair in pairs[edit]]
+            if (key := (edit, repr(settled))) not in found:
+                found[key] = _evaluate(pipe, folder, table, edit, variant, judge)
+            own.append(found[key])
+        evaluations = tuple(evaluation for evaluation, _ in own)
+        done[repr(variant)] = Measurement(variant, evaluations, sum(rows for _, rows in own) / images)
     return {name: done[repr(variant)] for name, variant in variants.items()}
+
+
+def _evaluate(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    table: pd.DataFrame,
+    edit: Edit,
+    variant: Variant,
+    judge: Judge | None,
+) -> tuple[Evaluation, int]:
+    """One edit with one variant, and the rows of its U-Net calls."""
+    with counted_rows(pipe.unet) as rows:
+        evaluation = evaluate_edit(
+            pipe,
+            folder,
+            table,
+            edit,
+            variant.edit,
+            method=variant.method,
+            num_inference_steps=variant.num_inference_steps,
+            judge=judge,
+            mask=variant.mask,
+        )
+    return evaluation, sum(rows)
 
 
 @contextmanager

@@ -111,6 +111,7 @@ def train_classifier(
     config: ClassifierConfig,
     device: str | torch.device | None = None,
     groups: Tensor | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
@@ -128,7 +129,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(config.seed)
     worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
     batches = _batches(len(images), total, config, groups, generator)
-    for rows in tqdm(batches, total=total, desc="classifier", leave=False):
+    for rows in tqdm(batches, total=total, desc="classifier", leave=False, disable=not progress):
         batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
         mask = known[rows].to(device)
         target = torch.where(known[rows], labels[rows], 0.0).to(device)

@@ -31,6 +31,7 @@ from prism_lib.imagic import Imagic
 from prism_lib.inversion import METHODS, RECOMMENDED
 from prism_lib.prompts import Edit
 from prism_lib.results import Timer
+from prism_lib.reuse import kept
 
 CRITERION = "true_error_ratio"
 BUDGET = 4
@@ -192,10 +193,11 @@ def tune(
     with tqdm(total=sum(map(len, candidates.values())), desc="tune") as progress:
         for name, editors in candidates.items():
             errors = []
-            for editor in editors:
-                found = measure(pipe, folder, cases, editor)
-                errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
-                progress.update()
+            with kept():  # settings of one method often share their inversion, and nobody reads the time it takes here
+                for editor in editors:
+                    found = measure(pipe, folder, cases, editor)
+                    errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
+                    progress.update()
             best = min(range(len(errors)), key=errors.__getitem__)
             tuned[name] = Tuned(editors[best], tuple(errors), tuple(editors))
     return tuned

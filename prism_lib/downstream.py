@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib import datasets, metrics, robustness
+from prism_lib import datasets, metrics, robustness, side_by_side
 from prism_lib.augmentation import Source
-from prism_lib.classifier import auc, predict, train_classifier
+from prism_lib.classifier import auc
 from prism_lib.imagefolder import Folder
 from prism_lib.shortcuts import (
     GROUPS,
@@ -57,12 +57,15 @@ def run(
     sources: Mapping[str, Source],
     cache: Path,
     objectives: Sequence[str] = tuple(OBJECTIVES),
+    processes: int = 1,
 ) -> Readings:
     """Train every classifier that ``cache`` does not know yet and read the test set with it.
 
     A classifier's key holds all that decides it, so that an interrupted study goes on where it stopped. A source with
-    an attribute `settings` is known by that, any other by its name.
+    an attribute `settings` is known by that, any other by its name. ``processes`` classifiers are trained at a time, 0
+    for as many as suit (`side_by_side.processes_for`); their number moves readings by rounding alone.
     """
+    processes = side_by_side.processes_for(processes)
     train = datasets.load_table(folder, "train")
     drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
     if sources:
@@ -78,21 +81,37 @@ def run(
     }
     test = load_images(folder, table, config)
     missing = [key for key, path in files.items() if not path.is_file()]
-    prepared: dict[tuple[float, str], TrainingSet] = {}
-    for key in tqdm(missing, desc="classifiers"):
-        strength, name, seed = key
-        if (strength, name) not in prepared:
-            prepared = {(strength, name): load_images(folder, drawn[strength], config)}
-            if name in sources:
-                prepared[strength, name] += added_images(drawn[strength], sources[name], config)
-        _write(files[key], _train(prepared[strength, name], config, name, seed, test.images))
+
+    def tasks() -> Iterator[tuple[Key, side_by_side.Task]]:
+        prepared: dict[tuple[float, str], TrainingSet] = {}
+        for strength, name, seed in missing:
+            if (strength, name) not in prepared:
+                prepared = {(strength, name): load_images(folder, drawn[strength], config)}
+                if name in sources:
+                    prepared[strength, name] += added_images(drawn[strength], sources[name], config)
+            data, objective = prepared[strength, name], OBJECTIVES.get(name, "erm")
+            classifier = replace(config.classifier, seed=seed, objective=objective)
+            yield (
+                (strength, name, seed),
+                side_by_side.Task(data.images, data.labels, data.groups, classifier, test.images),
+            )
+
+    if processes > 1:
+        _make_first(missing, drawn, sources, config)
+    for key, probabilities in tqdm(side_by_side.train(tasks(), processes), total=len(missing), desc="classifiers"):
+        _write(files[key], probabilities)
     read = {key: load_file(path)["probabilities"] for key, path in files.items()}
     return Readings(table, test.labels, test.groups, read)
 
 
-def _train(data: TrainingSet, config: StudyConfig, name: str, seed: int, test: Tensor) -> Tensor:
-    classifier = replace(config.classifier, seed=seed, objective=OBJECTIVES.get(name, "erm"))
-    return predict(train_classifier(data.images, data.labels, classifier, groups=data.groups), test)
+def _make_first(
+    missing: Sequence[Key], drawn: Mapping[float, pd.DataFrame], sources: Mapping[str, Source], config: StudyConfig
+) -> None:
+    """Have sources that keep their images make them, while no classifier asks for the same cores."""
+    for strength, name in dict.fromkeys((strength, name) for strength, name, _ in missing):
+        if name in sources and hasattr(sources[name], "settings"):
+            for rows, edit in additions(drawn[strength], config):
+                sources[name](rows, edit)
 
 
 def summarise(readings: Readings, config: StudyConfig, baseline: str = "as_is") -> dict[str, Any]:

@@ -7,13 +7,14 @@ and optimised embedding. Nothing ties pixels to the input but what the U-Net rem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,6 +23,7 @@ from prism_lib.editing import Counterfactual
 from prism_lib.models import encode_images, encode_prompts
 from prism_lib.monitoring import sample_images
 from prism_lib.prompts import Edit, PromptPair
+from prism_lib.reuse import digest, remember
 from prism_lib.training import LORA_LAYERS
 
 _ADAPTER = "imagic"
@@ -65,24 +67,42 @@ class Imagic:
     def _edit(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Tensor:
         """One image (1, 1, H, W)."""
         seed = seed_of(image, self.seed)
+        target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
+        # What is fitted depends neither on the mixture nor on how it is sampled.
+        fit = replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
+        question = fit, pipe.unet, pipe.vae, digest(image), pair.target
+        optimised, adapters = remember(question, lambda: self._tune(pipe, image, target, seed))
+        with self._adapted(pipe, seed), torch.no_grad():
+            set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
+            mixed = self.eta * target + (1 - self.eta) * optimised
+            return sample_images(
+                pipe, pipe.unet, mixed, empty, self.num_inference_steps, self.guidance_scale, seed % 2**32
+            ).cpu()
+
+    def _tune(
+        self, pipe: StableDiffusionPipeline, image: Tensor, target: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Steps A and B: the optimised embedding, and the adapters' weights."""
         noise = torch.Generator().manual_seed(seed)
         clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype)
-        target, empty = encode_prompts(pipe, [pair.target, ""]).to(clean).split(1)
         embedding = nn.Parameter(target.clone())
         self._fit(pipe, clean, embedding, [embedding], self.embedding_steps, self.embedding_learning_rate, noise)
         optimised = embedding.detach()
+        with self._adapted(pipe, seed):
+            weights = [value for value in pipe.unet.parameters() if value.requires_grad]
+            self._fit(pipe, clean, optimised, weights, self.unet_steps, self.unet_learning_rate, noise)
+            tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
+            return optimised, {name: value.detach().clone() for name, value in tuned.items()}
+
+    @contextmanager
+    def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
+        """The U-Net with fresh adapters, which are taken off again."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapters = LoraConfig(r=self.rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
             pipe.unet.add_adapter(adapters, _ADAPTER)
         try:
-            weights = [value for value in pipe.unet.parameters() if value.requires_grad]
-            self._fit(pipe, clean, optimised, weights, self.unet_steps, self.unet_learning_rate, noise)
-            mixed = self.eta * target + (1 - self.eta) * optimised
-            with torch.no_grad():
-                return sample_images(
-                    pipe, pipe.unet, mixed, empty, self.num_inference_steps, self.guidance_scale, seed % 2**32
-                ).cpu()
+            yield
         finally:
             pipe.unet.unload_lora()
 

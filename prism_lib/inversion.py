@@ -32,6 +32,7 @@ from prism_lib.descent import DESCENTS, Descent
 from prism_lib.inversion_config import RECOMMENDED as RECOMMENDED
 from prism_lib.inversion_config import InversionConfig
 from prism_lib.models import check_images, decode_latents, encode_images, encode_prompts, image_factor
+from prism_lib.reuse import digest, remember
 
 Callback = Callable[[int, int, Tensor], None]
 _USUAL = InversionConfig()
@@ -114,7 +115,8 @@ def invert(
     """Invert images (N, C, H, W) in [0, 1], C 1 or 3, each under its own source prompt; T evaluations per
     image.
 
-    `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
+    `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel. Inside of
+    `reuse.kept` nothing is inverted twice, and then it is not called.
     """
     if method not in METHODS:
         raise ValueError(f"unknown inversion method {method!r}; known: {', '.join(METHODS)}")
@@ -126,6 +128,20 @@ def invert(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     schedule = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
+    question = pipe.unet, pipe.vae, digest(images), tuple(prompts), method, schedule, config, batch_size
+    return remember(question, lambda: _abduce(pipe, images, prompts, method, schedule, config, batch_size, callback))
+
+
+def _abduce(
+    pipe: StableDiffusionPipeline,
+    images: Tensor,
+    prompts: Sequence[str],
+    method: str,
+    schedule: Schedule,
+    config: InversionConfig,
+    batch_size: int,
+    callback: Callback | None,
+) -> Inversion:
     embeds = encode_prompts(pipe, prompts)
     clean = torch.cat([encode_images(pipe.vae, batch) for batch in images.split(batch_size)])
     latents = METHODS[method](pipe, clean, embeds, schedule, batch_size, callback)

@@ -6,6 +6,7 @@ import torch
 from prism_lib import ablation, evaluation, plotting
 from prism_lib.ablation import Variant, measure, summarise, vary
 from prism_lib.attention import Controller
+from prism_lib.cases import prompt_pairs
 from prism_lib.editing import EditConfig, edit
 from prism_lib.inversion import invert
 from prism_lib.prompts import Edit
@@ -143,3 +144,18 @@ def test_a_timeline_has_a_cell_for_each_step():
     assert len(axis.patches) == 4
     colors = [patch.get_facecolor() for patch in axis.patches]
     assert colors[0] != colors[1] == colors[2] == colors[3]
+
+
+def test_what_an_edit_needs_anyway_or_cannot_use_is_measured_once(phantom_folder, cases):
+    (need,) = {
+        EditConfig().settled(pair).addition_factor for pair in prompt_pairs(phantom_folder, cases[ADD_HEART], ADD_HEART)
+    }
+    variants = {"base": BASE} | vary(BASE, addition_factor=[need, need + 1])
+    found = measure(tiny_pipeline(), phantom_folder, cases, variants)
+    base, same, other = (variant.evaluations for variant in found.values())
+    assert all(mine is theirs for mine, theirs in zip(base, same, strict=True))
+    assert other[0] is base[0], "a removal has no factor"
+    assert other[1] is not base[1] and not torch.equal(other[1].raw, base[1].raw)
+    counts = {measurement.unet_evaluations for measurement in found.values()}
+    assert counts == {found["base"].unet_evaluations}
+    assert found[f"addition_factor {need:g}"].variant != BASE

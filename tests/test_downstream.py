@@ -1,5 +1,7 @@
 """The study resumes, and its summary is what one works out by hand."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -89,3 +91,23 @@ def test_no_gap_is_no_share_of_a_gap():
     assert "gap_closed" not in summary
     without_truth = downstream.summarise(readings_of(as_is=[1, 0.1, 0.1, 1], prism=[1, 0.5, 0.5, 1]), ONE)
     assert without_truth["worst_group_gain"] == pytest.approx(0.4) and "gap_closed" not in without_truth
+
+
+def test_classifiers_side_by_side_are_those_of_one_process(phantom_folder, tmp_path):
+    few = replace(SMALL, strengths=(1.0,), seeds=(0, 1))
+    made = []
+
+    class Kept:
+        settings = "true"
+
+        def __call__(self, rows, edit):
+            made.append(edit.key)
+            return augmentation.truth(phantom_folder)(rows, edit)
+
+    alone, together = (
+        downstream.run(phantom_folder, few, {"true": Kept()}, tmp_path / str(n), ("as_is",), processes=n)
+        for n in (1, 2)
+    )
+    assert made == made[:4] * 3, "with two processes the images are made before anything is trained"
+    for key, value in alone.probabilities.items():
+        torch.testing.assert_close(together.probabilities[key], value, atol=1e-4, rtol=0)

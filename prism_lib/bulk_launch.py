@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prism_lib.bulk_plan import BulkConfig, config_json, plan
+from prism_lib.devices import cpu_processes
 from prism_lib.results import write_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def launch(config: BulkConfig, processes: int) -> None:
     0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
     """
     gpus = torch.cuda.device_count()
-    processes = processes or gpus or min(os.cpu_count() or 1, 4)
+    processes = processes or gpus or cpu_processes()
     if processes == 1:
         from prism_lib.bulk import generate
 

@@ -17,6 +17,12 @@ def dtype_of(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def cpu_processes() -> int:
+    """How many processes are begun unasked where there is no GPU: one per core, four at most, for each holds torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
+
+
 def default_device() -> torch.device:
     """`PRISM_DEVICE` ("cpu", "cuda:1", "mps") where it is set, else the first GPU, else the CPU.
 

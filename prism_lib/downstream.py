@@ -63,7 +63,7 @@ def run(
 
     A classifier's key holds all that decides it, so that an interrupted study goes on where it stopped. A source with
     an attribute `settings` is known by that, any other by its name. ``processes`` classifiers are trained at a time, 0
-    for as many as suit (`side_by_side.processes_for`); their number moves readings by rounding alone.
+    for as many as suit (`side_by_side.processes_for`); one has other rounding than several, see `side_by_side`.
     """
     processes = side_by_side.processes_for(processes)
     train = datasets.load_table(folder, "train")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.baselines import seed_of, unmasked
+from prism_lib.cache import image_hash
 from prism_lib.editing import Counterfactual
 from prism_lib.models import encode_images, encode_prompts
 from prism_lib.monitoring import sample_images
 from prism_lib.prompts import Edit, PromptPair
-from prism_lib.reuse import digest, remember
+from prism_lib.reuse import remember
 from prism_lib.training import LORA_LAYERS
 
 _ADAPTER = "imagic"
@@ -70,7 +71,7 @@ class Imagic:
         target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
         # What is fitted depends neither on the mixture nor on how it is sampled.
         fit = replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
-        question = fit, pipe.unet, pipe.vae, digest(image), pair.target
+        question = fit, pipe, image.shape, image_hash(image), pair.target
         optimised, adapters = remember(question, lambda: self._tune(pipe, image, target, seed))
         with self._adapted(pipe, seed), torch.no_grad():
             set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)

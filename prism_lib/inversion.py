@@ -27,12 +27,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import ddim
+from prism_lib.cache import image_hash
 from prism_lib.ddim import Schedule, inverse_step
 from prism_lib.descent import DESCENTS, Descent
 from prism_lib.inversion_config import RECOMMENDED as RECOMMENDED
 from prism_lib.inversion_config import InversionConfig
 from prism_lib.models import check_images, decode_latents, encode_images, encode_prompts, image_factor
-from prism_lib.reuse import digest, remember
+from prism_lib.reuse import remember
 
 Callback = Callable[[int, int, Tensor], None]
 _USUAL = InversionConfig()
@@ -128,31 +129,21 @@ def invert(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     schedule = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
-    question = pipe.unet, pipe.vae, digest(images), tuple(prompts), method, schedule, config, batch_size
-    return remember(question, lambda: _abduce(pipe, images, prompts, method, schedule, config, batch_size, callback))
 
+    def abduce() -> Inversion:
+        embeds = encode_prompts(pipe, prompts)
+        clean = torch.cat([encode_images(pipe.vae, batch) for batch in images.split(batch_size)])
+        latents = METHODS[method](pipe, clean, embeds, schedule, batch_size, callback)
+        inversion = Inversion(images, tuple(prompts), latents, schedule, method, config)
+        if method == "edit_friendly":
+            inversion = replace(inversion, latents=_noised_apart(inversion))
+        elif method == "null_text":
+            inversion = _null_text(pipe, inversion, embeds, batch_size)
+        check_finite(inversion.latents.isfinite().flatten(2).all(2), 0, f"{method} inversion")
+        return inversion
 
-def _abduce(
-    pipe: StableDiffusionPipeline,
-    images: Tensor,
-    prompts: Sequence[str],
-    method: str,
-    schedule: Schedule,
-    config: InversionConfig,
-    batch_size: int,
-    callback: Callback | None,
-) -> Inversion:
-    embeds = encode_prompts(pipe, prompts)
-    clean = torch.cat([encode_images(pipe.vae, batch) for batch in images.split(batch_size)])
-    latents = METHODS[method](pipe, clean, embeds, schedule, batch_size, callback)
-    inversion = Inversion(images, tuple(prompts), latents, schedule, method, config)
-    if method == "edit_friendly":
-        latents = _noised_apart(inversion)
-        inversion = replace(inversion, latents=latents)
-    elif method == "null_text":
-        inversion = _null_text(pipe, inversion, embeds, batch_size)
-    check_finite(inversion.latents.isfinite().flatten(2).all(2), 0, f"{method} inversion")
-    return inversion
+    seen = images.shape, image_hash(images), tuple(prompts)
+    return remember((pipe, seen, method, schedule, config, batch_size), abduce)
 
 
 def check_finite(finite: Tensor, first: int, what: str) -> None:

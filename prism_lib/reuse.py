@@ -6,13 +6,10 @@ does the work, so nothing stays in memory and what is timed is timed whole.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -30,8 +27,10 @@ def kept() -> Iterator[None]:
 
 
 def remember(question: Hashable, work: Callable[[], Result]) -> Result:
-    """What `work` gives, or gave to the same question; ``question`` has to name all that decides it,
-    networks as themselves: the number of one that is gone can be another's."""
+    """What `work` gives, or gave to the same question.
+
+    ``question`` has to name all that decides it, models as themselves: the `id` of one that is gone can be another's.
+    """
     answers = _answers.get()
     if answers is None:
         return work()
@@ -39,8 +38,3 @@ def remember(question: Hashable, work: Callable[[], Result]) -> Result:
         answers[question] = work()
     answer: Result = answers[question]
     return answer
-
-
-def digest(images: Tensor) -> str:
-    """A name for the values of a tensor, to ask with."""
-    return hashlib.sha256(repr(images.shape).encode() + images.cpu().contiguous().numpy().tobytes()).hexdigest()

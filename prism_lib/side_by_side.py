@@ -1,12 +1,12 @@
 """Classifiers that are trained side by side: a small network keeps one core busy and no more.
 
-Every process has one thread, so that none waits for another, and its classifiers do not depend on how many there are.
+Every process has one thread, so that none waits for another, and classifiers do not depend on how many there are. One
+process is this one, with all of its threads: sums are then rounded otherwise, which training amplifies.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from prism_lib.classifier import ClassifierConfig, predict, train_classifier
-from prism_lib.devices import default_device
-
-MOST = 4  # processes that are begun unasked: each holds torch and its training set
+from prism_lib.devices import cpu_processes, default_device
 
 Key = TypeVar("Key")
 
@@ -42,7 +40,7 @@ class Task:
 
 
 def processes_for(asked: int) -> int:
-    """``asked``, or for 0 one per CPU core and `MOST` at most, and one where models run on a GPU, which one can fill.
+    """``asked``, or for 0 as many as `devices.cpu_processes`, and one where models run on a GPU, which one can fill.
 
     ValueError for a number below 0.
     """
@@ -50,7 +48,7 @@ def processes_for(asked: int) -> int:
         raise ValueError(f"processes is {asked}; expected 0 (as many as suit) or more")
     if asked:
         return asked
-    return min(_cores(), MOST) if default_device().type == "cpu" else 1
+    return cpu_processes() if default_device().type == "cpu" else 1
 
 
 def train(tasks: Iterable[tuple[Key, Task]], processes: int = 1) -> Iterator[tuple[Key, Tensor]]:
@@ -97,8 +95,3 @@ def _run(config: ClassifierConfig, arrays: Mapping[str, np.ndarray]) -> np.ndarr
     """Runs in another process."""
     task = Task(config=config, **{name: torch.from_numpy(value) for name, value in arrays.items()})
     return task.run(progress=False).numpy()
-
-
-def _cores() -> int:
-    """Cores that this process may use, which can be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

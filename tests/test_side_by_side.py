@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prism_lib import side_by_side
+from prism_lib import devices, side_by_side
 from prism_lib.classifier import ClassifierConfig
 from prism_lib.side_by_side import Task, processes_for, train
 
@@ -49,9 +49,9 @@ def test_what_is_wrong_in_a_process_is_said_here():
 
 
 def test_as_many_processes_as_suit(monkeypatch):
-    monkeypatch.setattr(side_by_side, "_cores", lambda: 64)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.setattr(side_by_side, "default_device", lambda: torch.device("cpu"))
-    assert processes_for(0) == side_by_side.MOST and processes_for(9) == 9
+    assert processes_for(0) == 4 and processes_for(9) == 9
     monkeypatch.setattr(side_by_side, "default_device", lambda: torch.device("cuda"))
     assert processes_for(0) == 1
     with pytest.raises(ValueError, match="processes is -1"):

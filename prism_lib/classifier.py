@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.devices import default_device
+from prism_lib.devices import TRAINED_IN, autocast, default_device
 
 OBJECTIVES = ("erm", "reweighted", "group_dro")
 
@@ -38,6 +38,7 @@ class ClassifierConfig:
         objective: "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR
             2022); "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
         group_step: step size of Group-DRO's weights.
+        mixed_precision: of training, "no" or "bf16", see `devices.mixed_precision`; reading is always in float32.
     """
 
     labels: tuple[str, ...] = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
@@ -53,10 +54,13 @@ class ClassifierConfig:
     steps: int = 0
     objective: str = "erm"
     group_step: float = 0.1
+    mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        if self.mixed_precision not in TRAINED_IN:
+            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
         if self.batch_size < 1 or self.steps < 0 or self.epochs < 1:
             raise ValueError(
                 f"need batch_size and epochs >= 1 and steps >= 0, got {self.batch_size}, {self.epochs}, {self.steps}"
@@ -133,7 +137,9 @@ def train_classifier(
         batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
         mask = known[rows].to(device)
         target = torch.where(known[rows], labels[rows], 0.0).to(device)
-        loss = F.binary_cross_entropy_with_logits(model(batch), target.float(), reduction="none") * mask
+        with autocast(device, config.mixed_precision):
+            logits = model(batch)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none") * mask
         if worst is not None:
             objective = worst(loss.sum(1) / mask.sum(1).clamp(min=1), rows)
         else:

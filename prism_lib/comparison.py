@@ -22,6 +22,7 @@ from prism_lib.ablation import Measurement, counted_rows, summarise
 from prism_lib.baselines import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.cases import prompt_pairs
 from prism_lib.classifier import ClassifierConfig, named_network
+from prism_lib.devices import TRAINED_IN
 from prism_lib.edict import Edict
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Judge, choose_cases, evaluate_results
@@ -66,7 +67,8 @@ class StudyConfig:
 
     `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit and
     `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
-    and its guide is a small classifier of its own, never the judge.
+    and its guide is a small classifier of its own, never the judge; both are trained in `mixed_precision` ("no" or
+    "bf16"), while the editors' is that of the pipeline.
     """
 
     methods: tuple[str, ...] = ()
@@ -80,12 +82,15 @@ class StudyConfig:
     guide_steps: int = 200
     guide_images: int = 512
     seed: int = 0
+    mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))  # notebooks and JSON have lists
         known = [*candidates(self.steps, self.imagic_steps), GAN]
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
+        if self.mixed_precision not in TRAINED_IN:
+            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
         for name in ("tuning_images", "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -127,7 +132,14 @@ def run(
         if GAN in wanted:
             labels = tuple(load_info(folder)["labels"])
             guide = named_network("densenet-tiny", ClassifierConfig(labels, steps=config.guide_steps))
-            recipe = GanConfig(labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed)
+            guide = replace(guide, mixed_precision=config.mixed_precision)
+            recipe = GanConfig(
+                labels[0],
+                config.gan_steps,
+                filters=config.gan_filters,
+                seed=config.seed,
+                mixed_precision=config.mixed_precision,
+            )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
         tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget)
         editors = {name: result.editor for name, result in tuned.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prism_lib import phantom
+from prism_lib.cases import prompt_pairs
 from prism_lib.image_table import Columns
 from prism_lib.imagefolder import Folder, load_info, load_table, read_images
 from prism_lib.labels import CHEST
@@ -32,6 +33,7 @@ __all__ = [
     "load_info",
     "load_table",
     "prepare",
+    "prompt_pairs",
     "read_images",
     "true_counterfactual",
 ]

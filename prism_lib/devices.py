@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate.utils import is_cuda_available
@@ -10,11 +11,42 @@ from accelerate.utils import is_cuda_available
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
 
 
+TRAINED_IN = ("no", "bf16")  # precisions of small networks; gradients in "fp16" would need a scaler
+
+
 def dtype_of(precision: str) -> torch.dtype:
     """The dtype of one of `PRECISIONS`; ValueError for another name."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
+
+
+def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> str:
+    """The one of `TRAINED_IN` that mixed precision has here: "auto" is "bf16" where the device multiplies in bfloat16.
+
+    Elsewhere it is "no", for a device that only imitates bfloat16 is slower with it. ``device`` is by default
+    `default_device`. ValueError for a name that is neither "auto" nor in `TRAINED_IN`.
+    """
+    if asked == "auto":
+        return "bf16" if _multiplies_in_bfloat16(device or default_device()) else "no"
+    if asked not in TRAINED_IN:
+        raise ValueError(f"mixed precision is {asked!r}; expected auto, {' or '.join(TRAINED_IN)}")
+    return asked
+
+
+def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision for what is called inside; "no" asks nothing of the device, which may know no other."""
+    return nullcontext() if precision == "no" else torch.autocast(torch.device(device).type, dtype_of(precision))
+
+
+def _multiplies_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # Newer than the oldest torch that the project takes.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def cpu_processes() -> int:

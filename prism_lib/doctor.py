@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from prism_lib import paths, results
+from prism_lib import devices, paths, results
 
 WEIGHTS, JUDGE = "phantom-sd", "phantom-judge"
 FREE_GB = 5.0
@@ -56,7 +56,7 @@ def checks() -> Iterator[Check]:
     """The checks, one by one."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
     yield _versions()
-    yield Check("device", True, results.device())
+    yield _device()
     yield _memory()
     yield _torchvision()
     yield _weights()
@@ -69,6 +69,15 @@ def checks() -> Iterator[Check]:
     free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
     remedy = "free some, or let PRISM_RUNS and PRISM_DATA name folders on a larger disk"
     yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", remedy, required=False)
+
+
+def _device() -> Check:
+    try:
+        mixed = devices.mixed_precision("auto")
+        gains = "gains nothing" if mixed == "no" else f"is {mixed}"
+        return Check("device", True, f"{results.device()}; mixed precision {gains}")
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last is what a torch without CUDA raises
+        return Check("device", False, str(error), "let PRISM_DEVICE name a device that is here, or unset it")
 
 
 def _memory() -> Check:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from prism_lib import datasets
 from prism_lib.baselines import unmasked
 from prism_lib.classifier import ClassifierConfig, load_classifier
-from prism_lib.devices import default_device
+from prism_lib.devices import TRAINED_IN, autocast, default_device
 from prism_lib.editing import Counterfactual
 from prism_lib.evaluation import Judge, train_judge
 from prism_lib.imagefolder import Folder
@@ -52,11 +53,14 @@ class GanConfig:
     classifier_weight: float = 1.0
     checkpoint_every: int = 250
     seed: int = 0
+    mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "filters", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.mixed_precision not in TRAINED_IN:
+            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class _Training:
             F.mse_loss(score, torch.full_like(score, real))
             for name in DIRECTIONS
             for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0))
-            for score in [self.discriminators[name](image)[-1]]
+            for score in [self._judged(name, image)]
         ]
         self._optimise(1, 0.5 * torch.stack(errors).sum())
 
@@ -201,17 +205,33 @@ class _Training:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, total, fakes = self.config, torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
-            fake = fakes[name] = self.generators[name](given[name]).tanh()
-            score = self.discriminators[name](fake)[-1]
-            read = self.classifier((fake + 1) / 2)[:, self.column].sigmoid()
+            fake = fakes[name] = self._translated(name, given[name])
+            score = self._judged(name, fake)
+            with self._autocast():
+                logits = self.classifier((fake + 1) / 2)
+            read = logits[:, self.column].float().sigmoid()
             intended = torch.full_like(read, float(name == "add"))
-            returned = self.generators[other](fake).tanh()
-            same = self.generators[name](wanted[name]).tanh()
+            returned = self._translated(other, fake)
+            same = self._translated(name, wanted[name])
             total = total + F.mse_loss(score, torch.ones_like(score))
             total = total + config.classifier_weight * F.mse_loss(read, intended)
             total = total + config.cycle_weight * F.l1_loss(returned, given[name])
             total = total + config.identity_weight * F.l1_loss(same, wanted[name])
         return total, fakes
+
+    def _translated(self, name: str, images: Tensor) -> Tensor:
+        with self._autocast():
+            output = self.generators[name](images)
+        return output.float().tanh()
+
+    def _judged(self, name: str, images: Tensor) -> Tensor:
+        with self._autocast():
+            scores = self.discriminators[name](images)
+        return scores[-1].float()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Networks are called in mixed precision; losses are float32."""
+        return autocast(self.device, self.config.mixed_precision)
 
     def _optimise(self, index: int, loss: Tensor) -> None:
         self.optimizers[index].zero_grad()

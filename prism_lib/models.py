@@ -14,8 +14,10 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
@@ -23,13 +25,15 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from prism_lib import paths, prompts
+from prism_lib import devices, paths, prompts
 from prism_lib.devices import default_device, dtype_of
 from prism_lib.parts import PARTS, refuse_pickles, replace_part
 
 logger = logging.getLogger(__name__)
 
 SHIPPED = paths.SHIPPED
+
+_ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net whose arithmetic is not that of its weights
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ def load_pipeline(
     channels_last: bool | None = None,
     compile: bool = False,
     device: str | torch.device | None = None,
+    mixed_precision: str = "no",
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
@@ -205,9 +210,14 @@ def load_pipeline(
     here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
     folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
     and in half precision, where it is faster; results change by rounding alone. ``compile`` is for long runs, see
-    `compile_blocks`.
+    `compile_blocks`. ``mixed_precision``, a name of `devices.mixed_precision`, is that of the U-Net's arithmetic alone:
+    weights, latents and whatever is optimised stay float32, as in training, and so do the autoencoder's images.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
+    device = torch.device(default_device() if device is None else device)
+    arithmetic = dtype_of(devices.mixed_precision(mixed_precision, device))
+    if torch.float32 not in (arithmetic, dtype):
+        raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
     pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
     for slot, source in (("unet", unet), ("vae", vae)):
         if source:
@@ -222,14 +232,26 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False).eval()
-    device = torch.device(default_device() if device is None else device)
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
     if channels_last:
         for part in (pipeline.vae, pipeline.unet):
             part.to(memory_format=torch.channels_last)
     pipeline.to(device)
+    if arithmetic != torch.float32:
+        _mix(pipeline.unet, arithmetic)
     return compile_blocks(pipeline) if compile else pipeline
+
+
+def _mix(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Mixed precision as accelerate has it in training: whatever is worth it is done in ``dtype``, answers are float32.
+
+    Calls are wrapped, not weights cast, so that float32 goes in and comes out whoever calls: latents keep their digits,
+    embeddings and adapters can be optimised, and diffusers' own pipelines see a float32 model.
+    """
+    mixed = torch.autocast(unet.device.type, dtype)(type(unet).forward)
+    unet.forward = MethodType(convert_outputs_to_fp32(mixed), unet)  # bound, so that copies of the U-Net call their own
+    setattr(unet, _ARITHMETIC, str(dtype))
 
 
 def weights_hash(name_or_path: str | Path) -> str:
@@ -298,8 +320,11 @@ def _locate(name: str) -> str:
 
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
-    """A hash of all weights: images are only those of *this* model, whatever its folder is called."""
-    content = hashlib.sha256()
+    """A hash of all weights: images are only those of *this* model, whatever its folder is called.
+
+    The U-Net's arithmetic counts too, where it is not that of its weights.
+    """
+    content = hashlib.sha256(getattr(pipeline.unet, _ARITHMETIC, "").encode())
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         for name, value in part.state_dict().items():
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)

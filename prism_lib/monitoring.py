@@ -99,9 +99,10 @@ def sample_images(
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompt_embeds))]
     latents = torch.stack(noise).to(prompt_embeds.device)
-    embeddings = torch.cat([negative_prompt_embeds, prompt_embeds])
+    embeddings = torch.cat([negative_prompt_embeds, prompt_embeds]).to(unet.dtype)
     for t in scheduler.timesteps:
-        low, high = unet(torch.cat([latents, latents]), t, encoder_hidden_states=embeddings).sample.chunk(2)
+        doubled = torch.cat([latents, latents]).to(unet.dtype)
+        low, high = unet(doubled, t, encoder_hidden_states=embeddings).sample.to(latents).chunk(2)
         latents = scheduler.step(low + guidance_scale * (high - low), t, latents).prev_sample
     return models.decode_latents(pipeline.vae, latents)
 

@@ -1,5 +1,6 @@
 """Methods are tuned by one criterion within one budget, never on test patients, and measured on the same images."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,6 +119,17 @@ def test_wrong_settings_of_a_study_are_named():
         comparison.StudyConfig(("Photoshop",))
     with pytest.raises(ValueError, match="budget is 0"):
         small(budget=0)
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of no, bf16"):
+        small(mixed_precision="fp16")
+
+
+def test_guide_and_gan_are_trained_in_the_precision_asked_for(phantom_folder, tmp_path):
+    comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(mixed_precision="bf16"), tmp_path)
+    configs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("config.json")}
+    assert {name: config["mixed_precision"] for name, config in configs.items()} == {
+        "guide": "bf16",
+        "support_devices": "bf16",
+    }
 
 
 def test_the_default_is_the_first_of_our_settings():

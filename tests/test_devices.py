@@ -227,6 +227,9 @@ def test_a_pipeline_is_loaded_in_the_precision_asked_for_and_known_by_it():
     full, half = models.load_pipeline(), models.load_pipeline(dtype="bf16")
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
     assert bulk._model(full) != bulk._model(half), "files of both never share a name"
+    states = models.encode_prompts(half, ["chest x-ray"] * 2)
+    sample = monitoring.sample_images(half, half.unet, states[:1], states[1:], steps=2)
+    assert sample.dtype == torch.float32 and bool(sample.isfinite().all())
     with pytest.raises(ValueError, match="precision is 'half'; expected one of no, fp16, bf16"):
         models.load_pipeline(dtype="half")
 

@@ -1,6 +1,9 @@
 """`prism doctor`: what is wrong with a machine is found, and said with what helps."""
 
+import re
+
 import pytest
+import torch
 
 from prism_lib import doctor, paths
 
@@ -61,3 +64,12 @@ def test_what_is_whole_has_no_remedy_shown(checkout):
     assert code == 0 and said[-1].startswith("\nThe notebooks run here")
     assert any(str(weights) in line for line in said)
     assert not any("PRISM_WEIGHTS" in line for line in said)
+
+
+@pytest.mark.parametrize(("name", "said"), [("gpu", "no device of PyTorch"), ("cuda", "CUDA|NVIDIA")])
+def test_a_device_that_is_not_here_is_one_failed_line(monkeypatch, name, said):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    monkeypatch.setenv("PRISM_DEVICE", name)
+    check = {check.name: check for check in doctor.checks()}["device"]
+    assert not check.ok and re.search(said, check.detail) and "PRISM_DEVICE" in check.remedy

@@ -117,8 +117,8 @@ def _make_first(
 def summarise(readings: Readings, config: StudyConfig, baseline: str = "as_is") -> dict[str, Any]:
     """The numbers of the record `classifiers`: per strength and training set, means over seeds.
 
-    Intervals are 95 %, over test patients. ``worst_group_gain`` is what "prism" adds to ``baseline`` at the greatest
-    strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
+    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to ``baseline`` at the
+    greatest strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
     """
     summary: dict[str, Any] = {}
     names = list(dict.fromkeys(name for _, name, _ in readings.probabilities))
@@ -172,21 +172,24 @@ def _interval(
     names: Sequence[str],
     statistic: Callable[[Tensor], Tensor],
 ) -> metrics.Interval:
-    """Bootstrap over test patients of a statistic of the training sets' worst-group accuracies, means over seeds."""
+    """Bootstrap over test patients and seeds of a statistic of the training sets' worst-group accuracies."""
     column = config.classifier.labels.index(config.target)
     labels = readings.labels[:, column]
-    right = [
-        ((readings.probabilities[strength, name, seed][:, column] >= 0.5) == (labels == 1)).double()
-        for name in names
-        for seed in config.seeds
-    ]
-    rows = torch.stack([readings.groups.double(), *right], dim=1)  # (N, 1 + names x seeds)
+    read = torch.stack(
+        [
+            torch.stack([readings.probabilities[strength, name, seed][:, column] for seed in config.seeds])
+            for name in names
+        ]
+    )  # (names, seeds, N)
+    right = ((read >= 0.5) == (labels == 1)).double().permute(2, 0, 1)
+    group = readings.groups.double()[:, None, None].expand(-1, 1, len(config.seeds))
+    rows = torch.cat([group, right], dim=1)  # (N, 1 + names, seeds)
 
     def of_worst(drawn: Tensor) -> Tensor:
-        member = F.one_hot(drawn[:, 0].long(), 4).double()
+        member = F.one_hot(drawn[:, 0, 0].long(), 4).double()
         present = member.sum(0) > 0  # a small test set can lose a group in a draw
-        accuracy = (member.T @ drawn[:, 1:])[present] / member.sum(0)[present, None]
-        return statistic(accuracy.amin(0).view(len(names), -1).mean(1))
+        accuracy = torch.einsum("ng,nks->gks", member, drawn[:, 1:])[present] / member.sum(0)[present, None, None]
+        return statistic(accuracy.amin(0).mean(1))
 
     return metrics.bootstrap_ci(rows, readings.table["patient_id"].tolist(), of_worst)
 

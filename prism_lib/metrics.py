@@ -260,12 +260,14 @@ def bootstrap_ci(
     """Percentile bootstrap over patients (Efron 1979): images of one patient are drawn together.
 
     Args:
-        values: (N,) or (N, K), a row per image; rows are resampled, columns stay together.
+        values: (N,) or (N, K), a row per image; rows are resampled, columns stay together. (N, K, R) holds R runs of
+            the same, such as models trained from other seeds: then they are resampled too, independently of patients
+            (the pigeonhole bootstrap, Owen 2007), so that the interval also holds what a new training would change.
         patients: the patient of each row; without it every row is its own patient.
         statistic: of the resampled rows, their mean by default.
     """
-    if values.ndim not in (1, 2) or not torch.isfinite(values).all():
-        raise ValueError(f"values must be finite, (N,) or (N, K); got shape {tuple(values.shape)}")
+    if values.ndim not in (1, 2, 3) or not torch.isfinite(values).all():
+        raise ValueError(f"values must be finite, (N,), (N, K) or (N, K, R); got shape {tuple(values.shape)}")
     owners = list(range(len(values)) if patients is None else patients)
     if len(owners) != len(values):
         raise ValueError(f"{len(values)} values but {len(owners)} patients")
@@ -278,10 +280,13 @@ def bootstrap_ci(
     if len(groups) < 2:
         raise ValueError(f"an interval needs at least 2 patients, got {len(groups)}")
     values = values.double().cpu()
-    draws = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
-    estimates = [
-        float(statistic(values[torch.from_numpy(np.concatenate([groups[g] for g in draw]))])) for draw in draws
-    ]
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(len(groups), size=(resamples, len(groups)))
+    drawn = (values[torch.from_numpy(np.concatenate([groups[g] for g in draw]))] for draw in draws)
+    if values.ndim == 3:
+        runs = torch.from_numpy(generator.integers(values.shape[2], size=(resamples, values.shape[2])))
+        drawn = (rows[:, :, run] for rows, run in zip(drawn, runs, strict=True))
+    estimates = [float(statistic(rows)) for rows in drawn]
     low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
 

@@ -84,6 +84,18 @@ def test_the_summary_by_hand():
     assert summary["gap_closed"] == pytest.approx(0.6 / 0.8)
 
 
+def test_intervals_hold_what_another_training_would_change():
+    shares = {"as_is": [1.0, 0.0, 0.0, 1.0], "prism": [1.0, 1.0, 1.0, 1.0]}
+    steady = downstream.summarise(readings_of(**shares), ONE)
+    assert steady["worst_group_gain_low"] == steady["worst_group_gain"] == 1
+    readings = readings_of(**shares)
+    failed = readings.probabilities[1.0, "as_is", CONFIG.seeds[0]]
+    uneven = replace(readings, probabilities={**readings.probabilities, (1.0, "prism", CONFIG.seeds[0]): failed})
+    summary = downstream.summarise(uneven, ONE)
+    assert summary["worst_group_gain"] == pytest.approx(0.8), "one training of five did not learn"
+    assert summary["worst_group_gain_low"] == pytest.approx(0.4), "in one draw of twenty it comes three times or more"
+
+
 def test_no_gap_is_no_share_of_a_gap():
     shares = {"as_is": [1.0, 0.9, 0.9, 1.0], "prism": [1.0, 0.9, 0.9, 1.0], "true": [1.0, 0.9, 0.9, 1.0]}
     summary = downstream.summarise(readings_of(**shares), ONE)

@@ -152,6 +152,21 @@ def test_bootstrap_keeps_columns_together():
     assert metrics.Interval(0.5, 0.4, 0.6).named("cpg") == {"cpg": 0.5, "cpg_low": 0.4, "cpg_high": 0.6}
 
 
+def test_bootstrap_draws_runs_beside_patients():
+    patients = torch.rand(30, 2, generator=torch.Generator().manual_seed(2))
+
+    def first(drawn):
+        return drawn[:, 0].mean()
+
+    alone = metrics.bootstrap_ci(patients, statistic=first)
+    assert metrics.bootstrap_ci(patients[..., None], statistic=first) == alone, "one run is no run"
+    assert metrics.bootstrap_ci(patients[..., None].expand(-1, -1, 5), statistic=first) == pytest.approx(alone)
+    # Every patient alike: what is left is the spread of the runs.
+    runs = torch.randn(1, 1, 200, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    interval = metrics.bootstrap_ci(runs.expand(30, 2, -1), statistic=first)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * runs.std().item() / 200**0.5, rel=0.1)
+
+
 def test_ms_ssim_of_constant_images_is_the_luminance_term():
     """Contrast and structure are 1 at every scale; the luminance of the last has the exponent 0.1333."""
     a, b, c1 = torch.full((2, 1, 176, 176), 0.5), torch.full((2, 1, 176, 176), 0.8), 0.01**2
@@ -242,6 +257,7 @@ def test_cout_by_hand_and_at_its_limits():
         (lambda: metrics.bootstrap_ci(BEFORE, ["a"] * 4), "at least 2 patients"),
         (lambda: metrics.bootstrap_ci(BEFORE, ["a"]), "4 values but 1 patients"),
         (lambda: metrics.bootstrap_ci(BEFORE * math.inf), "finite"),
+        (lambda: metrics.bootstrap_ci(BEFORE[:, None, None, None]), r"\(N, K, R\)"),
         (lambda: metrics.bootstrap_ci(BEFORE, level=95), "level"),
     ],
 )

@@ -24,7 +24,7 @@ from prism_lib.edit_config import EditConfig
 from prism_lib.forking import Stage, stages
 from prism_lib.inversion import Callback, Inversion, check_finite, predict_noise
 from prism_lib.masks import Areas
-from prism_lib.models import encode_prompts
+from prism_lib.models import encode_prompts, full_precision
 from prism_lib.prompts import PromptPair
 
 
@@ -98,7 +98,7 @@ def denoise(
     finite: list[Tensor] = []
     walk = stages(len(tasks), inversion.start, lambda k, step: _behaviour(tasks[k], step, inversion))
     everything = controller
-    with controlled(pipe.unet, everything) as processor:
+    with controlled(pipe.unet, everything) as processor, full_precision(pipe.unet, descent.exact):
         for index, stage in enumerate(walk):
             level = inversion.start - index
             own = [tasks[lead] for lead in stage.leads]

@@ -24,13 +24,15 @@ class Descent:
 
     `returns`: the source goes back to the stored trajectory after every step. `corrects`: the target takes over that
     correction: True, False or None for as the edit says. `negative`: "edit" for the edit's own choice, "source" for the
-    source prompt, "stored" for the inversion's embeddings of each step.
+    source prompt, "stored" for the inversion's embeddings of each step. `exact`: a step is undone by arithmetic alone,
+    which amplifies what the U-Net rounds, so both ways are walked in full precision.
     """
 
     step: Step
     returns: bool = True
     corrects: bool | None = None
     negative: str = "edit"
+    exact: bool = False
 
 
 def ddim_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, above: Tensor | None) -> Tensor:
@@ -69,5 +71,5 @@ DESCENTS: Mapping[str, Descent] = {
     "null_text": Descent(ddim_step, corrects=False, negative="stored"),
     "negative_prompt": Descent(ddim_step, returns=False, negative="source"),
     "edit_friendly": Descent(ddpm_mean, corrects=True),
-    "bdia": Descent(bdia_step, corrects=True),
+    "bdia": Descent(bdia_step, corrects=True, exact=True),
 }

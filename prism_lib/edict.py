@@ -19,7 +19,7 @@ from prism_lib.baselines import unmasked
 from prism_lib.ddim import Schedule, clean_and_noise
 from prism_lib.editing import Counterfactual
 from prism_lib.inversion import predict_noise
-from prism_lib.models import decode_latents, encode_images, encode_prompts
+from prism_lib.models import decode_latents, encode_images, encode_prompts, full_precision
 from prism_lib.prompts import Edit, PromptPair
 
 Pair = tuple[Tensor, Tensor]
@@ -55,8 +55,9 @@ class Edict:
         self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
         clean = encode_images(pipe.vae, images)
-        noised = self.up(pipe, clean, [pair.source for pair in pairs])
-        edited, _ = self.down(pipe, noised, [pair.target for pair in pairs])
+        with full_precision(pipe.unet):  # what is rounded on the way up is amplified on the way down
+            noised = self.up(pipe, clean, [pair.source for pair in pairs])
+            edited, _ = self.down(pipe, noised, [pair.target for pair in pairs])
         return unmasked(pipe, images, pairs, decode_latents(pipe.vae, edited.to(clean), images.shape[1]), self)
 
     def up(self, pipe: StableDiffusionPipeline, clean: Tensor, prompts: Sequence[str]) -> Pair:

@@ -32,7 +32,14 @@ from prism_lib.ddim import Schedule, inverse_step
 from prism_lib.descent import DESCENTS, Descent
 from prism_lib.inversion_config import RECOMMENDED as RECOMMENDED
 from prism_lib.inversion_config import InversionConfig
-from prism_lib.models import check_images, decode_latents, encode_images, encode_prompts, image_factor
+from prism_lib.models import (
+    check_images,
+    decode_latents,
+    encode_images,
+    encode_prompts,
+    full_precision,
+    image_factor,
+)
 from prism_lib.reuse import remember
 
 Callback = Callable[[int, int, Tensor], None]
@@ -133,7 +140,8 @@ def invert(
     def abduce() -> Inversion:
         embeds = encode_prompts(pipe, prompts)
         clean = torch.cat([encode_images(pipe.vae, batch) for batch in images.split(batch_size)])
-        latents = METHODS[method](pipe, clean, embeds, schedule, batch_size, callback)
+        with full_precision(pipe.unet, DESCENTS[method].exact):
+            latents = METHODS[method](pipe, clean, embeds, schedule, batch_size, callback)
         inversion = Inversion(images, tuple(prompts), latents, schedule, method, config)
         if method == "edit_friendly":
             inversion = replace(inversion, latents=_noised_apart(inversion))

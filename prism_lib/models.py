@@ -7,14 +7,17 @@ function assumes four latent channels or a factor of eight.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -211,7 +214,8 @@ def load_pipeline(
     folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
     and in half precision, where it is faster; results change by rounding alone. ``compile`` is for long runs, see
     `compile_blocks`. ``mixed_precision``, a name of `devices.mixed_precision`, is that of the U-Net's arithmetic alone:
-    weights, latents and whatever is optimised stay float32, as in training, and so do the autoencoder's images.
+    weights, latents and whatever is optimised stay float32, as in training, and so do the autoencoder's images and the
+    walks of exact inversions (`full_precision`).
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     device = torch.device(default_device() if device is None else device)
@@ -249,9 +253,29 @@ def _mix(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     Calls are wrapped, not weights cast, so that float32 goes in and comes out whoever calls: latents keep their digits,
     embeddings and adapters can be optimised, and diffusers' own pipelines see a float32 model.
     """
-    mixed = torch.autocast(unet.device.type, dtype)(type(unet).forward)
-    unet.forward = MethodType(convert_outputs_to_fp32(mixed), unet)  # bound, so that copies of the U-Net call their own
+    full = type(unet).forward
+    mixed = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(full))
+
+    @functools.wraps(full)
+    def forward(self: UNet2DConditionModel, *args: Any, **kwargs: Any) -> Any:
+        return (mixed if getattr(self, _ARITHMETIC) else full)(self, *args, **kwargs)
+
     setattr(unet, _ARITHMETIC, str(dtype))
+    unet.forward = MethodType(forward, unet)  # bound, so that copies of the U-Net call their own
+
+
+@contextmanager
+def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[None]:
+    """Inside, a U-Net of mixed precision computes in that of its weights; any other one does so anyway."""
+    mixed = getattr(unet, _ARITHMETIC, "")
+    if not (mixed and needed):
+        yield
+        return
+    setattr(unet, _ARITHMETIC, "")
+    try:
+        yield
+    finally:
+        setattr(unet, _ARITHMETIC, mixed)
 
 
 def weights_hash(name_or_path: str | Path) -> str:

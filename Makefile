@@ -22,7 +22,7 @@ help:  ## list the targets
 figures: $(READY)  ## make the phantom figures from the start (about 20 minutes on 2 cores)
 	$(BIN)/prism run phantom --only $(FIGURES)
 
-study: $(READY)  ## all notebooks of the profile, the long ones too (one to one and a half hours)
+study: $(READY)  ## all notebooks of the profile, the long ones too (70 to 100 minutes on 2 cores)
 	$(BIN)/prism run phantom
 
 test: lint  ## lint and test, the notebooks included: what CI runs

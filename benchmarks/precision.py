@@ -42,7 +42,7 @@ def main() -> None:
         folder = datasets.prepare(
             datasets.PrepareConfig("phantom", Path(place) / "phantom", size=256, num_images=IMAGES, seed=SEED)
         )
-        work = {name: tasks(folder, Path(place) / name, name, given.train_steps) for name in PRECISIONS}
+        work = {name: tasks(folder, name, given.train_steps) for name in PRECISIONS}
         metrics = {part: timed([work[name][part] for name in PRECISIONS], given.rounds) for part in work["no"]}
         metrics |= edited(folder, given.patients, given.edit_steps)
     results.record(
@@ -57,7 +57,7 @@ def main() -> None:
     )
 
 
-def tasks(folder: Path, output: Path, precision: str, steps: int) -> dict[str, Callable[[], Any]]:
+def tasks(folder: Path, precision: str, steps: int) -> dict[str, Callable[[], Any]]:
     """What is timed in one precision, by name."""
     pipe, draw = models.load_pipeline(mixed_precision=precision), torch.Generator().manual_seed(SEED)
     size = pipe.unet.config.sample_size

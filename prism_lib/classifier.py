@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.devices import TRAINED_IN, autocast, default_device
+from prism_lib.devices import autocast, check_trained_in, default_device
 
 OBJECTIVES = ("erm", "reweighted", "group_dro")
 
@@ -59,8 +59,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        if self.mixed_precision not in TRAINED_IN:
-            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
+        check_trained_in(self.mixed_precision)
         if self.batch_size < 1 or self.steps < 0 or self.epochs < 1:
             raise ValueError(
                 f"need batch_size and epochs >= 1 and steps >= 0, got {self.batch_size}, {self.epochs}, {self.steps}"

@@ -22,7 +22,7 @@ from prism_lib.ablation import Measurement, counted_rows, summarise
 from prism_lib.baselines import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.cases import prompt_pairs
 from prism_lib.classifier import ClassifierConfig, named_network
-from prism_lib.devices import TRAINED_IN
+from prism_lib.devices import check_trained_in
 from prism_lib.edict import Edict
 from prism_lib.editing import EditConfig
 from prism_lib.evaluation import Judge, choose_cases, evaluate_results
@@ -89,8 +89,7 @@ class StudyConfig:
         known = [*candidates(self.steps, self.imagic_steps), GAN]
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
-        if self.mixed_precision not in TRAINED_IN:
-            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
+        check_trained_in(self.mixed_precision)
         for name in ("tuning_images", "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -131,14 +130,11 @@ def run(
         wanted = config.methods or (*tried, GAN)
         if GAN in wanted:
             labels = tuple(load_info(folder)["labels"])
-            guide = named_network("densenet-tiny", ClassifierConfig(labels, steps=config.guide_steps))
-            guide = replace(guide, mixed_precision=config.mixed_precision)
+            precision = config.mixed_precision
+            guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
+            guide = named_network("densenet-tiny", guide)
             recipe = GanConfig(
-                labels[0],
-                config.gan_steps,
-                filters=config.gan_filters,
-                seed=config.seed,
-                mixed_precision=config.mixed_precision,
+                labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
             )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
         tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget)

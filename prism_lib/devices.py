@@ -30,8 +30,14 @@ def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> 
     if asked == "auto":
         return "bf16" if _multiplies_in_bfloat16(device or default_device()) else "no"
     if asked not in TRAINED_IN:
-        raise ValueError(f"mixed precision is {asked!r}; expected auto, {' or '.join(TRAINED_IN)}")
+        raise ValueError(f"mixed_precision is {asked!r}; expected one of auto, {', '.join(TRAINED_IN)}")
     return asked
+
+
+def check_trained_in(precision: str) -> None:
+    """ValueError for a name that is not in `TRAINED_IN`."""
+    if precision not in TRAINED_IN:
+        raise ValueError(f"mixed_precision is {precision!r}; expected one of {', '.join(TRAINED_IN)}")
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:

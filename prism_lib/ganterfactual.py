@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from prism_lib import datasets
 from prism_lib.baselines import unmasked
 from prism_lib.classifier import ClassifierConfig, load_classifier
-from prism_lib.devices import TRAINED_IN, autocast, default_device
+from prism_lib.devices import autocast, check_trained_in, default_device
 from prism_lib.editing import Counterfactual
 from prism_lib.evaluation import Judge, train_judge
 from prism_lib.imagefolder import Folder
@@ -59,8 +59,7 @@ class GanConfig:
         for name in ("steps", "batch_size", "filters", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.mixed_precision not in TRAINED_IN:
-            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected one of {', '.join(TRAINED_IN)}")
+        check_trained_in(self.mixed_precision)
 
 
 @dataclass(frozen=True)

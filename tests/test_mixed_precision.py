@@ -123,7 +123,7 @@ def test_auto_is_what_the_device_computes_in(monkeypatch):
         assert devices.mixed_precision("auto", gpu) == expected
     assert devices.mixed_precision("auto", torch.device("mps")) == "no"
     assert [devices.mixed_precision(name, cpu) for name in ("no", "bf16")] == ["no", "bf16"]
-    with pytest.raises(ValueError, match="mixed precision is 'fp16'; expected auto, no or bf16"):
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, no, bf16"):
         devices.mixed_precision("fp16")
 
 

@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prism_lib import bulk_plan, datasets, results
+from prism_lib import records
+from prism_lib.apps import bulk_plan
+from prism_lib.data.preparation import prepare
+from prism_lib.data.prepare_config import PrepareConfig
 
 EDITS, STEPS, PROCESSES, ROUNDS, KILLS = 64, 10, 2, 2, 10
 
@@ -32,18 +35,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, results.Timer() as timer:
+    with tempfile.TemporaryDirectory() as name, records.Timer() as timer:
         config = _prepared(Path(name), options.edits, options.steps)
         seconds: dict[int, list[float]] = {1: [], PROCESSES: []}
         found = []
         for turn in range(options.rounds):
             for processes, taken in seconds.items():
                 own = replace(config, out=str(Path(name) / f"out{processes}-{turn}"))
-                with results.Timer() as run:
+                with records.Timer() as run:
                     subprocess.run(_command(own, processes), check=True)
                 taken.append(run.seconds)
                 found.append(_written(Path(own.out)))
-        with results.Timer() as apart:
+        with records.Timer() as apart:
             _run_apart(_halves(config, Path(name)))
         own = replace(config, out=str(Path(name) / "killed"))
         kills = _kill(own, options.kills, min(seconds[1]), random.Random(options.seed))
@@ -64,7 +67,7 @@ def main() -> None:
         "equal_files": len(found[0]),
     }
     if options.edits >= EDITS:
-        results.record(
+        records.record(
             "bulk",
             dataset="phantom",
             notebook="benchmarks/bulk.py",
@@ -85,11 +88,9 @@ def main() -> None:
 
 def _prepared(folder: Path, edits: int, steps: int) -> bulk_plan.BulkConfig:
     """Phantoms and a file of so many edits."""
-    wanted = datasets.PrepareConfig(
-        "phantom", folder / "data", num_images=4 * edits + 16, vocabulary="phantom", split=(0, 0, 1)
-    )
+    wanted = PrepareConfig("phantom", folder / "data", num_images=4 * edits + 16, vocabulary="phantom", split=(0, 0, 1))
     rows, out = folder / "edits.csv", folder / "all"
-    config = bulk_plan.BulkConfig(str(datasets.prepare(wanted)), str(rows), str(out), num_inference_steps=steps)
+    config = bulk_plan.BulkConfig(str(prepare(wanted)), str(rows), str(out), num_inference_steps=steps)
     rows.write_text("edit\nremove_support_devices\n")
     chosen = [task.file_name for task in bulk_plan.plan(config)[:edits]]
     rows.write_text("file_name,edit\n" + "".join(f"{name},remove_support_devices\n" for name in chosen))
@@ -118,7 +119,7 @@ def _command(config: bulk_plan.BulkConfig, processes: int) -> list[str]:
     """The command line of a run."""
     words = ["generate", "--data", config.data, "--edits", config.edits, "--out", config.out]
     settings = ["--processes", str(processes), "-p", "num_inference_steps", str(config.num_inference_steps)]
-    return [sys.executable, "-m", "prism_lib.runner", *words, *settings]
+    return [sys.executable, "-m", "prism_lib.apps.cli", *words, *settings]
 
 
 def _written(out: Path) -> dict[str, bytes]:

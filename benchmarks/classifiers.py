@@ -12,7 +12,10 @@ from statistics import median
 
 import torch
 
-from prism_lib import classifier, phantom, results, side_by_side
+from prism_lib import records
+from prism_lib.models import classifier
+from prism_lib.phantom.patients import render, sample_patients
+from prism_lib.studies import side_by_side
 
 SIZE, TRAIN, READ, SEED = 192, 360, 160, 30_003
 
@@ -20,8 +23,8 @@ SIZE, TRAIN, READ, SEED = 192, 360, 160, 30_003
 def tasks(count: int, steps: int) -> list[tuple[int, side_by_side.Task]]:
     """As many classifiers, which differ in their seed."""
     config = classifier.named_network("densenet-tiny", classifier.ClassifierConfig(steps=steps))
-    patients = phantom.sample_patients(TRAIN + READ, SEED)
-    images = torch.cat([phantom.render(patients[n : n + 64], SIZE) for n in range(0, len(patients), 64)])
+    patients = sample_patients(TRAIN + READ, SEED)
+    images = torch.cat([render(patients[n : n + 64], SIZE) for n in range(0, len(patients), 64)])
     labels = torch.tensor(patients.labels()[list(config.labels)].to_numpy(dtype=float).tolist())
     task = side_by_side.Task(images[:TRAIN], labels[:TRAIN], labels[:TRAIN, 0].long(), config, images[TRAIN:])
     return [(seed, replace(task, config=replace(config, seed=seed))) for seed in range(count)]
@@ -38,18 +41,18 @@ def main() -> None:
     processes = side_by_side.processes_for(given.processes)
     taken: dict[int, list[float]] = {1: [], processes: []}
     difference = 0.0
-    with results.Timer() as timer:
+    with records.Timer() as timer:
         todo = tasks(given.classifiers, given.steps)
         for _ in range(given.rounds):
             read = []
             for count in taken:
-                with results.Timer() as turn:
+                with records.Timer() as turn:
                     read.append(dict(side_by_side.train(todo, count)))
                 taken[count].append(turn.seconds / given.classifiers)
             apart = [(read[0][key] - read[-1][key]).abs().mean().item() for key, _ in todo]
             difference = max(difference, *apart)
     one, many = median(taken[1]), median(taken[processes])
-    results.record(
+    records.record(
         "side_by_side",
         dataset="phantom",
         notebook="benchmarks/classifiers.py",

@@ -25,12 +25,15 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from benchmarks import reference
-from prism_lib import models, paths, phantom, results
-from prism_lib.baselines import PLAIN
-from prism_lib.editing import Counterfactual, EditConfig, grid, sweep
-from prism_lib.inversion import Inversion, InversionConfig, invert, optimise_null_text
-from prism_lib.models import encode_prompts
-from prism_lib.prompts import Edit, PromptPair
+from prism_lib import paths, records
+from prism_lib.editing.counterfactuals import Counterfactual, sweep
+from prism_lib.editing.inversion import Inversion, invert, optimise_null_text
+from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.models.pipeline import SHIPPED, encode_prompts, image_factor, load_pipeline
+from prism_lib.phantom.patients import counterfactual, render, sample_patients
+from prism_lib.studies.editors import PLAIN
 
 STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
 NULL_TEXTS = 4
@@ -51,11 +54,11 @@ class Cases:
     @classmethod
     def draw(cls, count: int, size: int) -> "Cases":
         """The first patients of a seed, every one given devices."""
-        patients = phantom.sample_patients(count, SEED).intervene(support_devices=1.0)
+        patients = sample_patients(count, SEED).intervene(support_devices=1.0)
         labels = patients.labels()[["Cardiomegaly", "Pleural Effusion", "Support Devices"]].to_dict("records")
         pairs = [EDIT.prompts({str(label): value for label, value in row.items()}) for row in labels]
-        truth, changed = phantom.counterfactual(patients, size, support_devices=0.0)
-        return cls(phantom.render(patients, size), pairs, truth, changed)
+        truth, changed = counterfactual(patients, size, support_devices=0.0)
+        return cls(render(patients, size), pairs, truth, changed)
 
     def error(self, image: int, made: Tensor) -> float:
         """Mean absolute error to the true counterfactual where that differs from the input."""
@@ -97,14 +100,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1 or not 1 <= options.images <= BATCH:
         parser.error(f"--steps must be at least 1 and --images between 1 and {BATCH}")
-    with results.Timer() as timer:
-        pipe = models.load_pipeline(models.SHIPPED)
+    with records.Timer() as timer:
+        pipe = load_pipeline(SHIPPED)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        cases = Cases.draw(BATCH, pipe.unet.config.sample_size * models.image_factor(pipe.vae))
+        cases = Cases.draw(BATCH, pipe.unet.config.sample_size * image_factor(pipe.vae))
         metrics: dict[str, Any] = direct_against_reference(pipe, cases, options.steps, options.images)
         metrics |= null_text_against_loop(pipe, cases, options.steps)
     trial = (options.steps, options.images) != (STEPS, IMAGES)
-    results.record(
+    records.record(
         "editing_speed",
         dataset="phantom",
         notebook="benchmarks/editing.py",
@@ -123,7 +126,7 @@ def main() -> None:
         seed=SEED,
         metrics=metrics,
         figures_dir=paths.runs() / "benchmarks" if trial else "",
-        model=models.SHIPPED,
+        model=SHIPPED,
         seconds=timer.seconds,
     )
 

@@ -21,9 +21,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from skimage import data, transform
 
-from prism_lib import models, novelty, paths, phantom, recipe, results
-from prism_lib.study import Study
-from prism_lib.uploads import UploadError, read_upload
+from prism_lib import paths, records
+from prism_lib.apps import recipe
+from prism_lib.apps.session import Study
+from prism_lib.data.uploads import UploadError, read_upload
+from prism_lib.evaluation import novelty
+from prism_lib.models.pipeline import SHIPPED, load_pipeline
+from prism_lib.phantom import patients
 
 IMAGES, OTHERS, ROUNDS = 256, 64, 5
 HELD_OUT_SEED, TEST_SEED = 9001, 9002  # populations that no training and no evaluation draws from
@@ -41,14 +45,14 @@ panel.study.run([panel.study.recipe(edit, steps=20)], edit)
 def main() -> None:
     """Measure, then write the reference and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=models.SHIPPED)
+    parser.add_argument("--model", default=SHIPPED)
     parser.add_argument("--judge", default="phantom-judge")
     parser.add_argument("--others", type=Path, help="a folder of images that are unlike the phantom")
     parser.add_argument("--reference-only", action="store_true")
     options = parser.parse_args()
-    with results.Timer() as timer:
-        pipe = models.load_pipeline(options.model)
-        reference = novelty.measure(pipe, phantom.render(phantom.sample_patients(IMAGES, HELD_OUT_SEED), _size(pipe)))
+    with records.Timer() as timer:
+        pipe = load_pipeline(options.model)
+        reference = novelty.measure(pipe, patients.render(patients.sample_patients(IMAGES, HELD_OUT_SEED), _size(pipe)))
         folder = paths.weights() / options.model
         novelty.save(reference, folder if folder.is_dir() else Path(options.model))
         metrics: dict[str, Any] = {"novelty": _told_apart(pipe, reference, options.others)}
@@ -57,7 +61,7 @@ def main() -> None:
     if options.reference_only:
         sys.stdout.write(f"{metrics}\n")
         return
-    results.record(
+    records.record(
         "explorer",
         dataset="phantom",
         notebook="benchmarks/explorer.py",
@@ -72,7 +76,7 @@ def main() -> None:
 def _told_apart(pipe: StableDiffusionPipeline, reference: novelty.Reference, folder: Path | None) -> dict[str, Any]:
     """The share of images of each kind that is called unlike, and the median score."""
     size = _size(pipe)
-    phantoms = phantom.render(phantom.sample_patients(OTHERS, TEST_SEED), size)
+    phantoms = patients.render(patients.sample_patients(OTHERS, TEST_SEED), size)
     noise = torch.rand(8, 1, size, size, generator=torch.Generator().manual_seed(0))
     kinds = {
         "phantoms": phantoms,

@@ -19,12 +19,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.editing import EDIT, SEED, Cases, counted
-from prism_lib import models, objective, paths, results
-from prism_lib.editing import EditConfig, sweep
-from prism_lib.inversion import invert
-from prism_lib.prompts import PromptPair
+from prism_lib import paths, records
+from prism_lib.editing.counterfactuals import sweep
+from prism_lib.editing.inversion import invert
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import PromptPair
+from prism_lib.models.pipeline import (
+    PipelineConfig,
+    build_pipeline,
+    compile_blocks,
+    encode_images,
+    encode_prompts,
+    image_factor,
+    tiny_config,
+)
+from prism_lib.training.batches import diffusion_loss
 
-SD_V1_5 = models.PipelineConfig(
+SD_V1_5 = PipelineConfig(
     image_size=512,
     vae_channels=(128, 256, 512, 512),
     unet_channels=(320, 640, 1280, 1280),
@@ -49,17 +60,17 @@ def main() -> None:
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cpu" and not tiny:
         parser.error("a model of this size needs a GPU; --size tiny does not")
-    config = models.tiny_config() if tiny else SD_V1_5
-    with results.Timer() as timer:
-        pipe = models.build_pipeline(config, SEED)
+    config = tiny_config() if tiny else SD_V1_5
+    with records.Timer() as timer:
+        pipe = build_pipeline(config, SEED)
         for part in (pipe.vae, pipe.text_encoder, pipe.unet):
             part.requires_grad_(False).eval().to(place, torch.bfloat16)
         for part in (pipe.vae, pipe.unet):
             part.to(memory_format=torch.channels_last)
         metrics: dict[str, Any] = {"training": training(pipe, given.trained), "editing": editing(pipe, given)}
-        models.compile_blocks(pipe)
+        compile_blocks(pipe)
         metrics["editing_compiled"] = editing(pipe, given)
-    results.record(
+    records.record(
         "full_size",
         dataset="phantom",
         notebook="benchmarks/full_size.py",
@@ -74,7 +85,7 @@ def main() -> None:
 
 def editing(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds and memory of a counterfactual, autoencoder included, by batch size."""
-    cases = Cases.draw(max(given.edited), pipe.unet.config.sample_size * models.image_factor(pipe.vae))
+    cases = Cases.draw(max(given.edited), pipe.unet.config.sample_size * image_factor(pipe.vae))
     operations, found = evaluation_flops(pipe), {}
     for batch in given.edited:
         images, pairs = cases.images[:batch], cases.pairs[:batch]
@@ -107,22 +118,20 @@ def training(pipe: StableDiffusionPipeline, batches: Sequence[int], steps: int =
     for batch in batches:
         latents = torch.randn(batch, unet.config.in_channels, size, size, device=unet.device)
         embeddings = torch.randn(batch, tokens, unet.config.cross_attention_dim, device=unet.device)
-        pixels = torch.rand(batch, 1, *[size * models.image_factor(pipe.vae)] * 2)
+        pixels = torch.rand(batch, 1, *[size * image_factor(pipe.vae)] * 2)
 
         def cached(latents: Tensor = latents, embeddings: Tensor = embeddings) -> None:
             noise = torch.randn_like(latents)
             timesteps = torch.randint(1000, (len(latents),), device=latents.device)
             with torch.autocast(latents.device.type, torch.bfloat16):
-                losses = objective.diffusion_loss(unet, pipe.scheduler, latents, noise, timesteps, embeddings)
+                losses = diffusion_loss(unet, pipe.scheduler, latents, noise, timesteps, embeddings)
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
         def uncached(pixels: Tensor = pixels) -> None:
-            cached(
-                models.encode_images(pipe.vae, pixels).float(), models.encode_prompts(pipe, [""] * len(pixels)).float()
-            )
+            cached(encode_images(pipe.vae, pixels).float(), encode_prompts(pipe, [""] * len(pixels)).float())
 
         speed = {}
         for name, step in (("uncached", uncached), ("cached", cached)):

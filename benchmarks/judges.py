@@ -9,7 +9,11 @@ import argparse
 
 import torch
 
-from prism_lib import classifier, evaluation, paths, phantom, results, robustness
+from prism_lib import paths, records
+from prism_lib.evaluation import robustness
+from prism_lib.evaluation.evaluate import load_judge
+from prism_lib.models import classifier
+from prism_lib.phantom.patients import render, sample_patients
 
 SIZE, TRAIN, TEST, STEPS = 256, 1200, 300, 300
 # The judge's own training phantoms and the prepared folders have other seeds.
@@ -18,23 +22,23 @@ TRAIN_SEED, TEST_SEED = 30_001, 30_002
 
 def draw(count: int, seed: int, labels: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rendered phantoms, uint8 (N, 1, H, W), and their labels (N, L)."""
-    patients = phantom.sample_patients(count, seed)
+    patients = sample_patients(count, seed)
     values = patients.labels()[list(labels)].to_numpy(dtype=float)
-    return (phantom.render(patients, SIZE) * 255).round().byte(), torch.tensor(values.tolist())
+    return (render(patients, SIZE) * 255).round().byte(), torch.tensor(values.tolist())
 
 
 def main() -> None:
     """Train the second judge, let both read, and record."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    first = evaluation.load_judge("phantom-judge")
+    first = load_judge("phantom-judge")
     assert first is not None
     config = classifier.named_network("resnet18", classifier.ClassifierConfig(labels=first.labels, steps=STEPS))
-    with results.Timer() as timer:
+    with records.Timer() as timer:
         second = classifier.train_classifier(*draw(TRAIN, TRAIN_SEED, first.labels), config)
         classifier.save_classifier(second, config, paths.runs() / "judges" / "resnet18")
         images, labels = draw(TEST, TEST_SEED, first.labels)
         read = {"densenet": classifier.predict(first.model, images), "resnet": classifier.predict(second, images)}
-    results.record(
+    records.record(
         "judges",
         dataset="phantom",
         notebook="benchmarks/judges.py",

@@ -19,10 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism_lib import ablation, baselines, classifier, comparison, datasets, devices, models, results
-from prism_lib.evaluation import Judge, choose_cases
-from prism_lib.ganterfactual import GanConfig, train_gan
-from prism_lib.prompts import Edit, vocabulary
+from prism_lib import devices, records
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.preparation import prepare
+from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.evaluation.evaluate import Judge, choose_cases
+from prism_lib.language.edits import Edit
+from prism_lib.language.labels import vocabulary
+from prism_lib.models import classifier
+from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
+from prism_lib.studies import ablation, comparison, editors
+from prism_lib.studies.ganterfactual import GanConfig, train_gan
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # as accelerate calls them: their dtypes
 SEED, ROWS = 30_004, 8  # rows of a U-Net call: four images, each with two predictions
@@ -38,36 +45,34 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=10, help="steps of classifier and GAN in a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; the median counts")
     given = parser.parse_args()
-    with TemporaryDirectory() as place, results.Timer() as timer:
-        folder = datasets.prepare(
-            datasets.PrepareConfig("phantom", Path(place) / "phantom", size=256, num_images=IMAGES, seed=SEED)
-        )
+    with TemporaryDirectory() as place, records.Timer() as timer:
+        folder = prepare(PrepareConfig("phantom", Path(place) / "phantom", size=256, num_images=IMAGES, seed=SEED))
         work = {name: tasks(folder, name, given.train_steps) for name in PRECISIONS}
         metrics = {part: timed([work[name][part] for name in PRECISIONS], given.rounds) for part in work["no"]}
         metrics |= edited(folder, given.patients, given.edit_steps)
-    results.record(
+    records.record(
         "mixed_precision",
         dataset="phantom",
         notebook="benchmarks/precision.py",
         parameters=vars(given) | {"rows": ROWS, "auto": devices.mixed_precision("auto")},
         seed=SEED,
         metrics=metrics,
-        model=models.SHIPPED,
+        model=SHIPPED,
         seconds=timer.seconds,
     )
 
 
 def tasks(folder: Path, precision: str, steps: int) -> dict[str, Callable[[], Any]]:
     """What is timed in one precision, by name."""
-    pipe, draw = models.load_pipeline(mixed_precision=precision), torch.Generator().manual_seed(SEED)
+    pipe, draw = load_pipeline(mixed_precision=precision), torch.Generator().manual_seed(SEED)
     size = pipe.unet.config.sample_size
     latents = torch.randn(ROWS, pipe.unet.config.in_channels, size, size, generator=draw).to(pipe.device)
-    states = models.encode_prompts(pipe, ["chest x-ray"] * ROWS)
+    states = encode_prompts(pipe, ["chest x-ray"] * ROWS)
 
     config = classifier.named_network("densenet-tiny", classifier.ClassifierConfig())
     config = replace(config, steps=steps, mixed_precision=precision)
-    rows = datasets.load_table(folder).head(4 * config.batch_size)
-    images = F.interpolate(datasets.read_images(folder, rows).mean(1, keepdim=True), READ_AT)
+    rows = load_table(folder).head(4 * config.batch_size)
+    images = F.interpolate(read_images(folder, rows).mean(1, keepdim=True), READ_AT)
     labels = torch.tensor(rows[list(config.labels)].to_numpy(dtype=float).tolist())
     guide = Judge(classifier.build_classifier(config).to(pipe.device).eval(), config.labels)
     gan = GanConfig(config.labels[0], steps, filters=8, mixed_precision=precision)
@@ -90,7 +95,7 @@ def timed(calls: Sequence[Callable[[], Any]], rounds: int) -> dict[str, float]:
     taken: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for call, seconds in zip(calls, taken, strict=True):
-            with results.Timer() as timer:
+            with records.Timer() as timer:
                 call()
             if turn:
                 seconds.append(timer.seconds)
@@ -100,14 +105,13 @@ def timed(calls: Sequence[Callable[[], Any]], rounds: int) -> dict[str, float]:
 
 def edited(folder: Path, patients: int, steps: int) -> dict[str, dict[str, Any]]:
     """The editor's default on the same phantoms in both precisions, and how far the second's answers are off."""
-    editor = baselines.PromptToPrompt(num_inference_steps=steps)
+    editor = editors.PromptToPrompt(num_inference_steps=steps)
     cases = {}
     for key in EDITS:
         change = Edit.from_key(key, vocabulary("phantom"))
         cases[change] = choose_cases(folder, change, patients, "train")
     found = {
-        name: comparison.measure(models.load_pipeline(mixed_precision=name), folder, cases, editor)
-        for name in PRECISIONS
+        name: comparison.measure(load_pipeline(mixed_precision=name), folder, cases, editor) for name in PRECISIONS
     }
     answers = [torch.cat([e.edited for e in found[name].evaluations]) for name in PRECISIONS]
     summary = ablation.summarise({f"edits_{PRECISIONS[name]}": found[name] for name in PRECISIONS}, SEED)

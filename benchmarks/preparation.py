@@ -34,7 +34,7 @@ def film(seed: int) -> Image.Image:
 
 def write_films(root: Path, rows: int, shared: int) -> Path:
     """A train.csv of `rows` films, two per patient: the first `shared` are files, the others links to them."""
-    from prism_lib.chest import CHEXPERT_COLUMNS
+    from prism_lib.data.chest import CHEXPERT_COLUMNS
 
     lines, originals = [",".join(CHEXPERT_COLUMNS)], []
     for index in range(rows):
@@ -92,15 +92,16 @@ def peak_memory(work: Callable[[], object]) -> list[float]:
 def main() -> None:
     """Measure and record; every comparison alternates, because machines are shared."""
     # Here and not above: the processes that read images import a script's module again, a notebook's they do not.
-    from prism_lib import results
-    from prism_lib.datasets import PrepareConfig, prepare
+    from prism_lib import records
+    from prism_lib.data.preparation import prepare
+    from prism_lib.data.prepare_config import PrepareConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="films that are prepared and timed")
     parser.add_argument("--rows", type=int, default=223_414, help="rows of the table whose memory is measured")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, results.Timer() as timer:
+    with tempfile.TemporaryDirectory() as folder, records.Timer() as timer:
         place = Path(folder)
         films = write_films(place / "films", given.images, given.images)
         config = PrepareConfig("chexpert", place / "out", films, SIZE, num_images=given.rows, duplicates="keep")
@@ -115,7 +116,7 @@ def main() -> None:
             partial(prepare, replace(config, data_root=large, output=place / "large-out", processes=2))
         )
     plain, one, two = (median(taken[name]) for name in ("plain", "one", "two"))
-    results.record(
+    records.record(
         "preparation",
         dataset="phantom",
         notebook="benchmarks/preparation.py",

@@ -17,11 +17,11 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeli
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from prism_lib.alignment import align
-from prism_lib.editing import EditConfig
-from prism_lib.inversion import InversionConfig
-from prism_lib.models import decode_latents, encode_images, encode_prompts
-from prism_lib.prompts import PromptPair
+from prism_lib.editing.alignment import align
+from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import PromptPair
+from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
 
 
 class Maps:

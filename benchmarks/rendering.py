@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from prism_lib import phantom, results
+from prism_lib import records
+from prism_lib.phantom.patients import render, sample_patients
 
 SIZE, COUNT, ROUNDS = 256, 64, 5
 
@@ -13,15 +14,15 @@ SIZE, COUNT, ROUNDS = 256, 64, 5
 def main() -> None:
     """Render the same patients several times; the median round counts, because machines are shared."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    patients = phantom.sample_patients(COUNT, seed=0)
-    phantom.render(patients[:8], SIZE)
-    with results.Timer() as timer:
+    patients = sample_patients(COUNT, seed=0)
+    render(patients[:8], SIZE)
+    with records.Timer() as timer:
         rates = []
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            phantom.render(patients, SIZE)
+            render(patients, SIZE)
             rates.append(COUNT / (time.perf_counter() - start))
-    results.record(
+    records.record(
         "rendering",
         dataset="phantom",
         notebook="benchmarks/rendering.py",

@@ -29,9 +29,16 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prism_lib import cases, datasets, models, monitoring, objective, paths, results, training
-from prism_lib.cache import build_cache
-from prism_lib.objective import DrawConfig, Order
+from prism_lib import paths, records
+from prism_lib.data.cases import sample_captions
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.preparation import prepare
+from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
+from prism_lib.training.batches import DrawConfig, Order, diffusion_loss, draw_batch
+from prism_lib.training.cache import build_cache
+from prism_lib.training.config import FinetuneConfig, save_config
+from prism_lib.training.log import read_log
 
 BATCH, ROUNDS = 8, 5
 
@@ -45,12 +52,12 @@ def main() -> None:
     small = given.size == "small"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        dataset = datasets.prepare(
-            datasets.PrepareConfig("phantom", folder / "data", num_images=40 if small else 400, vocabulary="phantom")
+        dataset = prepare(
+            PrepareConfig("phantom", folder / "data", num_images=40 if small else 400, vocabulary="phantom")
         )
         figures = paths.runs() / "benchmarks" if small else ""
         if given.only != "resume":
-            with results.Timer() as timer:
+            with records.Timer() as timer:
                 metrics: dict[str, Any] = {}
                 for dtype in (torch.float32, torch.bfloat16):
                     metrics |= cached_against_uncached(dataset, folder, 2 if small else 10, dtype)
@@ -59,14 +66,14 @@ def main() -> None:
             save("training_speed", settings, metrics, figures, timer.seconds)
         if given.only != "speed":
             steps = 12 if small else 30
-            with results.Timer() as timer:
+            with records.Timer() as timer:
                 metrics = killed_against_whole(dataset, folder, steps)
             save("resume", {"steps": steps, "checkpoint_every": 5}, metrics, figures, timer.seconds)
 
 
 def save(name: str, parameters: dict[str, Any], metrics: dict[str, Any], figures: str | Path, seconds: float) -> None:
     """A record of this file."""
-    results.record(
+    records.record(
         name,
         dataset="phantom",
         notebook="benchmarks/training.py",
@@ -74,36 +81,36 @@ def save(name: str, parameters: dict[str, Any], metrics: dict[str, Any], figures
         seed=0,
         metrics=metrics,
         figures_dir=figures,
-        model=models.SHIPPED,
+        model=SHIPPED,
         seconds=seconds,
     )
 
 
 def cached_against_uncached(dataset: Path, folder: Path, steps: int, dtype: torch.dtype) -> dict[str, float]:
     """Images a second of the same training step, fed from the cache and by the frozen parts; rounds alternate."""
-    pipeline = models.load_pipeline(models.SHIPPED)
+    pipeline = load_pipeline(SHIPPED)
     device = Accelerator().device
     pipeline.to(device)
     pipeline.vae.to(dtype)
     pipeline.text_encoder.to(dtype)
     cache = build_cache(pipeline, dataset, "train", folder / "cache", seed=0, captions_per_image=4, explicit_share=0.5)
-    table = datasets.load_table(dataset, "train")
-    captions = [texts[0] for texts in cases.sample_captions(dataset, table, 0, 1, 0.5)]
+    table = load_table(dataset, "train")
+    captions = [texts[0] for texts in sample_captions(dataset, table, 0, 1, 0.5)]
     order, draws = Order(len(cache), 0), DrawConfig(BATCH, 0.1)
     unet = pipeline.unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
 
     def from_cache(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        draw = objective.draw_batch(cache, order, draws, step)
+        draw = draw_batch(cache, order, draws, step)
         return draw.latents, draw.embeddings
 
     def by_frozen_parts(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = order.rows(step * BATCH, BATCH).tolist()
-        images = datasets.read_images(dataset, table.iloc[rows]).to(device)
+        images = read_images(dataset, table.iloc[rows]).to(device)
         with torch.no_grad():
             pixels = (images * 2 - 1).expand(-1, 3, -1, -1).to(dtype)
             latents = pipeline.vae.encode(pixels).latent_dist.sample().float() * pipeline.vae.config.scaling_factor
-        return latents, models.encode_prompts(pipeline, [captions[row] for row in rows])
+        return latents, encode_prompts(pipeline, [captions[row] for row in rows])
 
     speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
     feeds = {"cached": from_cache, "uncached": by_frozen_parts}
@@ -134,7 +141,7 @@ def train_step(
     """What both orders of work have in common."""
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (len(latents),), device=latents.device)
-    objective.diffusion_loss(unet, scheduler, latents, noise, timesteps, embeddings).mean().backward()
+    diffusion_loss(unet, scheduler, latents, noise, timesteps, embeddings).mean().backward()
     torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -151,22 +158,22 @@ def processes_against_one(dataset: Path, folder: Path, steps: int) -> dict[str, 
     """Images a second of two processes of half the batch, a thread each, against one process of one and of two."""
     speed = {}
     for name, processes, threads in (("one_thread", 1, 1), ("one_process", 1, 2), ("two_processes", 2, 1)):
-        config = training.FinetuneConfig(
+        config = FinetuneConfig(
             dataset=str(dataset), output=str(folder / name), batch_size=2 * BATCH // processes, steps=steps,
             validation_every=10**6, sample_every=10**6, checkpoint_every=10**6, cache=str(folder / "shared"),
         )  # fmt: skip
         finish(start(config, processes, threads))
-        speed[name] = float(monitoring.read_log(config.output)["images_per_second"].median())
+        speed[name] = float(read_log(config.output)["images_per_second"].median())
     return {f"images_per_second_{name}": value for name, value in speed.items()} | {
         "speedup_two_processes": speed["two_processes"] / speed["one_thread"],
         "speedup_two_processes_of_same_cores": speed["two_processes"] / speed["one_process"],
     }
 
 
-def start(config: training.FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen[bytes]:
+def start(config: FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen[bytes]:
     """`torchrun`, on the CPU."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, "-m", *launcher, "-m", "prism_lib.training", str(training.save_config(config))]
+    command = [sys.executable, "-m", *launcher, "-m", "prism_lib.training.finetuning", str(save_config(config))]
     environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(paths.root())}
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
 
@@ -191,7 +198,7 @@ def killed_against_whole(dataset: Path, folder: Path, steps: int) -> dict[str, d
     found = {}
     for processes, rank in ((1, 0), (1, 4), (2, 0), (2, 4)):
         name = f"{'lora' if rank else 'unet'}_{processes}"
-        whole = training.FinetuneConfig(
+        whole = FinetuneConfig(
             dataset=str(dataset), output=str(folder / f"whole_{name}"), batch_size=3, steps=steps, lora_rank=rank,
             checkpoint_every=5, validation_every=5, sample_every=10**6, learning_rate=1e-4, warmup=2,
             cache=str(folder / "shared"),
@@ -219,7 +226,7 @@ def difference(first: Path, second: Path) -> dict[str, float]:
         if one.keys() != other.keys():
             raise RuntimeError(f"{name} of {first} and {second} have different tensors")
         worst[f"{name}_difference"] = max(float((one[key] - other[key]).abs().max()) for key in one)
-    logs = [monitoring.read_log(folder).drop(columns="images_per_second") for folder in (first, second)]
+    logs = [read_log(folder).drop(columns="images_per_second") for folder in (first, second)]
     return worst | {"loss_difference": float((logs[0] - logs[1]).abs().max().max())}
 
 

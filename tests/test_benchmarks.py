@@ -9,16 +9,19 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
 from benchmarks import bulk, editing, full_size, identifiability
 from benchmarks.reference import Reference, with_weight_gradients
-from prism_lib import paths, phantom, results
-from prism_lib.bulk_plan import BulkConfig
-from prism_lib.editing import grid, sweep
-from prism_lib.inversion import InversionConfig, invert
-from prism_lib.models import decode_latents
-from prism_lib.prompts import Edit
+from prism_lib import paths, records
+from prism_lib.apps.bulk_plan import BulkConfig
+from prism_lib.editing.counterfactuals import sweep
+from prism_lib.editing.inversion import invert
+from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.settings import grid
+from prism_lib.language.edits import Edit
+from prism_lib.models.pipeline import decode_latents
+from prism_lib.phantom.patients import counterfactual, sample_patients
+from tests.tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
 STEPS = 4
 CONFIG = InversionConfig(guidance_scale=3.0, inner_steps=3)
@@ -75,7 +78,7 @@ def test_a_benchmark_prints_its_help_and_does_no_work(name, monkeypatch, capsys)
     module = importlib.import_module(f"benchmarks.{name}")
     if not hasattr(module, "main"):
         return  # what benchmarks are made of
-    monkeypatch.setattr(results.Timer, "__enter__", lambda _: pytest.fail("the benchmark started"))
+    monkeypatch.setattr(records.Timer, "__enter__", lambda _: pytest.fail("the benchmark started"))
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit, match="0"):
         module.main()
@@ -99,7 +102,7 @@ def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights
     given = ["--size", "tiny", "--steps", "4", "--edited", "1", "2", "--trained", "2"]
     monkeypatch.setattr(sys, "argv", ["full_size", *given])
     full_size.main()
-    metrics = results.load_record("full_size", "phantom", tmp_path / "benchmarks")["metrics"]
+    metrics = records.load_record("full_size", "phantom", tmp_path / "benchmarks")["metrics"]
     assert set(metrics["editing"]) == set(metrics["editing_compiled"]) == {"batch_1", "batch_2"}
     for made in metrics["editing"].values():
         # Four steps up; four down with source and target, and a row more in the two that are guided.
@@ -124,10 +127,10 @@ def test_two_separate_runs_share_the_edits_of_one(tmp_path):
 
 
 def test_identifiability_asks_patients_that_an_edit_suits():
-    pool = phantom.sample_patients(12, seed=0)
+    pool = sample_patients(12, seed=0)
     for key in ("remove_support_devices", "add_pacemaker", "add_left_pleural_effusion"):
         edit = Edit.from_key(key)
         patients = identifiability.suited(pool, edit, 2)
         assert len(patients) == 2
-        _, changed = phantom.counterfactual(patients, 64, **edit.attributes)
+        _, changed = counterfactual(patients, 64, **edit.attributes)
         assert changed.flatten(1).any(1).all()

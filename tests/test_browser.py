@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from prism_lib import paths
-from prism_lib.recipe import Recipe
+from prism_lib.apps.recipe import Recipe
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

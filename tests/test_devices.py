@@ -8,31 +8,31 @@ import accelerate
 import pytest
 import torch
 
-from prism_lib import (
-    bulk,
-    classifier,
-    devices,
-    evaluation,
-    ganterfactual,
-    inversion,
-    models,
-    monitoring,
-    novelty,
-    pretraining,
-    training,
-)
-from prism_lib.baselines import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
-from prism_lib.editing import EditConfig, edit, stack
-from prism_lib.image_text import ImageTextModel
-from prism_lib.imagic import Imagic
-from prism_lib.inversion import InversionConfig, invert
-from prism_lib.inversion_store import load_inversion
-from prism_lib.prompts import Edit
-from prism_lib.selection import Guide, GuideScorer, SimilarityScorer
+from prism_lib import devices
+from prism_lib.apps import bulk
+from prism_lib.editing.counterfactuals import edit, stack
+from prism_lib.editing.inversion import METHODS, invert
+from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.inversion_store import load_inversion
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation import novelty
+from prism_lib.evaluation.evaluate import Judge, choose_cases, evaluate_edit, load_judge, summarise
+from prism_lib.evaluation.selection import Guide, GuideScorer, SimilarityScorer
+from prism_lib.language.edits import Edit
+from prism_lib.models import classifier
+from prism_lib.models.image_text import ImageTextModel
+from prism_lib.models.pipeline import build_pipeline, encode_prompts, load_pipeline, tiny_config
+from prism_lib.studies import ganterfactual
+from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.studies.imagic import Imagic
+from prism_lib.training import autoencoder, finetuning
+from prism_lib.training.config import FinetuneConfig
+from prism_lib.training.finetuning import finetune
+from prism_lib.training.log import sample_images
 from tests.elsewhere import DEVICE, Remote, elsewhere
-from tests.test_pretraining import TINY_CLIP, TINY_VAE
-from tests.test_selection import clip_model
+from tests.evaluation.test_selection import clip_model
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+from tests.training.test_autoencoder import TINY_CLIP, TINY_VAE
 
 CHANGE = Edit(remove=("Support Devices",))
 NETWORK = classifier.ClassifierConfig(blocks=(1, 1), growth=4, features=8, steps=2, batch_size=4)
@@ -92,7 +92,7 @@ def test_the_pretended_device_is_as_strict_as_a_gpu(device):
         remote.numpy()
 
 
-@pytest.mark.parametrize("method", inversion.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_inversion_and_its_edit(device, method):
     images, config = tiny_images(2), InversionConfig(inner_steps=2)
 
@@ -140,10 +140,10 @@ def test_a_saved_inversion_comes_back_to_the_device(device, tmp_path):
 
 
 def test_models_are_loaded_to_the_device(device):
-    pipe = models.load_pipeline()
+    pipe = load_pipeline()
     assert {part.device for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {device}
-    assert models.load_pipeline(device="cpu").device.type == "cpu"
-    judge = evaluation.load_judge("phantom-judge")
+    assert load_pipeline(device="cpu").device.type == "cpu"
+    judge = load_judge("phantom-judge")
     assert {parameter.device for parameter in judge.model.parameters()} == {device}
 
 
@@ -165,15 +165,15 @@ def test_reading_scoring_and_sampling(device, tmp_path):
         | GuideScorer(Guide(reader, NETWORK.labels), CHANGE).scores(results)[0]
     )
     assert all(isinstance(value, float) for value in scores.values())
-    same(*(pretraining.reconstruction_psnr(p.vae, images) for p in (tiny_pipeline(), pipe)), 1e-2)
+    same(*(autoencoder.reconstruction_psnr(p.vae, images) for p in (tiny_pipeline(), pipe)), 1e-2)
     same(*(novelty.log_errors(p, images) for p in (tiny_pipeline(), pipe)), 1e-3)
-    embeddings = models.encode_prompts(pipe, [REMOVE.source, ""])
-    sample = monitoring.sample_images(pipe, pipe.unet, embeddings[:1], embeddings[1:], steps=2)
+    embeddings = encode_prompts(pipe, [REMOVE.source, ""])
+    sample = sample_images(pipe, pipe.unet, embeddings[:1], embeddings[1:], steps=2)
     assert sample.shape == (1, 1, 32, 32)
 
 
 def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
-    guide = evaluation.Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    guide = Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
     config = ganterfactual.GanConfig("Support Devices", steps=2, filters=4, checkpoint_every=1)
     folder = ganterfactual.train_gan(phantom_folder, guide, tmp_path, config)
     editor = ganterfactual.Ganterfactual(folder.parent)
@@ -183,12 +183,12 @@ def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
 
 
 def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):
-    judge = evaluation.Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
-    cases = evaluation.choose_cases(phantom_folder, CHANGE, 2)
-    result = evaluation.evaluate_edit(
+    judge = Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    cases = choose_cases(phantom_folder, CHANGE, 2)
+    result = evaluate_edit(
         moved(double=False), phantom_folder, cases, CHANGE, EditConfig(), num_inference_steps=2, judge=judge
     )
-    assert evaluation.summarise(result)["changed_outside_mask"] == 0
+    assert summarise(result)["changed_outside_mask"] == 0
 
 
 def test_the_default_is_the_cpu_without_a_gpu_and_a_wrong_name_is_said(monkeypatch):
@@ -224,44 +224,44 @@ def test_half_precision_is_the_models_alone(precision):
 
 
 def test_a_pipeline_is_loaded_in_the_precision_asked_for_and_known_by_it():
-    full, half = models.load_pipeline(), models.load_pipeline(dtype="bf16")
+    full, half = load_pipeline(), load_pipeline(dtype="bf16")
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
     assert bulk._model(full) != bulk._model(half), "files of both never share a name"
-    states = models.encode_prompts(half, ["chest x-ray"] * 2)
-    sample = monitoring.sample_images(half, half.unet, states[:1], states[1:], steps=2)
+    states = encode_prompts(half, ["chest x-ray"] * 2)
+    sample = sample_images(half, half.unet, states[:1], states[1:], steps=2)
     assert sample.dtype == torch.float32 and bool(sample.isfinite().all())
     with pytest.raises(ValueError, match="precision is 'half'; expected one of no, fp16, bf16"):
-        models.load_pipeline(dtype="half")
+        load_pipeline(dtype="half")
 
 
 def test_training_from_scratch(device, phantom_folder, tmp_path, monkeypatch):
     adamw = torch.optim.AdamW
     # Fused steps are for devices that PyTorch has kernels for.
     monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
-    vae = models.build_pipeline(models.tiny_config(), seed=0).vae
-    history = pretraining.train_vae(vae, TINY_VAE, tmp_path / "vae")
+    vae = build_pipeline(tiny_config(), seed=0).vae
+    history = autoencoder.train_vae(vae, TINY_VAE, tmp_path / "vae")
     assert vae.device.type == "cpu" and not history
-    again = models.build_pipeline(models.tiny_config(), seed=0).vae
-    pretraining.train_vae(again, replace(TINY_VAE, steps=4), tmp_path / "vae")  # from the checkpoint
+    again = build_pipeline(tiny_config(), seed=0).vae
+    autoencoder.train_vae(again, replace(TINY_VAE, steps=4), tmp_path / "vae")  # from the checkpoint
     assert all(torch.equal(one, other) for one, other in zip(vae.parameters(), again.parameters(), strict=True))
-    clip = pretraining.train_clip(copy.deepcopy(tiny_pipeline()), phantom_folder, TINY_CLIP)
+    clip = autoencoder.train_clip(copy.deepcopy(tiny_pipeline()), phantom_folder, TINY_CLIP)
     assert clip.device.type == "cpu"
 
 
 def test_fine_tuning_and_going_on(device, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda _: device))
     monkeypatch.setattr(
-        training, "_optimizer", lambda config, trained: torch.optim.AdamW(trained, lr=config.learning_rate)
+        finetuning, "_optimizer", lambda config, trained: torch.optim.AdamW(trained, lr=config.learning_rate)
     )
-    models.build_pipeline(models.tiny_config(), seed=0).save_pretrained(tmp_path / "start")
-    config = training.FinetuneConfig(
+    build_pipeline(tiny_config(), seed=0).save_pretrained(tmp_path / "start")
+    config = FinetuneConfig(
         str(phantom_folder), str(tmp_path / "run"), str(tmp_path / "start"), steps=2, batch_size=2,
         validation_every=1, sample_every=2, checkpoint_every=1,
     )  # fmt: skip
-    whole = training.finetune(config)
+    whole = finetune(config)
     shutil.copytree(tmp_path / "run" / "step-00000001", tmp_path / "more" / "step-00000001")
-    resumed = training.finetune(replace(config, output=str(tmp_path / "more")))
-    one, other = (models.load_pipeline(folder, device="cpu").unet.state_dict() for folder in (whole, resumed))
+    resumed = finetune(replace(config, output=str(tmp_path / "more")))
+    one, other = (load_pipeline(folder, device="cpu").unet.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    start = models.load_pipeline(tmp_path / "start", device="cpu").unet.state_dict()
+    start = load_pipeline(tmp_path / "start", device="cpu").unet.state_dict()
     assert not torch.equal(one["conv_in.weight"], start["conv_in.weight"])

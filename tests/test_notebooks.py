@@ -13,8 +13,10 @@ import sys
 import nbformat
 import pytest
 
-from prism_lib import paths, pretraining, results
-from prism_lib.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
+from prism_lib import paths
+from prism_lib.apps.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
+from prism_lib.records import load_record
+from prism_lib.training import autoencoder
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 MAX_LINES = 20
@@ -206,7 +208,7 @@ def test_smoke_profile_runs_every_notebook_and_writes_no_figures():
 @pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)
 def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
-    monkeypatch.setattr(pretraining, "start_from", lambda *_: pytest.fail("hours of work had begun"))
+    monkeypatch.setattr(autoencoder, "start_from", lambda *_: pytest.fail("hours of work had begun"))
     (notebook,) = (path for path in NOTEBOOKS if path.stem.startswith("02"))
     chosen = {"MODEL": "scratch", "DATA": str(phantom_folder), "OPTIONS": options}
     with pytest.raises((TypeError, ValueError), match="|".join(map(str, (*options, *options.values())))):
@@ -237,7 +239,7 @@ def smoke(tmp_path_factory):
     runs, data = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
     before = committed_figures()
     finished = subprocess.run(
-        [sys.executable, "-m", "prism_lib.runner", "run", "smoke"],
+        [sys.executable, "-m", "prism_lib.apps.cli", "run", "smoke"],
         env=os.environ | {"PRISM_RUNS": str(runs), "PRISM_DATA": str(data), "PYTHONPATH": str(paths.root())},
         capture_output=True,
         text=True,
@@ -263,7 +265,7 @@ def test_smoke_run_leaves_whole_records(smoke):
     records = sorted((smoke / "figures").glob("*.json"))
     assert records, "no notebook left a record"
     for path in records:
-        record = results.load_record(path.stem, "phantom", path.parent)
+        record = load_record(path.stem, "phantom", path.parent)
         assert record["name"] == path.stem
         assert record["notebook"] in {notebook.stem for notebook in NOTEBOOKS}
         assert record["metrics"]

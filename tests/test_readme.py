@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from prism_lib import paths, runner
-from prism_lib.profiles import available_profiles
+from prism_lib import paths
+from prism_lib.apps import cli
+from prism_lib.apps.profiles import available_profiles
 
 README = paths.root() / "README.md"
 FREE = {"git", "cd", "pip", "source", "export"}  # commands that name nothing of this repository
@@ -49,7 +50,7 @@ def problem(words):
         return f"make has no {', '.join(sorted(unknown))}" if unknown else ""
     if command == "prism":
         try:
-            options = runner.build_parser().parse_args(arguments)
+            options = cli.build_parser().parse_args(arguments)
         except SystemExit as stop:
             return "prism does not take this" if stop.code else ""
         if options.verb == "run" and options.profile not in available_profiles():

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 
-import formats
 import pytest
 
-from prism_lib import imagefolder, models, paths
-from prism_lib.captions import corpus
-from prism_lib.labels import vocabulary
-from prism_lib.profiles import load_profile
+from prism_lib import paths
+from prism_lib.apps.profiles import load_profile
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.language.captions import corpus
+from prism_lib.language.labels import vocabulary
+from prism_lib.models.pipeline import build_pipeline, tiny_config
+from tests import formats
 
 SECONDS = 600
 SMALL = {
@@ -52,12 +54,12 @@ def nih(root):
 def test_profile_runs_on_data_in_the_published_format(profile, write, channels, tmp_path):
     write(tmp_path / "data")
     vocab = vocabulary(load_profile(profile).sections["01_data"]["VOCABULARY"])
-    models.build_pipeline(models.tiny_config(), seed=0, captions=corpus(vocab)).save_pretrained(tmp_path / "tiny")
+    build_pipeline(tiny_config(), seed=0, captions=corpus(vocab)).save_pretrained(tmp_path / "tiny")
     small = SMALL | {"MODEL": tmp_path / "tiny"}
     overrides = [word for name, value in small.items() for word in ("-p", name, str(value))]
     notebooks = ["--only", "01", "02", "03"]
     finished = subprocess.run(
-        [sys.executable, "-m", "prism_lib.runner", "run", profile, *notebooks, *overrides],
+        [sys.executable, "-m", "prism_lib.apps.cli", "run", profile, *notebooks, *overrides],
         env=os.environ
         | {"PRISM_RUNS": str(tmp_path / "runs"), "PRISM_DATA": str(tmp_path / "data"), "PYTHONPATH": str(paths.root())},
         capture_output=True,
@@ -67,8 +69,8 @@ def test_profile_runs_on_data_in_the_published_format(profile, write, channels, 
     assert finished.returncode == 0, finished.stdout + finished.stderr
     section = load_profile(profile).sections["01_data"]
     folder = tmp_path / "data" / section["OUTPUT"]
-    table = imagefolder.load_table(folder)
-    assert imagefolder.read_images(folder, table).shape[1:] == (channels, 32, 32)
+    table = load_table(folder)
+    assert read_images(folder, table).shape[1:] == (channels, 32, 32)
     assert table.groupby("patient_id")["split"].nunique().max() == 1
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("figures/*.json")}
     assert {"data", "finetuning", "counterfactual_quality"} <= records.keys()

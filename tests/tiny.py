@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from prism_lib import models
-from prism_lib.prompts import PromptPair
+from prism_lib.language.edits import PromptPair
+from prism_lib.models.pipeline import build_pipeline, text_config, tiny_config
 
 SOURCE = "chest x-ray with cardiomegaly, with support devices"
 TARGET = "chest x-ray with cardiomegaly, without support devices"
@@ -23,9 +23,9 @@ UNCHANGED = PromptPair(SOURCE, SOURCE, ("support devices",), ("support devices",
 @cache
 def tiny_pipeline(prediction_type: str = "epsilon", double: bool = False) -> StableDiffusionPipeline:
     """The tiny pipeline; tests must leave it as they found it. `double` computes in float64."""
-    config = replace(models.tiny_config(), prediction_type=prediction_type)
+    config = replace(tiny_config(), prediction_type=prediction_type)
     letters = " ".join(string.ascii_lowercase)  # so that words which were never seen have tokens too
-    pipe = models.build_pipeline(config, seed=0, captions=[SOURCE, TARGET, "pleural effusion", letters])
+    pipe = build_pipeline(config, seed=0, captions=[SOURCE, TARGET, "pleural effusion", letters])
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval()
     if double:
@@ -44,7 +44,7 @@ SMALL_ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers"
 
 def clip_model(seed: int = 0) -> CLIPModel:
     """An untrained CLIP of images of 16 pixels that reads the tiny pipeline's tokens."""
-    text = models.text_config(models.tiny_config(), tiny_pipeline().tokenizer).to_dict()
+    text = text_config(tiny_config(), tiny_pipeline().tokenizer).to_dict()
     vision = SMALL_ENCODER | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

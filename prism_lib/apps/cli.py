@@ -1,0 +1,283 @@
+"""Run the notebooks of a profile in order: the `prism` command.
+
+Everything that can be wrong with what is asked is found before the first notebook starts
+(`apps.profiles`). Executed copies and the state that `--resume` reads are left in `runs/<name>/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prism_lib import paths
+from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, plan
+
+
+class NotebookFailedError(RuntimeError):
+    """A notebook stopped; the message says which, where and why."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Run the jobs in order into ``folder`` and return the seconds of each; the first failure stops the run.
+
+    With ``resume``, notebooks at the front whose key stands in the folder's state are not run again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _State(folder / "state.json")
+    seconds: dict[str, float] = {}
+    for number, job in enumerate(jobs, 1):
+        head = f"[{number}/{len(jobs)}] {job.name}"
+        if resume and not seconds and state.finished(job):
+            report(f"{head}: unchanged since it last ran, skipped")
+            continue
+        report(head)
+        state.forget_from(job)
+        start = time.perf_counter()
+        execute(job, folder)
+        seconds[job.name] = time.perf_counter() - start
+        state.finish(job, seconds[job.name])
+        report(f"{head}: {seconds[job.name]:.1f} s")
+    return seconds
+
+
+def execute(job: Job, folder: Path) -> None:
+    """Execute one notebook with papermill, in this interpreter's environment; its copy goes to ``folder``."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    target = folder / job.notebook.name
+    try:
+        papermill.execute_notebook(
+            job.notebook,
+            target,
+            dict(job.parameters),
+            kernel_name="python3",
+            language="python",
+            cwd=job.notebook.parent,
+            progress_bar=sys.stderr.isatty(),
+            kernel_manager_class=_kernel_manager(),
+            # Else every notebook begins by warning that its kernel, on this very machine, listens without encryption.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except papermill.PapermillExecutionError as error:
+        source = [line for line in error.source.splitlines() if line.strip()][:3]
+        cell = "\n".join(f"    {line}" for line in source)
+        reason = f"{error.ename}: {error.evalue}"
+        raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
+    except DeadKernelError:
+        raise NotebookFailedError(f"{job.name}: the kernel died, most often for want of memory\nsee {target}") from None
+
+
+def _kernel_manager() -> type:
+    """A kernel manager that starts *this* interpreter, whatever kernels are installed or none at all."""
+    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class ThisInterpreter(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]))
+
+    class Manager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _this_interpreter(self) -> KernelSpecManager:
+            return ThisInterpreter(parent=self)
+
+    return Manager
+
+
+class _State:
+    """Which notebooks finished with which key: `state.json` of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # none, or damaged: nothing is known to be finished
+            content = {}
+        self.done: dict[str, dict[str, Any]] = content if isinstance(content, dict) else {}
+
+    def finished(self, job: Job) -> bool:
+        copy = self.path.parent / job.notebook.name
+        return self.done.get(job.name, {}).get("key") == job.key and copy.is_file()
+
+    def forget_from(self, job: Job) -> None:
+        """A notebook that runs again makes stale whatever came after it."""
+        self.done = {name: entry for name, entry in self.done.items() if name < job.name}
+        self._write()
+
+    def finish(self, job: Job, seconds: float) -> None:
+        self.done[job.name] = {"key": job.key, "seconds": round(seconds, 1)}
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        temporary.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `prism`."""
+    parser = argparse.ArgumentParser(
+        prog="prism", description="Run PRISM's notebooks, or make counterfactuals in bulk."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="run the notebooks of a profile in order")
+    run.add_argument("profile", metavar="PROFILE")
+    run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
+    run.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="NN", help="run these notebooks and no others"
+    )
+    run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
+    run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
+    run.add_argument(
+        "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
+        help="another value for a parameter; figures then go to the run's own folder",
+    )  # fmt: skip
+    generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
+    generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
+    generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
+    generate.add_argument("--out", required=True, metavar="FOLDER", help="where images and metadata.csv go")
+    generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
+    generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
+    generate.add_argument(
+        "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
+        help="another setting: split, model, method, num_inference_steps, bits, guidance_scale, ...",
+    )  # fmt: skip
+    verbs.add_parser("profiles", help="list the profiles")
+    figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
+    figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
+    figures.add_argument("dataset", nargs="*", metavar="DATASET", help="folders below figures/ (default: all)")
+    verbs.add_parser("doctor", help="check this machine: versions, device, weights, write access, disk")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `prism` command; 0 on success, 1 if a notebook or a check failed, 2 if it could not start."""
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.verb == "profiles":
+            for name in available_profiles():
+                print(f"{name:<10} {load_profile(name).description}")
+            return 0
+        if options.verb == "figures":
+            return _check_figures(options.dataset)
+        if options.verb == "doctor":
+            from prism_lib.apps import doctor  # it imports torch's device and every version
+
+            return doctor.report(print)
+        return _generate(options) if options.verb == "generate" else _run(options)
+    except (UsageError, OSError) as error:
+        print(f"prism: {error}", file=sys.stderr)
+        return 2
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from prism_lib.apps import (
+        bulk_launch,  # they import torch
+        bulk_plan,
+    )
+
+    try:
+        config = bulk_plan.BulkConfig(options.data, options.edits, options.out)
+        config = bulk_plan.configured(config, [tuple(pair) for pair in options.overrides])
+        planned = len(bulk_plan.plan(config))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(f"{planned} counterfactuals into {options.out}", flush=True)
+    if options.check:
+        return 0
+    try:
+        bulk_launch.launch(config, options.processes)
+    except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+        print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
+        return 1
+    rejects = bulk_plan.REJECTS
+    apart = f" that passed, {rejects} one for each other" if (Path(options.out) / rejects).is_file() else ""
+    print(f"{bulk_plan.MANIFEST} in {options.out} has a row for each{apart}", flush=True)
+    return 0
+
+
+def _check_figures(datasets: Sequence[str]) -> int:
+    """Report what in ``figures/`` and the README does not follow from the records; 1 if anything does not."""
+    from prism_lib.reporting import redraw  # it imports torch
+
+    folder = paths.root() / "figures"
+    readme = paths.root() / "README.md"
+    found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
+    problems = []
+    for dataset in found:
+        try:
+            problems += redraw.check(dataset, readme=readme if dataset == "phantom" else None)
+        except ValueError as error:
+            problems.append(str(error))
+    for problem in problems:
+        print(problem)
+    again = f"{len(problems)} problems; `prism run PROFILE --only 06` writes all of it anew"
+    print(f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}")
+    return 1 if problems else 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    profile = load_profile(options.profile)
+    overrides = [tuple(pair) for pair in options.overrides]
+    name = options.name or _run_name(profile.name, overrides)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"--name {name!r} cannot name a folder: letters, digits, '-', '_' and '.' only")
+    folder = paths.runs() / name
+    committed = profile.figures == "figures" and not overrides
+    jobs = plan(
+        profile,
+        overrides,
+        start=options.start,
+        only=options.only,
+        figures_dir=None if committed else folder / "figures",
+    )
+    where = "figures/" if committed else str(folder / "figures")
+    print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {where}", flush=True)
+    try:
+        seconds = run_jobs(jobs, folder, resume=options.resume, report=lambda line: print(line, flush=True))
+    except (NotebookFailedError, KeyboardInterrupt) as error:
+        print(f"prism: {str(error) or 'interrupted'}\nto go on: {_resume_command(options)}", file=sys.stderr)
+        return 1
+    print(f"{profile.name}: done in {sum(seconds.values()) / 60:.1f} min", flush=True)
+    return 0
+
+
+def _run_name(profile: str, overrides: Sequence[tuple[str, ...]]) -> str:
+    """The profile's name, with a digest of the values of `-p`: the same trial finds its folder again."""
+    if not overrides:
+        return profile
+    return f"{profile}-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}"
+
+
+def _resume_command(options: argparse.Namespace) -> str:
+    words = ["prism", "run", options.profile, "--resume"]
+    words += ["--from", options.start] if options.start else []
+    words += ["--only", *options.only] if options.only else []
+    words += ["--name", options.name] if options.name else []
+    for name, value in options.overrides:
+        words += ["-p", name, value]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

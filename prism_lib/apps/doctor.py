@@ -1,0 +1,158 @@
+"""`prism doctor`: can this machine run the notebooks, and with the versions the figures were made with?"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from prism_lib import devices, paths, records
+
+WEIGHTS, JUDGE = "phantom-sd", "phantom-judge"
+FREE_GB = 5.0
+MEMORY_GB = 4.0
+_IMPORT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report, and what to do where it failed; one that is not required is a warning."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def report(show: Callable[[str], None]) -> int:
+    """Show every check, with its remedy where it failed, and the sum; return 1 if a required one failed, else 0."""
+    failed = noted = 0
+    for check in checks():
+        failed += check.required and not check.ok
+        noted += not check.required and not check.ok
+        verdict = "ok" if check.ok else "FAILED" if check.required else "note"
+        show(f"{verdict:<7} {check.name:<11} {check.detail}")
+        if not check.ok and check.remedy:
+            show(f"{'':<7} {'':<11} -> {check.remedy}")
+    if failed:
+        show(f"\n{failed} of these must be put right before the notebooks run; do what the arrows say.")
+    else:
+        show(f"\nThe notebooks run here{', and the notes above say what could be better' if noted else ''}.")
+    return int(failed > 0)
+
+
+def checks() -> Iterator[Check]:
+    """The checks, one by one."""
+    yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
+    yield _versions()
+    yield _device()
+    yield _memory()
+    yield _torchvision()
+    yield _weights()
+    judge = paths.weights() / JUDGE
+    whole = (judge / "model.safetensors").is_file()
+    remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"
+    yield Check("judge", whole, str(judge) if whole else f"no {judge / 'model.safetensors'}", remedy, required=False)
+    for name, folder in {"data": paths.data(), "runs": paths.runs(), "figures": paths.root() / "figures"}.items():
+        yield _writable(name, folder)
+    free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
+    remedy = "free some, or let PRISM_RUNS and PRISM_DATA name folders on a larger disk"
+    yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", remedy, required=False)
+
+
+def _device() -> Check:
+    try:
+        mixed = devices.mixed_precision("auto")
+        gains = "gains nothing" if mixed == "no" else f"is {mixed}"
+        return Check("device", True, f"{records.device()}; mixed precision {gains}")
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last is what a torch without CUDA raises
+        return Check("device", False, str(error), "let PRISM_DEVICE name a device that is here, or unset it")
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available / 1e9
+    detail = f"{free:.0f} GB free, {MEMORY_GB:.0f} wanted"
+    if torch.cuda.is_available():
+        on_device, total = (size / 1e9 for size in torch.cuda.mem_get_info())
+        detail += f"; GPU {on_device:.0f} of {total:.0f} GB free"
+    remedy = "shut down other kernels, or pass smaller batches"
+    return Check("memory", free >= MEMORY_GB, detail, remedy, required=False)
+
+
+def _torchvision() -> Check:
+    """A torchvision built for another torch breaks every package that looks for one; PRISM needs none."""
+    if importlib.util.find_spec("torchvision") is None:
+        return Check("torchvision", True, "not installed, and not needed")
+    try:
+        # In a process of its own: a broken one can take the interpreter down.
+        subprocess.run(
+            [sys.executable, "-c", "import torchvision"], check=True, capture_output=True, timeout=_IMPORT_SECONDS
+        )
+    except (subprocess.SubprocessError, OSError):
+        remedy = f"{sys.executable} -m pip uninstall torchvision"
+        return Check(
+            "torchvision", False, f"installed, but cannot be imported beside torch {torch.__version__}", remedy
+        )
+    return Check("torchvision", True, "installed and whole; PRISM does not need it")
+
+
+def _weights() -> Check:
+    index = paths.weights() / WEIGHTS / "model_index.json"
+    if index.is_file():
+        return Check("weights", True, str(index.parent))
+    remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
+    return Check("weights", False, f"no {index}", remedy)
+
+
+def _versions() -> Check:
+    lock = paths.root() / "requirements.lock"
+    if not lock.is_file():
+        return Check("versions", False, f"no {lock}", "install from a checkout to compare them", required=False)
+    pinned = dict(
+        line.split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line and line[0] != "#"
+    )
+    missing, other = [], []
+    for package, wanted in pinned.items():
+        try:
+            found = metadata.version(package).split("+")[0]  # the build, such as +cpu, is the machine's choice
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+            continue
+        if found != wanted:
+            other.append(f"{package} {found} rather than {wanted}")
+    remedy = f"{sys.executable} -m pip install --requirement {lock.name}"
+    if missing:
+        return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)
+    return Check(
+        "versions",
+        not other,
+        ", ".join(other) or f"all {len(pinned)} packages as in {lock.name}",
+        remedy,
+        required=False,
+    )
+
+
+def _writable(name: str, folder: Path) -> Check:
+    """Whether a file can be made in the folder, or in the nearest one above it that exists."""
+    place = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return Check(name, True, str(folder))
+    except OSError as error:
+        remedy = f"PRISM_{name.upper()} can name another folder" if name != "figures" else "take another checkout"
+        return Check(name, False, f"{place} cannot be written: {os.strerror(error.errno or 0)}", remedy)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.is_dir() else _existing(folder.parent)

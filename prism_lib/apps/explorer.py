@@ -1,0 +1,220 @@
+"""The counterfactual explorer: `explore()` in a notebook gives a panel to click in.
+
+Everything it does is `apps.session`'s, everything it shows is ipywidgets', so that it works in JupyterLab, VS Code
+and Voila alike. Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import time
+from typing import Any
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+
+from prism_lib import records
+from prism_lib.apps.gallery import Case, Fault, sentence
+from prism_lib.apps.outcomes import Outcome
+from prism_lib.apps.panels import STYLE, EditPanel, Line, SettingsPanel, SourcePanel, heading
+from prism_lib.apps.result_panel import ResultPanel
+from prism_lib.apps.session import Study
+from prism_lib.models.pipeline import SHIPPED
+from prism_lib.reporting import pictures, plots
+
+
+def explore(
+    model: str = SHIPPED,
+    judge: str = "phantom-judge",
+    vocabulary: str = "phantom",
+    mode: str = "L",
+    *,
+    seed: int = 4001,
+    patient: int = 1,
+    steps: int = 20,
+) -> Explorer:
+    """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
+
+    Args:
+        judge: classifier below PRISM_WEIGHTS that reads every image; empty for none.
+        vocabulary: whose labels are offered, "phantom" or "chest".
+        mode: PIL's name for the model's images, "L" (gray) or "RGB".
+        seed, patient: the phantom patient to begin with.
+        steps: DDIM steps to begin with.
+    """
+    return Explorer(Study.load(model, judge, vocabulary, mode), seed=seed, patient=patient, steps=steps)
+
+
+class Explorer(widgets.VBox):
+    """The panels of one `Study`, connected."""
+
+    def __init__(self, study: Study, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
+        self.study = study
+        self.outcome: Outcome | None = None
+        self.saved = ""
+        self._started = 0.0
+        self.result = ResultPanel(self._show)
+        self.edit = EditPanel(study)
+        self.settings = SettingsPanel(study, steps)
+        self.source = SourcePanel(study, self._opened, seed, patient)
+        self.run = _button("Run", "play", "make the counterfactual", style="primary")
+        self.cancel = _button("Cancel", "stop", "stop after the step it is in", disabled=True)
+        self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "98%"})
+        self.status = Line()
+        self.undo = _button("Undo", "undo", "back to the counterfactual before", disabled=True)
+        self.save = _button("Save", "save", "write image, original, mask, difference and record", disabled=True)
+        self.show_code = _button("Show code", "code", "three lines that give the same image", disabled=True)
+        self.files = widgets.HTML()
+        self._connect()
+        controls = widgets.VBox(
+            [self.source, self.edit, widgets.HBox([self.run, self.cancel]), self.progress, self.status, self.settings],
+            layout={"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"},
+        )
+        shown = widgets.VBox(
+            [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files],
+            layout={"flex": "1 1 640px", "min_width": "330px"},
+        )
+        about = f"model {study.model}, {records.device()}; for research, not for clinical use"
+        title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
+        body = widgets.HBox([controls, shown], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+        super().__init__([heading("Counterfactual explorer"), title, body])
+        self.add_class("prism")
+        self.source.guarded(self.source.open_phantom)()
+
+    def _connect(self) -> None:
+        self.run.on_click(self._run)
+        self.cancel.on_click(lambda _: self.study.cancel())
+        self.undo.on_click(self.result.guarded(self._undo))
+        self.save.on_click(self.result.guarded(self._save))
+        self.show_code.on_click(self.result.guarded(self._code))
+        for control in (self.settings.mask, self.settings.rows, self.settings.columns):
+            control.observe(self.settings.guarded(self._show_box), "value")
+
+    # --- what happens on a click -------------------------------------------------------------------
+
+    def _opened(self, case: Case) -> None:
+        self.edit.show(case)
+        self.outcome = None
+        self.result.show_case(case, self.study.notice)
+        self._show_box()
+        self._enable()
+
+    def _show_box(self, change: Any = None) -> None:
+        if self.study.case is not None and (self.outcome is None or self.settings.box is not None):
+            self.result.show_box(self.study.case, self.settings.box)
+
+    def _run(self, _: Any) -> None:
+        """Every complaint goes beside the control it is about."""
+        lines = {"image": self.source.line, "edit": self.edit.line, "settings": self.settings.line}
+        lines |= {"mask": self.settings.line, "run": self.status}
+        for line in lines.values():
+            line.say("")
+        try:
+            edit = self.study.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
+            recipe = self.study.recipe(edit, **self.settings.values())
+            recipes = self.study.sweep(recipe, self.settings.sweep.value)
+            self._begin()
+            self.study.start(recipes, edit, progress=self._progress, preview=self._show, done=self._done)
+        except Fault as fault:
+            lines[fault.control].say(sentence(fault))
+        except Exception as error:  # nothing that a click does may end in a traceback
+            self.settings.line.say(sentence(error))
+
+    def _begin(self) -> None:
+        self._started = time.monotonic()
+        self.progress.value = 0
+        self.files.value = ""
+        self.status.say("Running.", "note")
+        self._enable()
+        self.run.disabled, self.cancel.disabled = True, False
+
+    def _progress(self, share: float) -> None:
+        self.progress.value = share
+
+    def _done(self, outcomes: list[Outcome], said: str) -> None:
+        """Called from the thread of the run, whose last act it is."""
+        self.run.disabled, self.cancel.disabled = False, True
+        if said:
+            self.progress.value = 0
+            self.status.say(said, "note" if said == "Cancelled." else "error")
+            if self.outcome is not None and self.outcome.preview:
+                self._restore()
+            return
+        self.progress.value = 1
+        self.status.say(f"Done in {time.monotonic() - self._started:.1f} s.", "note")
+        if self._at_hand(outcomes[0]):
+            self.result.show_candidates(outcomes)
+            self._show(outcomes[0])
+
+    def _at_hand(self, outcome: Outcome) -> bool:
+        """Whether an outcome is of the image on the screen: another may have been opened during the run."""
+        return self.study.case is not None and self.study.case.name == outcome.recipe.image
+
+    def _show(self, outcome: Outcome) -> None:
+        if self.study.case is not None and self._at_hand(outcome):
+            self.outcome = outcome
+            self.result.show(outcome, self.study.case)
+            self._enable()
+
+    def _restore(self) -> None:
+        """The latest run of the image at hand, or the image alone."""
+        case = self.study.case
+        if case is None:
+            return
+        self.outcome = None
+        self.result.show_case(case, self.study.notice)
+        kept = [run for run in self.study.history if self._at_hand(run[0])]
+        if kept:
+            self.result.show_candidates(kept[-1])
+            self._show(kept[-1][0])
+        self._enable()
+
+    def _undo(self, _: Any) -> None:
+        self.study.undo()
+        self.files.value = ""
+        self._restore()
+
+    def _save(self, _: Any) -> None:
+        if self.outcome is None or self.outcome.preview:
+            raise Fault("run", "There is no counterfactual to save yet.")
+        self.saved = str(self.study.save(self.outcome))
+        self.files.value = f'<span class="prism-note">Saved in <code>{html.escape(self.saved)}</code></span>'
+
+    def _code(self, _: Any) -> None:
+        if self.outcome is None or self.outcome.preview:
+            raise Fault("run", "There is no counterfactual to show the code of yet.")
+        self.files.value = f"<pre>{html.escape(self.study.code(self.outcome))}</pre>"
+
+    def _enable(self) -> None:
+        ready = self.outcome is not None and not self.outcome.preview
+        self.save.disabled = self.show_code.disabled = not ready
+        self.undo.disabled = not self.study.history
+
+    # --- where no one can click --------------------------------------------------------------------
+
+    def picture(self) -> bytes:
+        """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
+        if self.outcome is None:
+            case = self.study.case
+            return b"" if case is None else pictures.png(pictures.view(case.image[0]))
+        result = self.outcome.result
+        figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100, facecolor="white")
+        plt.close(figure)
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widgets, and the picture for viewers without them (papermill, GitHub, nbconvert)."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        content = bundle[0] if isinstance(bundle, tuple) else bundle
+        content["image/png"] = base64.b64encode(self.picture()).decode()
+        return bundle
+
+
+def _button(text: str, icon: str, tooltip: str, *, style: str = "", disabled: bool = False) -> widgets.Button:
+    return widgets.Button(
+        description=text, icon=icon, tooltip=tooltip, button_style=style, disabled=disabled, layout={"width": "118px"}
+    )

@@ -1,0 +1,186 @@
+"""A recipe: all that decides one counterfactual, in words and numbers that fit on a line.
+
+Two runs of one recipe on one machine give the same image bit for bit, whether the first came from a click in the
+explorer or from a JSON file. An image is named by where it comes from, the edit by its two prompts, the model by its
+name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from prism_lib import paths, records
+from prism_lib.data.uploads import read_file
+from prism_lib.editing.counterfactuals import Counterfactual, edit
+from prism_lib.editing.inversion import METHODS, Callback, Inversion, invert
+from prism_lib.editing.inversion_config import RECOMMENDED
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import PromptPair
+from prism_lib.models.pipeline import SHIPPED, image_factor, load_pipeline
+from prism_lib.models.schedule import Schedule
+from prism_lib.phantom import patients
+
+_USUAL = EditConfig()
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One counterfactual.
+
+    Args:
+        image: "phantom:SEED/INDEX", or "file:PATH" with a path that is absolute or below PRISM_DATA or PRISM_RUNS.
+        source, target: the prompts; `source_words` and `target_words` are the phrases that the edit is about.
+        mode: PIL's name of the image's colours, "L" or "RGB".
+        mask: "auto", "off", a rectangle (top, left, bottom, right) in pixels, or "file:PATH" of a mask.
+        others: as in `inversion.invert` and `editing.EditConfig`.
+    """
+
+    image: str
+    source: str
+    target: str
+    source_words: tuple[str, ...]
+    target_words: tuple[str, ...]
+    model: str = SHIPPED
+    mode: str = "L"
+    method: str = RECOMMENDED
+    steps: int = 20
+    guidance_scale: float = _USUAL.guidance_scale
+    guidance_start: float | None = None
+    guidance_end: float | None = None
+    self_replace_steps: float = _USUAL.self_replace_steps
+    cross_replace_steps: float = _USUAL.cross_replace_steps
+    word_weight: float = _USUAL.word_weight
+    mask: str | Box = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown inversion method {self.method!r}; known: {', '.join(METHODS)}")
+        if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
+            raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
+        self.config.settled(self.pair)  # checks its values, and that they go with the edit
+
+    @property
+    def pair(self) -> PromptPair:
+        """The two prompts as `editing.edit` takes them."""
+        return PromptPair(self.source, self.target, self.source_words, self.target_words)
+
+    @property
+    def config(self) -> EditConfig:
+        """The editor's settings."""
+        return EditConfig(
+            guidance_scale=self.guidance_scale,
+            guidance_start=self.guidance_start,
+            guidance_end=self.guidance_end,
+            self_replace_steps=self.self_replace_steps,
+            cross_replace_steps=self.cross_replace_steps,
+            word_weight=self.word_weight,
+            batch_size=1,
+        )
+
+    def check_steps(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise ValueError if the model's schedule cannot be walked in so many steps."""
+        Schedule.from_config(pipe.scheduler.config, self.steps)
+
+    @property
+    def inversion_key(self) -> tuple[str, ...]:
+        """What the inversion depends on: recipes that share it can share the inversion."""
+        return (self.model, self.image, self.source, self.method, str(self.steps))
+
+    def run(
+        self,
+        pipe: StableDiffusionPipeline | None = None,
+        image: Tensor | None = None,
+        inversion: Inversion | None = None,
+        mask: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Counterfactual:
+        """The counterfactual. What is given is not loaded or computed again; `callback` may raise to cancel."""
+        pipe = load_pipeline(self.model) if pipe is None else pipe
+        if inversion is None:
+            inversion = self.invert(
+                pipe, load_image(self.image, image_size(pipe), self.mode) if image is None else image, callback
+            )
+        if mask is None:
+            mask = self.mask_tensor(inversion.images)
+        chosen = mask if mask is not None else str(self.mask)
+        return edit(pipe, inversion, [self.pair], self.config, mask=chosen, callback=callback)[0]
+
+    def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
+        """Abduction of the image (1, C, H, W) under the source prompt."""
+        return invert(pipe, image, [self.source], method=self.method, num_inference_steps=self.steps, callback=callback)
+
+    def mask_tensor(self, images: Tensor) -> Tensor | None:
+        """The user's own mask (1, 1, H, W), or None for "auto" and "off"."""
+        height, width = images.shape[-2:]
+        if isinstance(self.mask, str):
+            return (load_image(self.mask, height) > 0.5).float() if self.mask.startswith("file:") else None
+        top, left, bottom, right = self.mask
+        if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+            raise ValueError(f"the rectangle {self.mask} is empty or leaves the image of {height} x {width} pixels")
+        mask = torch.zeros(1, 1, height, width)
+        mask[:, :, top:bottom, left:right] = 1
+        return mask
+
+    def code(self) -> str:
+        """Three lines of Python that give the same image in a fresh kernel."""
+        usual = {field.name: field.default for field in fields(self)}
+        given = {name: value for name, value in vars(self).items() if value != usual[name]}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"from prism_lib.apps.recipe import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
+
+    def save(self, path: Path, more: Mapping[str, Any] | None = None) -> Path:
+        """Write the recipe as JSON, with `more` beside it; `Recipe.load` reads it back."""
+        return records.write_text(path, json.dumps({"recipe": asdict(self), **(more or {})}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """The recipe in a file that `save` wrote."""
+        try:
+            raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))["recipe"]
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+            }
+            return cls(**given)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no recipe: {error}") from None
+
+
+def image_size(pipe: StableDiffusionPipeline) -> int:
+    """The side of the images that a model was made for, in pixels."""
+    return int(pipe.unet.config.sample_size) * image_factor(pipe.vae)
+
+
+def load_image(name: str, size: int, mode: str = "L") -> Tensor:
+    """The image that `Recipe.image` names, (1, C, size, size) in [0, 1]; phantoms are gray in any mode."""
+    kind, _, rest = name.partition(":")
+    if kind == "phantom":
+        return patients.render(phantom_patient(name), size)
+    if kind == "file":
+        return read_file(locate(rest), size, mode)
+    raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
+
+
+def phantom_patient(name: str) -> patients.Patients:
+    """The one patient that "phantom:SEED/INDEX" names."""
+    seed, _, index = name.removeprefix("phantom:").partition("/")
+    if not (seed.isdecimal() and index.isdecimal()):
+        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' with two whole numbers")
+    return patients.sample_patients([int(index)], int(seed))
+
+
+def locate(path: str) -> Path:
+    """A file by its absolute path, or below PRISM_DATA or PRISM_RUNS."""
+    places = [place / path for place in (paths.data(), paths.runs())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"there is no file {path}, neither in {paths.data()} nor in {paths.runs()}")
+    return found

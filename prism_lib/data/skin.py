@@ -1,0 +1,193 @@
+"""Dermoscopic images in the published formats: ISIC 2019, ISIC 2020 and HAM10000.
+
+All three name one diagnosis per image, so each diagnosis is known to be present or absent. Images of one lesion, and
+lesions of one patient, stay together: what is called the patient here is the patient where the table names one, else
+the lesion, else the image. Rulers, ink and the like are labels too, for the images that a table of artefacts covers
+(isic_bias.csv of Bissoto et al., CVPR Workshops 2020); for all others they are not mentioned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from prism_lib.data.images import ImageFiles
+from prism_lib.data.sources import Source, draw_patients
+from prism_lib.data.tables import ages, find_images, find_table, found, label_values, read_header, read_table, refuse, refuse_names, sexes, stems
+from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
+
+ARTEFACT_TABLE = "isic_bias.csv"
+_POLICY = "one diagnosis is 1 and all others are 0; {unknown}; artefacts are not mentioned without a table of them"
+
+# ISIC 2019's columns and HAM10000's codes by label; BKL and bkl hold solar lentigines and lichenoid keratoses too.
+ISIC2019_CODES = dict(zip(("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"), SKIN_DIAGNOSES, strict=True))
+HAM10000_CODES = {
+    "mel": "Melanoma",
+    "nv": "Melanocytic Nevus",
+    "bcc": "Basal Cell Carcinoma",
+    "akiec": "Actinic Keratosis",
+    "bkl": "Benign Keratosis",
+    "df": "Dermatofibroma",
+    "vasc": "Vascular Lesion",
+}
+ISIC2020_DIAGNOSES = {
+    "melanoma": "Melanoma",
+    "nevus": "Melanocytic Nevus",
+    "seborrheic keratosis": "Benign Keratosis",
+    "solar lentigo": "Benign Keratosis",
+    "lichenoid keratosis": "Benign Keratosis",
+    # Known, and none of the labels.
+    "lentigo NOS": "",
+    "cafe-au-lait macule": "",
+    "atypical melanocytic proliferation": "",
+}
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One archive's tables: where they are, what their columns mean, and which label a diagnosis is."""
+
+    tables: tuple[str, ...]
+    image: str
+    columns: dict[str, str]
+    optional: dict[str, str]
+    diagnoses: dict[str, str]
+    unknown: str = "no diagnosis is unknown"
+
+
+ISIC2019 = Format(
+    tables=("ISIC_2019_*GroundTruth.csv",),
+    image="image",
+    columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
+    optional={"UNK": "UNK"},
+    diagnoses=ISIC2019_CODES,
+    unknown="of an unknown diagnosis (UNK) none is mentioned",
+)
+ISIC2019_METADATA = {"image": "source_file", "age_approx": "age", "anatom_site_general": "site", "sex": "sex"}
+ISIC2020 = Format(
+    tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
+    image="image_name",
+    columns={
+        "image_name": "source_file",
+        "patient_id": "patient",
+        "sex": "sex",
+        "age_approx": "age",
+        "anatom_site_general_challenge": "site",
+        "diagnosis": "diagnosis",
+        "target": "target",
+    },
+    optional={"lesion_id": "lesion"},
+    diagnoses=ISIC2020_DIAGNOSES,
+    unknown="of an unknown diagnosis only melanoma is, by the column target",
+)
+HAM10000 = Format(
+    tables=("HAM10000_metadata*",),
+    image="image_id",
+    columns={
+        "image_id": "source_file",
+        "lesion_id": "lesion",
+        "dx": "diagnosis",
+        "age": "age",
+        "sex": "sex",
+        "localization": "site",
+    },
+    optional={},
+    diagnoses=HAM10000_CODES,
+)
+FORMATS = {"isic2019": ISIC2019, "isic2020": ISIC2020, "ham10000": HAM10000}
+
+
+def skin_source(archive: str, data_root: Path, num_images: int, seed: int, reader: ImageFiles) -> Source:
+    """At most `num_images` dermoscopic images of "isic2019", "isic2020" or "ham10000", by whole patients.
+
+    The folder holds the archive's own table, for ISIC 2019 its metadata table too, perhaps `ARTEFACT_TABLE`, and the
+    images anywhere below it.
+    """
+    form = FORMATS[archive]
+    path = find_table(data_root, form.tables)
+    table = read_table(path, form.columns, form.optional)
+    refuse_names(table, path, form.image)
+    diagnoses = _one_hot(table, path) if archive == "isic2019" else _diagnosis(table, path, form)
+    table = _with_metadata(table, data_root) if archive == "isic2019" else table
+    artefacts = _artefacts(table["source_file"], data_root)
+    about = pd.DataFrame(
+        {
+            "name": table["source_file"],
+            "source_file": table["source_file"],
+            "patient_id": _patients(table, path),
+            "lesion_id": table.get("lesion", ""),
+            "sex": sexes(table["sex"]),
+            "age": ages(table["age"]),
+            "site": table["site"],
+        }
+    )
+    table = pd.concat([about, diagnoses, artefacts], axis=1)
+    table, rejected = found(table, find_images(table["source_file"], data_root, by_stem=True), data_root)
+    labels = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())
+    policy = _POLICY.format(unknown=form.unknown)
+    return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
+
+
+def _one_hot(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """ISIC 2019: exactly one of the columns is 1; where that is UNK nothing is known."""
+    codes = [*ISIC2019_CODES, *(["UNK"] if "UNK" in table else [])]
+    values = pd.DataFrame({code: label_values(table[code], path, code) for code in codes})
+    refuse((values == 1).sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
+    unknown = values.pop("UNK") == 1 if "UNK" in values else pd.Series(False, index=table.index)
+    return values.rename(columns=ISIC2019_CODES).mask(unknown)
+
+
+def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
+    """A column of words: each label is 1 where the word means it and 0 where another one stands."""
+    words = table["diagnosis"]
+    known = {**form.diagnoses, **({UNKNOWN: ""} if "target" in table else {})}
+    refuse(~words.isin(list(known)), words, path, f"unknown diagnosis (known: {', '.join(known)})")
+    meaning = words.map(known)
+    columns = {label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}
+    labels = pd.DataFrame(columns).mask(words == UNKNOWN)
+    if "target" in table:
+        target = label_values(table["target"], path, "target")
+        contradiction = (words != UNKNOWN) & (target != labels["Melanoma"])
+        refuse(contradiction, table["source_file"], path, "target and diagnosis contradict each other")
+        labels["Melanoma"] = target
+    return labels
+
+
+def _with_metadata(table: pd.DataFrame, data_root: Path) -> pd.DataFrame:
+    """ISIC 2019 keeps age, sex, site and lesion in a table of their own."""
+    path = find_table(data_root, ["ISIC_2019_*Metadata.csv"])
+    more = read_table(path, ISIC2019_METADATA, {"lesion_id": "lesion", "patient_id": "patient"})
+    refuse_names(more, path, "image")
+    joined = table.merge(more, on="source_file", how="left", validate="one_to_one").set_index(table.index)
+    refuse(joined["age"].isna(), joined["source_file"], path, "no row for the image")
+    return joined
+
+
+def _patients(table: pd.DataFrame, path: Path) -> pd.Series:
+    """The patient, else the lesion, else the image."""
+    patients = table["source_file"]
+    for column in ("lesion", "patient"):
+        if column in table:
+            patients = patients.where(table[column] == "", table[column])
+    if "lesion" in table:
+        shared = patients.groupby(table["lesion"]).transform("nunique") > 1
+        refuse(shared & (table["lesion"] != ""), table["lesion"], path, "one lesion of two patients")
+    return patients
+
+
+def _artefacts(names: pd.Series, data_root: Path) -> pd.DataFrame:
+    """A column per artefact: 1 or 0 where `ARTEFACT_TABLE` covers the image, else missing."""
+    columns = dict.fromkeys(SKIN_ARTEFACTS.values(), np.nan)
+    path = data_root / ARTEFACT_TABLE
+    if not path.is_file():
+        return pd.DataFrame(columns, index=names.index)
+    there = {code: label for code, label in SKIN_ARTEFACTS.items() if code in read_header(path)}
+    table = read_table(path, {"image": "source_file"} | there)
+    refuse_names(table, path, "image")
+    values = {label: label_values(table[label], path, label) for label in there.values()}
+    by_name = pd.DataFrame(columns | values, index=table.index).set_index(stems(table["source_file"]))
+    return by_name.reindex(names.str.removesuffix("_downsampled")).set_index(names.index)

@@ -1,0 +1,159 @@
+"""Tables that come with images: read whole, checked row by row before any work, and kept inside their folder.
+
+Every message names the file, the line (the header is line 1), and the value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pandas as pd
+
+from prism_lib.data.images import IMAGE_SUFFIXES, Rejection
+
+
+def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
+    """The one table in a folder whose name fits a pattern; FileNotFoundError if there is none or several."""
+    if not data_root.is_dir():
+        raise FileNotFoundError(f"data root {data_root} is not a folder")
+    found = [path for pattern in patterns for path in sorted(data_root.glob(pattern))]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(f"expected one table {' or '.join(patterns)} in {data_root}, found {names}")
+    return found[0]
+
+
+def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The named columns of a CSV file as stripped text, under our names; row i stands in line i + 2 of the file.
+
+    An optional column that is not there is left out; all other columns are not read at all. Columns may be separated
+    by commas, semicolons or tabs.
+    """
+    header = read_header(path)
+    if absent := [column for column in columns if column not in header]:
+        close = difflib.get_close_matches(absent[0], header, n=1)
+        hint = f"; did {close[0]!r} mean that?" if close else ""
+        raise ValueError(f"{path} lacks the column {absent[0]!r}; it has {', '.join(header)}{hint}")
+    names = dict(columns) | {name: ours for name, ours in (optional or {}).items() if name in header}
+    raw = _read_csv(path, usecols=list(names))
+    return raw[list(names)].rename(columns=names).apply(lambda column: column.str.strip())
+
+
+def read_header(path: Path) -> list[str]:
+    """The column names of a CSV file; a name that occurs twice is an error."""
+    header = _read_csv(path, header=None, nrows=1).iloc[0].str.strip().str.removeprefix("\ufeff").tolist()
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{path} has two columns {repeated[0]!r}")
+    return header
+
+
+def _read_csv(path: Path, **options: object) -> pd.DataFrame:
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+        separator = max(",;\t", key=first.count)
+        settings = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "sep": separator} | options
+        return pd.read_csv(path, **settings)  # type: ignore[call-overload]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no table {path}") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable CSV table: {error}") from error
+
+
+def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
+    """ValueError naming the first bad row of a table that `read_table` returned."""
+    if bad.any():
+        row = int(bad.to_numpy().argmax())
+        raise ValueError(f"{path}, line {row + 2}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
+
+
+def refuse_names(table: pd.DataFrame, path: Path, column: str, key: str = "source_file") -> None:
+    """Refuse file names that are empty, leave the data root, or occur twice; `column` is what the file calls them."""
+    refuse(table[key] == "", table[key], path, f"empty {column}")
+    refuse(table[key].map(leaves_root), table[key], path, "path outside the data root")
+    refuse(table[key].duplicated(), table[key], path, f"repeated {column}")
+
+
+def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
+    """Text as 1, 0, -1 (uncertain) or NaN (blank); any other value is an error."""
+    known = {"": np.nan} | {text: _number(text) for text in column.unique() if text}
+    values = column.map(known).astype(float)
+    refuse(~values.isin((1, 0, -1)) & (column != ""), column, path, f"label {label!r} is not 1, 0, -1 or blank")
+    return values
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.inf
+
+
+def ages(column: pd.Series) -> pd.Series:
+    """Years from "58", "058Y" or "45.0"; NaN where there is none or it is impossible."""
+    years = pd.to_numeric(column.str.rstrip("Yy"), errors="coerce").astype(float)
+    return years.where(years.between(0, 120))
+
+
+def sexes(column: pd.Series) -> pd.Series:
+    """M, F or "" from "Male", "female", "F", "Unknown", ..."""
+    return column.str[:1].str.upper().where(lambda letter: letter.isin(("M", "F")), "")
+
+
+def stems(column: pd.Series) -> pd.Series:
+    """File names without folder and suffix."""
+    return column.map(lambda file: PurePosixPath(file).stem)
+
+
+def leaves_root(name: str) -> bool:
+    """Whether a path in a table is absolute or climbs, on any system."""
+    return bool(PureWindowsPath(name).anchor) or ".." in PureWindowsPath(name).parts
+
+
+def listed_images(names: Iterable[str], data_root: Path) -> list[str | None]:
+    """Each image's path, exactly where its name says below `data_root`; None if it is not there."""
+    paths = (f"{data_root}{os.sep}{name}" for name in names)
+    return [path if os.path.isfile(path) else None for path in paths]  # noqa: PTH113
+
+
+def find_images(names: Iterable[str], data_root: Path, *, by_stem: bool = False) -> list[str | None]:
+    """Each image's path, where its name says or anywhere below `data_root`; None if it is not there.
+
+    Two files of one name are an error. With `by_stem`, the names have no suffix.
+    """
+    below: dict[str, str] = {}
+    for folder, _, files in os.walk(data_root):
+        for file in files:
+            stem, suffix = os.path.splitext(file)  # noqa: PTH122 - a Path for each of 100,000 files takes seconds
+            if suffix.lower() in IMAGE_SUFFIXES:
+                path, key = os.path.join(folder, file), stem if by_stem else file  # noqa: PTH118
+                if below.setdefault(key, path) != path:
+                    raise ValueError(f"two images below {data_root} have one name: {below[key]} and {path}")
+    names = list(names)
+    direct = listed_images(names, data_root)
+    return [path or below.get(PurePosixPath(name).name) for name, path in zip(names, direct, strict=True)]
+
+
+def found(table: pd.DataFrame, paths: Sequence[str | None], root: Path) -> tuple[pd.DataFrame, tuple[Rejection, ...]]:
+    """The rows whose image was found, with its "path", and a rejection for every other.
+
+    Links that lead out of the data root are an error: a table must not open just any file of the machine.
+    """
+    table = table.assign(path=pd.Series(paths, index=table.index, dtype="str"))
+    missing = table["path"].isna()
+    rejected = tuple(Rejection(name, f"not found below {root}") for name in table.loc[missing, "source_file"])
+    table = table[~missing]
+    inside = os.path.realpath(root) + os.sep
+    real_folder = functools.cache(os.path.realpath)  # a few folders hold most files
+    for name, path in zip(table["source_file"], table["path"], strict=True):
+        folder, file = os.path.split(path)
+        linked = os.path.islink(path)  # noqa: PTH114
+        real = os.path.realpath(path) if linked else f"{real_folder(folder)}{os.sep}{file}"
+        if not real.startswith(inside):
+            raise ValueError(f"{name!r} is a link that leads outside the data root {root}")
+    return table, rejected

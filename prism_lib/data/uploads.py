@@ -1,0 +1,114 @@
+"""Read an image file that anyone may have handed in, whatever it holds, in bounded memory.
+
+What a file claims about itself is checked before anything is decoded: a few kilobytes can announce gigabytes of
+pixels. Every refusal is one plain sentence, because a person reads it beside the upload button. A file that passes
+is read like every other image of the project (`data.images`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+from torch import Tensor
+
+from prism_lib.data import dicom
+from prism_lib.data.images import read_image
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+ACCEPT = ".png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm,.dicom"
+_ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive"}
+
+
+class UploadError(ValueError):
+    """A file that cannot be used; the message is a sentence for the person who chose it."""
+
+
+def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
+    """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 1 in mode "L" and 3 in mode "RGB".
+
+    PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are read, padded to a square. Raises
+    UploadError.
+    """
+    _check_bytes(name, content)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PIL and pydicom remark on is refused below, or harmless
+        path = Path(folder) / "upload"
+        path.write_bytes(content)
+        try:
+            (_check_dicom if dicom.is_dicom(path) else _check_image)(name, path)
+            levels = read_image(path, size, "letterbox", mode)
+        except UploadError:
+            raise
+        except MemoryError:
+            raise UploadError(f"{name} needs more memory than there is.") from None
+        except Exception as error:  # decoders raise anything at all when a file is damaged
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UploadError(f"{name} cannot be used: {reason}.") from None
+    return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
+
+
+def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
+    """As `read_upload`, for a file of this machine; its length is looked at before its content."""
+    _check_length(path.name, path.stat().st_size)
+    return read_upload(path.name, path.read_bytes(), size, mode)
+
+
+def _check_length(name: str, length: int) -> None:
+    if length == 0:
+        raise UploadError(f"{name} is empty (0 bytes).")
+    if length > MAX_BYTES:
+        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+
+
+def _check_bytes(name: str, content: bytes) -> None:
+    _check_length(name, len(content))
+    for magic, kind in _ARCHIVES.items():
+        if content.startswith(magic):
+            raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")
+
+
+def _check_pixels(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UploadError(
+            f"{name} claims {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are decoded."
+        )
+
+
+def _check_image(name: str, path: Path) -> None:
+    """Judge the header; only floating-point pixels, which are refused in any case, are decoded to say why."""
+    try:
+        file = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UploadError(f"{name} is not an image that can be read: PNG, JPEG, TIFF, BMP, WebP or DICOM.") from None
+    except Image.DecompressionBombError:
+        raise UploadError(f"{name} claims far more pixels than any film has and is not decoded.") from None
+    with file:
+        _check_pixels(name, *file.size)
+        if getattr(file, "is_animated", False):
+            raise UploadError(f"{name} has several frames; upload a single image.")
+        if file.mode == "CMYK":
+            raise UploadError(f"{name} is in CMYK, the colours of print; save it in gray or RGB.")
+        if file.mode == "F" and not np.isfinite(np.asarray(file)).all():
+            raise UploadError(f"{name} has pixels that are not numbers (NaN or infinite).")
+
+
+def _check_dicom(name: str, path: Path) -> None:
+    """Judge the header: the size of the frame, and a compression of the whole file that hides it."""
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise UploadError(f"{name} is a deflated DICOM, which is not unpacked; save it without compression.")
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        rows, columns = int(header.Rows), int(header.Columns)
+    except Exception:  # a header that is cut off raises anything at all
+        raise UploadError(f"{name} is a DICOM without a readable image: it is cut off or damaged.") from None
+    _check_pixels(name, columns, rows * int(header.get("NumberOfFrames") or 1))

@@ -1,0 +1,241 @@
+"""Action and prediction: edit an inverted image by a pair of prompts, and put the result back into the input.
+
+Source and target start from the same noise x*_T and share the trajectory: at every step one U-Net call
+evaluates the source, the negative prompt and the target of each image (3 evaluations), prompt-to-prompt hands
+the source's attention to the target, and direct inversion returns the source to its stored latents. After
+decoding, only pixels inside a mask take the edit; all others are the input's own.
+
+One walk serves any number of edits of the same images: `edit` is the case of one, `edit_many` takes several prompt
+pairs and `sweep` several settings. They share the source's row, and their own rows for as long as they agree
+(`editing.forking`). What a step is depends on the inversion (`editing.descent`).
+
+Two choices differ from the reference implementations, and both can be switched back:
+
+- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then
+  exactly the difference that the edit asks for, and vanishes where the two prompts agree.
+- `correct_drift` gives the target the correction that direct inversion gives the source. It costs nothing,
+  and an edit that changes no word reproduces the source exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.editing import masks
+from prism_lib.editing.batching import in_parts
+from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_controller
+from prism_lib.editing.inversion import Callback, Inversion
+from prism_lib.editing.masks import Areas
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import NO_EDIT, PromptPair
+from prism_lib.models.pipeline import decode_latents
+
+_DEFAULTS = EditConfig()
+_CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """One edited image with what it was made of; images are (C, H, W) in [0, 1], masks (1, H, W).
+
+    `image` is the composite and `raw` the decoded edit before it; `factual` is the input and `reconstruction`
+    the source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched. `settings` are
+    those of whatever made it: an `EditConfig`, or a baseline's own.
+    """
+
+    image: Tensor
+    raw: Tensor
+    factual: Tensor
+    reconstruction: Tensor
+    mask: Tensor
+    pair: PromptPair
+    scores: Mapping[str, float]
+    settings: object
+
+
+def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
+    """One field of many results as a batch: (N, C, H, W), or (N, 1, H, W) for "mask"."""
+    return torch.stack([getattr(result, name) for result in results])
+
+
+def edit(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    pairs: Sequence[PromptPair],
+    config: EditConfig = _DEFAULTS,
+    *,
+    mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
+    callback: Callback | None = None,
+) -> list[Counterfactual]:
+    """Edit every image of an inversion by its own prompt pair: prompt-to-prompt on a shared trajectory.
+
+    `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1],
+    which then also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the
+    input's whatever the mask says. `callback(i, timestep, latents)` is called after step i of every batch and
+    may raise to cancel. A batch that the accelerator's memory does not hold is begun again in halves.
+    """
+    (results,) = zip(*sweep(pipe, inversion, pairs, [config], mask=mask, keep=keep, callback=callback), strict=True)
+    return list(results)
+
+
+def sweep(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    pairs: Sequence[PromptPair],
+    configs: Sequence[EditConfig],
+    *,
+    mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
+    callback: Callback | None = None,
+) -> list[list[Counterfactual]]:
+    """Edit every image by its pair under several settings: per image, one result per config, in order.
+
+    The same as one `edit` per config, for less: all share the source, and candidates that agree up to a step share
+    their rows until then. `batch_size` of the first config counts images, as it does in `edit`. Masks as in `edit`.
+    """
+    _check_pairs(inversion, pairs)
+    return _edit_all(pipe, inversion, [[(p, c) for c in configs] for p in pairs], mask, keep, callback)
+
+
+def edit_many(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    pairs: Sequence[Sequence[PromptPair]],
+    config: EditConfig = _DEFAULTS,
+    *,
+    mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
+    callback: Callback | None = None,
+) -> list[list[Counterfactual]]:
+    """Edit every image by several prompt pairs, all of which start from the prompt it was inverted with."""
+    _check_pairs(inversion, pairs)
+    return _edit_all(pipe, inversion, [[(p, config) for p in own] for own in pairs], mask, keep, callback)
+
+
+@torch.no_grad()
+def _edit_all(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]],
+    mask: Tensor | str,
+    keep: Tensor | None,
+    callback: Callback | None,
+) -> list[list[Counterfactual]]:
+    """The edits wanted of each image, in batches; every word is looked up before the first step."""
+    if not all(wanted):
+        raise ValueError("every image needs at least one edit: no settings or prompt pairs were given")
+    for image, edits in enumerate(wanted):
+        for pair, config in edits:
+            _check_pair(image, pair, config, inversion.prompts[image])
+    areas = Areas.checked(mask, keep, inversion.images)
+    tasks = [EditTask(image, pair, config) for image, own in enumerate(wanted) for pair, config in own]
+    controller = edit_controller(pipe, tasks, inversion)
+    with tqdm(total=inversion.start * len(tasks), desc="edit", leave=False) as progress:
+
+        def made(rows: slice) -> list[Counterfactual]:
+            """The results of consecutive tasks, which are one batch."""
+            first, last = tasks[rows][0].image, tasks[rows][-1].image
+            images, batch = slice(first, last + 1), [replace(task, image=task.image - first) for task in tasks[rows]]
+            own = replace(controller.select(range(len(tasks))[rows]), parents=tuple(task.image for task in batch))
+            part, progress.n = inversion[images], inversion.start * rows.start
+            outcome = denoise(pipe, part, batch, own, areas[images], progress, callback, first)
+            return _finish(pipe, part, batch, outcome, areas[images])
+
+        firsts = [0, *itertools.accumulate(map(len, wanted))]
+        starts = [*firsts[: -1 : _images_at_a_time(pipe.device, wanted)], len(tasks)]
+        results = in_parts([slice(*bounds) for bounds in itertools.pairwise(starts)], made)
+    return [results[start:stop] for start, stop in itertools.pairwise(firsts)]
+
+
+def _images_at_a_time(device: torch.device, wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]]) -> int:
+    """The batch size asked for, on a CPU no more than its caches hold."""
+    size = wanted[0][0][1].batch_size
+    return size if device.type != "cpu" else max(1, min(size, _CPU_ROWS // (1 + 2 * max(map(len, wanted)))))
+
+
+def _finish(
+    pipe: StableDiffusionPipeline,
+    inversion: Inversion,
+    tasks: Sequence[EditTask],
+    outcome: Outcome,
+    areas: Areas,
+) -> list[Counterfactual]:
+    """Decode every row once, then find masks and composite, together for the edits of equal settings."""
+    images, channels = inversion.images, inversion.images.shape[1]
+    batches = outcome.target.split(len(images))
+    raw = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
+    reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
+    finished: dict[int, Counterfactual] = {}
+    for config in dict.fromkeys(task.config for task in tasks):
+        own = [k for k, task in enumerate(tasks) if task.config == config]
+        rows, places = [outcome.row_of[k] for k in own], [tasks[k].image for k in own]
+        coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], config.mask.attention_weight).to(
+            images
+        )
+        made = _composited(images[places], raw[rows], reconstruction[places], coarse, areas[places], config)
+        finished |= {k: replace(made[n], pair=tasks[k].pair) for n, k in enumerate(own)}
+    return [finished[k] for k in range(len(tasks))]
+
+
+def _composited(
+    images: Tensor, raw: Tensor, reconstruction: Tensor, coarse: Tensor, areas: Areas, config: EditConfig
+) -> list[Counterfactual]:
+    """Edits put back into their input images, not yet told their prompts."""
+    if isinstance(areas.mask, Tensor):
+        mask = areas.mask
+    elif areas.off:
+        mask = torch.ones_like(images[:, :1])
+    else:
+        change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
+        mask = masks.automatic_mask(change, coarse, config.mask)
+        if config.protect_text:
+            mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
+    if areas.keep is not None:
+        mask = masks.without(mask, areas.keep, config.mask.feather)
+    unbounded = areas.off and areas.keep is None
+    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask, config.composite)
+    scores = _scores(images, image, raw, reconstruction, mask)
+    return [
+        Counterfactual(
+            image=image[n],
+            raw=raw[n],
+            factual=images[n],
+            reconstruction=reconstruction[n],
+            mask=mask[n],
+            pair=NO_EDIT,
+            scores={name: values[n] for name, values in scores.items()},
+            settings=config,
+        )
+        for n in range(len(images))
+    ]
+
+
+def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor) -> dict[str, list[float]]:
+    """Per image: share of pixels in the mask, mean change of the result, and change kept out by the mask."""
+    outside = (mask == 0).to(images)
+    kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
+    return {
+        "mask_area": (1 - outside).mean((1, 2, 3)).tolist(),
+        "change": (image - images).abs().mean((1, 2, 3)).tolist(),
+        "change_outside_mask": (kept_out / outside.sum((1, 2, 3)).clamp(min=1)).tolist(),
+    }
+
+
+def _check_pairs(inversion: Inversion, pairs: Sequence[object]) -> None:
+    if len(pairs) != len(inversion):
+        raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
+
+
+def _check_pair(image: int, pair: PromptPair, config: EditConfig, prompt: str) -> None:
+    if pair.source != prompt:
+        raise ValueError(f"image {image} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
+    if config.local_blend and not (pair.source_words or pair.target_words):
+        raise ValueError(f"local_blend needs words to look for, but the edit of image {image} names none")

@@ -1,0 +1,48 @@
+"""What a candidate has to satisfy: the names of all scores, and bounds on them.
+
+Apart from what computes scores (`evaluation.selection`), so that a choice is planned and checked without loading it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+EDIT = ("mask_area", "change", "change_outside_mask")
+SIMILARITY = ("image_image", "image_text_source", "image_text", "directional", "consistency")
+IDENTITY = ("ssim", "identity_l1")
+GUIDE = ("guide", "guide_gain")
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """The score to maximise, and bounds that a candidate has to keep; a bound is kept by equality too.
+
+    Bounds depend on the model behind the scores. `PRISM_CRITERIA` are those that PRISM's code runs with.
+    """
+
+    best: str = "directional"
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, bound in (*self.at_least.items(), *self.at_most.items()):
+            if not math.isfinite(bound):
+                raise ValueError(f"the bound of {name} is {bound}; expected a finite number")
+
+    def failures(self, scores: Mapping[str, float]) -> tuple[str, ...]:
+        """Why a candidate does not pass, () if it does; ValueError for a score that nobody computed."""
+        names = {self.best, *self.at_least, *self.at_most}
+        if missing := sorted(names - set(scores)):
+            raise ValueError(f"no score {', '.join(missing)}; the scorers give {', '.join(scores)}")
+        found = [f"{name} is {scores[name]}" for name in sorted(names) if not math.isfinite(scores[name])]
+        found += [f"{n} {scores[n]:.4g} < {bound:g}" for n, bound in self.at_least.items() if scores[n] < bound]
+        found += [f"{n} {scores[n]:.4g} > {bound:g}" for n, bound in self.at_most.items() if scores[n] > bound]
+        return tuple(found)
+
+
+PRISM_CRITERIA = Criteria(
+    best="directional",
+    at_least={"image_image": 0.6, "image_text_source": 0.1, "image_text": 0.1, "directional": -0.5, "consistency": 0.0},
+)

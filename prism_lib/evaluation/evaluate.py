@@ -1,0 +1,324 @@
+"""Edit held-out images and measure the result: on phantoms against the truth, on real images as far as they allow.
+
+`choose_cases` picks held-out images that an edit applies to, `evaluate_edit` runs abduction, action and prediction on
+them and measures each image, `summarise` turns the rows into means with bootstrap intervals over patients. The judge
+only reads; it never guides or selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from prism_lib import paths
+from prism_lib.data.cases import marker_masks, prompt_pairs
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.rows import editable, true_counterfactual
+from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
+from prism_lib.editing.inversion import invert
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation import metrics
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.labels import CHEST
+from prism_lib.models.classifier import (
+    ClassifierConfig,
+    auc,
+    load_classifier,
+    predict,
+    save_classifier,
+    train_classifier,
+)
+from prism_lib.records import Timer
+
+# Measured per image where the true counterfactual is known.
+TRUTH_METRICS = (
+    "true_error_ratio",
+    "mask_recall",
+    "mask_area_ratio",
+    "marker_changed",
+    "latent_outside_l1_ratio",
+)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier and the labels that its outputs stand for."""
+
+    model: nn.Module
+    labels: tuple[str, ...]
+
+
+def load_judge(name: str) -> Judge | None:
+    """The classifier below PRISM_WEIGHTS with this name, or None for an empty one."""
+    if not name:
+        return None
+    model, config = load_classifier(paths.weights() / name)
+    return Judge(model, config.labels)
+
+
+def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Judge:
+    """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
+    table = load_table(folder, "train").head(images)
+    chunks = [read_images(folder, table.iloc[i : i + 64]) for i in range(0, len(table), 64)]
+    pixels = torch.cat([(_gray(chunk) * 255).round().byte() for chunk in chunks])
+    labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
+    model = train_classifier(pixels, labels, config)
+    save_classifier(model, config, output)
+    return Judge(model, config.labels)
+
+
+def judge_auc(judge: Judge | None, folder: str | Path, split: str = "test") -> dict[str, float]:
+    """AUC per label of the judge on a split; {} without a judge."""
+    if judge is None:
+        return {}
+    table = load_table(folder, split)
+    probabilities = torch.cat(
+        [predict(judge.model, _gray(read_images(folder, table.iloc[i : i + 64]))) for i in range(0, len(table), 64)]
+    )
+    labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
+    return auc(probabilities, labels, judge.labels)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
+
+    ``seconds`` is what inversion and edit took, without reading and measuring.
+    """
+
+    edit: Edit
+    table: pd.DataFrame
+    factual: Tensor
+    edited: Tensor
+    raw: Tensor
+    reconstruction: Tensor
+    mask: Tensor
+    truth: Tensor | None
+    truth_mask: Tensor | None
+    seconds: float = 0.0
+
+    def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The first images for a sheet: factual, edited, and truth where it is known."""
+        return self.factual[:count], self.edited[:count], None if self.truth is None else self.truth[:count]
+
+
+def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
+    """The first ``count`` images of a split that the edit applies to; one per patient.
+
+    Raises ValueError when the split has too few.
+    """
+    rows = editable(load_table(folder, split), edit).drop_duplicates("patient_id")
+    if len(rows) < count:
+        raise ValueError(
+            f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for"
+        )
+    return rows.head(count).reset_index(drop=True)
+
+
+def edit_images(
+    pipe: StableDiffusionPipeline,
+    images: Tensor,
+    pairs: Sequence[PromptPair],
+    config: EditConfig,
+    *,
+    mask: str = "auto",
+    batch_size: int = 8,
+    **how: Any,
+) -> list[Counterfactual]:
+    """Abduction, action and prediction: invert images under their source prompts and edit them by their pairs.
+
+    ``batch_size`` is the inversion's, ``how`` what else `inversion.invert` takes (method, num_inference_steps).
+    """
+    for pair in pairs:
+        config.settled(pair)  # settings that do not go with an edit are refused before the inversion
+    inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
+    return edit(pipe, inversion, pairs, config, mask=mask)
+
+
+def evaluate_edit(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    config: EditConfig,
+    *,
+    method: str = "direct",
+    num_inference_steps: int = 50,
+    judge: Judge | None = None,
+    mask: str = "auto",
+) -> Evaluation:
+    """Invert, edit and measure the images of ``cases`` (rows of a prepared table); ``mask`` is "auto" or "off"."""
+    images = read_images(folder, cases)
+    pairs = prompt_pairs(folder, cases, change)
+    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
+    with Timer() as timer:
+        edited = edit_images(pipe, images, pairs, config, mask=mask, **how)
+    return evaluate_results(folder, cases, change, edited, judge, timer.seconds)
+
+
+def evaluate_results(
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    edited: Sequence[Counterfactual],
+    judge: Judge | None = None,
+    seconds: float = 0.0,
+) -> Evaluation:
+    """Measure what any method made of the images of ``cases``, one result a row and in their order."""
+    if len(edited) != len(cases):
+        raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
+    # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
+    known = true_counterfactual(folder, cases, change) if change.attributes else None
+    truth, truth_mask = known if known is not None else (None, None)
+    evaluation = Evaluation(
+        change,
+        cases[["file_name", "patient_id"]].copy(),
+        stack(edited, "factual"),
+        stack(edited),
+        stack(edited, "raw"),
+        stack(edited, "reconstruction"),
+        stack(edited, "mask"),
+        truth,
+        truth_mask,
+        seconds,
+    )
+    columns = _appearance(evaluation)
+    if truth is not None:
+        columns |= _against_truth(evaluation, marker_masks(folder, cases))
+    if judge is not None:
+        columns |= _by_judge(evaluation, judge)
+    return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
+
+
+def reread(evaluation: Evaluation, judge: Judge) -> Evaluation:
+    """The same results, read by another judge: a table of its numbers alone."""
+    table = evaluation.table[["file_name", "patient_id"]]
+    return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
+
+
+def batch_difference(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    change: Edit,
+    config: EditConfig,
+    *,
+    method: str = "direct",
+    num_inference_steps: int = 50,
+) -> float:
+    """Largest difference of any pixel between editing up to four images one by one and all in one batch."""
+    some = cases.head(4)
+    images, pairs = read_images(folder, some), prompt_pairs(folder, some, change)
+    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
+    single, whole = (
+        stack(edit_images(pipe, images, pairs, replace(config, batch_size=size), batch_size=size, **how))
+        for size in (1, len(some))
+    )
+    return float((single - whole).abs().max())
+
+
+def _appearance(e: Evaluation) -> dict[str, Any]:
+    """What needs neither truth nor judge."""
+    open_pixels = e.mask > 0
+    return {
+        "identity_l1": metrics.l1(e.edited, e.factual).tolist(),
+        "reconstruction_l1": metrics.l1(e.reconstruction, e.factual).tolist(),
+        "raw_l1": metrics.l1(e.raw, e.factual).tolist(),
+        "mask_share": open_pixels.float().mean((1, 2, 3)).tolist(),
+        "changed_outside_mask": [_changed_outside(e, open_pixels, n) for n in range(len(e.factual))],
+    }
+
+
+def _changed_outside(e: Evaluation, open_pixels: Tensor, n: int) -> float:
+    if bool(open_pixels[n].all()):
+        return 0.0  # everything was open to the edit, so nothing lies outside
+    return float(metrics.changed_fraction_outside(e.edited[n : n + 1], e.factual[n : n + 1], open_pixels[n : n + 1]))
+
+
+def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
+    assert e.truth is not None and e.truth_mask is not None
+    open_pixels = e.mask > 0
+    columns = {
+        "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask).tolist(),
+        "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask).tolist(),
+        "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask).tolist(),
+        "latent_outside_l1_ratio": metrics.outside_l1_ratio(e.raw, e.reconstruction, e.factual, e.truth_mask).tolist(),
+    }
+    if marker is not None:
+        # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
+        elsewhere = marker & ~e.truth_mask
+        changed = (e.edited != e.factual).any(1, keepdim=True) & elsewhere
+        columns["marker_changed"] = changed.flatten(1).sum(1).tolist()
+    return columns
+
+
+def _by_judge(e: Evaluation, judge: Judge) -> dict[str, Any]:
+    """Probabilities of the edited label before and after, CPG, and how many other labels flipped."""
+    before, after = predict(judge.model, _gray(e.factual)), predict(judge.model, _gray(e.edited))
+    owners = CHEST.owners
+    changed = [owners.get(name, name) for name in (*e.edit.remove, *e.edit.add)]
+    others = [k for k, label in enumerate(judge.labels) if label not in changed]
+    columns: dict[str, Any] = {}
+    # With one of its details removed a label may still be present, by another: then nothing is expected of the judge.
+    decided = not any(name in owners for name in e.edit.remove)
+    if len(changed) == 1 and changed[0] in judge.labels and decided:
+        column, target = judge.labels.index(changed[0]), int(bool(e.edit.add))
+        columns["p_before"] = before[:, column].tolist()
+        columns["p_after"] = after[:, column].tolist()
+        gain = metrics.counterfactual_prediction_gain(before[:, column], after[:, column], target)
+        columns["cpg"] = gain.tolist()
+        columns["flipped"] = ((after[:, column] >= 0.5) == bool(target)).float().tolist()
+    if others:
+        columns["side_effect_rate"] = metrics.side_effect_rate(before[:, others], after[:, others]).tolist()
+    return columns
+
+
+def _gray(images: Tensor) -> Tensor:
+    return images.mean(1, keepdim=True)
+
+
+def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, float]:
+    """Means with 95 % bootstrap intervals over patients: ``{metric, metric_low, metric_high}`` for each column.
+
+    The flip rate counts only images that the judge did not already read as the target.
+    """
+    table, summary = evaluation.table, {"images": float(len(evaluation.table))}
+    for name in table.columns.drop(["file_name", "patient_id", "p_before", "p_after", "flipped"], errors="ignore"):
+        summary |= interval(name, table[name], table["patient_id"], seed)
+    if "flipped" in table:
+        can_flip = (table["p_before"] < 0.5) == bool(evaluation.edit.add)
+        summary["flip_denominator"] = float(can_flip.sum())
+        if can_flip.any():
+            summary |= interval("flip_rate", table.loc[can_flip, "flipped"], table.loc[can_flip, "patient_id"], seed)
+    return summary
+
+
+def interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> dict[str, float]:
+    """Mean of a column with its bootstrap interval over patients, or alone where there is one patient."""
+    if patients.nunique() < 2:
+        return {name: float(values.mean())}
+    rows = torch.tensor(values.to_numpy(dtype=float))
+    return metrics.bootstrap_ci(rows, patients.tolist(), seed=seed).named(name)
+
+
+def notes(evaluation: Evaluation, columns: Sequence[str] = ("true_error_ratio", "cpg", "mask_recall")) -> list[str]:
+    """A short text per image for the margin of a sheet."""
+    words = {
+        "true_error_ratio": "error",
+        "cpg": "CPG",
+        "mask_recall": "recall",
+        "identity_l1": "L1",
+        "mask_share": "mask",
+    }
+    present = [name for name in columns if name in evaluation.table]
+    return [
+        "\n".join(f"{words.get(name, name)} {row[name]:.2f}" for name in present)
+        for row in evaluation.table.to_dict("records")
+    ]

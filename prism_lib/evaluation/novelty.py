@@ -1,0 +1,135 @@
+"""Is this image like those that a model was trained on? A measured distance, with a measured threshold.
+
+Following Graham et al. (CVPR Workshops, 2023), a diffusion model is asked how well it explains an image: the error of
+its noise prediction at several noise levels, and the error of its autoencoder's round trip. The logarithms of these
+errors have a mean and a covariance over held-out images of the training distribution; an image's score is its
+Mahalanobis distance to them, and the threshold is a quantile of the score over further held-out images.
+
+The reference is a small JSON file beside the weights (`novelty.json`) and holds for exactly these weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib import paths, records
+from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
+from prism_lib.training.cache import model_hash
+
+FILE = "novelty.json"
+TIMESTEPS = (100, 300, 500, 700)
+_FLOOR = 1e-8  # of an error, so that a blank image has a logarithm
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Mean and covariance of the log errors on known images, and the score from which an image is new.
+
+    `weights` is the hash of the U-Net and autoencoder measured; `share` of held-out images lie below `threshold`.
+    """
+
+    weights: str
+    mean: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+    threshold: float
+    share: float
+    images: int
+
+    def scores(self, errors: Tensor) -> Tensor:
+        """Mahalanobis distances (N,) of rows of `log_errors`."""
+        centred = errors.double() - torch.tensor(self.mean, dtype=torch.float64)
+        precision = torch.linalg.inv(torch.tensor(self.covariance, dtype=torch.float64))
+        return torch.einsum("ni,ij,nj->n", centred, precision, centred).clamp(min=0).sqrt()
+
+    def is_new(self, score: float) -> bool:
+        """Whether a score is beyond what known images reach; NaN counts as new."""
+        return not score <= self.threshold
+
+
+@torch.no_grad()
+def log_errors(pipe: StableDiffusionPipeline, images: Tensor, batch_size: int = 8) -> Tensor:
+    """Log errors (N, 1 + len(TIMESTEPS)) of images (N, C, H, W): autoencoder, then noise prediction without words.
+
+    All images meet the same noise, so that a row does not depend on the others.
+    """
+    noises = _noises(encode_images(pipe.vae, images[:1]))
+    rows = [_batch_errors(pipe, batch, noises) for batch in tqdm(images.split(batch_size), "novelty", leave=False)]
+    return torch.cat(rows)
+
+
+def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor, noises: Tensor) -> Tensor:
+    latents = encode_images(pipe.vae, images)
+    decoded = decode_latents(pipe.vae, latents, images.shape[1]).to(images)
+    columns = [(decoded - images).abs().mean((1, 2, 3)).cpu()]
+    embeds = encode_prompts(pipe, [""]).expand(len(images), -1, -1).to(pipe.unet.dtype)
+    for timestep, noise in zip(TIMESTEPS, noises, strict=True):
+        at = torch.full((len(images),), timestep, device=latents.device)
+        noise = noise.to(latents).expand_as(latents)
+        noisy = pipe.scheduler.add_noise(latents, noise, at)
+        velocity = pipe.scheduler.config.prediction_type == "v_prediction"
+        target = pipe.scheduler.get_velocity(latents, noise, at) if velocity else noise
+        prediction = pipe.unet(noisy.to(pipe.unet.dtype), timestep, encoder_hidden_states=embeds).sample.to(target)
+        columns.append((prediction - target).square().mean((1, 2, 3)).cpu())
+    return torch.stack(columns, dim=1).double().clamp(min=_FLOOR).log()
+
+
+def _noises(latents: Tensor) -> Tensor:
+    """One noise (1, c, h, w) a timestep, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(TIMESTEPS), 1, *latents.shape[1:], generator=generator)
+
+
+def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) -> Reference:
+    """The reference of a model from images (N, C, H, W) of its training distribution that it was not trained on.
+
+    Half of them give mean and covariance, the other half the threshold that `share` of them stay below.
+    """
+    if len(images) < 4 * (1 + len(TIMESTEPS)):
+        raise ValueError(f"{len(images)} images are too few to measure what is usual; at least 20 are needed")
+    if not 0.5 <= share < 1:
+        raise ValueError(f"share is {share}; expected a value in [0.5, 1)")
+    errors = log_errors(pipe, images)
+    fitted, held_out = errors[::2], errors[1::2]
+    reference = Reference(
+        weights(pipe),
+        tuple(fitted.mean(0).tolist()),
+        tuple(map(tuple, torch.cov(fitted.T).tolist())),
+        math.inf,
+        share,
+        len(images),
+    )
+    threshold = torch.quantile(reference.scores(held_out), share).item()
+    return Reference(**{**asdict(reference), "threshold": threshold})
+
+
+def weights(pipe: StableDiffusionPipeline) -> str:
+    """A hash of the two networks that the errors depend on."""
+    return f"{model_hash(pipe.unet)[:16]}-{model_hash(pipe.vae)[:16]}"
+
+
+def save(reference: Reference, folder: Path) -> Path:
+    """Write `novelty.json` beside a model's weights."""
+    return records.write_text(folder / FILE, json.dumps(asdict(reference), indent=1) + "\n")
+
+
+def load(model: str, pipe: StableDiffusionPipeline) -> Reference | None:
+    """The reference beside a model's weights, or None where there is none for exactly these weights."""
+    places = (paths.weights() / model, Path(model).expanduser(), paths.runs() / model)
+    path = next((place / FILE for place in places if (place / FILE).is_file()), None)
+    if path is None:
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        covariance = tuple(tuple(map(float, row)) for row in raw.pop("covariance"))
+        reference = Reference(mean=tuple(map(float, raw.pop("mean"))), covariance=covariance, **raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no reference of `evaluation.novelty`: {error}") from None
+    return reference if reference.weights == weights(pipe) else None

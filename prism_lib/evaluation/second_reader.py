@@ -1,0 +1,96 @@
+"""A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
+
+The paper asks LLaVA-Med and a commercial model whether a device is still there. Here any image-text-to-text model that
+transformers loads may answer (LLaVA, Idefics, Qwen-VL, MedGemma, ...), from a folder or the hub's cache; images never
+leave the machine. It reads like a classifier, so all that a judge measures it measures too. What such a model says of a
+radiograph is an opinion: ask first whether it reads the originals right (`evaluation.judge_auc`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from prism_lib.devices import default_device
+from prism_lib.evaluation.evaluate import Judge
+from prism_lib.language.labels import Vocabulary
+from prism_lib.models.image_text import locate
+
+YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO")
+
+
+class QuestionReader(nn.Module):
+    """A vision-language model as a classifier: one question per label, one logit per answer.
+
+    The logit is log P(yes) - log P(no) of the answer's first token, so that its sigmoid is the share of yes between the
+    two. Nothing is sampled: the same image and question give the same number.
+    """
+
+    def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
+        super().__init__()
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(f"{type(processor).__name__} has no chat template: nobody knows how to ask this model")
+        if not questions:
+            raise ValueError("there is no question to ask")
+        self.model, self.processor = model, processor
+        self.prompts = [self._prompt(question) for question in questions]
+        first = [{_first_token(processor.tokenizer, word) for word in words} for words in (YES, NO)]
+        # A tokenizer that splits " Yes" and " No" after the space gives both the same first token, which says nothing.
+        self.yes, self.no = sorted(first[0] - first[1]), sorted(first[1] - first[0])
+        if not self.yes or not self.no:
+            raise ValueError("yes and no begin with the same token in this model's tokenizer")
+
+    def _prompt(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        asked = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return str(asked)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 1, H, W) in [0, 1] to log-odds of yes (N, questions), in float32."""
+        given = pictures(images)
+        # Images of one size and one question make rows of one length: no row is padded.
+        answers = [self._log_odds(given, prompt) for prompt in self.prompts]
+        return torch.stack(answers, dim=1).to(images.device)
+
+    def _log_odds(self, given: list[Image.Image], prompt: str) -> Tensor:
+        inputs = self.processor(images=given, text=[prompt] * len(given), return_tensors="pt")
+        logits = self.model(**inputs.to(self.model.device, self.model.dtype)).logits[:, -1].float()
+        return logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1)
+
+
+def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Judge | None:
+    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Judge`; None for "".
+
+    It is asked for each of `labels` in the vocabulary's words; "No Finding" is no finding to ask for. Safetensors only.
+    """
+    if not name_or_path:
+        return None
+    asked = tuple(label for label in labels if label in vocabulary.phrases)
+    if not asked:
+        raise ValueError(f"vocabulary {vocabulary.name!r} has no words for {', '.join(labels)}")
+    name = locate(name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
+    model.requires_grad_(False).eval().to(default_device())
+    questions = [question(label, vocabulary) for label in asked]
+    return Judge(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), asked)
+
+
+def question(label: str, vocabulary: Vocabulary) -> str:
+    """What is asked for a label: "Does this chest x-ray show support devices? Answer yes or no."."""
+    return f"Does this {vocabulary.subject} show {vocabulary.phrase(label)}? Answer yes or no."
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Images (N, C, H, W) in [0, 1] as gray pictures in RGB, which is what processors expect."""
+    gray = (images.mean(1).clamp(0, 1) * 255).round().byte().cpu()
+    return [Image.fromarray(pixels.numpy()).convert("RGB") for pixels in gray]
+
+
+def _first_token(tokenizer: Any, word: str) -> int:
+    return int(tokenizer(word, add_special_tokens=False).input_ids[0])

@@ -1,0 +1,189 @@
+"""Labels become captions: the text that a model is trained on, and that an edit's prompts have to look like.
+
+Several templates say the same labels in different words, some of which also *negate* ("without support devices"), and
+a fixed share of captions follows the "explicit" template word for word. Only what is known is said: neither an
+uncertain nor a missing label is ever written as an absence.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prism_lib.language.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
+
+# What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
+MOST_CLAUSES = 7
+# How many of the explicit captions say details where they are known: an edit may name a side or a kind of device.
+DETAILED_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One label in a caption: its name, the phrase chosen for it, and whether it is present."""
+
+    label: str
+    phrase: str
+    present: bool
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a caption has to say: subject, clauses in order, and whether the film is labelled normal."""
+
+    subject: str
+    clauses: tuple[Clause, ...]
+    normal: bool
+    title: str = CHEST.title
+
+    def phrases(self, present: bool) -> list[str]:
+        """The phrases of all present, or of all absent, labels."""
+        return [clause.phrase for clause in self.clauses if clause.present == present]
+
+
+def explicit(said: Statement) -> str:
+    """chest x-ray with cardiomegaly, without pleural effusion, with support devices"""
+    clauses = [f"{'with' if clause.present else 'without'} {clause.phrase}" for clause in said.clauses]
+    return f"{said.subject} {', '.join(clauses)}".strip()
+
+
+def _prism(said: Statement) -> str:
+    """PRISM's own two: 'Chest X-ray showing A, B' and 'Normal chest X-ray with no significant findings'"""
+    present = [clause.label for clause in said.clauses if clause.present]
+    if present:
+        return f"{said.title} showing {', '.join(present)}"
+    # Only what is labelled normal is called normal; PRISM's code says it of every film without a label.
+    title = said.title[:1].lower() + said.title[1:]
+    return f"Normal {title} with no significant findings" if said.normal else said.title
+
+
+def _present(said: Statement) -> str:
+    """chest x-ray with cardiomegaly and support devices"""
+    phrases = said.phrases(present=True)
+    return f"{said.subject} with {_enumerate(phrases, 'and')}" if phrases else said.subject
+
+
+def _absent(said: Statement) -> str:
+    """chest x-ray without pleural effusion or support devices"""
+    phrases = said.phrases(present=False)
+    return f"{said.subject} without {_enumerate(phrases, 'or')}" if phrases else said.subject
+
+
+def _negated(said: Statement) -> str:
+    """chest x-ray showing cardiomegaly, no pleural effusion"""
+    clauses = [f"{'showing' if clause.present else 'no'} {clause.phrase}" for clause in said.clauses]
+    return f"{said.subject} {', '.join(clauses)}".strip()
+
+
+def _report(said: Statement) -> str:
+    """there is evidence of cardiomegaly. there is no pleural effusion."""
+    sentences = [f"there is {'evidence of' if c.present else 'no'} {c.phrase}." for c in said.clauses]
+    return " ".join(sentences) or said.subject
+
+
+def _patient(said: Statement) -> str:
+    """chest x-ray of a patient with cardiomegaly, without pleural effusion"""
+    return explicit(replace(said, subject=f"{said.subject} of a patient"))
+
+
+TEMPLATES: Mapping[str, Callable[[Statement], str]] = {
+    "explicit": explicit,
+    "prism": _prism,
+    "present": _present,
+    "absent": _absent,
+    "negated": _negated,
+    "report": _report,
+    "patient": _patient,
+}
+
+
+def caption(labels: Labels, template: str = "explicit", vocab: Vocabulary = CHEST) -> str:
+    """The caption of `labels` in one of TEMPLATES: plain phrases in the vocabulary's order."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown caption template {template!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[template](statement(labels, vocab))
+
+
+def sample_caption(
+    labels: Labels,
+    rng: random.Random,
+    vocab: Vocabulary = CHEST,
+    explicit_share: float = 0.5,
+    details: Mapping[str, str] | None = None,
+) -> str:
+    """A training caption: the explicit one with probability `explicit_share`, else any other template.
+
+    The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
+    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}. Of the
+    explicit ones `DETAILED_SHARE` say all details that are known, as the prompts of an edit do that names one.
+    """
+    if not 0 <= explicit_share <= 1:
+        raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
+    said = statement(labels, vocab)
+    if rng.random() < explicit_share:
+        return explicit(_detailed(said, details) if details and rng.random() < DETAILED_SHARE else said)
+    clauses = [_reworded(clause, rng, vocab, details or {}) for clause in said.clauses]
+    rng.shuffle(clauses)
+    if len(clauses) > MOST_CLAUSES:
+        clauses = sorted(clauses, key=lambda clause: not clause.present)[:MOST_CLAUSES]
+        rng.shuffle(clauses)
+    template = rng.choice([name for name in TEMPLATES if name != "explicit"])
+    return TEMPLATES[template](replace(said, clauses=tuple(clauses)))
+
+
+def corpus(vocab: Vocabulary = CHEST, details: bool = True) -> list[str]:
+    """Every phrase of a vocabulary in every template, present and absent: text to train a tokenizer on."""
+    texts = [caption({NO_FINDING: 1}, template, vocab) for template in TEMPLATES]
+    for label, phrase in vocab.phrases.items():
+        wordings = (phrase, *vocab.synonyms.get(label, ()), *(vocab.details.get(label, ()) if details else ()))
+        clauses = [Clause(label, wording, present) for wording in wordings for present in (True, False)]
+        statements = [Statement(vocab.subject, (clause, clause), False, vocab.title) for clause in clauses]
+        texts += [template(said) for said in statements for template in TEMPLATES.values()]
+    return texts
+
+
+def unseen_words(prompts: Iterable[str], captions: Iterable[str]) -> tuple[str, ...]:
+    """The words of `prompts` that no caption has, sorted: a model cannot follow what it never read."""
+    seen = {word for text in captions for word in _words(text)}
+    return tuple(sorted({word for text in prompts for word in _words(text)} - seen))
+
+
+def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> Statement:
+    """All that is present, and the known absences among `vocab.stated` and `also`, in order.
+
+    Details named in `also` ("pacemaker") are said in place of the label that they belong to.
+    """
+    clauses = []
+    for label in vocab.phrases:
+        details = [detail for detail in vocab.details.get(label, ()) if detail in also]
+        for name in details or [label]:
+            state = label_state(name, labels.get(name))
+            if state or (state is False and (name in vocab.stated or name in also)):
+                clauses.append(Clause(label, vocab.phrase(name), state))
+    normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
+    return Statement(vocab.subject, tuple(clauses), normal, vocab.title)
+
+
+def _detailed(said: Statement, details: Mapping[str, str]) -> Statement:
+    """The same with all known details of what is present in place of the labels' plain phrases."""
+    clauses = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
+    return replace(said, clauses=tuple(clauses))
+
+
+def _reworded(clause: Clause, rng: random.Random, vocab: Vocabulary, details: Mapping[str, str]) -> Clause:
+    """The same clause in a phrase drawn from its plain one, its synonyms and, where present, its detail."""
+    phrases = [clause.phrase, *vocab.synonyms.get(clause.label, ())]
+    if clause.present and clause.label in details:
+        phrases.append(details[clause.label])
+    return Clause(clause.label, rng.choice(phrases), clause.present)
+
+
+def _enumerate(phrases: Sequence[str], conjunction: str) -> str:
+    """a; a and b; a, b and c"""
+    return f" {conjunction} ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())

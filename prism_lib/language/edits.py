@@ -1,0 +1,278 @@
+"""An edit of labels becomes a pair of prompts.
+
+Prompt-to-prompt edits an image by the difference of two prompts, so a prompt must be text that the model has
+been trained on, and the pair should differ as little as possible. Captions (`language.captions`) come from several
+templates, and a fixed share of them follows the "explicit" one word for word. An edit writes both of its prompts with
+that same template: they differ only in "with" -> "without" and have equal length, so that no padding token of the
+target inherits the attention map of a word that was removed.
+
+An edit is built from labels, from a key (`Edit.from_key`), from plain language (`Edit.parse`, whose grammar is in
+`language.grammar`), or from two prompts in the user's own words (`Edit.text`). The names and phrases of labels are in
+`language.labels`, and can be had from here too, as can captions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from prism_lib.language import grammar
+from prism_lib.language.captions import TEMPLATES, caption, corpus, explicit, sample_caption, statement, unseen_words
+from prism_lib.language.labels import (
+    CHEST,
+    NO_FINDING,
+    NOT_A_DISEASE,
+    PHANTOM,
+    SKIN,
+    Labels,
+    Vocabulary,
+    label_state,
+    snake_case,
+    vocabulary,
+)
+
+__all__ = [
+    "CHEST",
+    "NO_EDIT",
+    "PHANTOM",
+    "SKIN",
+    "TEMPLATES",
+    "Edit",
+    "PromptPair",
+    "Vocabulary",
+    "caption",
+    "corpus",
+    "sample_caption",
+    "snake_case",
+    "unseen_words",
+    "vocabulary",
+]
+
+_PUNCTUATION = ".,;:!?()\"'"
+_DENYING = {"without", "no", "not", "absence", "normal"}
+_AFFIRMING = {"with", "showing", "shows", "but"}
+_ARTICLES = {"a", "an", "the", "and", "or"}
+_VERBS = ("remove", "add", "keep")
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Source and target prompt, with the phrases of each that the edit is about (for alignment and masks)."""
+
+    source: str
+    target: str
+    source_words: tuple[str, ...]
+    target_words: tuple[str, ...]
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether the target says of something that it is there, and the source does not."""
+        return bool(_affirmed(self.target) - _affirmed(self.source))
+
+    @cached_property
+    def lost(self) -> set[str]:
+        """Words of what the source says that there is, and the target does not."""
+        return _affirmed(self.source) - _affirmed(self.target)
+
+
+NO_EDIT = PromptPair("", "", (), ())
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An intervention: labels to remove and labels to add, or a pair of free texts (`Edit.text`).
+
+    A label may be narrowed to one of its details ("pacemaker", "left pleural effusion"), which the prompts then say in
+    its place. What is in `keep` is present and has to stay: both prompts say so.
+    """
+
+    remove: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    source: str = ""
+    target: str = ""
+    words: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if {type(self.remove), type(self.add), type(self.keep)} != {tuple}:
+            raise ValueError(f"remove, add and keep take tuples of labels: {self}")
+        if both := set(self.remove) & set(self.add):
+            raise ValueError(f"contradictory edit: {_listed(both)} both removed and added")
+        if both := set(self.keep) & {*self.remove, *self.add}:
+            raise ValueError(f"contradictory edit: {_listed(both)} both kept and changed")
+        if NO_FINDING in (*self.remove, *self.add, *self.keep):
+            raise ValueError(f"{NO_FINDING!r} cannot be edited: name the findings to remove or add")
+        if bool(self.source) != bool(self.target):
+            raise ValueError(f"a text edit needs both prompts, got {self.source!r} and {self.target!r}")
+        if self.source and (self.remove or self.add or self.keep):
+            raise ValueError(f"an edit has either labels or free text, not both: {self}")
+
+    @classmethod
+    def text(cls, source: str, target: str, words: Sequence[str] = ()) -> Edit:
+        """An edit between two prompts in the user's own words.
+
+        `words` are the phrases that the edit is about ("medical devices"); by default those that differ.
+        """
+        if not source.strip() or not target.strip():
+            raise ValueError(f"a text edit needs both prompts, got {source!r} and {target!r}")
+        source, target = " ".join(source.split()), " ".join(target.split())
+        for phrase in words:
+            if not (_says(source, phrase) or _says(target, phrase)):
+                raise ValueError(f"{phrase!r} is in neither prompt: {source!r}, {target!r}")
+        return cls(source=source, target=target, words=tuple(words))
+
+    @classmethod
+    def parse(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
+        """The edit that a sentence asks for: "remove the pacemaker, keep the effusion" (see `language.grammar`).
+
+        Raises ValueError naming every word that is not understood, and what contradicts itself.
+        """
+        asked = grammar.parse(text, vocab)
+        named = {verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS}
+        edit = cls(named["remove"], named["add"], keep=named["keep"])
+        edit._check_names(vocab)
+        return edit
+
+    @classmethod
+    def read(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
+        """The edit of a key or of a sentence, whichever `text` is."""
+        text = text.strip()
+        is_key = text == "unchanged" or (" " not in text and text.startswith(("remove_", "add_")))
+        return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab)
+
+    @classmethod
+    def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:
+        """The edit of a key such as "remove_support_devices" or "remove_edema_and_add_fracture"."""
+        changes: dict[str, list[str]] = {verb: [] for verb in _VERBS}
+        for part in [] if key == "unchanged" else re.split(r"_and_(?=remove_|add_|keep_)", key):
+            verb, _, name = part.partition("_")
+            if verb not in changes:
+                raise ValueError(f"unknown edit {key!r}: {part!r} does not start with remove_ or add_")
+            changes[verb].append(vocab.label(name))
+        return cls(tuple(changes["remove"]), tuple(changes["add"]), keep=tuple(changes["keep"]))
+
+    @property
+    def key(self) -> str:
+        """A name for files and records; that of free text ends in a hash, so that no two texts collide."""
+        if self.source:
+            digest = hashlib.sha256(f"{self.source}\n{self.target}".encode()).hexdigest()[:8]
+            return f"text_{snake_case(self.target)[:48]}_{digest}"
+        parts = [f"remove_{snake_case(label)}" for label in self.remove]
+        parts += [f"add_{snake_case(label)}" for label in self.add]
+        parts += [f"keep_{snake_case(label)}" for label in self.keep]
+        return "_and_".join(parts) or "unchanged"
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """What the edit sets in a causal model: {"support_devices": 0.0} for their removal."""
+        changes = dict.fromkeys(self.remove, 0.0) | dict.fromkeys(self.add, 1.0)
+        return {snake_case(label): value for label, value in changes.items()}
+
+    def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
+        """Raise ValueError if a label is unknown, a removed or kept one labelled absent or an added one present.
+
+        A detail may be added to a label that is present: there are many devices.
+        """
+        self._check_names(vocab)
+        owners = vocab.owners
+        for names, verb in ((self.remove, ""), (self.keep, " and cannot be kept")):
+            if absent := [n for n in names if label_state(owners.get(n, n), labels.get(owners.get(n, n))) is False]:
+                raise ValueError(f"contradictory edit {self.key}: {_listed(absent)} already labelled absent{verb}")
+        if present := [name for name in self.add if label_state(name, labels.get(name))]:
+            raise ValueError(f"contradictory edit {self.key}: {_listed(present)} already labelled present")
+
+    def _check_names(self, vocab: Vocabulary) -> None:
+        """Every name belongs to the vocabulary, and no label is changed together with one of its own details."""
+        names, owners = (*self.remove, *self.add, *self.keep), vocab.owners
+        for name in names:
+            if name not in vocab.phrases and name not in owners:
+                known = ", ".join((*vocab.phrases, *owners))
+                raise ValueError(f"unknown label {name!r} in an edit; known: {known}")
+        if both := [name for name in names if owners.get(name) in names]:
+            raise ValueError(f"contradictory edit {self.key}: {both[0]!r} is part of {owners[both[0]]!r}: name one")
+
+    def apply(self, labels: Labels, vocab: Vocabulary = CHEST) -> dict[str, float | None]:
+        """The labels the counterfactual should have; "No Finding", where given, follows from the others.
+
+        With one detail removed, whether its label is still present is unknown: there may be other devices.
+        """
+        owners = vocab.owners
+        edited = dict(labels) | {owners.get(name, name): None if name in owners else 0 for name in self.remove}
+        edited |= dict.fromkeys((owners.get(name, name) for name in (*self.add, *self.keep)), 1)
+        if NO_FINDING in labels and (self.remove or self.add):
+            edited[NO_FINDING] = _no_finding(edited)
+        return edited
+
+    def prompts(self, labels: Labels, vocab: Vocabulary = CHEST) -> PromptPair:
+        """Source and target prompt for an image with `labels`, equal but for "with" <-> "without"."""
+        self.check(labels, vocab)
+        if self.source:
+            return PromptPair(self.source, self.target, *self._text_words())
+        changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
+        before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
+        after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
+        # Where a label is absent so are its details, and captions say the label: "without support devices".
+        owners = vocab.owners
+        absent = {
+            n: owners[n] for n in self.add if n in owners and label_state(owners[n], labels.get(owners[n])) is False
+        }
+        said = tuple(absent.get(name, name) for name in changed)
+        source = explicit(statement(before, vocab, (*said, *self.keep)))
+        target = explicit(statement(after, vocab, (*changed, *self.keep)))
+        words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
+        return PromptPair(source, target, *words)
+
+    def _text_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if not self.words:
+            return _differing_phrases(self.source, self.target)
+        source, target = (tuple(w for w in self.words if _says(p, w)) for p in (self.source, self.target))
+        return source, target
+
+
+def _no_finding(labels: Labels) -> float | None:
+    """0 if a disease among `labels` is present, 1 if all of them are known to be absent, else None."""
+    diseases = [label for label in CHEST.phrases if label in labels and label not in NOT_A_DISEASE]
+    states = [label_state(label, labels[label]) for label in diseases]
+    if any(states):
+        return 0
+    return 1 if states and None not in states else None
+
+
+def _differing_phrases(source: str, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The runs of words in which two texts differ: those of the source, and those of the target."""
+    texts = source.split(), target.split()
+    ours, theirs = ([word.strip(_PUNCTUATION).lower() for word in text] for text in texts)
+    matcher = difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False)
+    changes = [(slice(i, j), slice(k, m)) for op, i, j, k, m in matcher.get_opcodes() if op != "equal"]
+    removed, added = (
+        tuple(filter(None, (" ".join(text[change[side]]).strip(_PUNCTUATION) for change in changes)))
+        for side, text in enumerate(texts)
+    )
+    return removed, added
+
+
+def _affirmed(text: str) -> set[str]:
+    """The words of a text that no word before them in their clause denies."""
+    words: set[str] = set()
+    for clause in re.split(r"[.,;:!?()]", text.lower()):
+        denied = False
+        for word in clause.split():
+            if word in _DENYING | _AFFIRMING:
+                denied = word in _DENYING
+            elif not denied and word not in _ARTICLES:
+                words.add(word)
+    return words
+
+
+def _says(text: str, phrase: str) -> bool:
+    """Whether a phrase occurs in a text as whole words, whatever its case."""
+    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    return bool(pattern) and re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _listed(labels: Iterable[str]) -> str:
+    return ", ".join(repr(label) for label in sorted(labels)) + " is"

@@ -1,0 +1,218 @@
+"""The labels of medical images: their names, their states, and the words that captions use for them.
+
+Columns of chest X-rays bear CheXpert's names throughout, and other data sets are mapped onto them where they mean the
+same; those of dermoscopic images bear ISIC's diagnoses in words. A label is 1 (present), 0 (absent), -1 (uncertain) or
+missing (not mentioned); the last two never count as 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Labels = Mapping[str, float | None]
+
+NO_FINDING = "No Finding"
+# CheXpert's rule: a film with devices but without disease still counts as "No Finding".
+NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words for a set of labels: `phrases` maps label to phrase, in the order of the clauses.
+
+    `stated` names the labels whose absence the explicit template says; a present label is always said. Saying
+    every absence would overflow CLIP's 77 tokens. `synonyms` say the same as a label, `details` say more; captions use
+    both. `aliases` are words of users for a label or a detail, which `language.grammar` reads and no caption says.
+    """
+
+    name: str
+    subject: str
+    phrases: Mapping[str, str]
+    stated: tuple[str, ...]
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    title: str = "Chest X-ray"  # the subject in PRISM's own templates
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All label names, "No Finding" included, in order."""
+        return (NO_FINDING, *self.phrases)
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Detail -> the label that it belongs to: {"pacemaker": "Support Devices"}."""
+        return {detail: label for label in self.phrases for detail in self.details.get(label, ())}
+
+    def label(self, key: str) -> str:
+        """The label or detail whose snake-case form is `key`: "pleural_effusion" -> "Pleural Effusion"."""
+        keys = {snake_case(name): name for name in (*self.labels, *self.owners)}
+        if key not in keys:
+            raise ValueError(f"unknown label {key!r} in vocabulary {self.name!r}; it has {', '.join(keys)}")
+        return keys[key]
+
+    def phrase(self, name: str) -> str:
+        """The words for a label, or a detail itself: it is its own phrase."""
+        return self.phrases.get(name, name)
+
+
+CHEXPERT_LABELS = (
+    NO_FINDING,
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+# NIH ChestX-ray14's names; those that mean the same as a CheXpert label bear that label's name.
+NIH_LABELS = {
+    "Atelectasis": "Atelectasis",
+    "Cardiomegaly": "Cardiomegaly",
+    "Consolidation": "Consolidation",
+    "Edema": "Edema",
+    "Effusion": "Pleural Effusion",
+    "Emphysema": "Emphysema",
+    "Fibrosis": "Fibrosis",
+    "Hernia": "Hernia",
+    "Infiltration": "Infiltration",
+    "Mass": "Mass",
+    "Nodule": "Nodule",
+    "Pleural_Thickening": "Pleural Thickening",
+    "Pneumonia": "Pneumonia",
+    "Pneumothorax": "Pneumothorax",
+}
+PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
+
+_SYNONYMS = {
+    "Cardiomegaly": ("enlarged heart",),
+    "Pleural Effusion": ("pleural fluid",),
+    "Support Devices": ("medical devices",),
+}
+_FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
+_CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
+_DETAILS = {
+    "Pleural Effusion": ("left pleural effusion", "right pleural effusion", "bilateral pleural effusion"),
+    "Support Devices": ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube"),
+}
+# What users call them; sides and kinds that a detail has words for are aliases of that detail.
+_EFFUSIONS = ("effusion", "pleural fluid", "fluid")
+_SIDES = ("left", "right", "bilateral")
+_ALIASES = {
+    "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
+    "Cardiomegaly": ("cardiac enlargement", "heart enlargement", "big heart", "large heart"),
+    "Lung Opacity": ("opacity", "opacities", "lung opacities", "opacification"),
+    "Lung Lesion": ("lesion", "lung nodule"),
+    "Edema": ("oedema", "pulmonary edema", "pulmonary oedema"),
+    "Consolidation": ("airspace consolidation",),
+    "Atelectasis": ("atelectases",),
+    "Pneumothorax": ("collapsed lung", "ptx"),
+    "Pleural Effusion": ("effusion", "fluid"),
+    "Fracture": ("rib fracture", "broken rib"),
+    "Support Devices": ("device", "support device", "medical device", "medical hardware", "hardware"),
+    "pacemaker": ("pacer", "pace maker", "cardiac pacemaker"),
+    "central venous catheter": ("central line", "cvc", "central catheter", "venous catheter"),
+    "ecg leads": ("ecg lead", "ekg lead", "ecg electrode", "lead", "electrode", "ecg wire"),
+    "endotracheal tube": ("ett", "et tube", "breathing tube", "intubation tube"),
+} | {
+    f"{side} pleural effusion": tuple(
+        words.format(side=side, fluid=fluid)
+        for fluid in ("pleural effusion", *_EFFUSIONS)
+        for words in ("{side} {fluid}", "{side} sided {fluid}", "{fluid} on the {side}", "{fluid} on the {side} side")
+    )
+    for side in _SIDES
+}
+
+# The absences CHEST states are CheXpert's five competition findings, pneumothorax and devices.
+CHEST = Vocabulary(
+    name="chest",
+    subject="chest x-ray",
+    phrases=_CHEST_PHRASES,
+    stated=(
+        "Cardiomegaly",
+        "Edema",
+        "Consolidation",
+        "Atelectasis",
+        "Pneumothorax",
+        "Pleural Effusion",
+        "Support Devices",
+    ),
+    synonyms=_SYNONYMS,
+    details=_DETAILS,
+    aliases=_ALIASES,
+)
+PHANTOM = Vocabulary(
+    name="phantom",
+    subject="chest x-ray",
+    phrases={label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]},
+    stated=PHANTOM_LABELS[1:],
+    synonyms=_SYNONYMS,
+    details=_DETAILS,
+    aliases=_ALIASES,
+)
+# ISIC's diagnoses, of which an image has one, in the order of the columns of 2019; and what is on the skin beside it.
+SKIN_DIAGNOSES = (
+    "Melanoma",
+    "Melanocytic Nevus",
+    "Basal Cell Carcinoma",
+    "Actinic Keratosis",
+    "Benign Keratosis",
+    "Dermatofibroma",
+    "Vascular Lesion",
+    "Squamous Cell Carcinoma",
+)
+SKIN_ARTEFACTS = {
+    "ruler": "Ruler",
+    "ink": "Ink",
+    "hair": "Hair",
+    "dark_corner": "Dark Corner",
+    "gel_border": "Gel Border",
+    "gel_bubble": "Gel Bubble",
+    "patches": "Patches",
+}
+_SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
+SKIN = Vocabulary(
+    name="skin",
+    subject="dermoscopic image",
+    phrases=_SKIN_PHRASES
+    | {
+        "Ink": "ink marks",
+        "Dark Corner": "dark corners",
+        "Gel Bubble": "gel bubbles",
+        "Patches": "colour patches",
+    },
+    stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
+    synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
+    title="Dermoscopic image",
+)
+VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM, SKIN)}
+
+
+def vocabulary(name: str) -> Vocabulary:
+    """The vocabulary called `name`: "chest" (CheXpert's and NIH's labels), "phantom" (four of them) or "skin"."""
+    if name not in VOCABULARIES:
+        raise ValueError(f"unknown vocabulary {name!r}; known: {', '.join(VOCABULARIES)}")
+    return VOCABULARIES[name]
+
+
+def snake_case(label: str) -> str:
+    """A label as it appears in keys and file names: "Support Devices" -> "support_devices"."""
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+
+
+def label_state(label: str, value: float | None) -> bool | None:
+    """True present, False absent, None uncertain or not mentioned; other than 1, 0, -1, None, NaN raises."""
+    if value is None or value != value or value == -1:
+        return None
+    if value not in (0, 1):
+        raise ValueError(f"label {label!r} is {value!r}; expected 1, 0, -1 (uncertain) or missing")
+    return value == 1

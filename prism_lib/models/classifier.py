@@ -1,0 +1,280 @@
+"""Multi-label image classifiers: the judge that reads counterfactuals, and the downstream models.
+
+A MONAI network reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in the
+loss. Two ways of using groups (such as disease with device) are built in, because counterfactual training sets have to
+be compared with them. The judge never guides or selects an edit. Weights are safetensors beside a small JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prism_lib.devices import autocast, check_trained_in, default_device
+
+OBJECTIVES = ("erm", "reweighted", "group_dro")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Architecture and recipe.
+
+    Args:
+        network: "densenet", built of `blocks`, `growth` and `features`, or "resnet18" or the name of a MONAI
+            EfficientNet such as "efficientnet-b0", which ignore these three.
+        steps: optimizer steps; 0 for as many as `epochs` come to. Sets of different size compare at equal steps.
+        objective: "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR
+            2022); "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
+        group_step: step size of Group-DRO's weights.
+        mixed_precision: of training, "no" or "bf16", see `devices.mixed_precision`; reading is always in float32.
+    """
+
+    labels: tuple[str, ...] = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
+    blocks: tuple[int, ...] = (4, 8, 12, 8)
+    growth: int = 16
+    features: int = 32
+    epochs: int = 4
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    seed: int = 0
+    network: str = "densenet"
+    steps: int = 0
+    objective: str = "erm"
+    group_step: float = 0.1
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        check_trained_in(self.mixed_precision)
+        if self.batch_size < 1 or self.steps < 0 or self.epochs < 1:
+            raise ValueError(
+                f"need batch_size and epochs >= 1 and steps >= 0, got {self.batch_size}, {self.epochs}, {self.steps}"
+            )
+
+
+# Networks by name; the two small ones are for processors and images of about 128 pixels.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "densenet121": {"blocks": (6, 12, 24, 16), "growth": 32, "features": 64},
+    "densenet-small": {"blocks": (4, 8, 12, 8), "growth": 16, "features": 32},
+    "densenet-tiny": {"blocks": (2, 4, 4, 2), "growth": 12, "features": 24},
+    "resnet18": {"network": "resnet18"},
+    "efficientnet-b0": {"network": "efficientnet-b0"},
+}
+
+
+def named_network(name: str, config: ClassifierConfig) -> ClassifierConfig:
+    """The configuration with the architecture of one of `NETWORKS`."""
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
+    return replace(config, **NETWORKS[name])
+
+
+def build_classifier(config: ClassifierConfig) -> nn.Module:
+    """A MONAI DenseNet, ResNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
+    from monai.networks.nets import DenseNet, EfficientNetBN, resnet18  # three seconds: only where one is built
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.network == "resnet18":
+            # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
+            return resnet18(
+                spatial_dims=2, n_input_channels=1, num_classes=len(config.labels), conv1_t_stride=2, feed_forward=True
+            )
+        if config.network != "densenet":
+            return EfficientNetBN(
+                config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=len(config.labels)
+            )
+        return DenseNet(
+            spatial_dims=2,
+            in_channels=1,
+            out_channels=len(config.labels),
+            init_features=config.features,
+            growth_rate=config.growth,
+            block_config=config.blocks,
+        )
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    config: ClassifierConfig,
+    device: str | torch.device | None = None,
+    groups: Tensor | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
+
+    Runs on ``device``, by default a GPU where there is one (`devices.default_device`).
+    Small shifts and changes of contrast augment; chests are never mirrored. One-cycle AdamW, deterministic in the seed.
+    ``groups`` (N,), whole numbers, are what the objectives "reweighted" and "group_dro" need.
+    """
+    known = _check_training(images, labels, config, groups)
+    device = default_device() if device is None else device
+    model = build_classifier(config).to(device).train()
+    model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    total = config.steps or config.epochs * (len(images) // config.batch_size)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
+    generator = torch.Generator().manual_seed(config.seed)
+    worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
+    batches = _batches(len(images), total, config, groups, generator)
+    for rows in tqdm(batches, total=total, desc="classifier", leave=False, disable=not progress):
+        batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
+        mask = known[rows].to(device)
+        target = torch.where(known[rows], labels[rows], 0.0).to(device)
+        with autocast(device, config.mixed_precision):
+            logits = model(batch)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none") * mask
+        if worst is not None:
+            objective = worst(loss.sum(1) / mask.sum(1).clamp(min=1), rows)
+        else:
+            objective = loss.sum() / mask.sum().clamp(min=1)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        cycle.step()
+    return model.eval()
+
+
+def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, groups: Tensor | None) -> Tensor:
+    """Which labels are known, (N, L); raises ValueError for what cannot be learnt from."""
+    if len(images) != len(labels) or labels.shape[1] != len(config.labels):
+        raise ValueError(f"{len(images)} images do not go with labels {tuple(labels.shape)} for {config.labels}")
+    if len(images) < config.batch_size:
+        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}")
+    known = torch.isfinite(labels) & (labels >= 0)
+    for column, label in enumerate(config.labels):
+        if len(torch.unique(labels[known[:, column], column])) < 2:
+            raise ValueError(f"label {label!r} has one class only in the training set")
+    if config.objective != "erm" and (groups is None or len(groups) != len(images)):
+        raise ValueError(f"objective {config.objective!r} needs the group of each of the {len(images)} images")
+    return known
+
+
+def _batches(
+    count: int, total: int, config: ClassifierConfig, groups: Tensor | None, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The rows of each optimizer step: whole epochs of all images, or groups drawn equally often."""
+    if config.objective == "erm" or groups is None:
+        per_epoch, order = count // config.batch_size, torch.empty(0, dtype=torch.long)
+        for step in range(total):
+            k = step % per_epoch
+            order = order if k else torch.randperm(count, generator=generator)
+            yield order[k * config.batch_size : (k + 1) * config.batch_size]
+        return
+    _, member, sizes = groups.unique(return_inverse=True, return_counts=True)
+    weights = 1 / sizes[member].float()
+    for _ in range(total):
+        yield torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
+
+
+class _WorstGroup:
+    """Group-DRO's online weights: q_g is multiplied by exp(step loss_g), the objective is sum_g q_g loss_g."""
+
+    def __init__(self, groups: Tensor, step: float) -> None:
+        names, self.member = groups.unique(return_inverse=True)
+        self.q = torch.full((len(names),), 1 / len(names))
+        self.step = step
+
+    def __call__(self, losses: Tensor, rows: Tensor) -> Tensor:
+        """The objective of one batch's losses (B,)."""
+        onehot = F.one_hot(self.member[rows], len(self.q)).to(losses)  # (B, G)
+        group_losses = (onehot * losses[:, None]).sum(0) / onehot.sum(0).clamp(min=1)
+        q = self.q.to(losses) * (self.step * group_losses.detach()).exp()
+        self.q = (q / q.sum()).cpu()
+        return (q / q.sum() * group_losses).sum()
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to 4 pixels, gamma 0.8 to 1.25, a little noise."""
+    shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
+    gamma = 0.8 * (1.25 / 0.8) ** torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = 0.02 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    moved = torch.roll(images, shift, dims=(2, 3)).clamp(0, 1) ** gamma
+    return (moved + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+    """Probabilities (N, L) in [0, 1] for images (N, 1, H, W), uint8 or in [0, 1]."""
+    device = next(model.parameters()).device
+    return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+    """What the last linear layer reads, (N, D): a feature space of the domain for `evaluation.realism`."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+    try:
+        predict(model, images, batch_size)
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Area under the ROC curve per label; rows whose label is unknown are left out.
+
+    Raises ValueError naming a label of which only one class occurs.
+    """
+    from sklearn.metrics import roc_auc_score  # half a second: only where it is asked
+
+    areas = {}
+    for column, name in enumerate(names):
+        truth = labels[:, column].numpy().astype(float)
+        known = np.isfinite(truth) & (truth >= 0)
+        if len(np.unique(truth[known])) < 2:
+            raise ValueError(f"AUC of {name!r} needs both classes; only one occurs")
+        areas[name] = float(roc_auc_score(truth[known], probabilities[known, column].numpy()))
+    return areas
+
+
+def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:
+    """Write ``model.safetensors`` (float16) and ``config.json`` into a folder that appears whole."""
+    partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
+    (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    return folder
+
+
+def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
+    """Load what `save_classifier` wrote, in float32 and evaluation mode, onto `devices.default_device`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
+    raw = json.loads(path.read_text())
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    config = ClassifierConfig(**values)
+    model = build_classifier(config)
+    model.load_state_dict(
+        {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in load_file(folder / "model.safetensors").items()
+        }
+    )
+    return model.eval().to(default_device()), config

@@ -1,0 +1,436 @@
+"""Build or load a `StableDiffusionPipeline`; the only module that does either.
+
+Everything is diffusers' and transformers' own: AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer and
+DDIMScheduler. A pipeline built here differs from SD v1.5 in size alone, so what runs on one runs on the other. No
+function assumes four latent channels or a factor of eight.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
+from tokenizers import pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from prism_lib import devices, paths
+from prism_lib.devices import default_device, dtype_of
+from prism_lib.language.captions import corpus
+from prism_lib.models.published import PARTS, refuse_pickles, replace_part
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = paths.SHIPPED
+
+_ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net whose arithmetic is not that of its weights
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Sizes of a complete small Stable Diffusion; the defaults are the shipped `phantom-sd`."""
+
+    image_size: int = 256
+    vae_channels: tuple[int, ...] = (16, 32, 64)
+    latent_channels: int = 4
+    unet_channels: tuple[int, ...] = (32, 64, 128, 128)
+    unet_attention: tuple[bool, ...] = (False, False, True, True)  # cross-attention at each resolution
+    unet_layers: int = 1
+    text_width: int = 128
+    text_layers: int = 4
+    attention_heads: int = 4
+    vocab_size: int = 1024
+    prediction_type: str = "epsilon"
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell, along each axis."""
+        return 2 ** (len(self.vae_channels) - 1)
+
+
+def tiny_config() -> PipelineConfig:
+    """A few thousand parameters on 32-pixel images, for tests."""
+    return PipelineConfig(
+        image_size=32,
+        vae_channels=(8, 8),
+        latent_channels=4,
+        unet_channels=(8, 16),
+        unet_attention=(True, True),
+        unet_layers=1,
+        text_width=16,
+        text_layers=2,
+        attention_heads=2,
+        vocab_size=600,
+    )
+
+
+def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
+    """A complete, untrained pipeline with weights drawn from ``seed`` and a tokenizer trained on ``captions``.
+
+    Without captions the tokenizer learns the chest vocabulary of `prompts`, which every caption is made of.
+    """
+    tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = _build_vae(config)
+        text_encoder = CLIPTextModel(text_config(config, tokenizer))
+        unet = _build_unet(config)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=ddim_scheduler(config.prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, every choice explicit."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+
+
+def _build_vae(config: PipelineConfig) -> AutoencoderKL:
+    depth = len(config.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=config.vae_channels,
+        latent_channels=config.latent_channels,
+        layers_per_block=1,
+        norm_num_groups=min(8, *config.vae_channels),
+        mid_block_add_attention=False,
+        sample_size=config.image_size,
+        scaling_factor=1.0,
+    )
+
+
+def _build_unet(config: PipelineConfig) -> UNet2DConditionModel:
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.unet_attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.unet_attention)]
+    return UNet2DConditionModel(
+        sample_size=config.image_size // config.vae_factor,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.unet_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        layers_per_block=config.unet_layers,
+        cross_attention_dim=config.text_width,
+        # diffusers calls the number of heads attention_head_dim for the SD 1.x family.
+        attention_head_dim=config.attention_heads,
+        norm_num_groups=min(16, *config.unet_channels),
+    )
+
+
+def text_config(config: PipelineConfig, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """The text tower's sizes; shared with the CLIP that trains it."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.text_width,
+        intermediate_size=4 * config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.attention_heads,
+        projection_dim=config.text_width,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's format, trained on the captions given; the same ones give the same one."""
+    # An empty CLIPTokenizer brings CLIP's own normalisation and word splitting.
+    backend = CLIPTokenizer().backend_tokenizer
+    # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
+    texts = [*captions, " ".join(string.ascii_lowercase + string.digits)]
+    suffix = "</w>"
+    # The trainer numbers letters at the end of words in the order of a hash map, and breaks ties by these numbers.
+    ends = {
+        word[-1]
+        for text in set(texts)
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    }
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(letter + suffix for letter in sorted(ends))],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix=suffix,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    learned = json.loads(backend.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
+
+
+def load_pipeline(
+    name_or_path: str | Path = SHIPPED,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    unet: str | Path = "",
+    vae: str | Path = "",
+    channels_last: bool | None = None,
+    compile: bool = False,
+    device: str | torch.device | None = None,
+    mixed_precision: str = "no",
+) -> StableDiffusionPipeline:
+    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
+
+    It runs on ``device``, by default a GPU where there is one (`devices.default_device`), with weights of ``dtype``,
+    which may have a name of `devices.PRECISIONS`; latents, softmax and decoded images stay float32.
+
+    ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
+    betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
+    here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
+    folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
+    and in half precision, where it is faster; results change by rounding alone. ``compile`` is for long runs, see
+    `compile_blocks`. ``mixed_precision``, a name of `devices.mixed_precision`, is that of the U-Net's arithmetic alone:
+    weights, latents and whatever is optimised stay float32, as in training, and so do the autoencoder's images and the
+    walks of exact inversions (`full_precision`).
+    """
+    dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
+    device = torch.device(default_device() if device is None else device)
+    arithmetic = dtype_of(devices.mixed_precision(mixed_precision, device))
+    if torch.float32 not in (arithmetic, dtype):
+        raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
+    pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
+    for slot, source in (("unet", unet), ("vae", vae)):
+        if source:
+            replace_part(pipeline, slot, source)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval()
+    if channels_last is None:
+        channels_last = device.type == "cpu" or dtype != torch.float32
+    if channels_last:
+        for part in (pipeline.vae, pipeline.unet):
+            part.to(memory_format=torch.channels_last)
+    pipeline.to(device)
+    if arithmetic != torch.float32:
+        _mix(pipeline.unet, arithmetic)
+    return compile_blocks(pipeline) if compile else pipeline
+
+
+def _mix(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Mixed precision as accelerate has it in training: whatever is worth it is done in ``dtype``, answers are float32.
+
+    Calls are wrapped, not weights cast, so that float32 goes in and comes out whoever calls: latents keep their digits,
+    embeddings and adapters can be optimised, and diffusers' own pipelines see a float32 model.
+    """
+    full = type(unet).forward
+    mixed = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(full))
+
+    @functools.wraps(full)
+    def forward(self: UNet2DConditionModel, *args: Any, **kwargs: Any) -> Any:
+        return (mixed if getattr(self, _ARITHMETIC) else full)(self, *args, **kwargs)
+
+    setattr(unet, _ARITHMETIC, str(dtype))
+    unet.forward = MethodType(forward, unet)  # bound, so that copies of the U-Net call their own
+
+
+@contextmanager
+def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[None]:
+    """Inside, a U-Net of mixed precision computes in that of its weights; any other one does so anyway."""
+    mixed = getattr(unet, _ARITHMETIC, "")
+    if not (mixed and needed):
+        yield
+        return
+    setattr(unet, _ARITHMETIC, "")
+    try:
+        yield
+    finally:
+        setattr(unet, _ARITHMETIC, mixed)
+
+
+def weights_hash(name_or_path: str | Path) -> str:
+    """SHA-256 over the weight files of a pipeline that `load_pipeline` finds on this disk; "" for a hub id."""
+    place = Path(_locate(str(name_or_path)))
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else []:
+        with path.open("rb") as stream:
+            digest.update(path.relative_to(place).as_posix().encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if place.is_dir() else ""
+
+
+def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
+    """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
+
+    Attention stays as it is: the processors that steer it change with every edit, and each change would compile anew.
+    """
+    blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
+    # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True)
+    return pipeline
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A folder or hub id as it is; what the cache holds is not looked up again."""
+    wanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, local_files_only=True, **wanted
+        )
+    except OSError as absent:
+        if Path(name).is_dir():
+            raise
+        logger.info("%s is not cached whole (%s): downloading", name, absent)
+    try:
+        return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **wanted)
+    except OSError as error:
+        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
+
+
+def _locate(name: str) -> str:
+    """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
+    if name == SHIPPED:
+        folder = paths.weights() / SHIPPED
+    else:
+        folder = next((path for path in (Path(name).expanduser(), paths.runs() / name) if path.exists()), Path(name))
+    if (folder / "model_index.json").is_file():
+        return str(folder)
+    if name == SHIPPED:
+        raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+    refuse_pickles(folder)
+    alone = [slot for slot in PARTS if (folder / slot).is_dir()]
+    if alone:
+        raise FileNotFoundError(
+            f"{folder} is no whole pipeline (no model_index.json) but has {' and '.join(alone)}: load the pipeline it "
+            f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
+        )
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
+        )
+    return name
+
+
+def fingerprint(pipeline: StableDiffusionPipeline) -> str:
+    """A hash of all weights: images are only those of *this* model, whatever its folder is called.
+
+    The U-Net's arithmetic counts too, where it is not that of its weights.
+    """
+    content = hashlib.sha256(getattr(pipeline.unet, _ARITHMETIC, "").encode())
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for name, value in part.state_dict().items():
+            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            content.update(name.encode() + values.numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def image_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell, along each axis."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) in [0, 1] to scaled latents (N, c, h, w): the posterior's mean, in float32.
+
+    Raises ValueError when the images are not what the autoencoder can take.
+    """
+    check_images(images, image_factor(vae))
+    parameter = next(vae.parameters())
+    pixels = (images.to(parameter.device, parameter.dtype) * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
+    latents = vae.encode(pixels).latent_dist.mean.float()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor, channels: int = 1) -> Tensor:
+    """Scaled latents (N, c, h, w) to images (N, channels, H, W) in [0, 1]; gray is the mean of the colours."""
+    parameter = next(vae.parameters())
+    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    images = vae.decode(unscaled.to(parameter.device, parameter.dtype)).sample.float().div(2).add(0.5).clamp(0, 1)
+    return images.mean(dim=1, keepdim=True) if channels == 1 else images
+
+
+def check_images(images: Tensor, factor: int = 1) -> None:
+    """Raise ValueError naming what is wrong with a batch that should be (N, 1 or 3, H, W) in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1]; got {images.dtype}")
+    if not bool(torch.isfinite(images).all()):
+        bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+        raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
+    if images.numel() and (float(images.min()) < 0 or float(images.max()) > 1):
+        raise ValueError(f"images must lie in [0, 1]; got {float(images.min()):.3g} to {float(images.max()):.3g}")
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
+
+
+def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """The texts with more tokens than the model reads, start and end counted, with how many they have."""
+    texts = list(texts)
+    rows = tokenizer(texts, verbose=False).input_ids if texts else []
+    lengths = {text: len(row) for text, row in zip(texts, rows, strict=True)}
+    return {text: length for text, length in lengths.items() if length > tokenizer.model_max_length}
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+    """Prompt embeddings (N, tokens, width) in float32; each distinct text is encoded once.
+
+    A prompt longer than the tokenizer allows raises ValueError: it is never cut in silence.
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    distinct = list(dict.fromkeys(texts))
+    for text, length in too_long(tokenizer, distinct).items():
+        raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
+    ids = tokenizer(
+        distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    embeddings = encoder(ids.to(encoder.device))[0].float()
+    row = {text: i for i, text in enumerate(distinct)}
+    return embeddings[[row[text] for text in texts]]
+
+
+def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
+    """How far the text encoder holds two phrases apart, as a share of what lies between "with" and "without" the first.
+
+    Where it is near 0 the U-Net reads the same of both, and an edit that names one may show the other.
+    """
+    texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
+    one, two, without = encode_prompts(pipeline, texts).mean(1)
+    return float((one - two).norm() / (one - without).norm())

@@ -1,0 +1,160 @@
+"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
+
+A `Source` gives an image for each row of a prepared table under an edit; a study takes sources as arguments and does
+not care where the images come from. `Cached` keeps what a slow source gave as PNG files, image by image, so that a
+study that was interrupted goes on where it stopped and every strength and seed uses the same images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.data.cases import prompt_pairs
+from prism_lib.data.folder import Folder, read_images, truth_is_known
+from prism_lib.data.rows import true_counterfactual
+from prism_lib.editing.counterfactuals import stack
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation.evaluate import edit_images
+from prism_lib.language.edits import Edit
+from prism_lib.models.pipeline import encode_prompts
+from prism_lib.training.log import sample_images
+
+# Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1].
+Source = Callable[[pd.DataFrame, Edit], Tensor]
+
+
+def counterfactuals(
+    pipe: StableDiffusionPipeline,
+    folder: Folder,
+    config: EditConfig,
+    *,
+    method: str = "direct",
+    num_inference_steps: int = 50,
+) -> Source:
+    """PRISM's counterfactuals of the rows' own images."""
+
+    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
+        pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
+        edited = edit_images(pipe, images, pairs, config, method=method, num_inference_steps=num_inference_steps)
+        return _gray(stack(edited))
+
+    return source
+
+
+def synthetic(
+    pipe: StableDiffusionPipeline,
+    folder: Folder,
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
+) -> Source:
+    """Generic samples: the same target prompts, from noise, without the image ("SD synthetic" in the paper)."""
+
+    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
+        targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
+        embeds = encode_prompts(pipe, [*targets, ""])
+        # The noise follows from the image's name, so that a sample does not depend on the rows beside it.
+        seeds = [_seed(seed, name, change) for name in rows["file_name"]]
+        samples = [
+            sample_images(
+                pipe, pipe.unet, embeds[n : n + 1], embeds[-1:], num_inference_steps, guidance_scale, seeds[n]
+            )
+            for n in range(len(targets))
+        ]
+        return _gray(torch.cat(samples).cpu())
+
+    return source
+
+
+def truth(folder: Folder) -> Source:
+    """The phantom's true counterfactuals: the upper bound that real images do not have."""
+    if not truth_is_known(folder):
+        raise ValueError(f"{folder} holds real images, of which nobody knows the true counterfactual")
+
+    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
+        known = true_counterfactual(folder, rows, change)
+        assert known is not None
+        return known[0]
+
+    return source
+
+
+class Files:
+    """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
+
+    ``settings`` is a digest of all paths, whose names in a bulk run hold all that decides their content.
+    """
+
+    def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
+        self.images = images
+        names = "\0".join(f"{name}\0{key}\0{path.name}" for (name, key), path in sorted(images.items()))
+        self.settings = hashlib.sha256(names.encode()).hexdigest()
+
+    def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
+        keys = [(str(name), change.key) for name in rows["file_name"]]
+        if missing := [name for name, key in keys if (name, key) not in self.images]:
+            raise ValueError(f"no image of {change.key} for {len(missing)} rows, the first {missing[0]}")
+        return torch.stack([_read(self.images[key]) for key in keys])
+
+
+class Cached:
+    """A source whose images are kept below ``folder``, a few at a time; ``settings`` is all that decides them.
+
+    The PNGs have 8 bits, as the prepared images do; they are written under a temporary name and renamed.
+    """
+
+    def __init__(
+        self, source: Source, folder: Path, settings: Mapping[str, Any], *, chunk: int = 8, label: str = "images"
+    ) -> None:
+        self.source, self.folder, self.chunk, self.label = source, folder, chunk, label
+        self.settings = json.dumps(settings, sort_keys=True, default=str)
+
+    def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
+        files = [self.folder / f"{self._digest(name, change)}.png" for name in rows["file_name"]]
+        missing = [n for n, path in enumerate(files) if not path.is_file()]
+        with tqdm(total=len(missing), desc=f"{self.label}: {change.key}", disable=not missing or None) as progress:
+            for start in range(0, len(missing), self.chunk):
+                part = missing[start : start + self.chunk]
+                for n, image in zip(part, self.source(rows.iloc[part], change), strict=True):
+                    _write(files[n], image)
+                progress.update(len(part))
+        return torch.stack([_read(path) for path in files])
+
+    def _digest(self, name: str, change: Edit) -> str:
+        content = "\0".join([self.settings, name, change.key])
+        return f"{change.key}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _gray(images: Tensor) -> Tensor:
+    return images.mean(1, keepdim=True)
+
+
+def _seed(seed: int, name: str, change: Edit) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{change.key}".encode()).digest()[:4], "big")
+
+
+def _write(path: Path, image: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray((image[0] * 255).round().byte().numpy()).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Tensor:
+    """(1, H, W) in [0, 1]."""
+    with Image.open(path) as file:
+        return torch.from_numpy(np.array(file.convert("L"))).float().div(255)[None]

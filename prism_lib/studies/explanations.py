@@ -1,0 +1,145 @@
+"""What an edit changed and where it looked: statistics by region, signed differences, transitions, attention maps.
+
+A signed difference is counterfactual minus original, positive where it is brighter, in units of the [0, 1] gray range;
+the other direction is its negative. Stored differences keep every 8-bit step of both signs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.editing.denoising import EditTask, denoise, edit_controller
+from prism_lib.editing.inversion import Inversion
+from prism_lib.editing.masks import Areas
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import PromptPair
+
+# In a stored difference this value means "no change", and one more is one 8-bit gray level brighter.
+_ZERO = 2**15
+
+
+def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
+    """A row per image and region: how much of the change lies there, and of which sign.
+
+    Images are (N, C, H, W), regions boolean (N, 1, H, W). Columns: `pixels`; `brighter` and `darker` (share of the
+    region's pixels); `mean_change` (signed); `mean_absolute_change`; `share_of_change` (of the image's absolute
+    change; NaN where nothing changed at all). ValueError for an empty region, by name and image.
+    """
+    if edited.shape != original.shape:
+        raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
+    difference = (edited - original).mean(1, keepdim=True)
+    total = difference.abs().sum((1, 2, 3))
+    rows = []
+    for name, region in regions.items():
+        if region.shape != difference.shape or region.dtype != torch.bool:
+            raise ValueError(f"region {name!r} must be boolean {tuple(difference.shape)}, got {tuple(region.shape)}")
+        for n, (values, inside) in enumerate(zip(difference, region, strict=True)):
+            if not bool(inside.any()):
+                raise ValueError(f"region {name!r} of image {n} is empty")
+            there = values[inside]
+            rows.append(
+                {
+                    "image": n,
+                    "region": name,
+                    "pixels": there.numel(),
+                    "brighter": float((there > 0).float().mean()),
+                    "darker": float((there < 0).float().mean()),
+                    "mean_change": float(there.mean()),
+                    "mean_absolute_change": float(there.abs().mean()),
+                    "share_of_change": float(there.abs().sum() / total[n]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def mask_regions(mask: Tensor) -> dict[str, Tensor]:
+    """Regions for `region_statistics` from a soft mask (1, 1, H, W): where it is open, and elsewhere.
+
+    One that holds no pixel is left out.
+    """
+    regions = {"inside the mask": mask > 0, "outside": mask == 0}
+    return {name: region for name, region in regions.items() if bool(region.any())}
+
+
+@torch.no_grad()
+def attention_maps(
+    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig
+) -> tuple[Tensor, Tensor]:
+    """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
+
+    Cross-attention to the words that the pair names as the edit's, averaged over heads, coarse layers and steps of the
+    very walk that `editing.edit` takes (Hertz et al., 2023). A prompt without such words has a map of zeros.
+    """
+    if len(pairs) != len(inversion):
+        raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
+    tasks = [EditTask(n, pair, config) for n, pair in enumerate(pairs)]
+    areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
+    with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
+        outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)
+    maps = outcome.word_maps[list(outcome.row_of)].float().cpu()
+    maps = F.interpolate(maps, size=inversion.images.shape[-2:], mode="bilinear", align_corners=False)
+    source, target = (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)).split(1, dim=1)
+    return source, target
+
+
+def save_difference(edited: Tensor, original: Tensor, path: Path) -> Path:
+    """Write the signed difference of two images (1, H, W) on 8-bit levels as a 16-bit PNG, without loss."""
+    if edited.shape != original.shape or edited.ndim != 3 or len(edited) != 1:
+        raise ValueError(
+            f"need two images (1, H, W) of one size, got {tuple(edited.shape)} and {tuple(original.shape)}"
+        )
+    levels = [(image * 255).round().int() for image in (edited, original)]
+    stored = (levels[0] - levels[1] + _ZERO)[0].cpu().numpy().astype(np.uint16)
+    return _write(Image.fromarray(stored), path)
+
+
+def load_difference(path: Path) -> Tensor:
+    """What `save_difference` wrote, (1, H, W) in [-1, 1]."""
+    with Image.open(path) as file:
+        stored = torch.from_numpy(np.array(file).astype(np.int32))
+    if int((stored - _ZERO).abs().max()) > 255:
+        raise ValueError(f"{path} is no signed difference: its values are not within 255 of {_ZERO}")
+    return (stored - _ZERO)[None] / 255
+
+
+def transition(original: Tensor, edited: Tensor, frames: int = 12) -> Tensor:
+    """From original to edited and back, (2 frames - 2, C, H, W): linear mixtures, so nothing shows that is in neither.
+
+    The last frame is the one before the first, so that the film repeats without a halt.
+    """
+    if original.shape != edited.shape:
+        raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
+    if frames < 2:
+        raise ValueError(f"a transition needs at least 2 frames, got {frames}")
+    there = torch.linspace(0, 1, frames)
+    shares = torch.cat([there, there.flip(0)[1:-1]])[:, None, None, None]
+    return original + shares * (edited - original)
+
+
+def save_gif(frames: Tensor, path: Path, seconds: float = 2.0) -> Path:
+    """Write frames (F, 1 or 3, H, W) in [0, 1] as a GIF that repeats; ``seconds`` is the length of one round."""
+    if frames.ndim != 4 or frames.shape[1] not in (1, 3) or not len(frames):
+        raise ValueError(f"frames must be (F, 1 or 3, H, W), got {tuple(frames.shape)}")
+    pixels = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
+    first, *rest = [Image.fromarray(frame) for frame in pixels]
+    more = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds / len(frames)), "loop": 0}
+    return _write(first, path, **more)
+
+
+def _write(image: Image.Image, path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    image.save(partial, format=path.suffix[1:], **options)
+    partial.replace(path)
+    return path

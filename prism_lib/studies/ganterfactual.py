@@ -1,0 +1,302 @@
+"""GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
+
+Two generators translate in both directions and a discriminator judges each; besides the CycleGAN's losses, a frozen
+classifier has to read the translation as its target. It knows one label, no text and no mask. The classifier that
+guides must not be the judge that measures. Weights are safetensors, and a run that was stopped goes on bit for bit:
+the images of a step follow from seed and step alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from monai.networks.nets import PatchDiscriminator, UNet
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prism_lib.data.folder import Folder, load_info, load_table, read_images
+from prism_lib.devices import autocast, check_trained_in, default_device
+from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.evaluation.evaluate import Judge, train_judge
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.labels import snake_case
+from prism_lib.models.classifier import ClassifierConfig, load_classifier
+from prism_lib.studies.editors import unmasked
+from prism_lib.training.batches import stable_seed
+
+DIRECTIONS = ("remove", "add")
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """Recipe for one label; weights of the losses and the rates are the paper's."""
+
+    label: str
+    steps: int = 2000
+    batch_size: int = 2
+    learning_rate: float = 2e-4
+    filters: int = 32
+    cycle_weight: float = 10.0
+    identity_weight: float = 1.0
+    classifier_weight: float = 1.0
+    checkpoint_every: int = 250
+    seed: int = 0
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "filters", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_trained_in(self.mixed_precision)
+
+
+@dataclass(frozen=True)
+class Ganterfactual:
+    """The trained generators below `folder` as an editor: one folder per label, named by it in snake case."""
+
+    folder: Path
+
+    def __call__(
+        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        """Translate; the reconstruction is the way back. ValueError for an edit of other than one label."""
+        changed = [*change.remove, *change.add]
+        if len(changed) != 1:
+            raise ValueError(f"GANterfactual changes one label; {change.key} asks for {len(changed)}")
+        there, back = DIRECTIONS if change.remove else DIRECTIONS[::-1]
+        networks = load_generators(self.folder / snake_case(changed[0]))
+        with torch.no_grad():
+            translated = _translate(networks[there], images.mean(1, keepdim=True))
+            returned = _translate(networks[back], translated)
+        shape = images.shape
+        return unmasked(pipe, images, pairs, translated.expand(shape), self, returned.expand(shape))
+
+
+def train_gan(folder: Folder, classifier: Judge, output: Path, config: GanConfig) -> Path:
+    """Train on the train split of a prepared folder; returns the folder below ``output`` with the generators.
+
+    A finished run of the same configuration is reused, an unfinished one goes on. ValueError for an unknown label, one
+    with a single class, or a folder that holds another run.
+    """
+    table = load_table(folder, "train")
+    if config.label not in classifier.labels or config.label not in table:
+        raise ValueError(f"label {config.label!r} is not in {folder} or not among the classifier's")
+    sides = {value: table[table[config.label] == value] for value in (0, 1)}
+    for value, rows in sides.items():
+        if rows.empty:
+            raise ValueError(f"{config.label!r} has one class only in {folder}: no image is labelled {value}")
+    target = output / snake_case(config.label)
+    _claim(target, config)
+    training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
+    state = target / "state.safetensors"
+    start = training.load(state) if state.is_file() else 0
+    pixels = {value: _read(folder, rows) for value, rows in sides.items()} if start < config.steps else {}
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
+        draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
+        negative, positive = (
+            pixels[value][torch.randint(len(pixels[value]), (config.batch_size,), generator=draw)] for value in (0, 1)
+        )
+        training.step(negative.float() / 127.5 - 1, positive.float() / 127.5 - 1)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            training.save(state, step + 1)
+    for name in DIRECTIONS:
+        _save(training.generators[name].state_dict(), target / f"{name}.safetensors")
+    return target
+
+
+def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Judge:
+    """The classifier that pulls the GAN, trained on the first ``images`` of the train split.
+
+    One at ``output`` with the same configuration is reused; ValueError for one with another.
+    """
+    if not (output / "config.json").is_file():
+        train_judge(Path(folder), output, config, images)
+    # Read back even if just trained: stored weights are float16, and a run that goes on must be pulled by the same.
+    model, found = load_classifier(output)
+    if found != config:
+        raise ValueError(f"{output} holds a classifier with other settings; choose another output folder")
+    return Judge(model, found.labels)
+
+
+def train_for(
+    folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
+) -> Ganterfactual:
+    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
+
+    Each combination of prepared folder and settings has a folder of its own below ``output``: nothing is mixed.
+    """
+    made = (load_info(folder)["content_hash"], config, guide, images)
+    home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
+    classifier = train_guide(folder, home / "guide", guide, images)
+    for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
+        train_gan(folder, classifier, home, replace(config, label=label))
+    return Ganterfactual(home)
+
+
+def load_generators(folder: Path) -> dict[str, nn.Module]:
+    """The two generators that `train_gan` wrote, by direction."""
+    missing = [name for name in DIRECTIONS if not (folder / f"{name}.safetensors").is_file()]
+    if missing:
+        raise FileNotFoundError(f"no trained GAN at {folder}: {missing[0]}.safetensors is missing")
+    config = GanConfig(**json.loads((folder / "config.json").read_text()))
+    networks = {}
+    for name in DIRECTIONS:
+        networks[name] = _generator(config).eval()
+        networks[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
+        networks[name].to(default_device())
+    return networks
+
+
+class _Training:
+    """Networks, optimizers and one step of training; images are (B, 1, H, W) in [-1, 1]."""
+
+    def __init__(self, config: GanConfig, classifier: Judge, size: int) -> None:
+        if size % 16:
+            raise ValueError(f"the generators halve images four times; {size} pixels are not a multiple of 16")
+        self.config = config
+        self.column = classifier.labels.index(config.label)
+        self.classifier = classifier.model.eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})
+            self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
+        self.device = next(self.classifier.parameters()).device
+        for part in self._parts():
+            part.to(self.device)
+        self.optimizers = [
+            torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self._parts()
+        ]
+
+    def _parts(self) -> list[nn.ModuleDict]:
+        return [self.generators, self.discriminators]
+
+    def step(self, negative: Tensor, positive: Tensor) -> None:
+        """One step of the generators, then one of the discriminators."""
+        negative, positive = negative.to(self.device), positive.to(self.device)
+        # A direction takes from one side to the other: "remove" from positive to negative.
+        given, wanted = {"remove": positive, "add": negative}, {"remove": negative, "add": positive}
+        self.discriminators.requires_grad_(False)
+        loss, fakes = self._generator_loss(given, wanted)
+        self._optimise(0, loss)
+        self.discriminators.requires_grad_(True)
+        errors = [
+            F.mse_loss(score, torch.full_like(score, real))
+            for name in DIRECTIONS
+            for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0))
+            for score in [self._judged(name, image)]
+        ]
+        self._optimise(1, 0.5 * torch.stack(errors).sum())
+
+    def _generator_loss(
+        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, total, fakes = self.config, torch.zeros((), device=self.device), {}
+        for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
+            fake = fakes[name] = self._translated(name, given[name])
+            score = self._judged(name, fake)
+            with self._autocast():
+                logits = self.classifier((fake + 1) / 2)
+            read = logits[:, self.column].float().sigmoid()
+            intended = torch.full_like(read, float(name == "add"))
+            returned = self._translated(other, fake)
+            same = self._translated(name, wanted[name])
+            total = total + F.mse_loss(score, torch.ones_like(score))
+            total = total + config.classifier_weight * F.mse_loss(read, intended)
+            total = total + config.cycle_weight * F.l1_loss(returned, given[name])
+            total = total + config.identity_weight * F.l1_loss(same, wanted[name])
+        return total, fakes
+
+    def _translated(self, name: str, images: Tensor) -> Tensor:
+        with self._autocast():
+            output = self.generators[name](images)
+        return output.float().tanh()
+
+    def _judged(self, name: str, images: Tensor) -> Tensor:
+        with self._autocast():
+            scores = self.discriminators[name](images)
+        return scores[-1].float()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Networks are called in mixed precision; losses are float32."""
+        return autocast(self.device, self.config.mixed_precision)
+
+    def _optimise(self, index: int, loss: Tensor) -> None:
+        self.optimizers[index].zero_grad()
+        loss.backward()
+        self.optimizers[index].step()
+
+    def save(self, path: Path, step: int) -> None:
+        """Weights and Adam's moments after ``step`` steps."""
+        tensors = {"step": torch.tensor(step)}
+        for n, (part, optimizer) in enumerate(zip(self._parts(), self.optimizers, strict=True)):
+            tensors |= {f"{n}/weight/{name}": value for name, value in part.state_dict().items()}
+            for key, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"{n}/adam/{key}/{name}": value for name, value in moments.items()}
+        _save(tensors, path)
+
+    def load(self, path: Path) -> int:
+        """Continue from what `save` wrote; returns the steps done."""
+        tensors = load_file(path)
+        for n, (part, optimizer) in enumerate(zip(self._parts(), self.optimizers, strict=True)):
+            weights, adam = f"{n}/weight/", f"{n}/adam/"
+            part.load_state_dict({k.removeprefix(weights): v for k, v in tensors.items() if k.startswith(weights)})
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(adam):
+                    index, name = key.removeprefix(adam).split("/")
+                    moments.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        return int(tensors["step"])
+
+
+def _generator(config: GanConfig) -> nn.Module:
+    """The paper's U-Net: four halvings, instance norm, leaky ReLU; tanh follows where it is called."""
+    widths = tuple(config.filters * factor for factor in (1, 2, 4, 8, 8))
+    return UNet(
+        spatial_dims=2, in_channels=1, out_channels=1, channels=widths, strides=(2, 2, 2, 2), norm="INSTANCE",
+        act=("LEAKYRELU", {"negative_slope": 0.2}),
+    )  # fmt: skip
+
+
+def _discriminator(config: GanConfig) -> nn.Module:
+    return PatchDiscriminator(spatial_dims=2, channels=2 * config.filters, in_channels=1, norm="INSTANCE")
+
+
+def _translate(network: nn.Module, images: Tensor) -> Tensor:
+    """Images (N, 1, H, W) in [0, 1], through a generator and back to [0, 1]."""
+    device = next(network.parameters()).device
+    return torch.cat([(network(part.to(device) * 2 - 1).tanh() + 1) / 2 for part in images.split(8)])
+
+
+def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
+    """All images of the rows as uint8 (N, 1, H, W)."""
+    parts = [read_images(folder, rows.iloc[n : n + 64]) for n in range(0, len(rows), 64)]
+    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in parts])
+
+
+def _claim(target: Path, config: GanConfig) -> None:
+    """Write the configuration, or check that the folder was made with it."""
+    path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(f"{target} holds a run with other settings; choose another output folder")
+    target.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)
+    partial.replace(path)

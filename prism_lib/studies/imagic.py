@@ -1,0 +1,136 @@
+"""Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
+
+(A) the target's text embedding is optimised until it explains the image; (B) the U-Net is tuned to the image under that
+embedding, here by LoRA adapters, which are removed again; (C) an image is sampled from noise under a mixture of target
+and optimised embedding. Nothing ties pixels to the input but what the U-Net remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.editing.reuse import remember
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.models.pipeline import encode_images, encode_prompts
+from prism_lib.studies.editors import seed_of, unmasked
+from prism_lib.training.cache import image_hash
+from prism_lib.training.finetuning import LORA_LAYERS
+from prism_lib.training.log import sample_images
+
+_ADAPTER = "imagic"
+
+
+@dataclass(frozen=True)
+class Imagic:
+    """Settings; `eta` is the share of the target's embedding in the mixture: 0 is the image, 1 is the prompt."""
+
+    eta: float = 0.8
+    embedding_steps: int = 200
+    embedding_learning_rate: float = 2e-3
+    unet_steps: int = 300
+    unet_learning_rate: float = 1e-3
+    rank: int = 4
+    batch_size: int = 4
+    guidance_scale: float = 3.0
+    num_inference_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_steps", "unet_steps", "rank", "batch_size", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def __call__(
+        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        needed_grad = {name: value.requires_grad for name, value in pipe.unet.named_parameters()}
+        pipe.unet.requires_grad_(False)
+        try:
+            progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
+            edited = torch.cat([self._edit(pipe, image, pair) for image, pair in progress])
+        finally:
+            for name, value in pipe.unet.named_parameters():
+                value.requires_grad_(needed_grad[name])
+        if images.shape[1] == 3:
+            edited = edited.expand(-1, 3, -1, -1)
+        return unmasked(pipe, images, pairs, edited, self)
+
+    def _edit(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Tensor:
+        """One image (1, 1, H, W)."""
+        seed = seed_of(image, self.seed)
+        target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
+        # What is fitted depends neither on the mixture nor on how it is sampled.
+        fit = replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
+        question = fit, pipe, image.shape, image_hash(image), pair.target
+        optimised, adapters = remember(question, lambda: self._tune(pipe, image, target, seed))
+        with self._adapted(pipe, seed), torch.no_grad():
+            set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
+            mixed = self.eta * target + (1 - self.eta) * optimised
+            return sample_images(
+                pipe, pipe.unet, mixed, empty, self.num_inference_steps, self.guidance_scale, seed % 2**32
+            ).cpu()
+
+    def _tune(
+        self, pipe: StableDiffusionPipeline, image: Tensor, target: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Steps A and B: the optimised embedding, and the adapters' weights."""
+        noise = torch.Generator().manual_seed(seed)
+        clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype)
+        embedding = nn.Parameter(target.clone())
+        self._fit(pipe, clean, embedding, [embedding], self.embedding_steps, self.embedding_learning_rate, noise)
+        optimised = embedding.detach()
+        with self._adapted(pipe, seed):
+            weights = [value for value in pipe.unet.parameters() if value.requires_grad]
+            self._fit(pipe, clean, optimised, weights, self.unet_steps, self.unet_learning_rate, noise)
+            tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
+            return optimised, {name: value.detach().clone() for name, value in tuned.items()}
+
+    @contextmanager
+    def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
+        """The U-Net with fresh adapters, which are taken off again."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapters = LoraConfig(r=self.rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
+            pipe.unet.add_adapter(adapters, _ADAPTER)
+        try:
+            yield
+        finally:
+            pipe.unet.unload_lora()
+
+    def _fit(
+        self,
+        pipe: StableDiffusionPipeline,
+        clean: Tensor,
+        embedding: Tensor,
+        parameters: Sequence[Tensor],
+        steps: int,
+        learning_rate: float,
+        noise: torch.Generator,
+    ) -> None:
+        """Minimise the diffusion loss of one image over `parameters`."""
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        rows = clean.expand(self.batch_size, -1, -1, -1)
+        for _ in range(steps):
+            eps = torch.randn(rows.shape, generator=noise).to(rows)
+            count = scheduler.config.num_train_timesteps
+            timesteps = torch.randint(count, (len(rows),), generator=noise).to(rows.device)
+            noisy = scheduler.add_noise(rows, eps, timesteps)
+            wanted = eps
+            if scheduler.config.prediction_type == "v_prediction":
+                wanted = scheduler.get_velocity(rows, eps, timesteps)
+            states = embedding.expand(len(rows), -1, -1)
+            loss = F.mse_loss(pipe.unet(noisy, timesteps, encoder_hidden_states=states).sample, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()

@@ -1,0 +1,194 @@
+"""What a training step sees and what it minimises.
+
+Everything random in a step (which images, which captions, noise, timesteps, dropout) is a function of (seed, step), so
+a resumed run equals an uninterrupted one bit for bit, and the position inside an epoch needs no saving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from prism_lib.training.cache import Cache
+
+TIMESTEP_BINS = 5
+
+
+def diffusion_loss(
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    embeddings: Tensor,
+    snr_gamma: float = 0.0,
+) -> Tensor:
+    """Denoising loss per sample, (N,): squared error of epsilon or v (Ho et al. 2020; Salimans & Ho 2022).
+
+    ``snr_gamma`` > 0 weights it by Min-SNR (Hang et al., ICCV 2023).
+    """
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+    if snr_gamma > 0:
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    return loss
+
+
+class Order:
+    """Which row stands at each position of the endless stream of samples: epoch after epoch, each shuffled anew.
+
+    Processes read the stream in turns, so every row comes once per epoch over any number of processes, also where the
+    number of rows is no multiple of the batch: a batch may then end one epoch and begin the next.
+    """
+
+    def __init__(self, count: int, seed: int, weights: Tensor | None = None) -> None:
+        """With ``weights`` (count,) an epoch is as many draws with replacement, in proportion to them."""
+        self.count, self.seed, self.weights = count, seed, weights
+        self._epochs: dict[int, Tensor] = {}
+        self._lock = threading.Lock()  # batches may be drawn by several threads
+
+    def rows(self, start: int, count: int) -> Tensor:
+        """The rows (count,) from a position on."""
+        with self._lock:
+            return torch.stack([self._row(position) for position in range(start, start + count)])
+
+    def _row(self, position: int) -> Tensor:
+        epoch, offset = divmod(position, self.count)
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, "epoch", epoch))
+            kept = {old: order for old, order in self._epochs.items() if abs(old - epoch) == 1}
+            if self.weights is None:
+                drawn = torch.randperm(self.count, generator=generator)
+            else:
+                drawn = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+            self._epochs = kept | {epoch: drawn}
+        return self._epochs[epoch][offset]
+
+
+def balancing_weights(values: Tensor) -> Tensor:
+    """Weights (N,) under which every distinct value of (N,) is drawn equally often; NaN is a value of its own."""
+    _, member, counts = torch.unique(torch.nan_to_num(values, nan=torch.inf), return_inverse=True, return_counts=True)
+    return 1 / counts.double()[member]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One batch of training, all of it determined by (seed, step)."""
+
+    rows: Tensor  # (B,) images
+    latents: Tensor  # (B, c, h, w)
+    noise: Tensor  # (B, c, h, w)
+    timesteps: Tensor  # (B,)
+    embeddings: Tensor  # (B, tokens, width), float32
+
+    def to(self, device: torch.device) -> Draw:
+        """The same on a device; the rows stay, they are for people."""
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> Draw:
+        """The same in memory that a GPU copies from while it computes."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        parts = (self.latents, self.noise, self.timesteps, self.embeddings)
+        return Draw(self.rows, *map(change, parts))
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """How a process draws its batches."""
+
+    batch_size: int
+    caption_dropout: float
+    num_timesteps: int = 1000
+    rank: int = 0
+    world: int = 1
+    noisy_share: float = 0.5  # of timesteps drawn from the noisier half
+
+
+def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) -> Draw:
+    """The batch of a process at a micro-step."""
+    rows = order.rows((micro_step * config.world + config.rank) * config.batch_size, config.batch_size)
+    generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, config.rank))
+    mean, std = cache.moments[rows].float().unbind(1)
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
+    if config.noisy_share > 0.5:
+        moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
+        timesteps = torch.where(moved, (timesteps + config.num_timesteps) // 2, timesteps)
+    pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
+    dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
+    captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
+    return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
+
+
+class Ahead:
+    """Batches drawn by threads before they are asked for, so that a GPU does not wait for noise and for reading.
+
+    A batch is a function of its number, so it is the same whoever draws it, and when.
+    """
+
+    def __init__(self, draw: Callable[[int], Draw], stop: int, workers: int) -> None:
+        """Numbers below ``stop`` will be asked for, in order; with no worker each is drawn when it is asked for."""
+        self._draw, self._stop, self._workers = draw, stop, workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="draw") if workers else None
+        self._drawn: dict[int, Future[Draw]] = {}
+
+    def __call__(self, number: int) -> Draw:
+        """The batch of a number; what raised while it was drawn is raised here."""
+        if self._pool is None:
+            return self._draw(number)
+        for later in range(number, min(number + 2 * self._workers, self._stop)):
+            if later not in self._drawn:
+                self._drawn[later] = self._pool.submit(self._draw, later)
+        return self._drawn.pop(number).result()
+
+    def close(self) -> None:
+        """End the threads; what nobody asked for is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) -> list[Draw]:
+    """About ``count`` draws, at least one batch, the same ones every time; their timesteps are spread evenly."""
+    single = replace(config, rank=0, world=1)
+    batches = max(1, min(count, len(cache)) // config.batch_size)
+    total = batches * config.batch_size
+    spread = ((torch.arange(total) + 0.5) * config.num_timesteps / total).long()
+    spread = spread[torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed(seed, "validation")))]
+    order = Order(len(cache), seed)
+    return [
+        replace(draw_batch(cache, order, single, k), timesteps=part)
+        for k, part in enumerate(spread.split(config.batch_size))
+    ]
+
+
+def by_timestep(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> dict[str, float]:
+    """Mean loss in five bins of equal width, by name: ``t0_199`` to ``t800_999``; bins without a draw are left out."""
+    width = num_timesteps / TIMESTEP_BINS
+    bins = (timesteps / width).long()
+    return {
+        f"t{round(k * width)}_{round((k + 1) * width) - 1}": float(losses[bins == k].mean())
+        for k in range(TIMESTEP_BINS)
+        if bool((bins == k).any())
+    }
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any parts, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,202 @@
+"""What the frozen parts make of a data set, encoded once and kept on disk: latents and text embeddings.
+
+Both lie in safetensors files of 1,024 rows, memory-mapped and read a row at a time, so a data set may be larger than
+memory. The folder's name is a hash of everything the rows depend on: another autoencoder, another text encoder or a
+data set prepared anew gets another folder. Every process writes its share of the files, each whole or not at all; what
+an interrupted run has written is not encoded again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.data.cases import sample_captions
+from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
+from prism_lib.training.checkpoints import require_space, write_tensors
+
+logger = logging.getLogger(__name__)
+
+FILE_ROWS = 1024  # rows of a file; a multiple of both batch sizes below
+IMAGE_BATCH, TEXT_BATCH = 16, 64
+
+
+class Rows:
+    """The rows of one tensor that lies in many files; ``rows[indices]`` reads what is asked for and no more."""
+
+    def __init__(self, files: Sequence[Path], key: str) -> None:
+        """Open the files; ValueError names one that is damaged or holds rows of another model or data set."""
+        self._slices = []
+        self._count = 0
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cache file {path} is damaged, delete it: {error}") from None
+            if (file.metadata() or {}).get("key") != key:
+                raise ValueError(f"cache file {path} was made by another model or data set; delete it")
+            self._slices.append(file.get_slice("rows"))
+            self._count += self._slices[-1].get_shape()[0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Rows (K, ...) for indices (K,)."""
+        return torch.stack([self._slices[i // FILE_ROWS][i % FILE_ROWS] for i in indices.tolist()])
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the frozen parts make of one split."""
+
+    moments: Tensor | Rows  # (N, 2, c, h, w): mean and deviation of the latents' posterior, scaled
+    caption_rows: Tensor  # (N, k) rows of `embeddings`
+    embeddings: Tensor | Rows  # (distinct captions + 1, tokens, width); row 0 is the empty prompt
+    names: tuple[str, ...]  # (N,) file names
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's; ``wait`` returns when every process has come as far."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def build_cache(
+    pipeline: StableDiffusionPipeline,
+    dataset: str | Path,
+    split: str,
+    folder: Path,
+    *,
+    seed: int,
+    captions_per_image: int,
+    explicit_share: float,
+    dtype: torch.dtype = torch.float32,
+    share: Share | None = None,
+) -> Cache:
+    """Encode a split below ``folder``, or open what is there; ``dtype`` is that of the text embeddings.
+
+    Latents are kept in float16: their posterior's deviation is far wider than its rounding.
+    """
+    share = share or Share()
+    table = load_table(dataset, split)
+    if not len(table):
+        raise ValueError(f"{dataset} has no image in split {split!r}")
+    captions = sample_captions(dataset, table, seed, captions_per_image, explicit_share)
+    distinct = ["", *dict.fromkeys(text for texts in captions for text in texts)]
+    row = {text: i for i, text in enumerate(distinct)}
+    vae = copy.deepcopy(pipeline.vae).to(memory_format=torch.channels_last)  # a quarter faster
+
+    def moments(start: int, stop: int) -> Tensor:
+        return encode_moments(vae, read_images(dataset, table.iloc[start:stop])).half().cpu()
+
+    def embeddings(start: int, stop: int) -> Tensor:
+        return encode_prompts(pipeline, distinct[start:stop]).to("cpu", dtype)
+
+    content = load_info(dataset)["content_hash"]
+    scale = [vae.config.scaling_factor, vae.config.shift_factor]
+    image_key = _key("latents", content, split, model_hash(vae), scale)
+    words = hashlib.sha256("\n".join(distinct).encode()).hexdigest()
+    text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), model_hash(pipeline.text_encoder), str(dtype))
+    return Cache(
+        moments=_encode(moments, len(table), IMAGE_BATCH, folder, f"latents-{split}", image_key, share),
+        caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
+        embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key, share),
+        names=tuple(table["file_name"]),
+    )
+
+
+def require_captions_fit(
+    tokenizer: Any, dataset: str | Path, split: str, *, seed: int, captions_per_image: int, explicit_share: float
+) -> None:
+    """ValueError, by image and caption, if a caption that `build_cache` would encode has more tokens than are read."""
+    table = load_table(dataset, split)
+    captions = sample_captions(dataset, table, seed, captions_per_image, explicit_share)
+    long = too_long(tokenizer, dict.fromkeys(text for texts in captions for text in texts))
+    found = [(name, text) for name, texts in zip(table["file_name"], captions, strict=True) for text in texts]
+    found = [(name, text) for name, text in found if text in long]
+    if found:
+        (name, text), count = found[0], len({name for name, _ in found})
+        raise ValueError(
+            f"the model reads {tokenizer.model_max_length} tokens, and captions of {count} images in split {split!r} "
+            f"have more: that of {name} has {long[text]}: {text!r}. Keep fewer labels when preparing, or lower "
+            "explicit_share"
+        )
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Mean and deviation of the scaled latents (N, 2, c, h, w) for images (N, 1 or 3, H, W) in [0, 1]."""
+    check_images(images, image_factor(vae))
+    pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device, vae.dtype)
+    posterior = vae.encode(pixels).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+
+
+def _encode(
+    encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str, share: Share
+) -> Rows:
+    """Write the files that are missing, those of this process, and open them all."""
+    folder = folder / f"{name}-{key[:16]}"
+    files = [folder / f"{start // FILE_ROWS:05d}.safetensors" for start in range(0, count, FILE_ROWS)]
+    missing = [(k, path) for k, path in enumerate(files) if not path.is_file()]
+    share.wait()  # all processes must see the same files missing
+    rows = {k: min(FILE_ROWS, count - k * FILE_ROWS) for k, _ in missing}
+    own = missing[share.rank :: share.world]
+    total = sum(rows[k] for k, _ in own)
+    with tqdm(total=total, desc=name, unit="row", disable=not own or share.rank > 0) as bar:
+        for k, path in own:
+            chunks = []
+            for start in range(k * FILE_ROWS, k * FILE_ROWS + rows[k], batch):
+                chunks.append(encode(start, min(count, start + batch)))
+                if k == own[0][0] and len(chunks) == 1:
+                    size = chunks[0].nbytes / len(chunks[0]) * sum(rows.values())
+                    require_space(folder, size, f"{name} of {sum(rows.values())} rows")
+                bar.update(len(chunks[-1]))
+            write_tensors(path, {"rows": torch.cat(chunks)}, {"key": key})
+    share.wait()
+    return Rows(files, key)
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer knows, without the padding and truncation that its last call has left in it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: state[name] for name in sorted(state.keys() - {"padding", "truncation"})}
+
+
+def model_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def image_hash(image: Tensor) -> str:
+    """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
+    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

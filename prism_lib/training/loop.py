@@ -1,0 +1,233 @@
+"""One step of fine-tuning after the other: loss, validation, samples, checkpoints and the final pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.training.batches import (
+    Ahead,
+    Draw,
+    DrawConfig,
+    by_timestep,
+    diffusion_loss,
+    stable_seed,
+    validation_draws,
+)
+from prism_lib.training.cache import Cache
+from prism_lib.training.checkpoints import read_tensors, save_checkpoint, write_tensors
+from prism_lib.training.config import FinetuneConfig
+from prism_lib.training.log import sample_images
+
+
+@dataclass
+class Run:
+    """The moving parts of one run, as the newest checkpoint left them."""
+
+    config: FinetuneConfig
+    accelerator: Accelerator
+    pipeline: StableDiffusionPipeline
+    unet: Any
+    averaged: UNet2DConditionModel
+    trained: dict[str, Tensor]  # of `unet`, by name
+    shadow: dict[str, Tensor]  # the same of `averaged`
+    ema: EMAModel
+    optimizer: Any
+    schedule: Any
+    train: Cache
+    validation: Cache
+    draws: DrawConfig
+    batches: Ahead
+    start: int
+    best: float  # lowest validation loss
+    stale: int  # validations since
+    timed: int = 0  # steps since the last row of the log
+    seconds: float = 0.0  # that they took, without validation, samples and checkpoints
+
+    def steps(self) -> Iterator[int]:
+        """Optimizer steps with a progress bar on the main process."""
+        self.bar = tqdm(
+            range(self.start, self.config.steps),
+            initial=self.start,
+            total=self.config.steps,
+            desc="fine-tuning",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        return iter(() if self.stopped else self.bar)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the validation loss has not fallen for long enough."""
+        return 0 < self.config.early_stop <= self.stale
+
+    def train_step(self, step: int) -> Tensor:
+        """One optimizer step over ``gradient_accumulation`` micro-batches; returns the mean loss."""
+        config, accelerator, begin = self.config, self.accelerator, time.perf_counter()
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(step)  # a pure function of the step: nothing to restore
+        total = torch.zeros((), device=accelerator.device)
+        for k in range(config.gradient_accumulation):
+            micro = step * config.gradient_accumulation + k
+            # Only a U-Net with dropout draws from here.
+            torch.manual_seed(stable_seed(config.seed, "dropout", micro, accelerator.process_index))
+            with accelerator.accumulate(self.unet):
+                batch = self.batches(micro)
+                try:
+                    losses = self._losses(self.unet, batch)
+                    loss = losses.mean()
+                    if not bool(torch.isfinite(loss)):
+                        self._refuse("loss", step, batch, torch.isfinite(losses))
+                    accelerator.backward(loss)
+                except RuntimeError as error:
+                    if should_reduce_batch_size(error):
+                        raise MemoryError(_advice(config)) from error
+                    raise
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm)
+                    # A gradient scaler meets infinities by design, and skips that step.
+                    if accelerator.scaler is None and not bool(torch.isfinite(norm)):
+                        self._refuse("gradient", step, batch, torch.zeros_like(losses))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                total += loss.detach() / config.gradient_accumulation
+        self.ema.step(self.trained.values())
+        self.timed += 1
+        self.seconds += time.perf_counter() - begin
+        return total
+
+    def _losses(self, unet: Any, batch: Draw) -> Tensor:
+        there = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            return diffusion_loss(
+                unet,
+                self.pipeline.scheduler,
+                there.latents,
+                there.noise,
+                there.timesteps,
+                there.embeddings,
+                self.config.snr_gamma,
+            )
+
+    def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
+        names = [
+            self.train.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine
+        ]
+        path = Path(self.config.output) / f"not-finite-step-{step}.json"
+        path.write_text(json.dumps({"step": step, "files": names}, indent=1))
+        raise FloatingPointError(f"the {what} is not finite at step {step} for {', '.join(names)} (listed in {path})")
+
+    def after_step(self, done: int, loss: Tensor) -> bool:
+        """Log, validate, sample and save when it is time; True when the run should stop early."""
+        config, last = self.config, done == self.config.steps
+        if done % 10 == 0 or last:
+            mean = float(self.accelerator.gather(loss.reshape(1)).mean())
+            images = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+            speed = images * self.timed / self.seconds
+            self.timed, self.seconds = 0, 0.0
+            self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.1f}")
+            self.accelerator.log({"loss": mean, "images_per_second": speed}, step=done)
+        stop = (done % config.validation_every == 0 or last) and self._validate(done)
+        if not self.accelerator.is_main_process:
+            return stop
+        if done % config.sample_every == 0 or last or stop:
+            self.save_samples(done)
+        if done % config.checkpoint_every == 0 or last or stop:
+            scaler = self.accelerator.scaler
+            info = {
+                "processes": self.accelerator.num_processes,
+                "best": self.best,
+                "stale": self.stale,
+                "scaler": scaler.state_dict() if scaler is not None else {},
+            }
+            states = {"unet": self.trained, "ema": self.shadow}
+            save_checkpoint(Path(config.output), done, states, self.optimizer, info, config.keep_checkpoints)
+        return stop
+
+    def _validate(self, done: int) -> bool:
+        """Log the validation loss; True when it has not fallen for long enough, the same in every process."""
+        if self.accelerator.is_main_process:
+            found = self.validation_loss()
+            self.accelerator.log(found, step=done)
+            self.stale = 0 if found["validation_loss"] < self.best else self.stale + 1
+            self.best = min(self.best, found["validation_loss"])
+            if self.config.early_stop and self.stale == 0:
+                write_tensors(Path(self.config.output) / "best.safetensors", self.shadow)
+        if self.config.early_stop:
+            self.stale = int(broadcast(torch.tensor([self.stale], device=self.accelerator.device)))
+        return self.stopped
+
+    @torch.no_grad()
+    def validation_loss(self) -> dict[str, float]:
+        """Loss of the averaged weights on some 128 validation draws, the same every time, weighted as in training."""
+        draws = validation_draws(self.validation, self.draws, self.config.seed, 128)
+        losses = torch.cat([self._losses(self.averaged, batch) for batch in draws]).cpu()
+        bins = by_timestep(losses, torch.cat([batch.timesteps for batch in draws]), self.draws.num_timesteps)
+        return {"validation_loss": float(losses.mean())} | {f"validation_loss_{key}": bins[key] for key in bins}
+
+    @torch.no_grad()
+    def save_samples(self, step: int) -> Path:
+        """A strip of text-to-image samples from the averaged weights, for the first captions of validation."""
+        rows = self.validation.caption_rows[:8, 0]
+        device = self.accelerator.device
+        prompt, empty = (
+            self.validation.embeddings[index].float().to(device) for index in (rows, torch.zeros_like(rows))
+        )
+        with self.accelerator.autocast():
+            images = sample_images(self.pipeline, self.averaged, prompt, empty, seed=self.config.seed)
+        path = Path(self.config.output) / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        strip = torch.cat(list(images[:, 0]), dim=1)
+        Image.fromarray((strip * 255).round().byte().cpu().numpy()).save(path)
+        return path
+
+    def save_pipeline(self, final: Path) -> None:
+        """Write the result, whole or not at all; with early stop, of the step that validated best."""
+        if self.config.early_stop:
+            read_tensors(final.parent / "best.safetensors", self.shadow)
+        if self.config.lora_rank:
+            adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.averaged))
+            self.pipeline.save_lora_weights(final.parent / "lora", unet_lora_layers=adapters)
+            self.averaged.fuse_lora()
+            self.averaged.unload_lora()
+        self.pipeline.unet = self.averaged
+        partial = final.with_name(f".partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.averaged.to(memory_format=torch.contiguous_format)  # as safetensors asks
+        self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
+        partial.replace(final)
+
+
+def _advice(config: FinetuneConfig) -> str:
+    """What to change when memory runs out, the cheapest first; only what is not in use already."""
+    half = max(1, config.batch_size // 2)
+    smaller = f"batch_size={half} with gradient_accumulation={config.gradient_accumulation * config.batch_size // half}"
+    remedies = [
+        ('mixed_precision="bf16"', config.mixed_precision == "no"),
+        ("gradient_checkpointing=True", not config.gradient_checkpointing),
+        (smaller, config.batch_size > 1),
+        ('optimizer="adamw8bit"', config.optimizer == "adamw" and not config.lora_rank),
+        ("lora_rank=8", not config.lora_rank),
+    ]
+    helps = [name for name, possible in remedies if possible]
+    advice = f"try, in this order: {', '.join(helps)}" if helps else "the model needs a larger device or smaller images"
+    return f"out of memory at batch_size={config.batch_size}; {advice}"

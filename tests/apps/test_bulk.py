@@ -1,0 +1,724 @@
+"""Bulk generation: the same files whatever the processes, every output once whatever is killed, bad input first."""
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prism_lib.apps import bulk, bulk_launch, bulk_plan, cli
+from prism_lib.apps.bulk_choice import Choice
+from prism_lib.apps.bulk_plan import BulkConfig, configured, load_config, plan
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.editing.counterfactuals import edit, sweep
+from prism_lib.editing.inversion import METHODS, invert
+from prism_lib.editing.inversion_config import INVERSIONS
+from prism_lib.editing.masks import MaskConfig
+from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.evaluation.criteria import Criteria
+from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
+from prism_lib.lock import exclusive
+from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
+from prism_lib.models.image_text import load_image_text_model
+from prism_lib.models.pipeline import load_pipeline
+from tests.tiny import clip_model, tiny_pipeline
+
+STEPS = 2
+EDITS = """\
+file_name,edit,guidance_scale
+,remove_support_devices,
+all,enlarge the heart,5
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+@pytest.fixture
+def config(phantom_folder, model, tmp_path):
+    """Two edits of the test split, some twenty counterfactuals."""
+    (tmp_path / "edits.csv").write_text(EDITS)
+    return BulkConfig(
+        str(phantom_folder),
+        str(tmp_path / "edits.csv"),
+        str(tmp_path / "out"),
+        split="test",
+        model=model,
+        num_inference_steps=STEPS,
+    )
+
+
+def with_edits(config, tmp_path, content, suffix="json"):
+    path = tmp_path / f"other.{suffix}"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return replace(config, edits=str(path))
+
+
+def manifest(out, name=bulk_plan.MANIFEST):
+    with (out / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written(out):
+    """Everything below `images` and the manifest, by name."""
+    files = [*(out / "images").rglob("*"), out / bulk_plan.MANIFEST, out / bulk_plan.REJECTS]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files if path.is_file()}
+
+
+def assert_whole(out, planned):
+    """Every output once, each as its row says, and nothing else."""
+    rows, files = manifest(out), written(out)
+    assert len(rows) == planned == len(files) - 1
+    assert {row["file_name"] for row in rows} == files.keys() - {bulk_plan.MANIFEST}
+    for row in rows:
+        assert hashlib.sha256(files[row["file_name"]]).hexdigest() == row["sha256"]
+
+
+@pytest.fixture
+def done(config, tmp_path):
+    """A finished run."""
+    summary = bulk.generate(config)
+    assert summary.made == summary.planned == len(plan(config))
+    return tmp_path / "out"
+
+
+# --- what is made ---------------------------------------------------------------------------------
+
+
+def test_every_task_is_an_image_and_a_row(config, done):
+    tasks = plan(config)
+    assert_whole(done, len(tasks))
+    row, task = manifest(done)[0], min(tasks, key=lambda task: (task.file_name, task.edit.key))
+    assert row["source_file"] == task.file_name and row["edit"] == task.edit.key
+    assert row["file_name"].startswith(f"images/{task.file_name.removesuffix('.png')}__{task.edit.key}__")
+    assert (row["source_text"], row["text"]) == (task.pair.source, task.pair.target)
+    assert json.loads(row["settings"])["num_inference_steps"] == STEPS
+    assert 0 <= float(row["score_mask_area"]) <= 1
+    assert not list((done / "parts").iterdir())
+
+
+def test_the_labels_are_those_of_the_counterfactual(config, done):
+    table = load_table(config.data, "test").set_index("file_name")
+    for row in manifest(done):
+        removes = row["edit"] == "remove_support_devices"
+        before, label = table.loc[row["source_file"]], "Support Devices" if removes else "Cardiomegaly"
+        assert (before[label], float(row[label])) == ((1, 0) if removes else (0, 1))
+        assert float(row["Pleural Effusion"]) == before["Pleural Effusion"]
+        scale = EditConfig().guidance_scale if removes else 5.0
+        assert json.loads(row["settings"])["edit"]["guidance_scale"] == scale
+
+
+def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
+    (batch, *_) = bulk_plan.batches(plan(config), config.batch_size)
+    table = load_table(config.data).set_index("file_name").loc[[task.file_name for task in batch]]
+    images, pairs = read_images(config.data, table.reset_index()), [task.pair for task in batch]
+    with bulk.threads(config.threads):
+        pipe = load_pipeline(config.model)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
+        results = edit(pipe, inversion, pairs, batch[0].settings.edit)
+    rows = {(row["source_file"], row["edit"]): row for row in manifest(done)}
+    untouched = 0
+    for task, result, image in zip(batch, results, images, strict=True):
+        with Image.open(done / rows[task.file_name, task.edit.key]["file_name"]) as file:
+            assert (file.format, file.mode) == ("PNG", "L")
+            pixels = np.asarray(file)
+        assert np.array_equal(pixels, (result.image[0].double() * 255).round().numpy())
+        outside = (result.mask[0] == 0).numpy()
+        assert np.array_equal(pixels[outside], (image[0] * 255).round().numpy()[outside])
+        untouched += outside.sum()
+    assert untouched > 0
+
+
+def test_sixteen_bits_are_finer_and_keep_the_input(config, tmp_path):
+    fine = replace(config, bits=16, out=str(tmp_path / "fine"))
+    bulk.generate(fine)
+    bulk.generate(config)
+    rows = [{(row["source_file"], row["edit"]): row for row in manifest(tmp_path / name)} for name in ("fine", "out")]
+    levels = set()
+    for key, row in rows[0].items():
+        pixels = np.asarray(Image.open(tmp_path / "fine" / row["file_name"])).astype(int)
+        coarse = np.asarray(Image.open(tmp_path / "out" / rows[1][key]["file_name"]))
+        assert np.array_equal(np.round(pixels / 257), coarse)
+        levels |= set((pixels % 257).ravel().tolist())
+    assert len(levels) > 10
+    assert {row["file_name"] for row in rows[0].values()}.isdisjoint({row["file_name"] for row in rows[1].values()})
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_png_gives_every_level_of_an_eight_bit_input_back(bits):
+    levels = torch.arange(256).view(1, 16, 16)
+    content = bulk._png(levels.float() / 255, bits)
+    with Image.open(io.BytesIO(content)) as file:
+        assert np.array_equal(np.asarray(file).astype(int), levels[0].numpy() * (1 if bits == 8 else 257))
+
+
+# --- chosen among candidates ----------------------------------------------------------------------
+
+SWEEP = {"self_replace_steps": [0.0, 1.0], "guidance_scale": [2.0, 9.0]}
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """An untrained classifier that reads the labels of the phantom."""
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    config = ClassifierConfig(blocks=(1,), growth=4, features=4, seed=1)
+    save_classifier(build_classifier(config), config, tmp_path / "weights" / "guide")
+    return "guide"
+
+
+def by_hand(config, tasks, scorers, criteria):
+    """The same choice by the parts of the library, image by image."""
+    table = load_table(config.data).set_index("file_name").loc[[task.file_name for task in tasks]]
+    images, pairs = read_images(config.data, table.reset_index()), [task.pair for task in tasks]
+    with bulk.threads(config.threads):
+        pipe = load_pipeline(config.model)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
+        swept = sweep(pipe, inversion, pairs, grid(config.edit, **SWEEP))
+        return [select_each([own], scorers(task.edit), criteria)[0] for own, task in zip(swept, tasks, strict=True)]
+
+
+def test_the_winner_is_that_of_selection_by_hand(config, tmp_path, guide):
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "guide": guide, "at_most": {"change": 0.9}}
+    config = with_edits(config, tmp_path, [row])
+    summary = bulk.generate(config)
+    rows, tasks = {row["source_file"]: row for row in manifest(tmp_path / "out")}, plan(config)[: config.batch_size]
+    assert summary.rejected == 0 and len(rows) == summary.planned
+    criteria = Criteria("guide_gain", at_most={"change": 0.9})
+    chosen = by_hand(config, tasks, lambda e: [IdentityScorer(), GuideScorer(load_guide(guide), e)], criteria)
+    for task, selection in zip(tasks, chosen, strict=True):
+        row = rows[task.file_name]
+        candidates = json.loads(row["candidates"])
+        assert (row["status"], int(row["winner"]), len(candidates)) == ("selected", selection.winner, 4)
+        assert [c["settings"] for c in candidates] == [
+            {"self_replace_steps": s, "guidance_scale": g}
+            for s in SWEEP["self_replace_steps"]
+            for g in SWEEP["guidance_scale"]
+        ]
+        assert candidates[selection.winner]["scores"]["guide_gain"] == max(
+            c["scores"]["guide_gain"] for c in candidates
+        )
+        assert float(row["score_guide_gain"]) == pytest.approx(
+            selection.scores[selection.winner]["guide_gain"], abs=1e-6
+        )
+        pixels = np.asarray(Image.open(tmp_path / "out" / row["file_name"]))
+        assert np.array_equal(pixels, (selection.best.image[0] * 255).round().numpy())
+
+
+def test_an_image_text_model_may_choose(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
+    clip_model().save_pretrained(tmp_path / "runs" / "model" / "clip")
+    tiny_pipeline().tokenizer.save_pretrained(tmp_path / "runs" / "model" / "tokenizer")
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "similarity": "model/clip", "at_most": {"directional": 2}}
+    config = with_edits(config, tmp_path, [row])
+    bulk.generate(config)
+    rows, tasks = {row["source_file"]: row for row in manifest(tmp_path / "out")}, plan(config)[: config.batch_size]
+    scorers = [IdentityScorer(), SimilarityScorer(load_image_text_model("model/clip"))]
+    chosen = by_hand(config, tasks, lambda _: scorers, Criteria("directional"))
+    for task, selection in zip(tasks, chosen, strict=True):
+        assert int(rows[task.file_name]["winner"]) == selection.winner
+        for name in SimilarityScorer.NAMES:
+            score = selection.scores[selection.winner][name]
+            assert float(rows[task.file_name][f"score_{name}"]) == pytest.approx(score, abs=1e-5)
+    before = set(bulk._names(config, tasks, "model").values())
+    clip_model(seed=1).save_pretrained(tmp_path / "runs" / "model" / "clip")
+    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
+
+
+def test_that_no_candidate_passed_is_an_outcome_and_not_tried_again(config, tmp_path):
+    name = plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices"}]))[0].file_name
+    never = {"edit": "remove_support_devices", "sweep": SWEEP, "best": "ssim", "at_least": {"ssim": 2}}
+    rows = [never | {"file_name": name}, {"edit": "remove_support_devices", "file_name": name}]
+    config, out = with_edits(config, tmp_path, rows), tmp_path / "out"
+    summary = bulk.generate(config)
+    assert (summary.planned, summary.made, summary.rejected) == (2, 2, 1)
+    (made,), (rejected,) = manifest(out), manifest(out, bulk_plan.REJECTS)
+    assert (made["status"], rejected["status"]) == ("made", "no candidate passed")
+    assert not (out / rejected["file_name"]).exists() and rejected["winner"] == rejected["sha256"] == ""
+    for candidate in json.loads(rejected["candidates"]):
+        assert candidate["failures"] == [f"ssim {candidate['scores']['ssim']:.4g} < 2"]
+    before = written(out)
+    again = bulk.generate(config)
+    assert (again.made, again.rejected) == (0, 1) and written(out) == before
+    assert list(bulk.files(out).values()) == [out / made["file_name"]]
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one(config, tmp_path, guide):
+    name = plan(config)[0].file_name
+    row = {"edit": "remove_support_devices", "sweep": {"guidance_scale": [2.0, 9.0]}}
+    rows = [row | {"guide": guide}, row | {"best": "ssim", "at_least": {"ssim": 2}, "file_name": name}]
+    rows.append({"edit": "remove_support_devices", "method": "edit_friendly", "seed": 3})
+    one = with_edits(config, tmp_path, rows)
+    two = replace(one, out=str(tmp_path / "two"))
+    bulk.generate(one)
+    bulk_launch.launch(two, 2)
+    assert written(tmp_path / "two") == written(tmp_path / "out")
+    assert {row["status"] for row in manifest(tmp_path / "two")} == {"made", "selected"}
+
+
+def test_a_seed_decides_the_noise_whatever_the_batch(config, tmp_path):
+    rows = [{"edit": "remove_support_devices", "method": "edit_friendly", "seed": seed} for seed in (0, 1)]
+    config = with_edits(config, tmp_path, rows)
+    bulk.generate(config)
+    bulk.generate(replace(config, batch_size=1, out=str(tmp_path / "alone")))
+    pixels = {}
+    for out in ("out", "alone"):
+        for row in manifest(tmp_path / out):
+            key = out, row["source_file"], json.loads(row["settings"])["seed"]
+            pixels[key] = np.asarray(Image.open(tmp_path / out / row["file_name"])).astype(int)
+    for out, name, seed in pixels:
+        assert abs(pixels[out, name, seed] - pixels["alone", name, seed]).mean() < 0.5
+    assert any((image != pixels[out, name, 1 - seed]).any() for (out, name, seed), image in pixels.items())
+
+
+def test_a_guide_that_is_missing_or_blind_stops_the_run_before_it_starts(config, tmp_path, guide):
+    row = {"edit": "remove_support_devices", "sweep": SWEEP, "guide": "none"}
+    with pytest.raises(FileNotFoundError, match=r"no classifier at .*none"):
+        bulk.generate(with_edits(config, tmp_path, [row]))
+    blind = ClassifierConfig(labels=("Cardiomegaly",), blocks=(1,), growth=4, features=4)
+    save_classifier(build_classifier(blind), blind, tmp_path / "weights" / "blind")
+    with pytest.raises(ValueError, match="does not read Support Devices"):
+        bulk.generate(with_edits(config, tmp_path, [row | {"guide": "blind"}]))
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_another_guide_of_the_same_name_makes_other_files(config, tmp_path, guide):
+    config = with_edits(config, tmp_path, [{"edit": "remove_support_devices", "sweep": SWEEP, "guide": guide}])
+    tasks = plan(config)
+    before = set(bulk._names(config, tasks, "model").values())
+    other = ClassifierConfig(blocks=(1,), growth=4, features=4, seed=2)
+    save_classifier(build_classifier(other), other, tmp_path / "weights" / guide)
+    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
+
+
+# --- again, and in parts --------------------------------------------------------------------------
+
+
+def test_a_finished_run_makes_nothing_again(config, done):
+    before = {path: path.stat().st_mtime_ns for path in (done / "images").rglob("*.png")}
+    assert bulk.generate(config).made == 0
+    assert {path: path.stat().st_mtime_ns for path in (done / "images").rglob("*.png")} == before
+
+
+def test_what_is_lost_or_damaged_is_made_again_the_same(config, done):
+    before = written(done)
+    lost, damaged, truncated = sorted((done / "images").rglob("*.png"))[:3]
+    lost.unlink()
+    damaged.write_bytes(b"no image")
+    truncated.write_bytes(truncated.read_bytes()[:40])
+    assert 3 <= bulk.generate(config).made <= 3 * config.batch_size
+    assert written(done) == before
+
+
+def test_a_row_cut_short_and_a_half_written_file_do_not_count(config, done):
+    before = written(done)
+    rows = [json.dumps(row | {"score_mask_area": float(row["score_mask_area"])}) for row in manifest(done)]
+    (done / bulk_plan.MANIFEST).unlink()
+    (done / "parts" / "000001-0000.jsonl").write_text("\n".join([*rows[:-1], rows[-1][:30]]))
+    (done / "images" / ".half.123.part").write_bytes(b"half")
+    assert 1 <= bulk.generate(config).made <= config.batch_size
+    assert_whole(done, len(before) - 1)
+
+
+def test_more_edits_join_the_same_manifest(config, done, tmp_path):
+    before = written(done)
+    more = with_edits(config, tmp_path, [{"edit": "remove_pleural_effusion"}])
+    summary = bulk.generate(more)
+    assert_whole(done, len(before) - 1 + summary.planned)
+    assert before.items() - written(done).items() == {(bulk_plan.MANIFEST, before[bulk_plan.MANIFEST])}
+
+
+def test_other_settings_model_or_bits_never_share_a_name(config):
+    (task, *_) = plan(config)
+    changes = [
+        {},
+        {"bits": 16},
+        {"num_inference_steps": 3},
+        {"edit": EditConfig(cross_replace_steps=0.5)},
+        {"edit": EditConfig(mask=MaskConfig(feather=2))},
+    ]
+    configs = [replace(config, **change) for change in changes]
+    names = [bulk._names(c, [t := plan(c)[0]], "model")[id(t)] for c in configs]
+    names.append(bulk._names(config, [task], "another model")[id(task)])
+    assert len(set(names)) == len(names)
+    assert bulk._names(replace(config, batch_size=2), [task], "model")[id(task)] == names[0]
+
+
+def test_the_files_feed_a_training_set(config, done):
+    found = bulk.files(done)
+    assert found.keys() == {(task.file_name, task.edit.key) for task in plan(config)}
+    assert all(path.is_file() for path in found.values())
+    bulk.generate(replace(config, num_inference_steps=3))
+    with pytest.raises(ValueError, match="with more than one setting"):
+        bulk.files(done)
+
+
+def test_batches_depend_on_the_plan_alone_and_hold_one_setting(config):
+    tasks = plan(config)
+    cut = bulk_plan.batches(tasks, 4)
+    assert sorted(map(id, tasks)) == sorted(id(task) for batch in cut for task in batch)
+    assert all(len({task.settings for task in batch}) == 1 and len(batch) <= 4 for batch in cut)
+
+
+def test_a_batch_without_room_is_halved_with_equal_results(config, tmp_path, monkeypatch):
+    bulk.generate(config)
+    seen, original = [], bulk._edit_batch
+
+    def small(pipe, images, batch, settings):
+        seen.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(pipe, images, batch, settings)
+
+    monkeypatch.setattr(bulk, "_edit_batch", small)
+    bulk.generate(replace(config, out=str(tmp_path / "small")))
+    assert seen[:6] == [4, 2, 1, 1, 1, 1]
+    for path in (tmp_path / "out" / "images").rglob("*.png"):
+        other = tmp_path / "small" / path.relative_to(tmp_path / "out")
+        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(other))
+        assert abs(difference).max() <= 1  # rounding of floats that differ by 1e-6
+    monkeypatch.setattr(bulk, "_edit_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        bulk.generate(replace(config, out=str(tmp_path / "none")))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(config, done, tmp_path):
+    two = replace(config, out=str(tmp_path / "two"))
+    bulk_launch.launch(two, 2)
+    assert_whole(tmp_path / "two", len(plan(config)))
+    assert written(tmp_path / "two") == written(done)
+
+
+@pytest.mark.slow
+def test_as_many_forked_processes_work_as_were_asked_for(config, tmp_path, monkeypatch):
+    bulk.PartialState()  # as a notebook has, which has generated before: the processes must not take it for their own
+    monkeypatch.setattr(bulk, "_work", lambda *given, show: (tmp_path / f"{given[4].stem}{show}").touch())
+    bulk_launch.launch(config, 3)
+    assert {path.name for path in tmp_path.glob("000001-*")} == {
+        "000001-0000True",
+        "000001-0001False",
+        "000001-0002False",
+    }
+    assert bulk.PartialState().num_processes == 1
+
+
+@pytest.mark.slow
+def test_as_many_processes_of_torchrun_work_as_were_asked_for(config, tmp_path, monkeypatch):
+    calls = []
+    finished = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: calls.append((command, more)) or finished)
+    bulk_launch.launch(replace(config, threads=2), 2)  # a pool of threads, which a fork would break
+    monkeypatch.undo()
+    (command, more), script = calls[0], tmp_path / "who.py"
+    script.write_text(
+        "import pathlib, sys\nfrom prism_lib import bulk\n"
+        "bulk._work = lambda *given, show: pathlib.Path(__file__).with_suffix('.' + given[4].stem).touch()\n"
+        "bulk.main(sys.argv[1:])\n"
+    )
+    launcher = command[: command.index("prism_lib.apps.bulk") - 1]
+    subprocess.run([*launcher, str(script), command[-1]], check=True, **more)
+    assert {path.suffix for path in tmp_path.glob("who.*")} == {".py", ".000001-0000", ".000001-0001"}
+
+
+def test_what_a_fork_would_break_is_started_by_torchrun(config, monkeypatch):
+    calls, compiled = [], replace(config, compile=True)
+    monkeypatch.setattr(bulk_launch, "_torchrun", lambda *given: calls.append(given))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    bulk_launch.launch(compiled, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bulk_launch.launch(config, 0)
+    assert calls == [(compiled, 3, {"ACCELERATE_USE_CPU": "true"}), (config, 2, {})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("threads", "message"), [(1, "is no manifest of a bulk run"), (2, "ended with status")])
+def test_a_process_that_fails_is_reported(config, tmp_path, threads, message):
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / bulk_plan.MANIFEST).write_text("a,b\n1,2\n")
+    with pytest.raises(RuntimeError, match=message):
+        bulk_launch.launch(replace(config, threads=threads), 2)
+
+
+@pytest.mark.slow
+def test_a_forked_process_that_is_killed_is_reported(config, monkeypatch):
+    def killed(*given, show):
+        if not show:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(bulk, "_work", killed)
+    with pytest.raises(RuntimeError, match=r"failed: .*SIGKILL.*goes on where it stopped"):
+        bulk_launch.launch(config, 2)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_started_again(config, done, tmp_path):
+    """kill -9 in the middle of things, as often as not between a file and its row."""
+    killed, rng = replace(config, out=str(tmp_path / "killed"), batch_size=1), random.Random(0)
+    whole = replace(config, out=str(tmp_path / "whole"), batch_size=1)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["prism_lib.apps.bulk"])
+    kills = 0
+    for _ in range(5):
+        process = server.Process(target=bulk.generate, args=(killed,))
+        process.start()
+        images = tmp_path / "killed" / "images"
+        goal = len(list(images.rglob("*__*.png"))) + rng.randint(1, 3)
+        while process.is_alive() and len(list(images.rglob("*__*.png"))) < goal:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert kills >= 3
+    bulk.generate(killed)
+    bulk.generate(whole)
+    assert_whole(tmp_path / "killed", len(plan(config)))
+    assert written(tmp_path / "killed") == written(tmp_path / "whole")
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    with exclusive(tmp_path / "out"), pytest.raises(RuntimeError, match="is in use by process"):
+        bulk.generate(config)
+
+
+# --- the file of edits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "csv"])
+def test_the_formats_say_the_same(config, tmp_path, suffix):
+    name = load_table(config.data, "test")["file_name"][0]
+    rows = [
+        {"file_name": name, "source": "with tubes", "target": "with leads", "words": "tubes|leads", "word_weight": 2},
+        {"file_name": name, "edit": "unchanged", "method": "ddim"},
+    ]
+    texts = {
+        "json": json.dumps(rows),
+        "yaml": json.dumps(rows, indent=1),
+        "csv": f"file_name,edit,source,target,words,word_weight,method\n{name},,with tubes,with leads,tubes|leads,2,\n"
+        f"{name},unchanged,,,,,ddim\n",
+    }
+    first, second = plan(with_edits(config, tmp_path, texts[suffix], suffix))
+    assert (first.pair.source_words, first.pair.target_words) == (("tubes",), ("leads",))
+    assert first.settings.edit == replace(config.edit, word_weight=2.0) and first.settings.method == "direct"
+    assert second.edit.key == "unchanged" and second.settings.method == "ddim"
+
+
+def test_a_choice_is_the_same_from_a_table_and_from_the_run(config, tmp_path):
+    cell = '"{""guidance_scale"": [2, 5]}"'
+    (csv_task, *_) = plan(with_edits(config, tmp_path, f"edit,sweep,best\nunchanged,{cell},ssim\n", "csv"))
+    run = configured(config, [("sweep", '{"guidance_scale": [2, 5]}'), ("best", "ssim")])
+    (run_task, *_) = plan(with_edits(run, tmp_path, [{"edit": "unchanged"}]))
+    expected = Choice({"guidance_scale": [2.0, 5.0]}, best="ssim")
+    assert csv_task.settings.choice == run_task.settings.choice == expected
+    (tmp_path / "config.json").write_text(bulk_plan.config_json(run))
+    assert load_config(tmp_path / "config.json") == run
+
+
+def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
+    once = plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices"}]))
+    rows = [{"edit": "remove_support_devices"}, {"edit": "remove the devices", "file_name": once[0].file_name}]
+    assert plan(with_edits(config, tmp_path, rows)) == once
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"edit": "remove_zeppelin"}], "row 1: unknown label 'zeppelin'"),
+        ([{"edit": "unchanged"}, {"edit": "remove the zeppelin"}], "row 2: .*'zeppelin' is not understood"),
+        ([{"edit": "unchanged", "file_name": "test/none.png"}], "row 1: file_name 'test/none.png' is not in"),
+        ([{"edit": "unchanged", "gidance": 3}], "row 1: unknown column 'gidance'; known: file_name, edit"),
+        ([{"edit": "unchanged", "guidance_scale": "much"}], "row 1: guidance_scale takes float"),
+        ([{"edit": "unchanged", "guidance_scale": -1}], "row 1: guidance_scale is -1"),
+        ([{"edit": "unchanged", "cross_replace_steps": 1.5}], "row 1: cross_replace_steps is 1.5"),
+        ([{"edit": "unchanged", "guidance_start": 0.6}], "row 1: guidance_start is 0.6, after guidance_end, 0.4"),
+        ([{"edit": "unchanged", "method": "magic"}], "row 1: unknown inversion method 'magic'"),
+        ([{"edit": "unchanged", "num_inference_steps": 0}], "row 1: num_inference_steps is 0"),
+        ([{"edit": "unchanged", "batch_size": 2}], "row 1: unknown column 'batch_size'"),
+        ([{"edit": "unchanged", "seed": 2}], "row 1: seed is for edit_friendly; the method direct draws no noise"),
+        ([{"edit": "unchanged", "seed": "x", "method": "edit_friendly"}], "row 1: seed takes int"),
+        ([{"edit": "unchanged", "sweep": [0.2]}], "row 1: sweep takes dict"),
+        ([{"edit": "unchanged", "sweep": {"gidance": [2]}, "best": "ssim"}], "sweep: unknown setting 'gidance'"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": 2}, "best": "ssim"}], "guidance_scale takes a list"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": []}, "best": "ssim"}], "guidance_scale takes a list"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": ["x"]}, "best": "ssim"}], "guidance_scale takes float"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [-1]}, "best": "ssim"}], "row 1: guidance_scale is -1"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [2] * 300}, "best": "ssim"}], "sweep has 300 candidates"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}}],
+            "row 1: a sweep needs a guide or a similarity to choose by, or best",
+        ),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "guide"}],
+            "'guide' .it takes a guide.; known",
+        ),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "directional"}],
+            "'directional' .it takes a similarity.; known",
+        ),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "guide": "g"}], "edit unchanged names none"),
+        ([{"edit": "unchanged", "best": "ssim"}], "row 1: best is given, but no sweep"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "ssim", "at_least": {"ssim": "x"}}],
+            "row 1: at_least is 'x' for 'ssim'; expected a number",
+        ),
+        ([{"edit": "unchanged", "source": "a"}], "not both: source is given too"),
+        ([{"source": "a"}], "row 1: a text edit needs both prompts"),
+        ([{"source": "a", "target": "b", "words": "c"}], "row 1: 'c' is in neither prompt"),
+        ([], "must hold rows of edits"),
+        ({"edit": "unchanged"}, "must hold rows of edits"),
+        ("[", "cannot be read as json"),
+    ],
+)
+def test_a_bad_row_is_named(config, tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        plan(with_edits(config, tmp_path, content))
+
+
+def test_an_edit_that_contradicts_its_image_is_named(config, tmp_path):
+    table = load_table(config.data, "test")
+    name = table.loc[table["Support Devices"] == 0, "file_name"].iloc[0]
+    with pytest.raises(ValueError, match="row 1: contradictory edit remove_support_devices: 'Support Devices' is"):
+        plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices", "file_name": name}]))
+
+
+def test_commas_without_quotes_are_found(config, tmp_path):
+    with pytest.raises(ValueError, match="row 1 has more cells than the heading"):
+        plan(with_edits(config, tmp_path, "edit\nremove the pacemaker, keep the effusion\n", "csv"))
+
+
+def test_files_that_are_missing_are_named(config, tmp_path, phantom_folder):
+    with pytest.raises(FileNotFoundError, match=r"no file of edits .*none\.csv"):
+        plan(replace(config, edits=str(tmp_path / "none.csv")))
+    with pytest.raises(ValueError, match=r"expected one of \.csv, \.json"):
+        plan(with_edits(config, tmp_path, "x", "txt"))
+    copy = tmp_path / "copy"
+    shutil.copytree(phantom_folder, copy)
+    name = plan(config)[0].file_name
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
+        plan(replace(config, data=str(copy)))
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_would_be_cut_stops_the_run_before_it_starts(config, tmp_path):
+    long = with_edits(config, tmp_path, [{"source": "a heart", "target": "a " * 90}])
+    with pytest.raises(ValueError, match=r"test/.*png: prompt has 92 tokens, the model reads 77"):
+        bulk.generate(long)
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_full_disk_or_an_unwritable_place_is_found_first(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/out cannot be written"):
+        bulk.generate(replace(config, out=str(tmp_path / "file" / "out")))
+    usage = bulk.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(bulk.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"0\.00 GB free; \d+ images may take"):
+        bulk.generate(config)
+
+
+def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / bulk_plan.MANIFEST).write_text("file_name,label\na.png,1\n")
+    with pytest.raises(ValueError, match="no manifest of a bulk run"):
+        bulk.generate(config)
+    assert (tmp_path / "out" / bulk_plan.MANIFEST).read_text() == "file_name,label\na.png,1\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 12}, "bits is 12"),
+        ({"precision": "half"}, "precision is 'half'"),
+        ({"batch_size": 0}, "need batch_size >= 1"),
+        ({"method": "magic"}, "unknown inversion method"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+)
+def test_bad_settings_are_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_a_configuration_survives_its_file(config, tmp_path):
+    changed = replace(config, edit=EditConfig(mask=MaskConfig(feather=3), guidance_scale=7))
+    (tmp_path / "config.json").write_text(bulk_plan.config_json(changed))
+    assert load_config(tmp_path / "config.json") == changed
+    values = json.loads(bulk_plan.config_json(config))
+    values["edit"]["mask"]["fether"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json is no configuration .* unknown field fether"):
+        load_config(tmp_path / "config.json")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(config, *more):
+    words = ["generate", "--data", config.data, "--edits", config.edits, "--out", config.out, "--processes", "1"]
+    return cli.main([*words, "-p", "model", config.model, "-p", "num_inference_steps", "2", *more])
+
+
+def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
+    assert command(config, "-p", "split", "test", "--check") == 0
+    assert "counterfactuals into" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert command(config, "-p", "split", "test") == 0
+    assert_whole(tmp_path / "out", len(plan(config)))
+    assert bulk.generate(config).made == 0  # -p says what the configuration says
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-p", "gidance", "3"], "unknown setting 'gidance'"),
+        (["-p", "bits", "9"], "bits is 9"),
+        (["-p", "split", "holdout"], "unknown split 'holdout'"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_starts_nothing(config, tmp_path, capsys, more, message):
+    assert command(config, *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_text_in_the_type_of_their_default(config):
+    changed = configured(config, [("bits", "16"), ("guidance_scale", "7"), ("batch_size", "2")])
+    assert (changed.bits, changed.edit.guidance_scale, changed.batch_size) == (16, 7.0, 2)
+
+
+def test_the_module_says_how_to_call_it(capsys):
+    assert bulk.main([]) == 2
+    assert "accelerate launch -m prism_lib.apps.bulk CONFIG.json" in capsys.readouterr().err
+
+
+def test_plans_name_every_inversion_there_is():
+    assert tuple(METHODS) == INVERSIONS
+
+
+def test_a_launcher_plans_without_the_libraries_of_models():
+    code = "import sys, prism_lib.apps.bulk_launch; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,555 @@
+"""The explorer without a browser: studies, recipes, views, novelty, and the widgets clicked from Python."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prism_lib import paths
+from prism_lib.apps.explorer import Explorer
+from prism_lib.apps.gallery import Fault, sentence
+from prism_lib.apps.recipe import Recipe, load_image
+from prism_lib.apps.session import SWEEPS, Study
+from prism_lib.evaluation import novelty
+from prism_lib.evaluation.evaluate import Judge
+from prism_lib.models import pipeline
+from prism_lib.models.classifier import ClassifierConfig, build_classifier
+from prism_lib.models.pipeline import load_pipeline
+from prism_lib.phantom import patients
+from prism_lib.reporting import pictures, plots
+from prism_lib.training.cache import image_hash
+from tests.tiny import tiny_images, tiny_pipeline
+
+DEVICES = "Support Devices"
+SHIPPED = paths.weights() / "phantom-sd" / "model_index.json"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PRISM_DATA", str(tmp_path / "data"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def study(runs):
+    return Study(tiny_pipeline())
+
+
+@pytest.fixture
+def judge():
+    config = ClassifierConfig(labels=("Cardiomegaly", DEVICES), blocks=(1,), growth=4, features=4)
+    return Judge(build_classifier(config).eval(), config.labels)
+
+
+def patient(present):
+    """The first patient of population 0 with, or without, devices."""
+    return patients.sample_patients(20, 0).attributes["support_devices"].tolist().index(float(present))
+
+
+def png(levels):
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+LEVELS = np.random.default_rng(1).integers(1, 255, (32, 32), dtype=np.uint8)
+
+
+def removal(study, **settings):
+    """The study's present image, and the recipe of a removal of its devices."""
+    edit = study.edit(remove=[DEVICES])
+    return edit, study.recipe(edit, **{"steps": 3, **settings})
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+def test_before_and_after_are_the_ends_of_the_slider():
+    before, after = (np.full((4, 8, 3), level, np.uint8) for level in (10, 200))
+    for mode in pictures.MODES:
+        np.testing.assert_array_equal(pictures.before_after(before, after, 0.0, mode), before)
+        np.testing.assert_array_equal(pictures.before_after(before, after, 1.0, mode), after)
+    half = pictures.before_after(before, after, 0.5)
+    assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == pictures.LINE).all()
+    assert (pictures.before_after(before, after, 0.5, "fade") == 105).all()
+    with pytest.raises(ValueError, match="expected one of curtain, fade"):
+        pictures.before_after(before, after, 0.5, "wipe")
+
+
+def test_the_difference_has_the_colours_of_the_figures():
+    before = torch.full((1, 4, 4), 0.5)
+    after = before + torch.tensor([-0.4, -0.1, 0.0, 0.3])
+    figure = plots.plt.figure()
+    drawn = plots.difference_map(figure.add_subplot(), after, before)
+    expected = (drawn.to_rgba((after - before)[0].numpy())[..., :3] * 255).round().astype(int)
+    plots.plt.close(figure)
+    assert abs(pictures.difference(after, before).astype(int) - expected).max() <= 1
+
+
+def test_eight_bits_come_back_exactly():
+    image = torch.from_numpy(LEVELS)[None].float() / 255
+    np.testing.assert_array_equal(pictures.gray_or_colour(image), LEVELS)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(pictures.png(pictures.view(image)))))[..., 1], LEVELS
+    )
+
+
+def test_overlay_and_frame_leave_the_rest_alone():
+    image, mask = tiny_images(1)[0], torch.zeros(1, 32, 32)
+    mask[:, 4:8, 4:8] = 1
+    tinted = pictures.overlay(image, mask) != pictures.view(image)
+    assert tinted[4:8, 4:8].any() and not tinted[:4].any() and not tinted[8:].any()
+    framed = (pictures.framed(pictures.view(image), (2, 3, 10, 12)) == pictures.LINE).all(-1)
+    assert framed.sum() == 2 * 9 + 2 * 8 - 4
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_a_recipe_survives_its_file_and_its_code(tmp_path):
+    recipe = Recipe("phantom:0/1", "a b", "a c", ("b",), ("c",), steps=7, mask=(1, 2, 3, 4), guidance_scale=1.5)
+    assert Recipe.load(recipe.save(tmp_path / "record.json", {"scores": {}})) == recipe
+    lines = recipe.code().splitlines()
+    assert len(lines) == 3
+    names = {}
+    exec("\n".join(lines[:2]), names)
+    assert names["recipe"] == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "magic"}, "unknown inversion method 'magic'"),
+        ({"mask": "everywhere"}, "mask is 'everywhere'"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
+    ],
+)
+def test_a_recipe_refuses(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        Recipe("phantom:0/1", "a b", "a c", ("b",), ("c",), **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "reason"),
+    [
+        ("phantom:0/x", ValueError, "expected 'phantom:SEED/INDEX'"),
+        ("film.png", ValueError, "expected 'phantom:SEED/INDEX' or 'file:PATH'"),
+        ("file:no/film.png", FileNotFoundError, "there is no file no/film.png"),
+    ],
+)
+def test_an_image_that_is_not_there(runs, name, error, reason):
+    with pytest.raises(error, match=reason):
+        load_image(name, 32)
+
+
+def test_no_recipe_in_a_file(tmp_path):
+    (tmp_path / "record.json").write_text('{"scores": 1}')
+    with pytest.raises(ValueError, match=r"record\.json is no recipe"):
+        Recipe.load(tmp_path / "record.json")
+
+
+def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_path):
+    """Bit for bit, for a phantom and for an upload with an uploaded mask."""
+    folder = tmp_path / "runs" / "tiny"
+    study.pipe.save_pretrained(folder, safe_serialization=True)
+    study.model, study.pipe = "tiny", load_pipeline(folder)
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study)
+    made = study.run([recipe], edit)
+    study.open_upload("film.png", png(LEVELS))
+    mask = study.upload_mask("mask.png", png(np.where(np.arange(32)[:, None] < 16, 255, 0).repeat(32, 1).astype("u1")))
+    edit, recipe = removal(study, mask=mask)
+    made += study.run([recipe], edit)
+    for outcome in made:
+        code = study.code(outcome) + "\nfrom prism_lib.apps.outcomes import image_hash\nprint(image_hash(image))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(paths.root())},
+            capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        )  # fmt: skip
+        assert done.stdout.split() == [image_hash(outcome.result.image)], done.stderr
+
+
+# --- studies --------------------------------------------------------------------------------------
+
+
+def test_an_edit_changes_only_what_the_mask_opens(study):
+    case = study.open_phantom(0, patient(True))
+    assert case.state(DEVICES) is True
+    edit, recipe = removal(study, mask=(4, 6, 20, 22))
+    (outcome,) = study.run([recipe], edit)
+    changed = (outcome.result.image != case.image[0])[0]
+    assert changed[4:20, 6:22].any()
+    assert not changed[:4].any() and not changed[20:].any() and not changed[:, :6].any()
+    assert "with support devices" in recipe.source and "without support devices" in recipe.target
+    assert {"ssim", "mask_area", "true_error_ratio"} <= set(outcome.scores)
+
+
+def test_what_the_judge_reads_fills_in_what_is_not_known(runs, judge):
+    study = Study(tiny_pipeline(), judge=judge)
+    case = study.open_upload("film.png", png(LEVELS))
+    assert case.labels == {} and set(case.readings) == set(judge.labels)
+    edit, recipe = removal(study)
+    assert ("with cardiomegaly" in recipe.source) == (case.readings["Cardiomegaly"] >= 0.5)
+    assert "with support devices" in recipe.source  # an edit says itself what it removes, whatever the judge reads
+    (outcome,) = study.run([recipe], edit)
+    assert {"reads Cardiomegaly", f"reads {DEVICES}"} <= set(outcome.scores)
+
+
+@pytest.mark.parametrize(
+    ("edit", "control", "reason"),
+    [
+        ({}, "edit", "Say what should be different"),
+        ({"remove": [DEVICES], "text": "remove devices"}, "edit", "not both"),
+        ({"text": "remove the zebra"}, "edit", "zebra"),
+        ({"add": [DEVICES]}, "edit", "already labelled present"),
+        ({"text": "a -> "}, "edit", "needs both prompts"),
+        ({"text": "x " * 90 + "-> y"}, "edit", "tokens"),
+    ],
+)
+def test_a_faulty_edit_is_a_sentence_beside_it(study, edit, control, reason):
+    study.open_phantom(0, patient(True))
+    with pytest.raises(Fault, match=reason) as fault:
+        study.recipe(study.edit(**edit))
+    assert fault.value.control == control
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "control", "reason"),
+    [
+        ({"steps": 0}, "settings", "num_inference_steps is 0"),
+        ({"word_weight": float("nan")}, "settings", "Word_weight is nan"),
+        ({"mask": (5, 5, 5, 9)}, "mask", "is empty"),
+        ({"mask": (0, 0, 33, 9)}, "mask", "leaves the image"),
+    ],
+)
+def test_a_faulty_setting_is_a_sentence_beside_it(study, settings, control, reason):
+    study.open_phantom(0, patient(True))
+    with pytest.raises(Fault, match=f"(?i){reason}") as fault:
+        removal(study, **settings)
+    assert fault.value.control == control
+
+
+def test_without_an_image_there_is_nothing_to_edit(study):
+    with pytest.raises(Fault, match="Choose an image first"):
+        removal(study)
+
+
+def test_words_say_the_same_as_buttons(study):
+    study.open_phantom(0, patient(True))
+    _, pressed = removal(study)
+    assert study.recipe(study.edit(text="please remove the support devices"), steps=3) == pressed
+
+
+def test_a_run_stops_within_a_step_and_the_study_goes_on(study, monkeypatch):
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study, steps=40)
+    at_work, go_on, seen, ended = threading.Event(), threading.Event(), [], []
+
+    def progress(share):
+        seen.append(share)
+        if len(seen) == 3:
+            at_work.set()
+            assert go_on.wait(30)
+
+    study.start([recipe], edit, progress=progress, preview=lambda _: None, done=lambda *all: ended.append(all))
+    assert at_work.wait(60)
+    with pytest.raises(Fault, match="An edit is running"):
+        study.start([recipe], edit, progress=progress, preview=lambda _: None, done=lambda *all: None)
+    study.cancel()
+    go_on.set()
+    assert study.wait(60)
+    assert ended == [([], "Cancelled.")]
+    assert len(seen) == 3  # not one step more
+    assert study.history == []
+    study._stop.clear()
+    assert study.run(*([[removal(study)[1]], edit]))[0].result.image.isfinite().all()
+
+
+def test_a_failure_in_the_background_is_a_sentence(study, monkeypatch):
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study)
+    monkeypatch.setattr(Recipe, "run", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA 0x1f")))
+    ended = []
+    study.start([recipe], edit, progress=lambda _: None, preview=lambda _: None, done=lambda *all: ended.append(all))
+    assert study.wait(60)
+    assert ended == [([], "There is not enough memory for this: close other notebooks or take a smaller model.")]
+    assert not study.running
+
+
+def test_the_preview_comes_first_and_is_not_kept(study):
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study, steps=12)
+    shown = []
+    made = study.run([recipe], edit, preview=shown.append)
+    assert [outcome.recipe.steps for outcome in shown] == [5] and shown[0].preview
+    assert study.history == [made] and not made[0].preview
+
+
+def test_a_sweep_is_as_many_separate_edits(study):
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study)
+    recipes = study.sweep(recipe, "guidance_scale")
+    made = study.run(recipes, edit)
+    assert [outcome.recipe.guidance_scale for outcome in made] == list(SWEEPS["guidance_scale"])
+    for outcome in made:
+        alone = outcome.recipe.run(study.pipe, image=study.case.image)
+        assert torch.equal(outcome.result.image, alone.image)
+
+
+def test_undo_returns_to_the_run_before(study):
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study)
+    first = study.run([recipe], edit)
+    study.run([dataclasses.replace(recipe, guidance_scale=5.0)], edit)
+    assert study.undo() == first
+    assert study.undo() == [] and study.undo() == []
+
+
+def test_what_is_saved_reruns(study, runs):
+    study.open_upload("film.png", png(LEVELS))
+    edit, recipe = removal(study, mask=(0, 0, 16, 32))
+    (outcome,) = study.run([recipe], edit)
+    folder = study.save(outcome)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"image.png", "original.png", "mask.png", "difference.png", "record.json"}
+    image, original = (np.asarray(Image.open(folder / f"{name}.png")) for name in ("image", "original"))
+    np.testing.assert_array_equal(original, LEVELS)
+    np.testing.assert_array_equal(image[18:], LEVELS[18:])
+    record = json.loads((folder / "record.json").read_text())
+    again = Recipe.load(folder / "record.json").run(study.pipe)
+    assert image_hash(again.image) == record["image_sha256"]
+    assert str(runs) not in (folder / "record.json").read_text()
+
+
+def test_a_prepared_folder_is_opened_with_its_labels(study, phantom_folder):
+    case = study.open_row(phantom_folder, "test/" + next((phantom_folder / "test").glob("*.png")).name)
+    assert set(case.labels) >= {"Cardiomegaly", DEVICES}
+    with pytest.raises(Fault, match=r"has no image test/none\.png"):
+        study.open_row(phantom_folder, "test/none.png")
+
+
+def test_a_sentence_is_one_line_with_a_full_stop():
+    assert sentence(ValueError("steps is 0\nmore")) == "Steps is 0."
+    assert sentence(ValueError("film.png is empty.")) == "film.png is empty."
+    assert sentence(KeyError()) == "KeyError."
+
+
+# --- novelty --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known():
+    return patients.render(patients.sample_patients(40, 1), 32)
+
+
+def test_scores_are_mahalanobis_distances(known):
+    pipe = tiny_pipeline()
+    reference = novelty.measure(pipe, known, share=0.9)
+    errors = novelty.log_errors(pipe, known)
+    fitted = errors[::2].numpy()
+    inverse = np.linalg.inv(np.cov(fitted.T))
+    centred = errors[3].numpy() - fitted.mean(0)
+    assert reference.scores(errors[3:4]).item() == pytest.approx(np.sqrt(centred @ inverse @ centred), rel=1e-6)
+    held_out = reference.scores(errors[1::2])
+    assert (held_out <= reference.threshold).float().mean().item() == pytest.approx(0.9, abs=0.05)
+
+
+def test_an_error_is_the_models_own(known):
+    """The first column against the autoencoder's round trip, the second against the U-Net called by hand."""
+    pipe = tiny_pipeline()
+    image = known[:1]
+    pixels = image.expand(-1, 3, -1, -1) * 2 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+        noise = torch.randn(4, 1, *latents.shape[1:], generator=torch.Generator().manual_seed(0))[0]
+        kept = pipe.scheduler.alphas_cumprod[100]
+        ids = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        predicted = pipe.unet(noisy, 100, encoder_hidden_states=pipe.text_encoder(ids)[0]).sample
+    first, second = novelty.log_errors(pipe, image)[0, :2].tolist()
+    assert first == pytest.approx(
+        (decoded.clamp(0, 1).mean(1, keepdim=True) - image).abs().mean().log().item(), abs=1e-4
+    )
+    assert second == pytest.approx((predicted - noise).square().mean().log().item(), abs=1e-4)
+
+
+def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
+    pipe = tiny_pipeline()
+    reference = novelty.measure(pipe, known)
+    inverted = pictures.gray_or_colour(1 - known[0])
+    score = reference.scores(novelty.log_errors(pipe, torch.from_numpy(inverted)[None, None] / 255)).item()
+    for threshold, unlike in ((0.9 * score, True), (1.1 * score, False)):
+        study = Study(pipe, reference=dataclasses.replace(reference, threshold=threshold))
+        study.open_upload("inverted.png", png(inverted))
+        assert ("unlike those that phantom-sd was trained on" in study.notice) == unlike
+        assert ("explore(" in study.notice) == unlike
+        edit, recipe = removal(study)
+        assert study.run([recipe], edit)[0].notice == study.notice
+
+
+def test_a_detail_that_the_model_hardly_hears_is_said_with_the_result(runs, monkeypatch):
+    study = Study(tiny_pipeline())
+    study.open_phantom(0, patient(True))
+    for heard, expected in ((0.1, "pacemaker and central venous catheter read almost the same"), (0.5, "")):
+        monkeypatch.setattr(pipeline, "told_apart", lambda *_, heard=heard: heard)
+        edit = study.edit(text="remove the pacemaker")
+        (outcome,) = study.run([study.recipe(edit, steps=3)], edit)
+        assert expected in outcome.notice and bool(outcome.notice) == bool(expected)
+
+
+def test_a_reference_holds_for_its_own_weights_only(tmp_path, monkeypatch, known):
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
+    pipe = tiny_pipeline()
+    reference = novelty.measure(pipe, known)
+    novelty.save(reference, tmp_path / "tiny")
+    assert novelty.load("tiny", pipe) == reference
+    assert novelty.load("other", pipe) is None
+    assert novelty.load("tiny", tiny_pipeline("v_prediction", double=True)) is None
+    (tmp_path / "tiny" / novelty.FILE).write_text("{}")
+    with pytest.raises(ValueError, match="is no reference"):
+        novelty.load("tiny", pipe)
+
+
+def test_too_few_images_measure_nothing(known):
+    with pytest.raises(ValueError, match="19 images are too few"):
+        novelty.measure(tiny_pipeline(), known[:19])
+
+
+# --- widgets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer(study):
+    return Explorer(study, seed=0, patient=patient(True), steps=10)
+
+
+def wait(explorer):
+    assert explorer.study.wait(120)
+
+
+def test_click_remove_and_run(explorer):
+    original = explorer.result.compare.value
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.settings.mask.value = "off"  # untrained weights change too little for the automatic mask
+    explorer.run.click()
+    wait(explorer)
+    assert "Done in" in explorer.status.value
+    assert explorer.progress.value == 1
+    assert explorer.result.compare.value != original
+    explorer.result.share.value = 0
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(explorer.result.compare.value)))[..., 0],
+        pictures.gray_or_colour(explorer.study.case.image[0]),
+    )
+    explorer.save.click()
+    assert (paths.runs() / "explorer").is_dir() and "Saved in" in explorer.files.value
+    explorer.show_code.click()
+    assert "recipe.run().image" in explorer.files.value
+    explorer.undo.click()
+    assert explorer.outcome is None and explorer.save.disabled and "not edited yet" in explorer.result.caption.value
+
+
+def test_candidates_are_chosen_by_a_click(explorer):
+    explorer.edit.text.value = "remove support devices"
+    explorer.settings.steps.value = 3
+    explorer.settings.sweep.value = "guidance_scale"
+    explorer.run.click()
+    wait(explorer)
+    thumbnails = explorer.result.candidates.children
+    assert len(thumbnails) == len(SWEEPS["guidance_scale"])
+    thumbnails[2].children[1].click()
+    assert explorer.outcome.recipe.guidance_scale == SWEEPS["guidance_scale"][2]
+
+
+def test_an_image_opened_during_a_run_stays_on_the_screen(explorer, monkeypatch):
+    done, finish = explorer._done, threading.Event()
+    monkeypatch.setattr(explorer, "_done", lambda *all: (finish.wait(60), done(*all)))
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.run.click()
+    explorer.source.patient.value = patient(False)
+    finish.set()
+    wait(explorer)
+    assert explorer.outcome is None and explorer.save.disabled and not explorer.run.disabled
+    assert "not edited yet" in explorer.result.caption.value
+    assert ("add", DEVICES) in explorer.edit.buttons
+
+
+def test_complaints_stand_beside_their_control(explorer):
+    explorer.run.click()
+    assert "Say what should be different" in explorer.edit.line.value
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.settings.mask.value = "file"
+    explorer.run.click()
+    assert "Upload a mask" in explorer.settings.line.value and explorer.edit.line.value == ""
+    explorer.settings.mask.value = "rectangle"
+    explorer.settings.rows.value = (4, 4)
+    explorer.run.click()
+    assert "is empty" in explorer.settings.line.value
+    explorer.source.folder.value = "nowhere"
+    explorer.source.kind.value = "folder"
+    assert "not a prepared data set" in explorer.source.line.value
+
+
+def test_a_broken_upload_leaves_the_session_as_it_was(explorer):
+    before = explorer.study.case
+    file = {
+        "name": "film.png",
+        "type": "",
+        "size": 4,
+        "content": memoryview(b"oops"),
+        "last_modified": datetime.now(UTC),
+    }
+    explorer.source.upload.set_trait("value", (file,))
+    assert "film.png is not an image" in explorer.source.line.value
+    assert explorer.study.case is before
+    explorer.source.upload.set_trait("value", ({**file, "content": memoryview(png(LEVELS))},))
+    assert explorer.source.line.value == "" and explorer.study.case.title == "film.png"
+    assert ("remove", DEVICES) in explorer.edit.buttons and ("add", DEVICES) in explorer.edit.buttons
+
+
+def test_a_label_is_not_removed_and_added_at_once(explorer):
+    explorer.study.open_upload("film.png", png(LEVELS))
+    explorer.edit.show(explorer.study.case)
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.edit.buttons["add", DEVICES].value = True
+    assert explorer.edit.pressed("remove") == [] and explorer.edit.pressed("add") == [DEVICES]
+
+
+def test_every_control_says_what_it_does(explorer):
+    controls = [*vars(explorer.settings).values(), *vars(explorer.source).values(), *vars(explorer).values()]
+    silent = [
+        control.description
+        for control in controls
+        if getattr(control, "description", "") and hasattr(control, "tooltip") and not control.tooltip
+    ]
+    assert silent == []
+
+
+def test_without_a_front_end_there_is_a_picture(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["image/png"] and "application/vnd.jupyter.widget-view+json" in bundle
+    assert Image.open(io.BytesIO(explorer.picture())).size == (32, 32)
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.run.click()
+    wait(explorer)
+    assert Image.open(io.BytesIO(explorer.picture())).size[0] > 300
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="the shipped weights are missing")
+def test_the_shipped_reference_is_of_the_shipped_weights():
+    pipe = load_pipeline()
+    if not (paths.weights() / "phantom-sd" / novelty.FILE).is_file():
+        pytest.skip("no reference is shipped yet: python benchmarks/explorer.py writes it")
+    assert novelty.load("phantom-sd", pipe) is not None, "stale: run python benchmarks/explorer.py"

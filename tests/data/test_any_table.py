@@ -1,0 +1,153 @@
+"""Any table of images, and DICOM films with one: what is a label, what is copied, and what is refused."""
+
+import dataclasses
+
+from tests import formats
+import numpy as np
+import pytest
+
+from prism_lib.data.any_table import Columns
+from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.preparation import prepare
+from prism_lib.data.prepare_config import PrepareConfig
+
+COUNT = 10
+
+
+def images(root, **columns):
+    """Ten images in two folders, two per patient, with a table."""
+    files = [f"site{index % 2}/{index:02d}.png" for index in range(COUNT)]
+    for index, file in enumerate(files):
+        formats.save(formats.noise(index, channels=3), root / file)
+    given = {
+        "file_name": files,
+        "patient_id": [f"p{index // 2}" for index in range(COUNT)],
+        "Cardiomegaly": [1, 0, -1, None, 1, 0, 1, 0, 1, 0],
+    }
+    return formats.table(root, "metadata.csv", **(given | columns))
+
+
+def config_for(root, **changes):
+    config = PrepareConfig("table", root.parent / "prepared", data_root=root, size=32, mode="L")
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_labels_are_the_columns_that_are_nothing_else(tmp_path, mode, channels):
+    folder = prepare(config_for(images(tmp_path / "own"), mode=mode))
+    table = load_table(folder).set_index("source_file")
+    assert load_info(folder)["labels"] == ["Cardiomegaly"]
+    values = table.sort_index()["Cardiomegaly"].to_numpy()
+    order = [*range(0, COUNT, 2), *range(1, COUNT, 2)]  # site0, then site1
+    np.testing.assert_array_equal(values, np.array([1, 0, -1, np.nan, 1, 0, 1, 0, 1, 0])[order])
+    assert read_images(folder, table.reset_index()).shape == (COUNT, channels, 32, 32)
+    assert table.loc["site1/03.png", "file_name"].endswith("/site1_03.png")
+    assert table.groupby("patient_id")["split"].nunique().max() == 1
+
+
+def test_only_asked_columns_are_copied(tmp_path):
+    extra = {"surname": ["Doe"] * COUNT, "scanner": ["A"] * COUNT, "Edema": [0] * COUNT}
+    root = images(tmp_path / "own", **extra)
+    folder = prepare(config_for(root, columns=Columns(labels=("Edema",), extra=("scanner",))))
+    table = load_table(folder)
+    assert set(table["scanner"]) == {"A"}
+    assert {"surname", "Cardiomegaly"}.isdisjoint(table.columns)
+    assert b"Doe" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert load_info(folder)["labels"] == ["Edema"]
+
+
+def test_given_splits_are_kept(tmp_path):
+    splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 4
+    folder = prepare(config_for(images(tmp_path / "own", split=splits)))
+    table = load_table(folder)
+    by_file = dict(zip(table["source_file"], table["split"], strict=True))
+    assert [by_file[f"site{index % 2}/{index:02d}.png"] for index in range(COUNT)] == splits
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"Cardiomegaly": [1, 0, 3, *[0] * 7]}, r"line 4: label 'Cardiomegaly' is not 1, 0, -1 or blank: '3'"),
+        ({"Cardiomegalie": [1] * COUNT}, r"vocabulary 'chest' lacks the label 'Cardiomegalie'; did you mean 'Cardiom"),
+        ({"split": ["train"] * 5 + ["test"] * 5}, r"line 6: one patient in two given splits: 'p2'"),
+        ({"split": ["train"] * 9 + ["valid"]}, r"line 11: split is none of train, val, test: 'valid'"),
+        ({"patient_id": [""] + ["p"] * 9}, "line 2: empty patient_id"),
+        ({"file_name": ["../a.png", *[f"{i}.png" for i in range(9)]]}, "line 2: path outside the data root"),
+        ({"file_name": ["/a.png", *[f"{i}.png" for i in range(9)]]}, "line 2: path outside the data root"),
+        ({"file_name": ["a.png"] * COUNT}, "line 3: repeated file_name"),
+        ({"file_name": ["a/b.png", "a_b.png", *[f"{i}.png" for i in range(8)]]}, "differs only in"),
+    ],
+)
+def test_bad_tables_are_named_before_any_work(tmp_path, columns, message):
+    root = images(tmp_path / "own", **columns)
+    with pytest.raises(ValueError, match=message):
+        prepare(config_for(root, max_rejected=1.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": Columns(labels=("Edema",))}, "lacks the column 'Edema'"),
+        ({"columns": Columns(extra=("text",))}, "'text' cannot be carried along"),
+        ({"columns": Columns(header=("PatientAge",))}, "header fields can be copied from the dataset 'dicom' only"),
+        ({"table": "labels.csv"}, r"expected one table labels\.csv"),
+    ],
+)
+def test_bad_columns(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(config_for(images(tmp_path / "own"), **changes))
+
+
+def test_a_table_needs_a_mode(tmp_path):
+    with pytest.raises(ValueError, match="dataset 'table' needs a mode: L or RGB"):
+        PrepareConfig("table", tmp_path / "out", data_root=tmp_path)
+
+
+def test_a_link_out_of_the_root_is_refused(tmp_path):
+    root = images(tmp_path / "own")
+    formats.noise(99).save(tmp_path / "outside.png")
+    (root / "site0" / "00.png").unlink()
+    (root / "site0" / "00.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(ValueError, match=r"'site0/00\.png' is a link that leads outside"):
+        prepare(config_for(root, max_rejected=1.0))
+
+
+# --- DICOM
+
+
+def films(root, count=COUNT, **fields):
+    files = [f"study{index}/film.dcm" for index in range(count)]
+    for index, file in enumerate(files):
+        pixels = np.array(formats.noise(index)).astype(np.uint16) * 16
+        formats.dicom(root / file, pixels, **({"PixelSpacing": [0.3, 0.3]} | fields))
+    given = {"file_name": files, "patient_id": list(range(count)), "Edema": [index % 2 for index in range(count)]}
+    return formats.table(root, "metadata.csv", **given)
+
+
+def test_dicom_films_keep_spacing_and_only_the_asked_fields(tmp_path):
+    root = films(tmp_path / "films", StationName="Room 7", InstitutionName="Clinic of Doe")
+    folder = prepare(config_for(root, dataset="dicom", mode="", columns=Columns(header=("PatientAge", "StationName"))))
+    table = load_table(folder)
+    assert read_images(folder, table).shape == (COUNT, 1, 32, 32)
+    assert table["pixel_spacing_mm"].tolist() == pytest.approx([0.3 * 48 / 32] * COUNT)
+    assert set(table["PatientAge"]) == {"067Y"}
+    assert set(table["StationName"]) == {"Room 7"}
+    content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert not any(secret in content for secret in (b"Doe", b"Jane", b"19500101", b"SECRET"))
+    with pytest.raises(ValueError, match="'Patient Age' is no keyword"):
+        prepare(
+            config_for(root, output=tmp_path / "b", dataset="dicom", columns=Columns(header=("Patient Age",)), mode="")
+        )
+
+
+def test_films_that_cannot_be_used_are_listed(tmp_path):
+    root = films(tmp_path / "films")
+    formats.dicom(root / "study3" / "film.dcm", np.zeros((40, 48), np.uint16), NumberOfFrames=2)
+    (root / "study5" / "film.dcm").write_bytes(b"no film at all" * 20)
+    folder = prepare(config_for(root, dataset="dicom", mode="", max_rejected=0.2))
+    assert {item["file"]: item["reason"] for item in load_info(folder)["rejected"]} == {
+        "study3/film.dcm": "DICOM of 2 frames: only single images can be used",
+        "study5/film.dcm": "not a DICOM file",
+    }
+    assert len(load_table(folder)) == COUNT - 2

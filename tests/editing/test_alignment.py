@@ -1,0 +1,130 @@
+"""Token alignment: words by offsets, maps between prompts, and padding that stays padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prism_lib.editing.alignment import align, token_ids, token_span, word_mask
+from tests.tiny import SOURCE, TARGET, tiny_pipeline
+
+LENGTH = 77
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_pipeline().tokenizer
+
+
+def text_of(tokenizer, prompt, span):
+    ids = tokenizer(prompt).input_ids
+    pieces = tokenizer.convert_ids_to_tokens([ids[i] for i in span])
+    return "".join(pieces).replace("</w>", " ").strip()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "found"),
+    [
+        (SOURCE, "support devices", "support devices"),
+        (SOURCE, "Cardiomegaly", "cardiomegaly"),
+        ("unseenword here", "unseenword", "unseenword"),
+        ("Edema, effusion", "edema", "edema"),
+        ("support   devices in place", "support devices", "support devices"),
+        ("with a, with b", "with", "with with"),
+    ],
+)
+def test_a_span_is_made_of_the_tokens_of_its_word(tokenizer, prompt, word, found):
+    assert text_of(tokenizer, prompt, token_span(tokenizer, prompt, word)) == found
+
+
+def test_words_of_several_tokens_are_spanned_whole(tokenizer):
+    assert len(token_span(tokenizer, "unseenword here", "unseenword")) > 1
+
+
+@pytest.mark.parametrize("word", ["pneumothorax", "cardio", "", "devices support"])
+def test_a_word_that_is_not_in_the_prompt_is_refused(tokenizer, word):
+    with pytest.raises(ValueError, match="does not occur in the prompt"):
+        token_span(tokenizer, SOURCE, word)
+
+
+def test_a_word_without_tokens_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr("prism_lib.editing.alignment._offsets", lambda tokenizer, prompt: [(0, 0), (0, 0)])
+    with pytest.raises(ValueError, match="has no token"):
+        token_span(tokenizer, SOURCE, "cardiomegaly")
+
+
+def test_word_mask_marks_all_words_and_nothing_else(tokenizer):
+    mask = word_mask(tokenizer, SOURCE, ("cardiomegaly", "support devices"), LENGTH)
+    marked = set(mask.nonzero().flatten().tolist())
+    spans = {
+        *token_span(tokenizer, SOURCE, "cardiomegaly"),
+        *token_span(tokenizer, SOURCE, "support devices"),
+    }
+    assert marked == spans
+    assert mask.shape == (LENGTH,)
+
+
+@pytest.mark.parametrize("method", ["refine", "replace"])
+def test_equal_prompts_align_as_the_identity(tokenizer, method):
+    alignment = align(tokenizer, SOURCE, SOURCE, LENGTH, method)
+    torch.testing.assert_close(alignment.transfer, torch.eye(LENGTH))
+    assert not alignment.own.any()
+
+
+def test_refine_leaves_new_words_to_themselves(tokenizer):
+    alignment = align(tokenizer, SOURCE, TARGET, LENGTH)
+    new = token_span(tokenizer, TARGET, "without")
+    assert alignment.own.nonzero().flatten().tolist() == new
+    assert not alignment.transfer[:, new].any()
+
+
+def test_refine_follows_shared_words_across_an_insertion(tokenizer):
+    target = SOURCE.replace("cardiomegaly", "severe cardiomegaly")
+    transfer = align(tokenizer, SOURCE, target, LENGTH).transfer
+    old, new = (
+        token_span(tokenizer, SOURCE, "support devices"),
+        token_span(tokenizer, target, "support devices"),
+    )
+    assert old != new
+    assert torch.equal(transfer[old][:, new], torch.eye(len(old)))
+
+
+@pytest.mark.parametrize("method", ["refine", "replace"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(SOURCE, "chest x-ray with cardiomegaly"), ("chest x-ray with cardiomegaly", SOURCE)],
+)
+def test_padding_never_takes_the_map_of_a_word(tokenizer, method, source, target):
+    if method == "replace":
+        source, target = "unseenword here", "with here"
+    alignment = align(tokenizer, source, target, LENGTH, method)
+    words, padding = len(token_ids(tokenizer, source, LENGTH)), len(token_ids(tokenizer, target, LENGTH))
+    assert not alignment.transfer[:words, padding:].any()
+    assert (alignment.transfer[:, padding:].sum(0) == 1).all()
+
+
+def test_padding_without_a_counterpart_keeps_its_own_map(tokenizer):
+    length = len(token_ids(tokenizer, SOURCE, LENGTH))
+    alignment = align(tokenizer, SOURCE, "chest x-ray", length)
+    assert alignment.own[len(token_ids(tokenizer, "chest x-ray", length)) :].all()
+
+
+def test_replace_shares_the_maps_of_a_word_with_more_tokens(tokenizer):
+    source, target = "with here", "unseenword here"
+    transfer = align(tokenizer, source, target, LENGTH, "replace").transfer
+    old, new = token_span(tokenizer, source, "with"), token_span(tokenizer, target, "unseenword")
+    assert len(old) == 1
+    assert len(new) > 1
+    torch.testing.assert_close(transfer[old][:, new], torch.full((1, len(new)), 1 / len(new)))
+
+
+def test_replace_needs_equally_many_words(tokenizer):
+    with pytest.raises(ValueError, match="equally many words, got 7 and 2"):
+        align(tokenizer, SOURCE, "chest x-ray", LENGTH, "replace")
+
+
+def test_an_unknown_method_and_a_long_prompt_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="unknown alignment 'merge'; known: refine, replace"):
+        align(tokenizer, SOURCE, TARGET, LENGTH, "merge")
+    with pytest.raises(ValueError, match="the text encoder reads 77"):
+        align(tokenizer, SOURCE, "with " * 100, LENGTH)

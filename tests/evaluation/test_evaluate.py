@@ -1,0 +1,120 @@
+"""Evaluation: the numbers of an edit, on a tiny pipeline and small phantoms."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prism_lib.data.cases import marker_masks, sample_captions
+from prism_lib.data.folder import load_table
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation import evaluate
+from prism_lib.evaluation.evaluate import (
+    Evaluation,
+    Judge,
+    choose_cases,
+    evaluate_edit,
+    judge_auc,
+    load_judge,
+    summarise,
+)
+from prism_lib.language.edits import Edit
+from prism_lib.phantom.patients import marker_mask, sample_patients
+from tests.tiny import tiny_pipeline
+
+REMOVE = Edit(remove=("Support Devices",))
+LABELS = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
+
+
+class Oracle(torch.nn.Module):
+    """Reads a device where the image has a very bright pixel; sees no disease."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        bright = (images.amax((1, 2, 3)) > 0.5).float() * 10 - 5
+        return torch.stack([torch.full_like(bright, -5), torch.full_like(bright, -5), bright], 1) + self.zero
+
+
+@pytest.fixture(scope="module")
+def evaluated(phantom_folder):
+    chosen = choose_cases(phantom_folder, REMOVE, 3)
+    return evaluate_edit(
+        tiny_pipeline(),
+        phantom_folder,
+        chosen,
+        REMOVE,
+        EditConfig(),
+        num_inference_steps=2,
+        judge=Judge(Oracle(), LABELS),
+    )
+
+
+def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):
+    chosen = choose_cases(phantom_folder, REMOVE, 3)
+    assert set(chosen["split"]) == {"test"} and set(chosen["Support Devices"]) == {1.0}
+    assert chosen["patient_id"].is_unique
+    with pytest.raises(ValueError, match=r"remove_support_devices applies to \d+ patients"):
+        choose_cases(phantom_folder, REMOVE, 1000)
+
+
+def test_an_edit_is_measured_per_image(evaluated):
+    expected = {
+        "true_error_ratio",
+        "mask_recall",
+        "mask_area_ratio",
+        "latent_outside_l1_ratio",
+        "marker_changed",
+        "cpg",
+    }
+    assert expected <= set(evaluated.table.columns)
+    assert len(evaluated.table) == 3 and evaluated.table.notna().all(axis=None)
+    assert (evaluated.table["changed_outside_mask"] == 0).all()
+
+
+def test_the_truth_itself_would_be_perfect(evaluated):
+    perfect = Evaluation(**{**vars(evaluated), "edited": evaluated.truth, "mask": evaluated.truth_mask.float()})
+    columns = evaluate._against_truth(perfect, None)
+    assert columns["true_error_ratio"] == [0.0] * 3
+    assert columns["mask_recall"] == columns["mask_area_ratio"] == [1.0] * 3
+
+
+def test_the_judge_counts_only_what_can_flip(evaluated):
+    table = evaluated.table.assign(p_before=[0.9, 0.8, 0.1], flipped=[1.0, 0.0, 1.0])
+    summary = summarise(Evaluation(**{**vars(evaluated), "table": table}))
+    assert summary["flip_denominator"] == 2
+    assert summary["flip_rate"] == 0.5
+    assert summary["images"] == 3
+    assert summary["identity_l1_low"] <= summary["identity_l1"] <= summary["identity_l1_high"]
+
+
+def test_a_detail_is_read_as_the_label_that_it_belongs_to(evaluated):
+    judge = Judge(Oracle(), LABELS)
+    added = evaluate._by_judge(replace(evaluated, edit=Edit(add=("pacemaker",))), judge)
+    assert added["cpg"] == evaluate._by_judge(replace(evaluated, edit=Edit(add=("Support Devices",))), judge)["cpg"]
+    removed = evaluate._by_judge(replace(evaluated, edit=Edit(remove=("pacemaker",))), judge)
+    assert set(removed) == {"side_effect_rate"}, "there may be other devices"
+
+
+def test_captions_depend_on_image_and_seed_alone(phantom_folder):
+    table = load_table(phantom_folder, "train")
+    whole = sample_captions(phantom_folder, table, 0, 3, 0.5)
+    assert sample_captions(phantom_folder, table.iloc[5:7], 0, 3, 0.5) == whole[5:7]
+    assert sample_captions(phantom_folder, table, 1, 3, 0.5) != whole
+
+
+def test_markers_are_those_of_the_rows(phantom_folder):
+    table = load_table(phantom_folder, "val").iloc[[2, 0]]
+    masks = marker_masks(phantom_folder, table)
+    patients = sample_patients([int(i) for i in table["phantom_index"]], 0)
+    assert torch.equal(masks, marker_mask(patients, 32))
+    assert masks.flatten(1).any(1).all()
+
+
+def test_no_judge_no_verdict(phantom_folder):
+    assert load_judge("") is None
+    assert judge_auc(None, phantom_folder) == {}
+    with pytest.raises(FileNotFoundError, match="no classifier"):
+        load_judge("nobody")

@@ -1,0 +1,123 @@
+"""A vision-language model as a reader: a tiny LLaVA in the exact layout of a real one."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation import second_reader
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit, judge_auc, reread, summarise
+from prism_lib.language.edits import Edit
+from prism_lib.language.labels import vocabulary
+from prism_lib.models.classifier import predict
+from tests.tiny import tiny_images, tiny_pipeline
+
+WORDS = "<unk> <pad> <image> Yes yes No no USER ASSISTANT Does this chest x ray show support devices pleural effusion"
+TEMPLATE = (
+    "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} "
+    "{% endif %}{% endfor %}{% endfor %}ASSISTANT"
+)
+LABELS = ("Support Devices", "Pleural Effusion")
+
+
+def tokenizer(words=WORDS):
+    inner = Tokenizer(WordLevel({word: n for n, word in enumerate(words.split())}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>"]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **small),
+        text_config=LlamaConfig(vocab_size=len(words), **small),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        images, words, patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    output = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def judge(folder):
+    return second_reader.load_reader(str(folder), (*LABELS, "No Finding"), vocabulary("phantom"))
+
+
+def test_the_question_is_in_the_words_of_the_captions():
+    asked = second_reader.question("Support Devices", vocabulary("chest"))
+    assert asked == "Does this chest x-ray show support devices? Answer yes or no."
+    assert second_reader.question("Ruler", vocabulary("skin")).startswith("Does this dermoscopic image show ")
+
+
+def test_the_answer_is_the_models_own_next_word(judge):
+    images = tiny_images(3)
+    model, processor = judge.model.model, judge.model.processor
+    inputs = processor(images=second_reader.pictures(images[1:2]), text=[judge.model.prompts[0]], return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
+    likely = output.scores[0].softmax(-1)[0]
+    yes, no = (
+        sum(float(likely[processor.tokenizer.convert_tokens_to_ids(w)]) for w in ws)
+        for ws in (("Yes", "yes"), ("No", "no"))
+    )
+    read = predict(judge.model, images)
+    assert judge.labels == LABELS and read.shape == (3, 2)
+    assert float(read[1, 0]) == pytest.approx(yes / (yes + no), abs=1e-5)
+    assert float((read[0] - read[1]).abs().max()) > 1e-3, "the image is looked at"
+    assert torch.allclose(predict(judge.model, images, batch_size=1), read, atol=1e-5)
+
+
+def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
+    change = Edit(remove=("Support Devices",))
+    cases = choose_cases(phantom_folder, change, 2)
+    measured = evaluate_edit(tiny_pipeline(), phantom_folder, cases, change, EditConfig(), num_inference_steps=2)
+    read = reread(measured, judge)
+    before, after = predict(judge.model, measured.factual)[:, 0], predict(judge.model, measured.edited)[:, 0]
+    assert read.table["cpg"].tolist() == pytest.approx((before - after).tolist())
+    assert "mask_share" not in read.table and "flip_denominator" in summarise(read)
+    assert set(judge_auc(judge, phantom_folder)) == set(LABELS)
+
+
+def test_what_cannot_be_asked_is_said(folder, judge):
+    assert second_reader.load_reader("", LABELS, vocabulary("phantom")) is None
+    with pytest.raises(ValueError, match="no words for Melanoma"):
+        second_reader.load_reader(str(folder), ("Melanoma",), vocabulary("phantom"))
+    with pytest.raises(FileNotFoundError, match="is no image-text model"):
+        second_reader.load_reader("/nowhere/llava", LABELS, vocabulary("phantom"))
+    with pytest.raises(ValueError, match="no question"):
+        second_reader.QuestionReader(judge.model.model, judge.model.processor, [])
+    silent = LlavaProcessor(judge.model.processor.image_processor, tokenizer(), patch_size=8)
+    with pytest.raises(ValueError, match="chat template"):
+        second_reader.QuestionReader(judge.model.model, silent, ["?"])
+    blind = LlavaProcessor(
+        judge.model.processor.image_processor, tokenizer("<unk> <pad> <image>"), chat_template=TEMPLATE
+    )
+    with pytest.raises(ValueError, match="the same token"):
+        second_reader.QuestionReader(judge.model.model, blind, ["?"])

@@ -1,0 +1,108 @@
+"""Tables and README sections come from records and from nothing else."""
+
+import pytest
+
+from prism_lib import records
+from prism_lib.reporting import redraw, tables
+from prism_lib.reporting.tables import BASE, intervals, quality_table, replace_between, tradeoff, update_readme
+
+VALUES = {
+    "true_error_ratio": 0.1234,
+    "true_error_ratio_low": 0.1,
+    "true_error_ratio_high": 0.15,
+    "images": 8,
+    "flip_rate": 1.0,
+}
+RECORD = {
+    "metrics": {"remove_support_devices": VALUES, "add_cardiomegaly": {"images": 8, "flip_rate": 0.5}},
+    "device": "cpu",
+    "commit": "0123456789abcdef",
+    "seconds": 61.0,
+}
+
+
+def test_a_table_has_a_row_per_edit_and_says_where_it_is_from():
+    text = quality_table(RECORD)
+    assert "| remove support devices | 0.12 (0.10 to 0.15) | 1.00 |" in text
+    assert "| add cardiomegaly | – | 0.50 |" in text
+    assert "commit 0123456789" in text and "8 held-out patients" in text
+
+
+def test_what_every_edit_has_in_common_is_said_once():
+    rows = {
+        "remove_x": {"images": 8, "cpg": 0.9, "flip_rate": 1.0},
+        "add_x": {"images": 8, "cpg": 0.8, "flip_rate": 1.0},
+    }
+    text = quality_table(RECORD | {"metrics": rows})
+    assert "| edit | CPG ↑ |" in text and "In every edit: flip rate 1.00. 8 held-out patients" in text
+
+
+def test_intervals_fall_back_to_the_mean():
+    assert intervals(RECORD, "true_error_ratio") == {"remove_support_devices": (0.1234, 0.1, 0.15)}
+    assert intervals(RECORD, "flip_rate")["add_cardiomegaly"] == (0.5, 0.5, 0.5)
+    assert set(tables.drawn(RECORD)) == {"true_error_ratio", "flip_rate"}
+
+
+def test_text_between_markers_is_replaced_and_the_rest_kept(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results:begin -->\nold \\1\n<!-- results:end -->\nafter\n")
+    replace_between(path, "results", "new \\g<0>\n")
+    assert path.read_text() == "before\n<!-- results:begin -->\nnew \\g<0>\n<!-- results:end -->\nafter\n"
+    with pytest.raises(ValueError, match="needs exactly one"):
+        replace_between(path, "speed", "x")
+
+
+ABOUT = {"dataset": "phantom", "notebook": "03", "parameters": {}, "seed": 0, "model": "m", "seconds": 1.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The two records that the section always has."""
+    metrics = {"remove_x": dict.fromkeys(records.RECORDS["counterfactual_quality"], 0.5) | {"images": 2}}
+    records.record("counterfactual_quality", metrics=metrics, figures_dir=tmp_path, **ABOUT)
+    records.record("judge", metrics={"auc": {"A": 0.99}}, figures_dir=tmp_path, **ABOUT)
+    return tmp_path
+
+
+def test_a_trial_never_reaches_the_readme(folder, monkeypatch):
+    monkeypatch.setattr(tables, "replace_between", lambda *_: pytest.fail("the README was written"))
+    section = update_readme("README.md", "phantom", folder)
+    assert "| remove x |" in section and "A 0.9900" in section
+
+
+def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
+    assert "![" not in tables.section("phantom", folder) and "training set" not in tables.section("phantom", folder)
+    points = {f"steps {n}": {"seconds_per_image": n, "true_error_ratio": 0.2} for n in (3.0, 4.0)}
+    records.record("ablations", metrics=points, figures_dir=folder, **ABOUT)
+    sets = {"as_is": {"worst_group_accuracy": 0.25}, "prism": {"worst_group_accuracy": 0.75}}
+    study = {"target": "A", "shortcut": "B", "strengths": [1.0], "images": 8, "added": 4, "seeds": [0, 1]}
+    metrics = {"strength_100": sets, "worst_group_gain": 0.5, "gap_closed": 0.8}
+    records.record("classifiers", metrics=metrics, figures_dir=folder, **(ABOUT | {"parameters": {"study": study}}))
+    section = tables.section("phantom", folder)
+    assert "(figures/phantom/plots/ablations_pareto.png)\n2 variants" in section
+    assert "| prism | 0.75 |" in section and "(figures/phantom/plots/classifiers.png)" in section
+    drawn = {drawing.name for drawing in redraw.drawings(redraw.load_all("phantom", folder))}
+    assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 06 draws"
+
+
+def test_what_no_editor_can_know_names_the_edits_that_an_image_leaves_open(folder):
+    names = ("true_error_ratio", "blend_error_ratio", "mask_recall")
+    metrics = {"add_x": dict.fromkeys(names, 0.5), "remove_x": dict.fromkeys(names, 0.0)}
+    records.record(
+        "identifiability", metrics={k: v | {"images": 4} for k, v in metrics.items()}, figures_dir=folder, **ABOUT
+    )
+    section = tables.section("phantom", folder)
+    assert "| add x | 0.50 | 0.50 | 0.50 |" in section
+    assert "0.005 of error: remove x. 4 patients an edit" in section
+
+
+def test_what_was_measured_once_is_one_point_of_the_tradeoff():
+    base = {
+        "true_error_ratio": 0.2,
+        "true_error_ratio_low": 0.1,
+        "true_error_ratio_high": 0.3,
+        "seconds_per_image": 2.0,
+    }
+    other = base | {"seconds_per_image": 3.0}
+    points = tradeoff({"method direct": base, "guidance_scale 2": base, "guidance_scale 5": other})
+    assert points == {BASE: (2.0, 0.2, 0.1, 0.3), "guidance_scale 5": (3.0, 0.2, 0.1, 0.3)}

@@ -1,0 +1,75 @@
+"""Sources of images: each gives its rows' images, and a cache makes every image once."""
+
+import pytest
+import torch
+from PIL import Image
+
+from prism_lib.data.folder import load_table
+from prism_lib.data.rows import editable, true_counterfactual
+from prism_lib.editing.settings import EditConfig
+from prism_lib.language.edits import Edit
+from prism_lib.studies import augmentation
+from tests.tiny import tiny_pipeline
+
+REMOVE = Edit(remove=("Support Devices",))
+
+
+@pytest.fixture(scope="module")
+def rows(phantom_folder):
+    return editable(load_table(phantom_folder, "train"), REMOVE).head(3)
+
+
+def test_the_truth_is_the_phantoms(phantom_folder, rows):
+    expected = true_counterfactual(phantom_folder, rows, REMOVE)[0]
+    assert torch.equal(augmentation.truth(phantom_folder)(rows, REMOVE), expected)
+
+
+def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):
+    source = augmentation.counterfactuals(tiny_pipeline(), phantom_folder, EditConfig(), num_inference_steps=2)
+    images = source(rows, REMOVE)
+    assert images.shape == (3, 1, 32, 32)
+    single = source(rows.iloc[1:2], REMOVE)
+    torch.testing.assert_close(images[1:2], single, atol=1e-3, rtol=0)
+
+
+def test_a_sample_depends_on_its_name_and_not_on_its_neighbours(phantom_folder, rows):
+    source = augmentation.synthetic(tiny_pipeline(), phantom_folder, num_inference_steps=2)
+    images = source(rows, REMOVE)
+    assert images.shape == (3, 1, 32, 32)
+    torch.testing.assert_close(images[1:2], source(rows.iloc[1:2], REMOVE), atol=1e-6, rtol=0)
+    assert not torch.equal(images[0], images[1])
+
+
+def test_a_cache_makes_every_image_once_and_goes_on(rows, tmp_path):
+    made = []
+
+    def source(chosen, edit):
+        made.append(list(chosen["file_name"]))
+        return torch.full((len(chosen), 1, 8, 8), 0.2)
+
+    cached = augmentation.Cached(source, tmp_path, {"steps": 2}, chunk=2)
+    names = list(rows["file_name"])
+    first = cached(rows, REMOVE)
+    assert made == [names[:2], names[2:]]
+    assert first.unique().item() == pytest.approx(0.2)
+    assert torch.equal(cached(rows, REMOVE), first) and len(made) == 2
+    sorted(tmp_path.glob("*.png"))[0].unlink()
+    cached(rows, REMOVE)
+    assert len(made) == 3 and len(made[2]) == 1, "only the image that is gone"
+    other = augmentation.Cached(source, tmp_path, {"steps": 3}, chunk=4)
+    other(rows, REMOVE)
+    assert made[3] == names, "other settings share nothing"
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_files_of_a_bulk_run(rows, tmp_path):
+    names = list(rows["file_name"])
+    for n, _ in enumerate(names):
+        Image.new("L", (8, 8), 51 * n).save(tmp_path / f"{n}.png")
+    files = {(name, REMOVE.key): tmp_path / f"{n}.png" for n, name in enumerate(names)}
+    assert augmentation.Files(files)(rows, REMOVE).mean((1, 2, 3)).tolist() == pytest.approx([0, 0.2, 0.4])
+    other = files | {(names[0], REMOVE.key): tmp_path / "another.png"}
+    assert augmentation.Files(files).settings != augmentation.Files(other).settings, "other files are another source"
+    del files[names[1], REMOVE.key]
+    with pytest.raises(ValueError, match=f"no image of remove_support_devices for 1 rows, the first {names[1]}"):
+        augmentation.Files(files)(rows, REMOVE)

@@ -1,0 +1,98 @@
+"""Differences keep their sign and every level; regions and films are worked out by hand."""
+
+import pytest
+import torch
+from PIL import Image
+
+from prism_lib.editing.inversion import invert
+from prism_lib.editing.settings import EditConfig
+from prism_lib.studies.explanations import (
+    attention_maps,
+    load_difference,
+    mask_regions,
+    region_statistics,
+    save_difference,
+    save_gif,
+    transition,
+)
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+
+
+def test_region_statistics_by_hand():
+    original = torch.full((1, 1, 2, 2), 0.5)
+    edited = torch.tensor([[[[0.7, 0.5], [0.4, 0.5]]]])
+    left = torch.tensor([[[[True, False], [True, False]]]])
+    table = region_statistics(edited, original, {"left": left, "right": ~left}).set_index("region")
+    assert table.loc["left", ["pixels", "brighter", "darker"]].tolist() == [2, 0.5, 0.5]
+    assert table.loc["left", "mean_change"] == pytest.approx(0.05)
+    assert table.loc["left", "mean_absolute_change"] == pytest.approx(0.15)
+    assert table["share_of_change"].tolist() == pytest.approx([1, 0])
+
+
+def test_swapped_images_swap_the_signs():
+    a, b = torch.rand(2, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    everywhere = {"all": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    (there,), (back,) = (region_statistics(*images, everywhere).to_dict("records") for images in ((a, b), (b, a)))
+    assert there["mean_change"] == pytest.approx(-back["mean_change"])
+    assert (there["brighter"], there["darker"]) == (back["darker"], back["brighter"])
+
+
+def test_identical_images_have_no_share_of_change():
+    image = torch.rand(1, 1, 4, 4)
+    table = region_statistics(image, image, {"all": torch.ones(1, 1, 4, 4, dtype=torch.bool)})
+    assert table["mean_absolute_change"].item() == 0 and table["share_of_change"].isna().all()
+
+
+def test_a_stored_difference_loses_nothing(tmp_path):
+    levels = torch.arange(256).reshape(1, 16, 16) / 255
+    path = save_difference(levels, levels.flip(1, 2), tmp_path / "difference.png")
+    assert torch.allclose(load_difference(path), levels - levels.flip(1, 2), atol=1e-7)
+    assert [file.name for file in tmp_path.iterdir()] == ["difference.png"]
+
+
+def test_a_transition_goes_there_and_back(tmp_path):
+    original, edited = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
+    frames = transition(original, edited, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0.5, 1, 0.5]
+    with Image.open(save_gif(frames, tmp_path / "film.gif", seconds=1.0)) as film:
+        assert film.n_frames == 4 and film.info["duration"] == 250 and film.info["loop"] == 0
+
+
+def test_bad_input_is_named(tmp_path):
+    image, region = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="region 'lung' of image 0 is empty"):
+        region_statistics(image, image, {"lung": region})
+    with pytest.raises(ValueError, match="region 'lung' must be boolean"):
+        region_statistics(image, image, {"lung": region.float()})
+    with pytest.raises(ValueError, match="edited has shape"):
+        region_statistics(image, image[..., :2], {})
+    with pytest.raises(ValueError, match="of one size"):
+        save_difference(image[0], image[0, :, :2], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="at least 2 frames"):
+        transition(image, image, 1)
+    with pytest.raises(ValueError, match="frames must be"):
+        save_gif(image[0], tmp_path / "x.gif")
+    path = tmp_path / "other.png"
+    Image.new("L", (4, 4)).save(path)
+    with pytest.raises(ValueError, match="is no signed difference"):
+        load_difference(path)
+
+
+def test_attention_maps_are_each_images_own():
+    pipe, images = tiny_pipeline(), tiny_images(2)
+    inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=2)
+    maps = attention_maps(pipe, inverted, [REMOVE, REMOVE], EditConfig())
+    alone = attention_maps(pipe, inverted[1:], [REMOVE], EditConfig())
+    for both, one in zip(maps, alone, strict=True):
+        assert both.shape == images.shape
+        assert both.amin() >= 0 and both.amax() <= 1 + 1e-6
+        assert torch.allclose(both[1:], one, atol=1e-3)
+    with pytest.raises(ValueError, match="2 inverted images need as many prompt pairs, got 1"):
+        attention_maps(pipe, inverted, [REMOVE], EditConfig())
+
+
+def test_regions_of_a_mask_that_hold_a_pixel():
+    mask = torch.tensor([[[[0.0, 0.3], [1.0, 0.0]]]])
+    regions = mask_regions(mask)
+    assert [int(region.sum()) for region in regions.values()] == [2, 2]
+    assert list(mask_regions(torch.ones(1, 1, 2, 2))) == ["inside the mask"]

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from prism_lib import records
+from prism_lib.devices import processes_for
 from prism_lib.models import classifier
 from prism_lib.phantom.patients import render, sample_patients
 from prism_lib.studies import side_by_side
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="at a time; 0: as many as 05 takes")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
     given = parser.parse_args()
-    processes = side_by_side.processes_for(given.processes)
+    processes = processes_for(given.processes)
     taken: dict[int, list[float]] = {1: [], processes: []}
     difference = 0.0
     with records.Timer() as timer:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from accelerate.utils import is_cuda_available
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
-
-
 TRAINED_IN = ("no", "bf16")  # precisions of small networks; gradients in "fp16" would need a scaler
 
 
@@ -55,10 +58,45 @@ def _multiplies_in_bfloat16(device: torch.device) -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def cpu_processes() -> int:
-    """How many processes are begun unasked where there is no GPU: one per core, four at most, for each holds torch."""
+def processes_for(asked: int = 0) -> int:
+    """``asked``, or for 0 one process per core of a CPU, four at most, for each holds torch, and one with a GPU.
+
+    ValueError for a number below 0.
+    """
+    if asked < 0:
+        raise ValueError(f"processes is {asked}; expected 0 (as many as suit) or more")
+    if asked:
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)
+    return min(cores, 4) if default_device().type == "cpu" else 1
+
+
+def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
+    """``work(job)`` of every job in order, in so many processes; on a CPU each has one thread.
+
+    Two processes of one thread do more than one of two threads, and results do not depend on how many there are. Jobs
+    are drawn as they are needed. With one process the work is done in this one, without start-up cost.
+    """
+    if processes == 1:
+        for job in jobs:
+            with _one_thread():
+                result = work(job)
+            yield result
+        return
+    from joblib import Parallel, delayed, parallel_config  # late: most commands start no process
+
+    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1):
+        yield from Parallel(return_as="generator", pre_dispatch="n_jobs + 1")(delayed(work)(job) for job in jobs)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if default_device().type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def default_device() -> torch.device:

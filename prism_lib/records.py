@@ -26,6 +26,7 @@ import torch
 
 from prism_lib import paths
 from prism_lib.devices import default_device
+from prism_lib.files import write_text
 
 FIELDS = (
     "name",
@@ -76,7 +77,7 @@ RECORDS: dict[str, tuple[str, ...]] = {
 }
 
 # What decides a result; figures are left out, or every run would call its own checkout dirty.
-_SOURCES = ("prism_lib", "notebooks", "pyproject.toml", "requirements.lock")
+_SOURCES = ("prism_lib", "notebooks", "benchmarks", "pyproject.toml", "requirements.lock")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "monai", "numpy")
 
 
@@ -277,16 +278,3 @@ def _keys(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield key
         if isinstance(value, Mapping):
             yield from _keys(value)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write by way of a temporary name: a reader finds the old record or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path

@@ -61,9 +61,8 @@ from prism_lib.editing.batching import in_parts
 from prism_lib.editing.counterfactuals import Counterfactual, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.inversion_config import InversionConfig
-from prism_lib.lock import exclusive
+from prism_lib.files import exclusive, write_text
 from prism_lib.models.pipeline import fingerprint, load_pipeline
-from prism_lib.records import write_text
 
 logger = logging.getLogger(__name__)
 

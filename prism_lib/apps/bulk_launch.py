@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from prism_lib.apps.bulk_plan import BulkConfig, config_json, plan
-from prism_lib.devices import cpu_processes
-from prism_lib.records import write_text
+from prism_lib.devices import processes_for
+from prism_lib.files import write_text
 
 if TYPE_CHECKING:
     from prism_lib.apps.bulk import Ready
@@ -32,7 +32,7 @@ def launch(config: BulkConfig, processes: int) -> None:
     0 processes stands for one per GPU, or without one for a process per CPU core, four at most.
     """
     gpus = torch.cuda.device_count()
-    processes = processes or gpus or cpu_processes()
+    processes = processes or gpus or processes_for()
     if processes == 1:
         from prism_lib.apps.bulk import generate
 

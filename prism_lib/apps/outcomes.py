@@ -15,9 +15,9 @@ from torch import Tensor
 from prism_lib import paths, records
 from prism_lib.apps.recipe import Recipe
 from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.files import image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.reporting.pictures import difference, gray_or_colour, png
-from prism_lib.training.cache import image_hash
 
 FOLDER = "explorer"  # below PRISM_RUNS
 UPLOADS = f"{FOLDER}/uploads"

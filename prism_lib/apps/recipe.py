@@ -17,12 +17,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib import paths, records
+from prism_lib import paths
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import METHODS, Callback, Inversion, invert
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
+from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import SHIPPED, image_factor, load_pipeline
 from prism_lib.models.schedule import Schedule
@@ -139,7 +140,7 @@ class Recipe:
 
     def save(self, path: Path, more: Mapping[str, Any] | None = None) -> Path:
         """Write the recipe as JSON, with `more` beside it; `Recipe.load` reads it back."""
-        return records.write_text(path, json.dumps({"recipe": asdict(self), **(more or {})}, indent=2) + "\n")
+        return write_text(path, json.dumps({"recipe": asdict(self), **(more or {})}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

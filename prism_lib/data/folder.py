@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prism_lib.lock import exclusive
+from prism_lib.files import exclusive
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")

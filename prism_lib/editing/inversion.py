@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from prism_lib.editing.descent import DESCENTS, Descent
 from prism_lib.editing.inversion_config import InversionConfig
 from prism_lib.editing.reuse import remember
+from prism_lib.files import image_hash
 from prism_lib.models import schedule as ddim
 from prism_lib.models.pipeline import (
     check_images,
@@ -39,7 +40,6 @@ from prism_lib.models.pipeline import (
     image_factor,
 )
 from prism_lib.models.schedule import Schedule, inverse_step, move
-from prism_lib.training.cache import image_hash
 
 Callback = Callable[[int, int, Tensor], None]
 _USUAL = InversionConfig()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.files import image_hash, model_hash
 from prism_lib.models.schedule import Schedule
-from prism_lib.training.cache import image_hash, model_hash
 from prism_lib.training.checkpoints import write_tensors
 
 _USUAL = InversionConfig()

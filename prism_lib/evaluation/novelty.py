@@ -20,9 +20,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib import paths, records
+from prism_lib import paths
+from prism_lib.files import model_hash, write_text
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
-from prism_lib.training.cache import model_hash
 
 FILE = "novelty.json"
 TIMESTEPS = (100, 300, 500, 700)
@@ -117,7 +117,7 @@ def weights(pipe: StableDiffusionPipeline) -> str:
 
 def save(reference: Reference, folder: Path) -> Path:
     """Write `novelty.json` beside a model's weights."""
-    return records.write_text(folder / FILE, json.dumps(asdict(reference), indent=1) + "\n")
+    return write_text(folder / FILE, json.dumps(asdict(reference), indent=1) + "\n")
 
 
 def load(model: str, pipe: StableDiffusionPipeline) -> Reference | None:

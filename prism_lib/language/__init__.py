@@ -1,1 +1,8 @@
-"""."""
+"""What findings are called and how an edit is said.
+
+Labels, phrases and sentences enter; captions, prompt pairs and edits leave. Nothing here needs a model or an image.
+"""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})

@@ -21,7 +21,8 @@ from typing import Any
 import pandas as pd
 
 from prism_lib import paths
-from prism_lib.records import load_record, markdown, table, write_text
+from prism_lib.files import write_text
+from prism_lib.records import load_record, markdown, table
 from prism_lib.reporting.tables import HEADLINES, between, by_strength, drawn, intervals, section, tradeoff
 
 # Which notebook or benchmark leaves a record.

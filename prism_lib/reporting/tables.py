@@ -11,7 +11,8 @@ from typing import Any
 
 from prism_lib import paths
 from prism_lib import records as results
-from prism_lib.records import load_record, markdown, write_text
+from prism_lib.files import write_text
+from prism_lib.records import load_record, markdown
 
 BASE = "default settings"
 

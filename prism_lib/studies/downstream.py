@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table
+from prism_lib.devices import processes_for
 from prism_lib.evaluation import metrics, robustness
 from prism_lib.models.classifier import auc
 from prism_lib.studies import side_by_side
@@ -64,9 +65,9 @@ def run(
 
     A classifier's key holds all that decides it, so that an interrupted study goes on where it stopped. A source with
     an attribute `settings` is known by that, any other by its name. ``processes`` classifiers are trained at a time, 0
-    for as many as suit (`side_by_side.processes_for`); one has other rounding than several, see `side_by_side`.
+    for as many as suit (`devices.processes_for`); one has other rounding than several, see `side_by_side`.
     """
-    processes = side_by_side.processes_for(processes)
+    processes = processes_for(processes)
     train = load_table(folder, "train")
     drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
     if sources:

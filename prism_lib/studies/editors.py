@@ -33,9 +33,9 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import edit_images
+from prism_lib.files import stable_seed
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import decode_latents, encode_images
-from prism_lib.training.batches import stable_seed
 
 
 class Editor(Protocol):

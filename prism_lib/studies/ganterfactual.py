@@ -29,11 +29,11 @@ from prism_lib.data.folder import Folder, load_info, load_table, read_images
 from prism_lib.devices import autocast, check_trained_in, default_device
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.evaluation.evaluate import Judge, train_judge
+from prism_lib.files import stable_seed
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import ClassifierConfig, load_classifier
 from prism_lib.studies.editors import unmasked
-from prism_lib.training.batches import stable_seed
 
 DIRECTIONS = ("remove", "add")
 

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.reuse import remember
+from prism_lib.files import image_hash
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import encode_images, encode_prompts
 from prism_lib.studies.editors import seed_of, unmasked
-from prism_lib.training.cache import image_hash
 from prism_lib.training.finetuning import LORA_LAYERS
 from prism_lib.training.log import sample_images
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_lib.devices import cpu_processes, default_device
 from prism_lib.models.classifier import ClassifierConfig, predict, train_classifier
 
 Key = TypeVar("Key")
@@ -37,18 +36,6 @@ class Task:
         """Train; probabilities (M, L) of `read`."""
         model = train_classifier(self.images, self.labels, self.config, groups=self.groups, progress=progress)
         return predict(model, self.read)
-
-
-def processes_for(asked: int) -> int:
-    """``asked``, or for 0 as many as `devices.cpu_processes`, and one where models run on a GPU, which one can fill.
-
-    ValueError for a number below 0.
-    """
-    if asked < 0:
-        raise ValueError(f"processes is {asked}; expected 0 (as many as suit) or more")
-    if asked:
-        return asked
-    return cpu_processes() if default_device().type == "cpu" else 1
 
 
 def train(tasks: Iterable[tuple[Key, Task]], processes: int = 1) -> Iterator[tuple[Key, Tensor]]:

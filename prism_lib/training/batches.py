@@ -6,7 +6,6 @@ a resumed run equals an uninterrupted one bit for bit, and the position inside a
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from prism_lib.files import stable_seed
 from prism_lib.training.cache import Cache
 
 TIMESTEP_BINS = 5
@@ -187,8 +187,3 @@ def by_timestep(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> dict[s
         for k in range(TIMESTEP_BINS)
         if bool((bins == k).any())
     }
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

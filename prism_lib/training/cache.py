@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.files import model_hash
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
 
@@ -186,17 +187,3 @@ def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     """What a tokenizer knows, without the padding and truncation that its last call has left in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: state[name] for name in sorted(state.keys() - {"padding", "truncation"})}
-
-
-def model_hash(module: torch.nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def image_hash(image: Tensor) -> str:
-    """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
-    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -12,8 +12,8 @@ from diffusers.optimization import SchedulerType
 
 from prism_lib.data.folder import load_info
 from prism_lib.devices import PRECISIONS
+from prism_lib.files import write_text
 from prism_lib.models.pipeline import SHIPPED, weights_hash
-from prism_lib.records import write_text
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.devices import PRECISIONS
-from prism_lib.lock import exclusive
+from prism_lib.files import exclusive, stable_seed
 from prism_lib.models.pipeline import load_pipeline
-from prism_lib.training.batches import Ahead, Draw, DrawConfig, Order, balancing_weights, draw_batch, stable_seed
+from prism_lib.training.batches import Ahead, Draw, DrawConfig, Order, balancing_weights, draw_batch
 from prism_lib.training.cache import Share, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import load_checkpoint, require_space
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config

@@ -23,15 +23,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.training.batches import (
-    Ahead,
-    Draw,
-    DrawConfig,
-    by_timestep,
-    diffusion_loss,
-    stable_seed,
-    validation_draws,
-)
+from prism_lib.files import stable_seed
+from prism_lib.training.batches import Ahead, Draw, DrawConfig, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache
 from prism_lib.training.checkpoints import read_tensors, save_checkpoint, write_tensors
 from prism_lib.training.config import FinetuneConfig

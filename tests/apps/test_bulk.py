@@ -30,7 +30,7 @@ from prism_lib.editing.masks import MaskConfig
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation.criteria import Criteria
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
-from prism_lib.lock import exclusive
+from prism_lib.files import exclusive
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import load_image_text_model
 from prism_lib.models.pipeline import load_pipeline

@@ -21,12 +21,12 @@ from prism_lib.apps.recipe import Recipe, load_image
 from prism_lib.apps.session import SWEEPS, Study
 from prism_lib.evaluation import novelty
 from prism_lib.evaluation.evaluate import Judge
+from prism_lib.files import image_hash
 from prism_lib.models import pipeline
 from prism_lib.models.classifier import ClassifierConfig, build_classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.phantom import patients
 from prism_lib.reporting import pictures, plots
-from prism_lib.training.cache import image_hash
 from tests.tiny import tiny_images, tiny_pipeline
 
 DEVICES = "Support Devices"

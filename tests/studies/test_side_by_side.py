@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from prism_lib import devices
+from prism_lib.devices import processes_for
 from prism_lib.models.classifier import ClassifierConfig
-from prism_lib.studies import side_by_side
-from prism_lib.studies.side_by_side import Task, processes_for, train
+from prism_lib.studies.side_by_side import Task, train
 
 TINY = ClassifierConfig(("a", "b"), blocks=(1, 1), growth=4, features=4, batch_size=4, steps=2)
 
@@ -51,9 +51,9 @@ def test_what_is_wrong_in_a_process_is_said_here():
 
 def test_as_many_processes_as_suit(monkeypatch):
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(64), raising=False)
-    monkeypatch.setattr(side_by_side, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(devices, "default_device", lambda: torch.device("cpu"))
     assert processes_for(0) == 4 and processes_for(9) == 9
-    monkeypatch.setattr(side_by_side, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "default_device", lambda: torch.device("cuda"))
     assert processes_for(0) == 1
     with pytest.raises(ValueError, match="processes is -1"):
         processes_for(-1)

@@ -10,10 +10,11 @@ from prism_lib.data import cases
 from prism_lib.data import rows as datasets
 from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_table, read_images
+from prism_lib.files import model_hash
 from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, tiny_config
 from prism_lib.training import cache
-from prism_lib.training.cache import Share, build_cache, model_hash, require_captions_fit
+from prism_lib.training.cache import Share, build_cache, require_captions_fit
 from tests.tiny import tiny_pipeline
 
 TEXT = {"seed": 0, "captions_per_image": 2, "explicit_share": 0.5}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from prism_lib import paths
 from prism_lib.data import cases
 from prism_lib.data.cases import sample_captions
-from prism_lib.lock import exclusive
+from prism_lib.files import exclusive
 from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, load_pipeline, tiny_config
 from prism_lib.training.checkpoints import write_tensors

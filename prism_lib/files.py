@@ -1,0 +1,98 @@
+"""Files that are whole or absent, folders with one writer, and what equality is decided by: hashes and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, for a file or a folder, that takes its place when the block ends.
+
+    Readers find the old content or the new one, never half of it. If the block raises, the old content stays and what
+    was written goes.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file atomically, as UTF-8; returns its path."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder/.lock`` while the block runs; RuntimeError names the process that already holds it.
+
+    The operating system frees the lock of a process that ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / ".lock-holder"
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+                (folder / ".lock").unlink(missing_ok=True)
+    except Timeout:
+        name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RuntimeError(f"{folder} is in use by {name}; choose another output folder") from None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def image_hash(image: torch.Tensor) -> str:
+    """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
+    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def model_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, by name."""
+    import torch  # late: the command line reads files without it
+
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any parts, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

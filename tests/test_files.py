@@ -1,0 +1,60 @@
+"""Writing whole files, holding a folder, and hashes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prism_lib.files import atomic, exclusive, image_hash, write_text
+
+
+def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path):
+    path = write_text(tmp_path / "a" / "notes.txt", "old")
+    with pytest.raises(IsADirectoryError), atomic(path) as partial:
+        (partial.write_text("ne"), partial.parent.read_text())
+    assert path.read_text() == "old"
+    assert [item.name for item in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_replaces_a_folder_whole(tmp_path):
+    for content in ("one", "two"):
+        with atomic(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    assert [item.relative_to(tmp_path).as_posix() for item in tmp_path.rglob("*")] == ["model", "model/two"]
+
+
+def test_a_second_run_is_refused_and_the_first_one_frees_the_folder(tmp_path):
+    in_use = pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()} on ")
+    with exclusive(tmp_path), in_use, exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_live_process_keeps_its_lock_and_a_killed_one_loses_it(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from prism_lib.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RuntimeError, match=str(holder.pid)), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert (tmp_path / ".lock").is_file(), "kill -9 leaves the file"
+    with exclusive(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock-holder").read_text()
+
+
+def test_images_that_differ_in_one_bit_have_other_hashes():
+    image = torch.zeros(1, 2, 2)
+    other = image.clone()
+    other[0, 0, 0] = 1e-45
+    assert image_hash(image) == image_hash(image.clone())
+    assert image_hash(image) != image_hash(other)

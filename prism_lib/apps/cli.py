@@ -231,7 +231,7 @@ def _check_figures(datasets: Sequence[str]) -> int:
             problems.append(str(error))
     for problem in problems:
         print(problem)
-    again = f"{len(problems)} problems; `prism run PROFILE --only 06` writes all of it anew"
+    again = f"{len(problems)} problems; `prism run PROFILE --only 07` writes all of it anew"
     print(f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}")
     return 1 if problems else 0
 

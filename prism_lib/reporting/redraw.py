@@ -1,4 +1,4 @@
-"""What `06_figures` writes from records alone: tables, and drawings as plain data, which `plotting.draw` draws.
+"""What `07_figures` writes from records alone: tables, and drawings as plain data, which `plotting.draw` draws.
 
 Beside every picture lies a JSON with the numbers drawn and the record they are from, so that `check` can tell, without
 looking at a pixel, whether tables, drawings and README still follow from the records.
@@ -36,11 +36,11 @@ MAKERS: dict[str, str] = {
     "axioms": "03_counterfactuals",
     "inversion_methods": "04_ablations",
     "ablations": "04_ablations",
-    "baselines": "04_ablations",
-    "entanglement": "04_ablations",
-    "hard_cases": "04_ablations",
-    "corner_text": "04_ablations",
-    "classifiers": "05_classifiers",
+    "baselines": "05_baselines",
+    "entanglement": "05_baselines",
+    "hard_cases": "05_baselines",
+    "corner_text": "05_baselines",
+    "classifiers": "06_classifiers",
     "rendering": "benchmarks/rendering.py",
     "identifiability": "benchmarks/identifiability.py",
     "editing_speed": "benchmarks/editing.py",

@@ -163,7 +163,7 @@ def identifiability_table(record: Mapping[str, Any]) -> str:
 
 
 def _picture(dataset: str, name: str, what: str) -> str:
-    """A plot that `06_figures` draws, as the README at the root of the checkout links it."""
+    """A plot that `07_figures` draws, as the README at the root of the checkout links it."""
     return f"![{what}](figures/{dataset}/plots/{name}.png)"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.cases import prompt_pairs
-from prism_lib.data.folder import Folder, read_images, truth_is_known
+from prism_lib.data.folder import Folder, read_images, require_truth
 from prism_lib.data.rows import true_counterfactual
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import EditConfig
@@ -82,8 +82,7 @@ def synthetic(
 
 def truth(folder: Folder) -> Source:
     """The phantom's true counterfactuals: the upper bound that real images do not have."""
-    if not truth_is_known(folder):
-        raise ValueError(f"{folder} holds real images, of which nobody knows the true counterfactual")
+    require_truth(folder)
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         known = true_counterfactual(folder, rows, change)

@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.cases import prompt_pairs
-from prism_lib.data.folder import load_info, read_images, truth_is_known
-from prism_lib.data.rows import true_counterfactual
+from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.devices import check_trained_in
 from prism_lib.editing.inversion import METHODS
 from prism_lib.editing.inversion_config import RECOMMENDED
@@ -38,7 +37,6 @@ from prism_lib.studies.imagic import Imagic
 CRITERION = "true_error_ratio"
 BUDGET = 4
 
-SKIPPED = "Skipped: no images were asked for, or nobody knows the true counterfactuals of these images."
 GAN = "GANterfactual"
 
 # Edit -> rows of a prepared table that it suits.
@@ -91,7 +89,7 @@ class StudyConfig:
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
         check_trained_in(self.mixed_precision)
-        for name in ("tuning_images", "budget"):
+        for name in ("images", "tuning_images", "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -112,14 +110,13 @@ def run(
     config: StudyConfig,
     output: Path,
     judge: Judge | None = None,
-) -> Study | None:
+) -> Study:
     """Train the GAN, tune every method on validation patients, compare all on test patients.
 
-    GANs are kept below ``output`` and not trained again. None, before any work, where ``config.images`` is 0 or the
-    truth is not known: there is nothing to tune by (`SKIPPED` says so).
+    GANs are kept below ``output`` and not trained again. ValueError, before any work, for real images: methods are
+    tuned by the true counterfactuals.
     """
-    if config.images < 1 or not truth_is_known(folder):
-        return None
+    require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}
         for split, count in (("val", config.tuning_images), ("test", config.images))
@@ -190,14 +187,13 @@ def tune(
     ValueError before any work if a method has more settings than the budget or none, if a case is a test patient, or
     if the true counterfactuals are not known.
     """
+    require_truth(folder)
     for name, editors in candidates.items():
         if not 1 <= len(editors) <= budget:
             raise ValueError(f"{name} has {len(editors)} settings to try; the budget of every method is {budget}")
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")
-        if true_counterfactual(folder, rows.head(1), change) is None:
-            raise ValueError(f"nobody knows the true counterfactuals of {folder}: there is nothing to tune by")
     tuned = {}
     with tqdm(total=sum(map(len, candidates.values())), desc="tune") as progress:
         for name, editors in candidates.items():

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib.data.cases import prompt_pairs
-from prism_lib.data.folder import load_info, load_table, read_images, truth_is_known
+from prism_lib.data.folder import load_info, load_table, read_images, require_truth
 from prism_lib.data.rows import editable, true_counterfactual
 from prism_lib.evaluation.evaluate import evaluate_results, interval
 from prism_lib.language.captions import caption
@@ -66,10 +66,10 @@ def measure(
     """A row per image of a phantom folder: `evaluation`'s columns, and `carried_along`."""
     if wording not in WORDINGS:
         raise ValueError(f"unknown wording {wording!r}; known: {', '.join(WORDINGS)}")
+    require_truth(folder)
     removed = true_counterfactual(folder, cases, Edit(remove=(other,)))
     asked = true_counterfactual(folder, cases, change)
-    if removed is None or asked is None:
-        raise ValueError(f"{folder} holds real images, of which nobody knows the true counterfactual")
+    assert removed is not None and asked is not None
     images = read_images(folder, cases)
     pairs = (prompt_pairs if wording == "negated" else prism_pairs)(folder, cases, change)
     found = evaluate_results(folder, cases, change, editor(pipe, images, pairs, change))
@@ -97,9 +97,7 @@ def study_here(
     editor: PromptToPrompt = OURS,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """`study` of the one model at hand; {}, before any work, if ``count`` is 0 or the truth is not known."""
-    if count < 1 or not truth_is_known(folder):
-        return {}
+    """`study` of the one model at hand."""
     return study({load_info(folder)["config"]["confounding"]: (pipe, Path(folder))}, change, other, count, editor, seed)
 
 

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib.data.cases import marker_masks
-from prism_lib.data.folder import load_info, truth_is_known
+from prism_lib.data.folder import load_info, require_truth
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_edit, interval
@@ -36,10 +36,9 @@ def study(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}.
 
-    {}, before any work, if ``count`` is 0 or the truth is not known.
+    ValueError, before any work, for real images.
     """
-    if count < 1 or not truth_is_known(folder):
-        return {}
+    require_truth(folder)
     cases = choose_cases(folder, change, count)
     evaluation = evaluate_edit(
         pipe, folder, cases, change, config, method=RECOMMENDED, num_inference_steps=num_inference_steps

@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def draw_all(folder):
-    """What 06 does."""
+    """What 07 does."""
     records = redraw.load_all("phantom")
     redraw.write(records, folder)
     for drawing in redraw.drawings(records):
@@ -68,7 +68,7 @@ def test_rows_stand_where_the_record_has_them(folder):
     assert not [column for column in frame if "by_seed" in column]
 
 
-def test_what_06_writes_passes_the_check(folder, tmp_path):
+def test_what_07_writes_passes_the_check(folder, tmp_path):
     draw_all(folder)
     readme = tmp_path / "README.md"
     assert redraw.check("phantom", readme=readme) == []
@@ -112,7 +112,7 @@ def test_writing_again_removes_what_no_record_gives(folder):
     (folder / "classifiers.json").unlink()
     redraw.write(redraw.load_all("phantom"), folder)
     assert not list(folder.glob("*/classifiers.*"))
-    assert redraw.absent(redraw.load_all("phantom"))["classifiers"] == "05_classifiers"
+    assert redraw.absent(redraw.load_all("phantom"))["classifiers"] == "06_classifiers"
 
 
 def test_records_of_another_data_set_or_commit_are_not_mixed(folder, monkeypatch):

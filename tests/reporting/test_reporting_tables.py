@@ -82,7 +82,7 @@ def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
     assert "(figures/phantom/plots/ablations_pareto.png)\n2 variants" in section
     assert "| prism | 0.75 |" in section and "(figures/phantom/plots/classifiers.png)" in section
     drawn = {drawing.name for drawing in redraw.drawings(redraw.load_all("phantom", folder))}
-    assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 06 draws"
+    assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 07 draws"
 
 
 def test_what_no_editor_can_know_names_the_edits_that_an_image_leaves_open(folder):

@@ -111,11 +111,11 @@ def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, 
     assert torch.equal(*edited)
 
 
-def test_nothing_is_compared_without_truth_or_images(phantom_folder, tmp_path, monkeypatch):
-    assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(images=0), tmp_path) is None
+def test_real_images_have_no_truth_to_tune_by(phantom_folder, tmp_path, monkeypatch):
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
-    assert comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path) is None
+    with pytest.raises(ValueError, match="holds real images, whose true counterfactuals are unknown"):
+        comparison.run(tiny_pipeline(), phantom_folder, [REMOVE], small(), tmp_path)
 
 
 def test_wrong_settings_of_a_study_are_named():
@@ -123,6 +123,8 @@ def test_wrong_settings_of_a_study_are_named():
         comparison.StudyConfig(("Photoshop",))
     with pytest.raises(ValueError, match="budget is 0"):
         small(budget=0)
+    with pytest.raises(ValueError, match="images is 0"):
+        small(images=0)
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of no, bf16"):
         small(mixed_precision="fp16")
 

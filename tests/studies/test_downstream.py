@@ -41,7 +41,7 @@ def test_a_study_trains_each_classifier_once(phantom_folder, tmp_path):
     metrics = downstream.summarise(readings, SMALL)
     assert {"strength_100", "strength_50"} <= set(metrics)
     records.record(
-        "classifiers", "phantom", "05_classifiers", {"study": SMALL}, 0, metrics, tmp_path, model="m", seconds=1
+        "classifiers", "phantom", "06_classifiers", {"study": SMALL}, 0, metrics, tmp_path, model="m", seconds=1
     )
 
 

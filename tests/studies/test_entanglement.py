@@ -90,10 +90,10 @@ def test_bad_input_is_named(phantom_folder, cases):
         entanglement.study({}, HEART, DEVICES, 2)
 
 
-def test_one_model_is_studied_at_its_own_confounding_or_not_at_all(phantom_folder, monkeypatch):
+def test_one_model_is_studied_at_its_own_confounding(phantom_folder, monkeypatch):
     here = entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1, EDITOR)
     assert here == entanglement.study({0.0: (tiny_pipeline(), phantom_folder)}, HEART, DEVICES, 1, EDITOR)
-    assert entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 0) == {}
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
-    assert entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1) == {}
+    with pytest.raises(ValueError, match="holds real images"):
+        entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1)

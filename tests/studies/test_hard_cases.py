@@ -89,10 +89,10 @@ def test_the_study_edits_and_reads(phantom_folder):
     found = hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3, num_inference_steps=2)
     assert found["hard_cases"]["all"]["images"] == 3
     assert set(found["corner_text"]) == {"autoencoder", "latent path", "composite"}
-    assert hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 0) == {}
 
 
 def test_images_without_truth_are_not_studied(phantom_folder, monkeypatch):
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
-    assert hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3) == {}
+    with pytest.raises(ValueError, match="holds real images"):
+        hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3)

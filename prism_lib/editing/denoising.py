@@ -21,11 +21,11 @@ from prism_lib.editing import masks
 from prism_lib.editing.alignment import align, token_span, word_mask
 from prism_lib.editing.attention import Controller, WordMaps, controlled
 from prism_lib.editing.forking import Stage, stages
-from prism_lib.editing.inversion import Callback, Inversion, check_finite, predict_noise
+from prism_lib.editing.inversion import Callback, Inversion, check_finite
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import encode_prompts, full_precision
+from prism_lib.models.pipeline import encode_prompts, full_precision, predict_noise
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from prism_lib.models.pipeline import (
     encode_prompts,
     full_precision,
     image_factor,
+    predict_noise,
 )
 from prism_lib.models.schedule import Schedule, inverse_step, move
 
@@ -322,12 +323,6 @@ def optimise_null_text(
         stored[level] = embeds
         sample = latents[level - 1] = _advance(pipe, sample, conditional, embeds, schedule, level, config)
     return latents, stored
-
-
-def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
-    """One U-Net evaluation per row, in the U-Net's dtype; latents and the answer keep their own precision."""
-    dtype = pipe.unet.dtype
-    return pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample.to(latents)
 
 
 def _advance(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from prism_lib import paths
 from prism_lib.files import model_hash, write_text
-from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
+from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
 
 FILE = "novelty.json"
 TIMESTEPS = (100, 300, 500, 700)
@@ -69,14 +69,14 @@ def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor, noises: Tensor)
     latents = encode_images(pipe.vae, images)
     decoded = decode_latents(pipe.vae, latents, images.shape[1]).to(images)
     columns = [(decoded - images).abs().mean((1, 2, 3)).cpu()]
-    embeds = encode_prompts(pipe, [""]).expand(len(images), -1, -1).to(pipe.unet.dtype)
+    embeds = encode_prompts(pipe, [""]).expand(len(images), -1, -1)
     for timestep, noise in zip(TIMESTEPS, noises, strict=True):
         at = torch.full((len(images),), timestep, device=latents.device)
         noise = noise.to(latents).expand_as(latents)
         noisy = pipe.scheduler.add_noise(latents, noise, at)
         velocity = pipe.scheduler.config.prediction_type == "v_prediction"
         target = pipe.scheduler.get_velocity(latents, noise, at) if velocity else noise
-        prediction = pipe.unet(noisy.to(pipe.unet.dtype), timestep, encoder_hidden_states=embeds).sample.to(target)
+        prediction = predict_noise(pipe, noisy, timestep, embeds)
         columns.append((prediction - target).square().mean((1, 2, 3)).cpu())
     return torch.stack(columns, dim=1).double().clamp(min=_FLOOR).log()
 

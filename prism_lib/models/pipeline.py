@@ -7,7 +7,6 @@ function assumes four latent channels or a factor of eight.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -16,8 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
-from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -37,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = paths.SHIPPED
 
-_ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net whose arithmetic is not that of its weights
+_ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
 
 
 @dataclass(frozen=True)
@@ -244,39 +241,46 @@ def load_pipeline(
             part.to(memory_format=torch.channels_last)
     pipeline.to(device)
     if arithmetic != torch.float32:
-        _mix(pipeline.unet, arithmetic)
+        setattr(pipeline.unet, _ARITHMETIC, arithmetic)
     return compile_blocks(pipeline) if compile else pipeline
 
 
-def _mix(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Mixed precision as accelerate has it in training: whatever is worth it is done in ``dtype``, answers are float32.
+def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int | Tensor, embeds: Tensor) -> Tensor:
+    """One U-Net evaluation per row in the U-Net's arithmetic; latents and the answer keep their own precision."""
+    dtype = pipe.unet.dtype
+    with _arithmetic(pipe.unet):
+        prediction = pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=embeds.to(dtype)).sample
+    return prediction.to(latents)
 
-    Calls are wrapped, not weights cast, so that float32 goes in and comes out whoever calls: latents keep their digits,
-    embeddings and adapters can be optimised, and diffusers' own pipelines see a float32 model.
-    """
-    full = type(unet).forward
-    mixed = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(full))
 
-    @functools.wraps(full)
-    def forward(self: UNet2DConditionModel, *args: Any, **kwargs: Any) -> Any:
-        return (mixed if getattr(self, _ARITHMETIC) else full)(self, *args, **kwargs)
-
-    setattr(unet, _ARITHMETIC, str(dtype))
-    unet.forward = MethodType(forward, unet)  # bound, so that copies of the U-Net call their own
+@contextmanager
+def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside, diffusers' own pipelines call the U-Net in its arithmetic; the rest of them stays float32."""
+    mixed = convert_outputs_to_fp32(_arithmetic(unet)(unet.forward))  # as accelerate does in training
+    unet.forward = mixed
+    try:
+        yield
+    finally:
+        del unet.forward
 
 
 @contextmanager
 def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[None]:
     """Inside, a U-Net of mixed precision computes in that of its weights; any other one does so anyway."""
-    mixed = getattr(unet, _ARITHMETIC, "")
-    if not (mixed and needed):
+    mixed = getattr(unet, _ARITHMETIC, None)
+    if mixed is None or not needed:
         yield
         return
-    setattr(unet, _ARITHMETIC, "")
+    delattr(unet, _ARITHMETIC)
     try:
         yield
     finally:
         setattr(unet, _ARITHMETIC, mixed)
+
+
+def _arithmetic(unet: UNet2DConditionModel) -> torch.autocast:
+    dtype = getattr(unet, _ARITHMETIC, None)
+    return torch.autocast(unet.device.type, dtype, enabled=dtype is not None)
 
 
 def weights_hash(name_or_path: str | Path) -> str:
@@ -349,7 +353,7 @@ def fingerprint(pipeline: StableDiffusionPipeline) -> str:
 
     The U-Net's arithmetic counts too, where it is not that of its weights.
     """
-    content = hashlib.sha256(getattr(pipeline.unet, _ARITHMETIC, "").encode())
+    content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, "")).encode())
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         for name, value in part.state_dict().items():
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)

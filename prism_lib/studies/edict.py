@@ -15,10 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual
-from prism_lib.editing.inversion import predict_noise
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models import schedule as ddim
-from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, full_precision
+from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, full_precision, predict_noise
 from prism_lib.models.schedule import Schedule, clean_and_noise
 from prism_lib.studies.editors import unmasked
 

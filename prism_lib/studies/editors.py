@@ -35,7 +35,7 @@ from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import edit_images
 from prism_lib.files import stable_seed
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import decode_latents, encode_images
+from prism_lib.models.pipeline import decode_latents, encode_images, mixed_calls
 
 
 class Editor(Protocol):
@@ -150,16 +150,17 @@ class SDEdit:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         image_to_image = StableDiffusionImg2ImgPipeline(**_parts(pipe, scheduler))
         image_to_image.set_progress_bar_config(disable=True)
-        latents = image_to_image(
-            prompt=[pair.target for pair in pairs],
-            negative_prompt=[pair.source if self.negative == "source" else "" for pair in pairs],
-            image=images.expand(-1, pipe.vae.config.in_channels, -1, -1),
-            strength=self.strength,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            generator=[generator(image, self.seed) for image in images],
-            output_type="latent",
-        ).images
+        with mixed_calls(pipe.unet):
+            latents = image_to_image(
+                prompt=[pair.target for pair in pairs],
+                negative_prompt=[pair.source if self.negative == "source" else "" for pair in pairs],
+                image=images.expand(-1, pipe.vae.config.in_channels, -1, -1),
+                strength=self.strength,
+                guidance_scale=self.guidance_scale,
+                num_inference_steps=self.num_inference_steps,
+                generator=[generator(image, self.seed) for image in images],
+                output_type="latent",
+            ).images
         return unmasked(pipe, images, pairs, decode_latents(pipe.vae, latents, images.shape[1]), self)
 
 
@@ -194,7 +195,7 @@ class LEdits:
         ledits = LEditsPPPipelineStableDiffusion(**_parts(pipe, scheduler))
         ledits.set_progress_bar_config(disable=True)
         latents = []
-        with _same_processors(pipe.unet):
+        with _same_processors(pipe.unet), mixed_calls(pipe.unet):
             for image, pair in zip(images, pairs, strict=True):
                 noise = generator(image, self.seed)
                 ledits.invert(

@@ -22,7 +22,7 @@ from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.reuse import remember
 from prism_lib.files import image_hash
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import encode_images, encode_prompts
+from prism_lib.models.pipeline import encode_images, encode_prompts, mixed_calls, predict_noise
 from prism_lib.studies.editors import seed_of, unmasked
 from prism_lib.training.finetuning import LORA_LAYERS
 from prism_lib.training.log import sample_images
@@ -73,7 +73,7 @@ class Imagic:
         fit = replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
         question = fit, pipe, image.shape, image_hash(image), pair.target
         optimised, adapters = remember(question, lambda: self._tune(pipe, image, target, seed))
-        with self._adapted(pipe, seed), torch.no_grad():
+        with self._adapted(pipe, seed), torch.no_grad(), mixed_calls(pipe.unet):
             set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
             mixed = self.eta * target + (1 - self.eta) * optimised
             return sample_images(
@@ -130,7 +130,7 @@ class Imagic:
             if scheduler.config.prediction_type == "v_prediction":
                 wanted = scheduler.get_velocity(rows, eps, timesteps)
             states = embedding.expand(len(rows), -1, -1)
-            loss = F.mse_loss(pipe.unet(noisy, timesteps, encoder_hidden_states=states).sample, wanted)
+            loss = F.mse_loss(predict_noise(pipe, noisy, timesteps, states), wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -14,12 +14,12 @@ from prism_lib.editing import denoising, masks
 from prism_lib.editing.alignment import token_span
 from prism_lib.editing.attention import PromptToPromptProcessor
 from prism_lib.editing.counterfactuals import edit, edit_many, sweep
-from prism_lib.editing.inversion import invert, predict_noise
+from prism_lib.editing.inversion import invert
 from prism_lib.editing.masks import MaskConfig, evidence_region
 from prism_lib.editing.settings import ADDITIONS, REMOVALS, EditConfig, grid
 from prism_lib.evaluation import criteria
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import encode_prompts
+from prism_lib.models.pipeline import encode_prompts, predict_noise
 from tests.tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
 
 STEPS = 5

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from prism_lib.editing.counterfactuals import edit, stack
-from prism_lib.editing.inversion import invert, predict_noise
+from prism_lib.editing.inversion import invert
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import Edit
-from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
+from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
 from prism_lib.models.schedule import Schedule, step
 from prism_lib.studies.edict import Edict
 from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked

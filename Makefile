@@ -12,6 +12,7 @@ FIGURES := 00 01 02 03 07
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help figures study test lint lab clean
 .DEFAULT_GOAL := help

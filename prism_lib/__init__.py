@@ -4,9 +4,16 @@ The notebooks choose, call and show; the rooms here hold the logic (docs/archite
 prism_lib.editing import edit, invert`): nothing is imported at start-up, so that the `prism` command is quick.
 """
 
+import logging
 import os
+import sys
 
-# Threads of OpenMP that wait by spinning halve every other program on the machine; it must be said before torch loads.
+# Threads of OpenMP that wait by spinning halve the speed of every other program on the machine. OpenMP reads the
+# variable when torch is loaded, so it is set too late where that has happened; `prism doctor` reports it.
+SET_TOO_LATE = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Images are prepared here, so the lack of torchvision is no news; transformers warns about it in every notebook.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 __version__ = "0.1.0"

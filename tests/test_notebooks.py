@@ -226,6 +226,8 @@ def smoke(tmp_path_factory):
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert committed_figures() == before
+    lines = [line for line in finished.stdout.splitlines() if not re.match(r"\[\d/\d\] \d\d_|smoke: ", line)]
+    assert lines == [] and finished.stderr == ""
     return runs / "smoke"
 
 
@@ -236,6 +238,8 @@ def test_smoke_run_executes_every_notebook(smoke):
     for path in smoke.glob("*.ipynb"):
         cells = code_cells(nbformat.read(path, as_version=4))
         assert all(cell.execution_count is not None for cell in cells if cell.source.strip()), path.name
+        text = str([cell.outputs for cell in cells])
+        assert not re.search("torchvision|Loading pipeline|Loading weights", text), path.name
 
 
 @pytest.mark.slow

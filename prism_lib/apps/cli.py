@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prism_lib import paths
 from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, plan
+from prism_lib.files import write_text
 
 
 class NotebookFailedError(RuntimeError):
@@ -55,50 +58,49 @@ def run_jobs(
 
 
 def execute(job: Job, folder: Path) -> None:
-    """Execute one notebook with papermill, in this interpreter's environment; its copy goes to ``folder``."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
+    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``."""
     target = folder / job.notebook.name
-    try:
-        papermill.execute_notebook(
-            job.notebook,
-            target,
-            dict(job.parameters),
-            kernel_name="python3",
-            language="python",
-            cwd=job.notebook.parent,
-            progress_bar=sys.stderr.isatty(),
-            kernel_manager_class=_kernel_manager(),
-            # Else every notebook begins by warning that its kernel, on this very machine, listens without encryption.
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-    except papermill.PapermillExecutionError as error:
-        source = [line for line in error.source.splitlines() if line.strip()][:3]
-        cell = "\n".join(f"    {line}" for line in source)
-        reason = f"{error.ename}: {error.evalue}"
-        raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
-    except DeadKernelError:
-        raise NotebookFailedError(f"{job.name}: the kernel died, most often for want of memory\nsee {target}") from None
+    with _kernel(job.notebook.parent) as kernel:
+        import papermill  # it takes a second, in which the kernel starts
+        from nbclient.exceptions import DeadKernelError
+
+        try:
+            papermill.execute_notebook(
+                job.notebook,
+                target,
+                dict(job.parameters),
+                kernel_name="python3",
+                language="python",
+                progress_bar=sys.stderr.isatty(),
+                km=kernel,
+            )
+        except papermill.PapermillExecutionError as error:
+            source = [line for line in error.source.splitlines() if line.strip()][:3]
+            cell = "\n".join(f"    {line}" for line in source)
+            reason = f"{error.ename}: {error.evalue}"
+            raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
+        except DeadKernelError:
+            reason = "the kernel died, most often for want of memory"
+            raise NotebookFailedError(f"{job.name}: {reason}\nsee {target}") from None
 
 
-def _kernel_manager() -> type:
-    """A kernel manager that starts *this* interpreter, whatever kernels are installed or none at all."""
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+@contextmanager
+def _kernel(cwd: Path) -> Iterator[Any]:
+    """A kernel of *this* interpreter, whatever kernels are installed or none at all, while the block runs."""
+    from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
-    from traitlets import default
+    from jupyter_core.utils import run_sync
 
-    class ThisInterpreter(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]))
-
-    class Manager(AsyncKernelManager):
-        @default("kernel_spec_manager")
-        def _this_interpreter(self) -> KernelSpecManager:
-            return ThisInterpreter(parent=self)
-
-    return Manager
+    # Without folders of kernels there is the one of this interpreter.
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    # The level: else every notebook begins with a warning that its kernel listens without encryption.
+    arguments = ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
+    run_sync(kernel.start_kernel)(cwd=str(cwd), env=os.environ | quiet, extra_arguments=arguments)
+    try:
+        yield kernel
+    finally:
+        run_sync(kernel.shutdown_kernel)(now=True)
 
 
 class _State:
@@ -126,9 +128,7 @@ class _State:
         self._write()
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        temporary.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, json.dumps(self.done, indent=2) + "\n")
 
 
 # --- the command ----------------------------------------------------------------------------------

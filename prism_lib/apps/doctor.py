@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+import prism_lib
 from prism_lib import devices, paths, records
 
 WEIGHTS, JUDGE = "phantom-sd", "phantom-judge"
@@ -57,6 +58,7 @@ def checks() -> Iterator[Check]:
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
     yield _versions()
     yield _device()
+    yield _threads()
     yield _memory()
     yield _torchvision()
     yield _weights()
@@ -78,6 +80,19 @@ def _device() -> Check:
         return Check("device", True, f"{records.device()}; mixed precision {gains}")
     except (ValueError, RuntimeError, AssertionError) as error:  # the last is what a torch without CUDA raises
         return Check("device", False, str(error), "let PRISM_DEVICE name a device that is here, or unset it")
+
+
+def _threads() -> Check:
+    """Threads that wait by spinning take the cores from other processes, so from the second one of a bulk run."""
+    policy = os.environ["OMP_WAIT_POLICY"]
+    if policy.upper() != "PASSIVE":
+        remedy = "unset OMP_WAIT_POLICY, or set it to PASSIVE"
+        return Check("threads", False, f"OMP_WAIT_POLICY is {policy}: waiting threads spin", remedy, required=False)
+    if prism_lib.SET_TOO_LATE:
+        detail = "OMP_WAIT_POLICY was not set when torch was loaded: waiting threads spin"
+        remedy = "import prism_lib before torch, or set OMP_WAIT_POLICY=PASSIVE in the shell"
+        return Check("threads", False, detail, remedy, required=False)
+    return Check("threads", True, f"{torch.get_num_threads()}, which wait without spinning")
 
 
 def _memory() -> Check:

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
@@ -309,6 +311,8 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     """A folder or hub id as it is; what the cache holds is not looked up again."""
+    for library in (diffusers, transformers):  # a bar of five files is no progress; downloads keep theirs
+        library.utils.logging.disable_progress_bar()
     wanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         return StableDiffusionPipeline.from_pretrained(

@@ -1,7 +1,9 @@
 """The `prism` command on small notebooks: all is checked before anything runs, a failure can be resumed."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import nbformat
@@ -227,6 +229,39 @@ def test_running_an_early_notebook_again_makes_later_ones_stale(checkout, monkey
     (checkout / "runs" / "tiny" / "state.json").write_text("{")
     cli.main(["run", "tiny", "--resume", "--from", "01"])
     assert executed[4:] == ["01_second"]
+
+
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("cli.main(['--help'])", {"numpy", "pandas", "papermill", "pydantic", "torch"}),
+        ("cli.plan(cli.load_profile('phantom'))", {"numpy", "pandas", "papermill", "pydantic", "torch"}),
+        ("cli._kernel('.').__enter__()", {"pandas", "papermill", "nbformat", "torch"}),
+    ],
+)
+def test_the_command_imports_little_before_a_notebook_starts(command, absent):
+    code = f"import sys\nfrom prism_lib.apps import cli\ntry:\n    {command}\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert absent.isdisjoint(done.stdout.split("\n")[-2].split()), done.stderr
+
+
+def test_only_our_lines_are_printed_and_the_kernel_waits_without_spinning(checkout):
+    shout = "import os, warnings; warnings.warn('shout'); print(os.environ['OMP_WAIT_POLICY'])"
+    notebook(checkout / "notebooks" / "00_first.ipynb", shout)
+    code = f"import sys; from pathlib import Path; from prism_lib import paths; paths.root = lambda: Path({str(checkout)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nfrom prism_lib.apps import cli; cli.main(['run', 'tiny', '--only', '00'])"],
+        capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "ACTIVE"},
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        "tiny",
+        "[1/1] 00_first",
+        "[1/1] 00_first",
+        "tiny",
+    ]
+    outputs = nbformat.read(checkout / "runs" / "tiny" / "00_first.ipynb", as_version=4).cells[-1].outputs
+    assert "PASSIVE" in [output.text.strip() for output in outputs if output.get("name") == "stdout"]
 
 
 # --- the other verbs ------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """`prism doctor`: what is wrong with a machine is found, and said with what helps."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,3 +77,21 @@ def test_a_device_that_is_not_here_is_one_failed_line(monkeypatch, name, said):
     monkeypatch.setenv("PRISM_DEVICE", name)
     check = {check.name: check for check in doctor.checks()}["device"]
     assert not check.ok and re.search(said, check.detail) and "PRISM_DEVICE" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("policy", "before", "said"),
+    [
+        ("ACTIVE", "", "note .* OMP_WAIT_POLICY is ACTIVE: waiting threads spin"),
+        ("", "import torch; ", "note .* OMP_WAIT_POLICY was not set when torch was loaded"),
+        ("", "", "ok .* wait without spinning"),
+        ("passive", "import torch; ", "ok .* wait without spinning"),
+    ],
+)
+def test_threads_that_spin_are_noted(policy, before, said):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    code = f"{before}from prism_lib.apps import doctor; doctor.report(print)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    (line,) = [line for line in done.stdout.splitlines() if line[8:].startswith("threads")]
+    assert re.match(said, line), line

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partialmethod
 from typing import TypeVar
 
 import torch
 from accelerate.utils import is_cuda_available
+from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -85,8 +87,13 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
         return
     from joblib import Parallel, delayed, parallel_config  # late: most commands start no process
 
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1):
+    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1, initializer=_hide_bars):
         yield from Parallel(return_as="generator", pre_dispatch="n_jobs + 1")(delayed(work)(job) for job in jobs)
+
+
+def _hide_bars() -> None:
+    """Progress bars of processes that work side by side would write over each other; their caller has one for all."""
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 @contextmanager

@@ -7,8 +7,11 @@ only reads; it never guides or selects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from prism_lib import paths
+from prism_lib import devices, paths
 from prism_lib.data.cases import marker_masks, prompt_pairs
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import editable, true_counterfactual
@@ -45,6 +49,8 @@ TRUTH_METRICS = (
     "marker_changed",
     "latent_outside_l1_ratio",
 )
+
+LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,101 @@ def edit_images(
 ) -> list[Counterfactual]:
     """Abduction, action and prediction: invert images under their source prompts and edit them by their pairs.
 
-    ``batch_size`` is the inversion's, ``how`` what else `inversion.invert` takes (method, num_inference_steps).
+    ``batch_size`` images go through the model together, ``how`` is what else `inversion.invert` takes (method,
+    num_inference_steps).
     """
     for pair in pairs:
         config.settled(pair)  # settings that do not go with an edit are refused before the inversion
     inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
-    return edit(pipe, inversion, pairs, config, mask=mask)
+    return edit(pipe, inversion, pairs, replace(config, batch_size=batch_size), mask=mask)
+
+
+def edit_jobs(
+    pipe: StableDiffusionPipeline,
+    jobs: Sequence[tuple[Tensor, Sequence[PromptPair]]],
+    config: EditConfig,
+    *,
+    processes: int = 0,
+    batch_size: int = 0,
+    **how: Any,
+) -> list[tuple[list[Counterfactual], float]]:
+    """`edit_images` for each job, images and their pairs, on all cores: results and seconds of each job, in order.
+
+    Jobs are cut into batches that processes of one thread share, so results do not depend on the number of
+    ``processes`` (0: `devices.processes_for`). A GPU, or a model too large to copy, stays in this process. Images of a
+    batch: ``batch_size``, or for 0 two on a CPU and eight elsewhere.
+    """
+    together = pipe.device.type != "cpu" or _bytes(pipe) > LARGEST_COPY
+    size = batch_size or (8 if together else 2)
+    batches = [
+        (number, images[first : first + size], pairs[first : first + size])
+        for number, (images, pairs) in enumerate(jobs)
+        for first in range(0, len(images), size)
+    ]
+    count = 1 if together else min(devices.processes_for(processes), max(1, len(batches)))
+    results: list[list[Counterfactual]] = [[] for _ in jobs]
+    seconds = [0.0] * len(jobs)
+    with _shared(pipe, count) as model:
+        work = partial(_edit_batch, model, {"config": config, "batch_size": size, **how})
+        done = map(work, batches) if together else devices.side_by_side(work, batches, count)
+        numbers = [number for number, images, _ in batches for _ in range(len(images))]
+        with tqdm(total=len(numbers), desc="edit images", leave=False) as progress:
+            for (number, images, _), (edited, taken) in zip(batches, done, strict=True):
+                results[number] += edited
+                seconds[number] += taken / count
+                progress.update(len(images))
+    return list(zip(results, seconds, strict=True))
+
+
+@contextmanager
+def _shared(pipe: StableDiffusionPipeline, processes: int) -> Iterator[StableDiffusionPipeline | Path]:
+    """The pipeline itself for one process, a file of it for several."""
+    if processes == 1:
+        yield pipe
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(pipe, path := Path(folder) / "pipeline.pt")
+        yield path
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> StableDiffusionPipeline:
+    return torch.load(path, weights_only=False)  # written by `_shared` a moment ago
+
+
+def _edit_batch(
+    model: StableDiffusionPipeline | Path, how: dict[str, Any], batch: tuple[int, Tensor, Sequence[PromptPair]]
+) -> tuple[list[Counterfactual], float]:
+    _, images, pairs = batch
+    pipe = _loaded(model) if isinstance(model, Path) else model
+    with Timer() as timer:
+        edited = edit_images(pipe, images, pairs, **how)
+    return edited, timer.seconds
+
+
+def _bytes(pipe: StableDiffusionPipeline) -> int:
+    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
+    return sum(value.nbytes for network in networks for value in network.state_dict().values())
+
+
+def evaluate_edits(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: Mapping[Edit, pd.DataFrame],
+    config: EditConfig,
+    *,
+    judge: Judge | None = None,
+    **how: Any,
+) -> list[Evaluation]:
+    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table), in processes.
+
+    ``how``: method, num_inference_steps, mask ("auto" or "off"), processes and batch_size, see `edit_jobs`.
+    """
+    jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
+    return [
+        evaluate_results(folder, rows, change, edited, judge, seconds)
+        for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, config, **how), strict=True)
+    ]
 
 
 def evaluate_edit(
@@ -148,19 +243,11 @@ def evaluate_edit(
     cases: pd.DataFrame,
     change: Edit,
     config: EditConfig,
-    *,
-    method: str = "direct",
-    num_inference_steps: int = 50,
-    judge: Judge | None = None,
-    mask: str = "auto",
+    **how: Any,
 ) -> Evaluation:
-    """Invert, edit and measure the images of ``cases`` (rows of a prepared table); ``mask`` is "auto" or "off"."""
-    images = read_images(folder, cases)
-    pairs = prompt_pairs(folder, cases, change)
-    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
-    with Timer() as timer:
-        edited = edit_images(pipe, images, pairs, config, mask=mask, **how)
-    return evaluate_results(folder, cases, change, edited, judge, timer.seconds)
+    """`evaluate_edits` of one edit."""
+    (evaluation,) = evaluate_edits(pipe, folder, {change: cases}, config, **how)
+    return evaluation
 
 
 def evaluate_results(
@@ -207,21 +294,14 @@ def batch_difference(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
     cases: pd.DataFrame,
-    change: Edit,
+    evaluation: Evaluation,
     config: EditConfig,
-    *,
-    method: str = "direct",
-    num_inference_steps: int = 50,
+    **how: Any,
 ) -> float:
-    """Largest difference of any pixel between editing up to four images one by one and all in one batch."""
+    """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
     some = cases.head(4)
-    images, pairs = read_images(folder, some), prompt_pairs(folder, some, change)
-    how: dict[str, Any] = {"method": method, "num_inference_steps": num_inference_steps}
-    single, whole = (
-        stack(edit_images(pipe, images, pairs, replace(config, batch_size=size), batch_size=size, **how))
-        for size in (1, len(some))
-    )
-    return float((single - whole).abs().max())
+    alone = evaluate_edit(pipe, folder, some, evaluation.edit, config, batch_size=1, **how)
+    return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:

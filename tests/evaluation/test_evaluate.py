@@ -12,8 +12,10 @@ from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import (
     Evaluation,
     Judge,
+    batch_difference,
     choose_cases,
     evaluate_edit,
+    evaluate_edits,
     judge_auc,
     load_judge,
     summarise,
@@ -50,6 +52,38 @@ def evaluated(phantom_folder):
         num_inference_steps=2,
         judge=Judge(Oracle(), LABELS),
     )
+
+
+def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated):
+    """Judge and truth read the same pixels, to the bit."""
+    cases = {REMOVE: choose_cases(phantom_folder, REMOVE, 3), Edit(): choose_cases(phantom_folder, Edit(), 3)}
+    how = {"judge": Judge(Oracle(), LABELS), "num_inference_steps": 2}
+    one, two = (
+        evaluate_edits(tiny_pipeline(), phantom_folder, cases, EditConfig(), processes=count, **how) for count in (1, 2)
+    )
+    for alone, shared in zip(one, two, strict=True):
+        assert alone.edit == shared.edit and alone.table.equals(shared.table)
+        for name in ("factual", "edited", "raw", "reconstruction", "mask"):
+            assert torch.equal(getattr(alone, name), getattr(shared, name)), name
+        assert shared.seconds > 0
+    assert one[0].table.equals(evaluated.table), "one edit alone is the same as one of many"
+
+
+def test_a_large_model_is_not_copied(phantom_folder, monkeypatch):
+    """It is edited with all threads of this process, eight images at a time."""
+    monkeypatch.setattr(evaluate, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(evaluate.devices, "side_by_side", lambda *_: pytest.fail("copied"))
+    cases = choose_cases(phantom_folder, REMOVE, 3)
+    large = evaluate_edit(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), num_inference_steps=2)
+    assert len(large.table) == 3
+
+
+def test_a_batch_changes_results_by_rounding_alone(phantom_folder, evaluated):
+    cases = choose_cases(phantom_folder, REMOVE, 3)
+    how = {"num_inference_steps": 2}
+    assert batch_difference(tiny_pipeline(), phantom_folder, cases, evaluated, EditConfig(), **how) < 1e-3
+    other = replace(evaluated, edited=evaluated.edited.flip(0))
+    assert batch_difference(tiny_pipeline(), phantom_folder, cases, other, EditConfig(), **how) > 1e-2
 
 
 def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):

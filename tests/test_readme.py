@@ -1,22 +1,35 @@
-"""The README keeps its word: its commands exist, its files exist, its quick start runs."""
+"""README and docs keep their word: their commands exist, their links lead somewhere, their Python runs."""
 
+import ast
+import importlib
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
 from prism_lib import paths
 from prism_lib.apps import cli
-from prism_lib.apps.profiles import available_profiles
+from prism_lib.apps.profiles import available_profiles, load_profile, plan
 
-README = paths.root() / "README.md"
+ROOT = paths.root()
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("README.md", "CHANGELOG.md", "docs/*.md", "figures/*/README.md", "prism_lib/weights/*/README.md")
+    for path in ROOT.glob(pattern)
+)
 FREE = {"git", "cd", "pip", "source", "export"}  # commands that name nothing of this repository
-TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+LAUNCHERS = {"accelerate", "torchrun", "python", "srun"}
 
-pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md")
+pytestmark = pytest.mark.skipif("README.md" not in PAGES, reason="there is no README.md")
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(text, *languages):
@@ -45,51 +58,90 @@ def problem(words):
     """What is wrong with a command, or nothing."""
     command, *arguments = words
     if command == "make":
-        targets = set(re.findall(r"^([a-z]+):", (paths.root() / "Makefile").read_text(encoding="utf-8"), re.M))
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
         unknown = {word for word in arguments if "=" not in word} - targets
         return f"make has no {', '.join(sorted(unknown))}" if unknown else ""
     if command == "prism":
-        try:
-            options = cli.build_parser().parse_args(arguments)
-        except SystemExit as stop:
-            return "prism does not take this" if stop.code else ""
-        if options.verb == "run" and options.profile not in available_profiles():
-            return f"there is no profile {options.profile}"
-        return ""
+        return prism_problem(arguments)
     if command == "conda":
         files = [word for word in arguments if word.endswith(".yml")]
-        return "".join(f"there is no {name}" for name in files if not (paths.root() / name).is_file())
+        return "".join(f"there is no {name}" for name in files if not (ROOT / name).is_file())
+    if command in LAUNCHERS:
+        modules = [word for flag, word in pairwise(arguments) if flag == "-m"]
+        return "".join(f"there is no module {name}" for name in modules if not importlib.util.find_spec(name))
     return "" if command in FREE else f"{command} is no command of this repository"
 
 
-def test_every_command_exists():
-    problems = {" ".join(words): problem(words) for words in commands(TEXT)}
-    assert problems, "the README shows no command"
+def prism_problem(arguments):
+    try:
+        options = cli.build_parser().parse_args(arguments)
+    except SystemExit as stop:
+        return "prism does not take this" if stop.code else ""
+    if options.verb != "run":
+        return ""
+    if options.profile not in available_profiles():
+        return f"there is no profile {options.profile}"
+    try:
+        plan(load_profile(options.profile), options.overrides, start=options.start, only=options.only)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_exists(page):
+    problems = {" ".join(words): problem(words) for words in commands(read(page))}
+    assert problems or page != "README.md", "the README shows no command"
     assert not {command: found for command, found in problems.items() if found}
 
 
 @pytest.mark.parametrize(
-    "line", ["make coffee", "prism fly", "prism run nowhere", "rm -rf x", "conda env create -f no.yml"]
+    "line",
+    [
+        "make coffee",
+        "prism fly",
+        "prism run nowhere",
+        "prism run smoke -p COFFEE 1",
+        "rm -rf x",
+        "conda env create -f no.yml",
+        "accelerate launch -m prism_lib.nowhere x.json",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(line):
     (words,) = commands(f"```bash\n{line}  # a comment\n```\n")
     assert problem(words)
 
 
-def test_every_linked_file_exists():
-    targets = re.findall(r"\]\(([^)#\s]+)", TEXT) + re.findall(r'(?:src|href)="([^"#]+)"', TEXT)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_linked_file_exists(page):
+    text = read(page)
+    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
     local = [target for target in targets if not re.match(r"[a-z]+:", target)]
-    assert not [target for target in local if not (paths.root() / target).exists()]
+    assert not [target for target in local if not ((ROOT / page).parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(read(page), "python")])
+def test_every_name_of_the_library_exists(page):
+    for block in blocks(read(page), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "prism_lib":
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{page}: {node.module} has no {', '.join(missing)}"
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 150
 
 
 @pytest.mark.slow
 def test_quick_start_runs(tmp_path):
-    quick_start = blocks(TEXT, "python")
+    quick_start = blocks(read("README.md"), "python")
     assert quick_start, "the README shows no Python"
     finished = subprocess.run(
         [sys.executable, "-c", quick_start[0]],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(paths.root()), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,

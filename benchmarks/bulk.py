@@ -20,8 +20,7 @@ from pathlib import Path
 
 from prism_lib import records
 from prism_lib.apps import bulk_plan
-from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 
 EDITS, STEPS, PROCESSES, ROUNDS, KILLS = 64, 10, 2, 2, 10
 

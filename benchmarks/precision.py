@@ -21,8 +21,7 @@ from torch import Tensor
 
 from prism_lib import devices, records
 from prism_lib.data.folder import load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.evaluation.evaluate import Judge, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary

@@ -23,6 +23,10 @@ import numpy as np
 import psutil
 from PIL import Image, ImageFilter
 
+from prism_lib import records
+from prism_lib.data import PrepareConfig, prepare
+from prism_lib.data.chest import CHEXPERT_COLUMNS
+
 SIZE, SHARED = 256, 64
 
 
@@ -34,8 +38,6 @@ def film(seed: int) -> Image.Image:
 
 def write_films(root: Path, rows: int, shared: int) -> Path:
     """A train.csv of `rows` films, two per patient: the first `shared` are files, the others links to them."""
-    from prism_lib.data.chest import CHEXPERT_COLUMNS
-
     lines, originals = [",".join(CHEXPERT_COLUMNS)], []
     for index in range(rows):
         file = root / f"train/patient{index // 2 + 1:06d}/study{index % 2 + 1}/view1_frontal.jpg"
@@ -91,11 +93,6 @@ def peak_memory(work: Callable[[], object]) -> list[float]:
 
 def main() -> None:
     """Measure and record; every comparison alternates, because machines are shared."""
-    # Here and not above: the processes that read images import a script's module again, a notebook's they do not.
-    from prism_lib import records
-    from prism_lib.data.preparation import prepare
-    from prism_lib.data.prepare_config import PrepareConfig
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="films that are prepared and timed")
     parser.add_argument("--rows", type=int, default=223_414, help="rows of the table whose memory is measured")

@@ -6,7 +6,7 @@ import time
 import torch
 
 from prism_lib import records
-from prism_lib.phantom.patients import render, sample_patients
+from prism_lib.phantom import render, sample_patients
 
 SIZE, COUNT, ROUNDS = 256, 64, 5
 

@@ -30,10 +30,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prism_lib import paths, records
-from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.data.rows import sample_captions
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
 from prism_lib.training.batches import DrawConfig, Order, diffusion_loss, draw_batch
 from prism_lib.training.cache import build_cache

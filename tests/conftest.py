@@ -2,8 +2,7 @@
 
 import pytest
 
-from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 
 
 @pytest.fixture(scope="session")

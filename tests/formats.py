@@ -12,6 +12,9 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
+from prism_lib.data.folder import content_hash, load_info, load_table
+from prism_lib.files import file_hash
+
 CHEXPERT_HEADER = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
     "Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
@@ -112,3 +115,9 @@ def table(root: Path, name: str, **columns: list[object]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(columns).to_csv(root / name, index=False)
     return root
+
+
+def verify(folder: Path) -> None:
+    """The hash in dataset.json is that of the folder's table and image files."""
+    hashes = {name: file_hash(folder / name) for name in load_table(folder)["file_name"]}
+    assert content_hash(folder, hashes) == load_info(folder)["content_hash"]

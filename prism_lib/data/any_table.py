@@ -1,36 +1,37 @@
-"""Any images with a table: `file_name`, `patient_id`, a column per label, and nothing else that nobody asked for.
+"""Any images with a table: `file_name`, `patient_id`, a column per label, and other columns by name only.
 
     file_name,patient_id,Cardiomegaly,Support Devices
     site1/a.png,p001,1,
     site1/b.png,p002,0,1
 
-Labels are 1, 0, -1 (uncertain) or blank (not mentioned) and bear the vocabulary's names. A column `split` with train,
-val or test is taken as it is. The images are PNG, JPEG, TIFF and the like, or DICOM files (dataset "dicom").
+Labels are 1, 0, -1 (uncertain) or blank (not mentioned) and have the vocabulary's names. A column `split` with train,
+val or test is kept. The images are PNG, JPEG, TIFF and the like, or DICOM files (dataset "dicom").
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
-from prism_lib.data import dicom
+from prism_lib.data import dicom, tables
 from prism_lib.data.folder import SPLITS
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.sources import Source, draw_patients
-from prism_lib.data.tables import find_table, found, label_values, listed_images, read_header, read_table, refuse, refuse_names
+from prism_lib.data.tables import refuse
 from prism_lib.language.labels import Vocabulary
 
 REQUIRED = {"file_name": "source_file", "patient_id": "patient_id"}
 POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the table"
-# What a prepared folder's own tables call their columns.
+# Columns of every prepared table.
 RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", *REQUIRED, "split"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Columns:
     """Which of a table's columns are read.
 
@@ -47,36 +48,36 @@ class Columns:
 
 def table_source(
     data_root: Path,
-    table_name: str,
     num_images: int,
     seed: int,
     reader: ImageFiles,
+    table_name: str,
     columns: Columns,
     vocab: Vocabulary,
 ) -> Source:
     """At most `num_images` images of a table in `data_root`, by whole patients drawn from `seed`."""
-    path = find_table(data_root, [table_name])
-    labels = _labels(read_header(path), path, columns, vocab)
+    path = tables.find_table(data_root, [table_name])
+    labels = _labels(tables.read_header(path), path, columns, vocab)
     if reader.header is not None:
         dicom.check_keywords(reader.header)
     for name in (*columns.extra, *columns.header):
         if name in RESERVED or name in labels:
             raise ValueError(f"column {name!r} cannot be carried along: the prepared table has another of that name")
     carried = {name: name for name in (*labels, *columns.extra)}
-    table = read_table(path, REQUIRED | carried, {"split": "split"})
-    refuse_names(table, path, "file_name")
+    table = tables.read_table(path, REQUIRED | carried, {"split": "split"})
+    tables.refuse_names(table, path, "file_name")
     refuse(table["patient_id"] == "", table["patient_id"], path, "empty patient_id")
-    table = table.assign(**{label: label_values(table[label], path, label) for label in labels})
+    table = table.assign(**{label: tables.label_values(table[label], path, label) for label in labels})
     table.insert(0, "name", _names(table["source_file"]))
     refuse(table["name"].duplicated(), table["source_file"], path, "another file_name differs only in '/' or '.'")
     if "split" in table:
         _check_splits(table, path)
-    table, rejected = found(table, listed_images(table["source_file"], data_root), data_root)
+    table, rejected = tables.found(table, tables.listed_images(table["source_file"], data_root), data_root)
     return Source(draw_patients(table, num_images, seed), labels, POLICY, reader, rejected=rejected)
 
 
 def _labels(header: Sequence[str], path: Path, columns: Columns, vocab: Vocabulary) -> tuple[str, ...]:
-    """The label columns, each of which the vocabulary has to know: what has no words cannot be edited."""
+    """The label columns; ValueError for one outside the vocabulary, because a label without words cannot be edited."""
     others = {*REQUIRED, "split", *columns.extra}
     labels = columns.labels or tuple(name for name in header if name not in others)
     if not labels:

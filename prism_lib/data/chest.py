@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
+from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.sources import Source, draw_patients
-from prism_lib.data.tables import ages, find_images, find_table, found, label_values, listed_images, read_table, refuse, refuse_names, sexes, stems
+from prism_lib.data.tables import refuse
 from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING
 
 CHEXPERT_COLUMNS = {
@@ -20,51 +22,48 @@ CHEXPERT_COLUMNS = {
 } | {label: label for label in CHEXPERT_LABELS}
 CHEXPERT_POLICY = (
     "1 mentioned as present, 0 as absent, -1 as uncertain, blank not mentioned (CheXpert's labeller read the reports); "
-    "of nearly all films without devices the report says nothing about devices: blank is no absence"
+    "nearly all reports of films without devices do not mention devices: a blank is not an absence"
 )
-CHEXPERT_VIEWS = ("frontal", "lateral", "all")
+View = Literal["frontal", "lateral", "all"]
 _CHEXPERT_PATH = r"^CheXpert-v1\.0[^/]*/(?P<file>(?:train|valid)/(?P<patient>patient\d+)/study\d+/view\d+_\w+\.jpg)$"
 
 
-def chexpert_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, view: str, test: bool) -> Source:
+def chexpert_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, view: View, test: bool) -> Source:
     """At most `num_images` images of CheXpert v1.0 or v1.0-small, the folder with train.csv and valid.csv.
 
     The published validation set is kept apart. With `test` it is the whole test split, beside and not among the
     `num_images`, and the patients of train.csv are to be split between train and val; otherwise it is left out.
-
-    Args:
-        view: "frontal", "lateral" or "all".
     """
     table, path = _read_chexpert(data_root, "train.csv", view)
-    table, rejected = found(table, listed_images(table.pop("_file"), data_root), data_root)
+    table, rejected = tables.found(table, tables.listed_images(table.pop("_file"), data_root), data_root)
     table = draw_patients(table, num_images, seed)
     if test:
         kept, _ = _read_chexpert(data_root, "valid.csv", view)
         if both := set(kept["patient_id"]) & set(table["patient_id"]):
             raise ValueError(f"{path}: patient {min(both)} is in valid.csv too: one patient in two given splits")
-        kept, more = found(kept, listed_images(kept.pop("_file"), data_root), data_root)
+        kept, more = tables.found(kept, tables.listed_images(kept.pop("_file"), data_root), data_root)
         table, rejected = pd.concat([table.assign(split=""), kept.assign(split="test")]), rejected + more
     return Source(table, CHEXPERT_LABELS, CHEXPERT_POLICY, reader, rejected=rejected)
 
 
-def _read_chexpert(data_root: Path, name: str, view: str) -> tuple[pd.DataFrame, Path]:
-    path = find_table(data_root, [name])
-    table = read_table(path, CHEXPERT_COLUMNS)
-    refuse_names(table, path, "Path")
+def _read_chexpert(data_root: Path, name: str, view: View) -> tuple[pd.DataFrame, Path]:
+    path = tables.find_table(data_root, [name])
+    table = tables.read_table(path, CHEXPERT_COLUMNS)
+    tables.refuse_names(table, path, "Path")
     parts = table["source_file"].str.extract(_CHEXPERT_PATH)
     expected = "Path is not CheXpert-v1.0.../train/patientNNNNN/studyN/viewN_frontal.jpg"
     refuse(parts["file"].isna(), table["source_file"], path, expected)
     projection = table["projection"].str.lower()
-    refuse(~projection.isin(CHEXPERT_VIEWS[:2]), table["projection"], path, "Frontal/Lateral is neither of both")
-    labels = {label: label_values(table[label], path, label) for label in CHEXPERT_LABELS}
+    refuse(~projection.isin(("frontal", "lateral")), table["projection"], path, "Frontal/Lateral is neither of both")
+    labels = {label: tables.label_values(table[label], path, label) for label in CHEXPERT_LABELS}
     table = table.assign(
         **labels,
         patient_id=parts["patient"],
         name=parts["file"].str.split("/", n=1).str[1].str.removesuffix(".jpg").str.replace("/", "_"),
-        sex=sexes(table["sex"]),
-        age=ages(table["age"]),
+        sex=tables.sexes(table["sex"]),
+        age=tables.ages(table["age"]),
         projection=projection,
-        _file=parts["file"],  # the folder may bear another name by now than the one it was published under
+        _file=parts["file"],  # the folder may have been renamed since it was published
     )
     table = table if view == "all" else table[projection == view]
     if table.empty:
@@ -83,7 +82,7 @@ NIH_COLUMNS = {
 }
 NIH_POLICY = (
     "1 where the finding is listed, 0 where it is not (NIH's text mining looked for all 14); "
-    "Support Devices, which NIH did not look for, is not mentioned for any image"
+    "Support Devices, which NIH did not look for, is never mentioned"
 )
 
 
@@ -93,20 +92,20 @@ def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) 
     The folder holds NIH's own table, and the images anywhere below it. Whole patients are drawn by `seed`,
     the last of them perhaps cut short.
     """
-    path = find_table(data_root, NIH_TABLES)
+    path = tables.find_table(data_root, NIH_TABLES)
     table = _read_nih_table(path)
-    table, rejected = found(table, find_images(table["source_file"], data_root), data_root)
+    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root), data_root)
     labels = (NO_FINDING, *NIH_LABELS.values(), "Support Devices")
     return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
 
 
 def _read_nih_table(path: Path) -> pd.DataFrame:
-    table = read_table(path, NIH_COLUMNS)
-    refuse_names(table, path, "Image Index")
+    table = tables.read_table(path, NIH_COLUMNS)
+    tables.refuse_names(table, path, "Image Index")
     refuse(table["patient_id"] == "", table["patient_id"], path, "empty Patient ID")
-    table.insert(0, "name", stems(table["source_file"]))
+    table.insert(0, "name", tables.stems(table["source_file"]))
     refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
-    table["age"] = ages(table["age"])  # the table has patients of 414 years
+    table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
     return pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
 
 

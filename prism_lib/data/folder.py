@@ -1,14 +1,14 @@
-"""The prepared folder: how it is written, read and checked.
+"""The prepared folder: how it is written and read.
 
-Hugging Face's *imagefolder* convention, so that nothing of ours is needed to use it:
+It follows Hugging Face's *imagefolder* convention, so other programs can read it:
 
     train/*.png  val/*.png  test/*.png   the images
     metadata.csv                         a row per image: file_name, patient_id, split, text, labels
     train/metadata.csv ...               the same rows by split: `load_dataset` looks for them beside the
                                          images and ignores a table above the split folders
-    dataset.json                         where it all came from: configuration, counts, rejects, hash
+    dataset.json                         the origin: configuration, counts, rejected files, hash
 
-A folder is built under a hidden name beside its place, by one process at a time, and renamed when it is complete.
+One process at a time builds a folder under a hidden name beside its place and renames it when it is complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_info(folder: Folder) -> dict[str, Any]:
 
 
 def truth_is_known(folder: Folder) -> bool:
-    """Whether true counterfactuals of a prepared folder's images can be rendered: of phantoms they can."""
+    """Whether true counterfactuals of a prepared folder's images can be rendered: only those of phantoms can."""
     return bool(load_info(folder)["source"] == "phantom")
 
 
@@ -87,22 +87,10 @@ def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def verify(folder: Folder) -> None:
-    """Read every byte of a prepared folder; ValueError if it is not what was written."""
-    if content_hash(Path(folder), load_table(folder)["file_name"]) != load_info(folder)["content_hash"]:
-        raise ValueError(f"{folder} has changed since it was prepared: its content hash differs")
-
-
-def content_hash(folder: Path, file_names: Iterable[str], hashes: Iterable[str] | None = None) -> str:
-    """SHA-256 over metadata.csv and every image file, in the order of the names.
-
-    `hashes` are the SHA-256 of the files, in hexadecimal, where they are known; else every file is read.
-    """
-    if hashes is None:
-        file_names = list(file_names)
-        hashes = (hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in file_names)
+def content_hash(folder: Path, hashes: Mapping[str, str]) -> str:
+    """SHA-256 over metadata.csv and every image: `hashes` maps file name to SHA-256 of the file, in the table's order."""
     content = hashlib.sha256((folder / "metadata.csv").read_bytes())
-    for name, digest in zip(file_names, hashes, strict=True):
+    for name, digest in hashes.items():
         content.update(name.encode() + bytes.fromhex(digest))
     return content.hexdigest()
 
@@ -132,9 +120,9 @@ def write_info(folder: Path, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A hidden sibling with the split folders: becomes `output` if the block ends well.
+    """A hidden sibling with the split folders, which becomes `output` when the block ends.
 
-    If it does not, what images are there are kept for the next attempt. RuntimeError if another process is at it.
+    If the block raises, finished images are kept for the next attempt. RuntimeError if another process writes there.
     """
     folder = output.with_name(f".{output.name}.partial")
     try:
@@ -156,7 +144,7 @@ def building(output: Path) -> Iterator[Path]:
 
 
 def _read_image(root: Path, name: str) -> np.ndarray:
-    """One image (H, W, C) uint8; a table must not lead out of its folder."""
+    """One image (H, W, C) uint8; ValueError for a path outside the folder."""
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise ValueError(f"file_name {name!r} leads outside the prepared folder {root}")

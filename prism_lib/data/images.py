@@ -1,12 +1,12 @@
 """From an image file of any kind to the pixels of a prepared image: square, eight bits, gray or colour.
 
-What a file holds becomes what a viewer shows: EXIF orientation is applied, palettes and CMYK are looked up, and what
-is transparent becomes black, as padding is. Pixels are taken at the file's full depth and rounded once, after they
-have been reduced with antialiasing; nothing is ever stretched. DICOM files are told by their signature.
+Pixels become what a viewer shows: EXIF orientation is applied, palettes and CMYK are looked up, and transparent pixels
+become black, as padding is. Pixels are read at the file's full depth, reduced with antialiasing, and rounded once; no
+image is stretched. DICOM files are recognised by their signature.
 
-An image that cannot be used is a `Rejection` with the reason instead of an exception, because one truncated file among
-100,000 is news, not the end. This module and `data.dicom` import neither torch nor anything else that is slow to
-load: every process that prepares images starts with them.
+An image that cannot be used gives a `Rejection` with the reason and no exception: one truncated file among 100,000 must
+not end the work. This module and `data.dicom` do not import torch, because every process that prepares images loads
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from prism_lib.data import dicom
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-FITS = ("letterbox", "crop")
-MODES = ("L", "RGB")  # PIL's names: gray, colour
+Fit = Literal["letterbox", "crop"]
+Mode = Literal["L", "RGB"]  # PIL's names: gray, colour
 # What PIL's decoders raise, whatever the damage.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -41,7 +41,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image ready to be stored, (H, W) or (H, W, 3) uint8, and what only its file knew, by column."""
+    """An image ready to be stored, (H, W) or (H, W, 3) uint8, and the table columns that its file gives."""
 
     pixels: np.ndarray
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class ImageFiles:
     """
 
     size: int
-    fit: str = "letterbox"
-    mode: str = "L"
+    fit: Fit = "letterbox"
+    mode: Mode = "L"
     max_upscale: float = 1.0
     header: tuple[str, ...] | None = None
 
@@ -83,13 +83,13 @@ class ImageFiles:
         return Picture(pixels, {"pixel_spacing_mm": spacing, **film.fields})
 
 
-def read_gray(path: Path, size: int, fit: str = "letterbox", max_upscale: float = 1.0) -> np.ndarray:
-    """An image or DICOM file as gray levels (size, size) uint8; ValueError with the reason if it is unusable."""
-    return read_image(path, size, fit, "L", max_upscale)
+def read_image(
+    path: Path, size: int, fit: Fit = "letterbox", mode: Mode = "L", max_upscale: float = 1.0
+) -> np.ndarray:
+    """An image or DICOM file as (size, size) or, in mode "RGB", (size, size, 3) uint8; see `ImageFiles`.
 
-
-def read_image(path: Path, size: int, fit: str, mode: str = "L", max_upscale: float = 1.0) -> np.ndarray:
-    """An image or DICOM file as (size, size) or, in mode "RGB", (size, size, 3) uint8; see `ImageFiles`."""
+    ValueError with the reason if the file cannot be used.
+    """
     if dicom.is_dicom(path):
         bands = [Image.fromarray(dicom.read(path).levels)]
     else:
@@ -98,8 +98,8 @@ def read_image(path: Path, size: int, fit: str, mode: str = "L", max_upscale: fl
     return np.stack([pixels] * 3, axis=-1) if mode == "RGB" and pixels.ndim == 2 else pixels
 
 
-def _read_bands(path: Path, size: int, fit: str, mode: str, max_upscale: float) -> list[Image.Image]:
-    """One band, or three, of levels in [0, 255] as floats; the header is judged before anything is decoded."""
+def _read_bands(path: Path, size: int, fit: Fit, mode: Mode, max_upscale: float) -> list[Image.Image]:
+    """One band, or three, of levels in [0, 255] as floats; the header is checked before anything is decoded."""
     try:
         if path.stat().st_size == 0:
             raise ValueError("empty file")
@@ -114,8 +114,8 @@ def _read_bands(path: Path, size: int, fit: str, mode: str, max_upscale: float) 
         raise ValueError(f"unreadable image: {error}") from None
 
 
-def _full_depth(file: Image.Image, mode: str) -> list[Image.Image]:
-    """Bands in [0, 255] as floats, so that 16-bit files lose nothing before they are resized."""
+def _full_depth(file: Image.Image, mode: Mode) -> list[Image.Image]:
+    """Bands in [0, 255] as floats: 16-bit files keep their depth until they are resized."""
     if file.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     upright = ImageOps.exif_transpose(file)
@@ -127,17 +127,17 @@ def _full_depth(file: Image.Image, mode: str) -> list[Image.Image]:
     return [band.convert("F") for band in upright.convert(mode).split()]
 
 
-def _check_size(shape: tuple[int, int], size: int, fit: str, max_upscale: float) -> None:
+def _check_size(shape: tuple[int, int], size: int, fit: Fit, max_upscale: float) -> None:
     if _scale(shape, size, fit) > max_upscale:
         larger = "" if max_upscale == 1 else f" by more than {max_upscale:g} times"
         raise ValueError(f"image of {shape[0]}x{shape[1]} pixels is smaller than {size}x{size}{larger}")
 
 
-def _scale(shape: tuple[int, int], size: int, fit: str) -> float:
+def _scale(shape: tuple[int, int], size: int, fit: Fit) -> float:
     return size / (max(shape) if fit == "letterbox" else min(shape))
 
 
-def _square(bands: list[Image.Image], size: int, fit: str, max_upscale: float) -> np.ndarray:
+def _square(bands: list[Image.Image], size: int, fit: Fit, max_upscale: float) -> np.ndarray:
     """Bands of levels in [0, 255] as (size, size) or (size, size, 3) uint8."""
     _check_size(bands[0].size, size, fit, max_upscale)
     extrema = [band.getextrema() for band in bands]
@@ -147,7 +147,7 @@ def _square(bands: list[Image.Image], size: int, fit: str, max_upscale: float) -
     return fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)
 
 
-def _fit(band: Image.Image, size: int, fit: str) -> np.ndarray:
+def _fit(band: Image.Image, size: int, fit: Fit) -> np.ndarray:
     scale = _scale(band.size, size, fit)
     width, height = (max(1, round(side * scale)) for side in band.size)
     resized = np.asarray(band.resize((width, height), Image.Resampling.LANCZOS))

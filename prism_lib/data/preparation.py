@@ -1,8 +1,7 @@
-"""Prepare a data set once: choose images, split by patient, write captions, and say what was done.
+"""Prepare a data set once: choose images, split by patient, write captions, and record what was done.
 
-`prepare` turns a source (the phantom, or a folder of real images; see `data.sources`) into the folder
-that `data.folder` describes. What decides its content is in `PrepareConfig`, what happened is in
-its `dataset.json`.
+`prepare` turns a source (the phantom, or a folder of real images; see `data.sources`) into the folder that
+`data.folder` describes. `PrepareConfig` decides its content; `dataset.json` reports what happened.
 """
 
 from __future__ import annotations
@@ -10,39 +9,149 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import SPLITS, building, content_hash, load_info, load_table, remove_others, write_info, write_tables
-from prism_lib.data.images import Rejection
-from prism_lib.data.prepare_config import BLANK_POLICIES, PrepareConfig, SOURCES, UNCERTAIN_POLICIES, by_label, settings
-from prism_lib.data.sources import Source, seeded_order
+from prism_lib.data.any_table import Columns, table_source
+from prism_lib.data.chest import View, chexpert_source, nih_source
+from prism_lib.data.folder import (
+    SPLITS,
+    building,
+    content_hash,
+    load_info,
+    load_table,
+    remove_others,
+    write_info,
+    write_tables,
+)
+from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
+from prism_lib.data.rows import draw_captions
+from prism_lib.data.skin import FORMATS, skin_source
+from prism_lib.data.sources import Source, phantom_source, seeded_order
 from prism_lib.data.writing import Outcome, Written, write_images
-from prism_lib.language.captions import sample_caption
 from prism_lib.language.labels import vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Once too many files are unusable, so many more are looked at, for an error that shows more than one of them.
+# After the error is certain, so many more unusable files are collected, so that its message shows several.
 LOOK_AHEAD = 20
-CAPTION_ROWS = 4096  # rows that are Python objects at once
+UNCERTAIN_VALUES = {"ignore": -1.0, "zeros": 0.0, "ones": 1.0}
+BLANK_VALUES = {"ignore": float("nan"), "zeros": 0.0}
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PrepareConfig:
+    """What to prepare and how.
+
+    Args:
+        dataset: "table" is any images with a table, "dicom" the same with DICOM files. All but the phantom lie below
+            `data_root`.
+        output: the prepared folder; an existing one is reused if it was made with the same configuration.
+        num_images: how many phantoms; of real images at most as many, drawn by patient.
+        split: shares of the patients for train, val and test. CheXpert with a share of 0 for test has its published
+            validation set as the test split; otherwise that set is left out. Splits given by a table are kept.
+        confounding: how strongly devices follow disease in the phantom.
+        vocabulary: whose labels captions name; all label columns are kept.
+        explicit_share: share of captions in the explicit template, which edits use.
+        uncertain: what -1 becomes, by label; "*" is every other label. "ignore", the default, leaves it.
+        blank: what a label that is not mentioned becomes, likewise.
+        fit: "letterbox" keeps the whole image and pads, "crop" keeps its centre.
+        max_rejected: the greatest share of files that may be unusable.
+        mode: "L" (gray) or "RGB"; empty is the data set's own. "table" has none of its own.
+        max_upscale: how many times an image smaller than `size` may be enlarged.
+        view: of CheXpert.
+        table: the table's file name for "table" and "dicom".
+        columns: for the same two, which columns are labels and which others are copied.
+        duplicates: what happens to an image with the same pixels as one of another split: "reject" keeps the one in
+            test, else in val; "keep" keeps both. Within a split both are kept.
+        processes: how many read and write; the result does not depend on it.
+    """
+
+    dataset: Literal["phantom", "chexpert", "nih", "isic2019", "isic2020", "ham10000", "table", "dicom"]
+    output: Path
+    data_root: Path | None = None
+    size: Annotated[int, Field(ge=32)] = 256
+    num_images: Annotated[int, Field(ge=1)] = 1000
+    seed: int = 0
+    split: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
+    confounding: Share = 0.0
+    vocabulary: Literal["chest", "phantom", "skin"] = "chest"
+    explicit_share: Share = 0.5
+    uncertain: Mapping[str, Literal["ignore", "zeros", "ones"]] = field(default_factory=dict)
+    fit: Fit = "letterbox"
+    max_rejected: Share = 0.0
+    blank: Mapping[str, Literal["ignore", "zeros"]] = field(default_factory=dict)
+    mode: Literal["", Mode] = ""
+    max_upscale: Annotated[float, Field(ge=1)] = 1.0
+    view: View = "frontal"
+    table: str = "metadata.csv"
+    columns: Columns = field(default_factory=Columns)
+    duplicates: Literal["reject", "keep"] = "reject"
+    processes: Annotated[int, Field(ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.split) - 1) > 1e-6:
+            raise ValueError(f"split is {self.split}; expected shares of {', '.join(SPLITS)} that sum to 1")
+        if self.dataset == "table":
+            if not self.mode:
+                raise ValueError("dataset 'table' needs a mode: L or RGB")
+        elif self.mode not in ("", _own_mode(self)):
+            raise ValueError(f"mode of dataset {self.dataset!r} is {_own_mode(self)!r}, not {self.mode!r}")
+        if self.columns.header and self.dataset != "dicom":
+            raise ValueError("header fields can be copied from the dataset 'dicom' only")
+
+
+def _own_mode(config: PrepareConfig) -> Mode:
+    return "RGB" if config.dataset in FORMATS else "L"
+
+
+def settings(config: PrepareConfig) -> dict[str, Any]:
+    """The values that decide the content, as JSON: all but the output folder and the number of processes."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    del values["output"], values["processes"]
+    root = None if config.dataset == "phantom" else config.data_root
+    return values | {"data_root": root and str(root.resolve())}
+
+
+SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
+    "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
+    "chexpert": lambda c: chexpert_source(*_files(c), view=c.view, test=c.split[SPLITS.index("test")] == 0),
+    "nih": lambda c: nih_source(*_files(c)),
+    **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
+    **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, vocabulary(c.vocabulary))),
+}
+
+
+def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
+    """The first arguments of every source of files: data root, how many images, seed, reader."""
+    root = config.data_root
+    if root is None:
+        raise ValueError(f"dataset {config.dataset!r} needs a data_root: the folder with its table and images")
+    if config.output.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"output {config.output} lies inside the data root {root}, where images are searched")
+    header = config.columns.header if config.dataset == "dicom" else None
+    mode = config.mode or _own_mode(config)
+    return root, config.num_images, config.seed, ImageFiles(config.size, config.fit, mode, config.max_upscale, header)
 
 
 def prepare(config: PrepareConfig) -> Path:
     """Write the prepared folder and return its path; at once if it is already there, whole and the same.
 
     Raises before any long work if the configuration, the table or the output is at fault, and later if more than
-    `config.max_rejected` of the files cannot be used. What was finished by then, or when the process was killed, is
-    kept beside the output, and the same configuration goes on from there. An image in two splits is not counted as
-    unusable: it is dropped from one of them and listed.
+    `config.max_rejected` of the files cannot be used. Images that were finished by then, or when the process was
+    killed, are kept beside the output, and the same configuration continues from there. An image in two splits is not
+    counted as unusable: it is dropped from one of them and listed.
     """
-    output = Path(config.output)
+    output = config.output
     if _already_prepared(config):
         logger.info("reusing the prepared folder %s", output)
         return output
@@ -54,10 +163,10 @@ def prepare(config: PrepareConfig) -> Path:
             written, rejected = _collect(outcomes, source, len(plan), config.max_rejected)
         usable = plan[plan["file_name"].isin(written.keys())]
         duplicates, within = _duplicates(usable, written)
-        rejected += duplicates if config.duplicates == "reject" else []
-        dropped = {item.file for item in duplicates if config.duplicates == "reject"}
-        usable = _with_columns(usable[~usable["file_name"].isin(dropped)], written)
-        metadata = _metadata(usable, source.labels, config, set(plan["split"]))
+        if config.duplicates == "reject":
+            rejected += duplicates
+            usable = usable[~usable["file_name"].isin([item.file for item in duplicates])]
+        metadata = _metadata(_with_columns(usable, written), source.labels, config, set(plan["split"]))
         remove_others(folder, metadata["file_name"])
         write_tables(folder, metadata)
         info = {
@@ -66,11 +175,9 @@ def prepare(config: PrepareConfig) -> Path:
             "labels": list(source.labels),
             "label_policy": {"source": source.label_policy, "uncertain": config.uncertain, "blank": config.blank},
             "counts": {"before": _counts(plan, source.labels), "after": _counts(metadata, source.labels)},
-            "rejected": [{"file": item.file, "reason": item.reason} for item in rejected],
+            "rejected": [asdict(item) for item in rejected],
             "duplicates": {"across_splits": len(duplicates), "within_split": within},
-            "content_hash": content_hash(
-                folder, metadata["file_name"], (written[name].file_hash for name in metadata["file_name"])
-            ),
+            "content_hash": content_hash(folder, {name: written[name].file_hash for name in metadata["file_name"]}),
         }
         write_info(folder, info)
     return output
@@ -81,8 +188,8 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
     labels, vocab = list(source.labels), vocabulary(config.vocabulary)
     if not set(labels) & set(vocab.phrases):
         raise ValueError(f"vocabulary {vocab.name!r} has words for no label of {config.dataset!r}: {', '.join(labels)}")
-    for name in ("uncertain", "blank"):
-        if unknown := set(by_label(getattr(config, name))) - {*labels, "*"}:
+    for name, policy in (("uncertain", config.uncertain), ("blank", config.blank)):
+        if unknown := set(policy) - {*labels, "*"}:
             raise ValueError(f"{name} names {min(unknown)!r}, which is no label of the data set: {', '.join(labels)}")
     table = source.table.reset_index(drop=True)
     table[labels] = table[labels].astype(float)
@@ -91,21 +198,10 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
     shares = split_patients(drawn, config.split, config.seed) if len(drawn) else {}
     table["split"] = table["patient_id"].map(shares).where(given == "", given)
     table["file_name"] = table["split"] + "/" + table["name"] + ".png"
-    table["text"] = [
-        _caption(row, source, config)
-        for start in range(0, len(table), CAPTION_ROWS)
-        for row in _resolved(table.iloc[start : start + CAPTION_ROWS], labels, config).to_dict("records")
-    ]
-    return table
-
-
-def _caption(row: Mapping[Any, Any], source: Source, config: PrepareConfig) -> str:
-    """An image's caption depends on the seed and its name, not on the images around it."""
-    rng = random.Random(f"{config.seed}:{row['name']}")
-    vocab = vocabulary(config.vocabulary)
-    return sample_caption(row, rng, vocab, config.explicit_share, source.details(row))
-
-
+    captions = draw_captions(
+        _resolved(table, labels, config), labels, config.dataset, vocab.name, config.seed, 1, config.explicit_share
+    )
+    return table.assign(text=[texts[0] for texts in captions])
 def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> dict[str, str]:
     """Patient -> split. Shares are exact to one patient, and a split that is asked for gets at least one."""
     order = seeded_order(patients, seed)
@@ -122,17 +218,17 @@ def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> d
 
 
 def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig) -> pd.DataFrame:
-    """The table with its uncertain and blank labels as the policies want them."""
-    uncertain, blank = by_label(config.uncertain), by_label(config.blank)
+    """The table with its uncertain and blank labels replaced as the policies say."""
+    uncertain, blank = ({"*": "ignore"} | dict(policy) for policy in (config.uncertain, config.blank))
     columns = {}
     for label in labels:
-        values = table[label].fillna(BLANK_POLICIES[blank.get(label, blank["*"])])
-        columns[label] = values.mask(values == -1, UNCERTAIN_POLICIES[uncertain.get(label, uncertain["*"])])
+        values = table[label].fillna(BLANK_VALUES[blank.get(label, blank["*"])])
+        columns[label] = values.mask(values == -1, UNCERTAIN_VALUES[uncertain.get(label, uncertain["*"])])
     return table.assign(**columns)
 
 
 def _work_key(plan: pd.DataFrame, config: PrepareConfig) -> str:
-    """Changes with whatever decides the bytes of an image file, its name, or whose image it is."""
+    """A hash of everything that decides an image file's bytes, its name, or its patient."""
     files = plan[[column for column in plan if column in ("file_name", "path", "phantom_index")]]
     rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
     decisive = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")
@@ -166,7 +262,7 @@ def _collect(
 def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[list[Rejection], int]:
     """Images whose pixels are also in a more held-out split (test, then val), and how many repeat within a split.
 
-    Patients are not merged: who shares an image by mistake of an archive need not be one person.
+    Patients are not merged: two patients may share an image by a mistake of the archive.
     """
     hashes = usable["file_name"].map(lambda name: written[name].pixel_hash)
     repeated = usable[["file_name", "patient_id", "split"]].assign(pixels=hashes)[hashes.duplicated(keep=False)]
@@ -184,7 +280,7 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
 
 
 def _with_columns(usable: pd.DataFrame, written: Mapping[str, Written]) -> pd.DataFrame:
-    """The table with what only the image files knew, such as their pixel spacing."""
+    """The table with the columns that come from the image files, such as their pixel spacing."""
     names = next((list(item.columns) for item in written.values()), [])
     return usable.assign(**{name: [written[file].columns[name] for file in usable["file_name"]] for name in names})
 
@@ -201,8 +297,8 @@ def _check_rejected(rejected: Sequence[Rejection], total: int, max_rejected: flo
 def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig, planned: set[str]) -> pd.DataFrame:
     """The rows as they are stored.
 
-    Labels and ages stay floats and no text is empty, so that a column has one type in all splits, whatever is
-    missing there: `load_dataset` refuses a folder whose splits differ.
+    Labels and ages stay floats and no text is empty, so that a column has one type in all splits: `load_dataset`
+    refuses a folder whose splits differ.
     """
     if empty := planned - set(table["split"]):
         raise ValueError(f"no usable image is left for {', '.join(sorted(empty))}: prepare more images")
@@ -233,13 +329,13 @@ def _label_counts(values: pd.Series) -> dict[str, int]:
 
 def _already_prepared(config: PrepareConfig) -> bool:
     """Whether the output is there, whole, and of this configuration; raises if something else is there."""
-    output = Path(config.output)
+    output = config.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / "dataset.json").is_file():
         raise FileExistsError(f"output {output} exists and is not a prepared data set: choose another place")
     asked = settings(config)
-    there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]  # older ones lack what is new
+    there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]  # older folders lack newer settings
     if differing := [name for name in asked if there[name] != asked[name]]:
         changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)
         raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")

@@ -1,48 +1,70 @@
-"""Prepared data sets as notebooks and studies use them: which rows an edit suits, and what the truth would be.
-
-`prepare` writes a folder (`data.preparation`); its form is in `data.folder`. Readers need `load_table`
-and `read_images`, and nothing of how it was made.
-"""
+"""The rows of a prepared folder's table: captions, prompts of an edit, which rows an edit suits, and the truth."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from prism_lib.data.any_table import Columns
-from prism_lib.data.cases import prompt_pairs
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
 from prism_lib.data.sources import DETAIL_COLUMNS, details
-from prism_lib.language.edits import Edit
-from prism_lib.language.labels import CHEST
-from prism_lib.phantom.patients import counterfactual, sample_patients
+from prism_lib.language.captions import sample_caption
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.labels import CHEST, vocabulary
+from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
 
-__all__ = [
-    "Columns",
-    "Example",
-    "PrepareConfig",
-    "edit_examples",
-    "editable",
-    "label_counts",
-    "load_info",
-    "load_table",
-    "prepare",
-    "prompt_pairs",
-    "read_images",
-    "true_counterfactual",
-]
+
+def sample_captions(
+    folder: Folder, table: pd.DataFrame, seed: int | str, count: int, explicit_share: float
+) -> list[list[str]]:
+    """``count`` captions for every row; they depend on the seed and the row's file name alone.
+
+    The first one is the column `text` of the folder's own seed and explicit share.
+    """
+    info = load_info(folder)
+    return draw_captions(
+        table, info["labels"], info["source"], info["config"]["vocabulary"], seed, count, explicit_share
+    )
+
+
+def draw_captions(
+    table: pd.DataFrame,
+    labels: Sequence[str],
+    source: str,
+    vocabulary_name: str,
+    seed: int | str,
+    count: int,
+    explicit_share: float,
+) -> list[list[str]]:
+    """`sample_captions` of a table that is not on disk yet."""
+    vocab = vocabulary(vocabulary_name)
+    columns = ["file_name", *labels, *(name for name in DETAIL_COLUMNS if name in table)]
+    captions = []
+    for values in table[columns].itertuples(index=False, name=None):
+        row = dict(zip(columns, values, strict=True))
+        rng = random.Random(f"{seed}:{row['file_name']}")
+        known = {label: row[label] for label in labels}
+        more = details(source, row)
+        captions.append([sample_caption(known, rng, vocab, explicit_share, more) for _ in range(count)])
+    return captions
+
+
+def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[PromptPair]:
+    """Source and target prompt of an edit for every row, in the words of the folder's captions."""
+    info = load_info(folder)
+    vocab = vocabulary(info["config"]["vocabulary"])
+    return [edit.prompts(row, vocab) for row in table[info["labels"]].to_dict("records")]
 
 
 def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
-    """The rows that an edit applies to: what it removes is labelled present, what it adds absent.
+    """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 
-    A detail ("pacemaker") is removed where the source says that it is there, and added where its label is absent.
+    A detail ("pacemaker") is removed where the source records it, and added where its label is absent.
     """
     suits = pd.Series(True, index=table.index)
     for names, state in ((edit.remove, 1), (edit.add, 0)):
@@ -52,35 +74,52 @@ def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
                 raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             suits &= table[label].eq(state)
             if state and name != label:
-                suits &= _said(table, label, name)
+                suits &= _has_detail(table, label, name)
     return table[suits].reset_index(drop=True)
 
 
-def _said(table: pd.DataFrame, label: str, detail: str) -> pd.Series:
+def _has_detail(table: pd.DataFrame, label: str, detail: str) -> pd.Series:
     """Which rows have this detail of a label."""
     if not set(DETAIL_COLUMNS) <= set(table.columns):
         raise ValueError(f"the data set does not say which rows have {detail!r}; edit {label!r} instead")
     return table.apply(lambda row: detail in details("phantom", row).get(label, "").split(" and "), axis=1)
 
 
-def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> tuple[Tensor, Tensor] | None:
-    """True counterfactuals (N, 1, H, W) of a table's rows, and masks (bool) of what had to change.
+class Truth(NamedTuple):
+    """The truth about an edit of N phantoms, each field (N, 1, H, W)."""
 
-    None for real images: nobody knows how the same patient would have looked.
-    """
+    images: Tensor  # true counterfactuals in [0, 1]
+    changed: Tensor  # bool, the pixels that had to change
+    marker: Tensor  # bool, the burnt-in side marker and view text
+
+
+def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth | None:
+    """The truth about an edit of a table's rows; None for real images, whose counterfactuals are not known."""
     info = load_info(folder)
     if info["source"] != "phantom":
         return None
-    config = info["config"]
-    patients = sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"])
-    return counterfactual(patients, config["size"], **edit.attributes)
+    patients, size = _patients(table, info["config"]), info["config"]["size"]
+    images, changed = counterfactual(patients, size, **edit.attributes)
+    return Truth(images, changed, marker_mask(patients, size))
+
+
+def marker_masks(folder: Folder, table: pd.DataFrame) -> Tensor | None:
+    """Pixels of the burnt-in side marker, bool (N, 1, H, W); None for real images, which have no outline of it."""
+    info = load_info(folder)
+    if info["source"] != "phantom":
+        return None
+    return marker_mask(_patients(table, info["config"]), info["config"]["size"])
+
+
+def _patients(table: pd.DataFrame, config: dict[str, float]) -> Patients:
+    return sample_patients(table["phantom_index"].tolist(), int(config["seed"]), config["confounding"])
 
 
 def label_counts(folder: Folder, when: str = "after", split: str = "train") -> pd.DataFrame:
-    """How often each label of a split is present, absent, uncertain and not mentioned, as `dataset.json` has it.
+    """How often each label of a split is present, absent, uncertain and not mentioned, from `dataset.json`.
 
-    "blank, not absent" is the share of those neither present nor uncertain that nobody said were absent. `when` is
-    "before" (as the source has them) or "after" (as they are stored).
+    "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned. `when` is
+    "before" (as in the source) or "after" (as stored).
     """
     splits = load_info(folder)["counts"][when]
     if split not in splits:
@@ -111,7 +150,7 @@ def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
             continue
         panels = [read_images(folder, row)]
         truth = true_counterfactual(folder, row, edit)
-        panels += [] if truth is None else [truth[0], truth[1].float()]
+        panels += [] if truth is None else [truth.images, truth.changed.float()]
         titles = ("factual", f"true counterfactual: {edit.key.replace('_', ' ')}", "what had to change")
         examples.append(Example(edit, torch.cat(panels), titles[: len(panels)]))
     if not examples:

@@ -1,8 +1,8 @@
 """Dermoscopic images in the published formats: ISIC 2019, ISIC 2020 and HAM10000.
 
 All three name one diagnosis per image, so each diagnosis is known to be present or absent. Images of one lesion, and
-lesions of one patient, stay together: what is called the patient here is the patient where the table names one, else
-the lesion, else the image. Rulers, ink and the like are labels too, for the images that a table of artefacts covers
+lesions of one patient, stay together: the "patient" here is the patient where the table names one, else the lesion,
+else the image. Rulers, ink and the like are labels too, for the images that a table of artefacts covers
 (isic_bias.csv of Bissoto et al., CVPR Workshops 2020); for all others they are not mentioned.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.sources import Source, draw_patients
-from prism_lib.data.tables import ages, find_images, find_table, found, label_values, read_header, read_table, refuse, refuse_names, sexes, stems
+from prism_lib.data.tables import refuse
 from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
 
 ARTEFACT_TABLE = "isic_bias.csv"
@@ -49,7 +50,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Format:
-    """One archive's tables: where they are, what their columns mean, and which label a diagnosis is."""
+    """One archive's tables: file names, the meaning of columns, and the label of every diagnosis."""
 
     tables: tuple[str, ...]
     image: str
@@ -101,16 +102,16 @@ HAM10000 = Format(
 FORMATS = {"isic2019": ISIC2019, "isic2020": ISIC2020, "ham10000": HAM10000}
 
 
-def skin_source(archive: str, data_root: Path, num_images: int, seed: int, reader: ImageFiles) -> Source:
+def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, archive: str) -> Source:
     """At most `num_images` dermoscopic images of "isic2019", "isic2020" or "ham10000", by whole patients.
 
     The folder holds the archive's own table, for ISIC 2019 its metadata table too, perhaps `ARTEFACT_TABLE`, and the
     images anywhere below it.
     """
     form = FORMATS[archive]
-    path = find_table(data_root, form.tables)
-    table = read_table(path, form.columns, form.optional)
-    refuse_names(table, path, form.image)
+    path = tables.find_table(data_root, form.tables)
+    table = tables.read_table(path, form.columns, form.optional)
+    tables.refuse_names(table, path, form.image)
     diagnoses = _one_hot(table, path) if archive == "isic2019" else _diagnosis(table, path, form)
     table = _with_metadata(table, data_root) if archive == "isic2019" else table
     artefacts = _artefacts(table["source_file"], data_root)
@@ -120,13 +121,13 @@ def skin_source(archive: str, data_root: Path, num_images: int, seed: int, reade
             "source_file": table["source_file"],
             "patient_id": _patients(table, path),
             "lesion_id": table.get("lesion", ""),
-            "sex": sexes(table["sex"]),
-            "age": ages(table["age"]),
+            "sex": tables.sexes(table["sex"]),
+            "age": tables.ages(table["age"]),
             "site": table["site"],
         }
     )
     table = pd.concat([about, diagnoses, artefacts], axis=1)
-    table, rejected = found(table, find_images(table["source_file"], data_root, by_stem=True), data_root)
+    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root, by_stem=True), data_root)
     labels = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())
     policy = _POLICY.format(unknown=form.unknown)
     return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
@@ -135,7 +136,7 @@ def skin_source(archive: str, data_root: Path, num_images: int, seed: int, reade
 def _one_hot(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """ISIC 2019: exactly one of the columns is 1; where that is UNK nothing is known."""
     codes = [*ISIC2019_CODES, *(["UNK"] if "UNK" in table else [])]
-    values = pd.DataFrame({code: label_values(table[code], path, code) for code in codes})
+    values = pd.DataFrame({code: tables.label_values(table[code], path, code) for code in codes})
     refuse((values == 1).sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
     unknown = values.pop("UNK") == 1 if "UNK" in values else pd.Series(False, index=table.index)
     return values.rename(columns=ISIC2019_CODES).mask(unknown)
@@ -150,7 +151,7 @@ def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
     columns = {label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}
     labels = pd.DataFrame(columns).mask(words == UNKNOWN)
     if "target" in table:
-        target = label_values(table["target"], path, "target")
+        target = tables.label_values(table["target"], path, "target")
         contradiction = (words != UNKNOWN) & (target != labels["Melanoma"])
         refuse(contradiction, table["source_file"], path, "target and diagnosis contradict each other")
         labels["Melanoma"] = target
@@ -159,9 +160,9 @@ def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
 
 def _with_metadata(table: pd.DataFrame, data_root: Path) -> pd.DataFrame:
     """ISIC 2019 keeps age, sex, site and lesion in a table of their own."""
-    path = find_table(data_root, ["ISIC_2019_*Metadata.csv"])
-    more = read_table(path, ISIC2019_METADATA, {"lesion_id": "lesion", "patient_id": "patient"})
-    refuse_names(more, path, "image")
+    path = tables.find_table(data_root, ["ISIC_2019_*Metadata.csv"])
+    more = tables.read_table(path, ISIC2019_METADATA, {"lesion_id": "lesion", "patient_id": "patient"})
+    tables.refuse_names(more, path, "image")
     joined = table.merge(more, on="source_file", how="left", validate="one_to_one").set_index(table.index)
     refuse(joined["age"].isna(), joined["source_file"], path, "no row for the image")
     return joined
@@ -185,9 +186,9 @@ def _artefacts(names: pd.Series, data_root: Path) -> pd.DataFrame:
     path = data_root / ARTEFACT_TABLE
     if not path.is_file():
         return pd.DataFrame(columns, index=names.index)
-    there = {code: label for code, label in SKIN_ARTEFACTS.items() if code in read_header(path)}
-    table = read_table(path, {"image": "source_file"} | there)
-    refuse_names(table, path, "image")
-    values = {label: label_values(table[label], path, label) for label in there.values()}
-    by_name = pd.DataFrame(columns | values, index=table.index).set_index(stems(table["source_file"]))
+    there = {code: label for code, label in SKIN_ARTEFACTS.items() if code in tables.read_header(path)}
+    table = tables.read_table(path, {"image": "source_file"} | there)
+    tables.refuse_names(table, path, "image")
+    values = {label: tables.label_values(table[label], path, label) for label in there.values()}
+    by_name = pd.DataFrame(columns | values, index=table.index).set_index(tables.stems(table["source_file"]))
     return by_name.reindex(names.str.removesuffix("_downsampled")).set_index(names.index)

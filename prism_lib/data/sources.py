@@ -1,8 +1,7 @@
-"""Where images come from: each source offers one table and a way to read the images of its rows.
+"""Sources of images: each offers one table and a way to read the images of its rows.
 
-A source knows its own format and nothing of the prepared folder that `data.rows` writes. This module has what
-all of them share, and the phantom; files are read by `data.chest`, `data.skin` and `data.any_table`.
-A table that breaks its format is an error, an image that cannot be used a `Rejection`.
+This module has the shared parts and the phantom; `data.chest`, `data.skin` and `data.any_table` read files. A table
+that breaks its format raises an error; an image that cannot be used gives a `Rejection`.
 """
 
 from __future__ import annotations
@@ -14,29 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from prism_lib.data.images import FITS, ImageFiles, Picture, Rejection, read_gray
+from prism_lib.data.images import Picture, Rejection
 from prism_lib.language.labels import PHANTOM_LABELS
-
-__all__ = [
-    "BATCH",
-    "DETAIL_COLUMNS",
-    "FITS",
-    "ImageFiles",
-    "Phantoms",
-    "Picture",
-    "Rejection",
-    "Source",
-    "details",
-    "draw_patients",
-    "phantom_source",
-    "read_gray",
-    "seeded_order",
-]
 
 BATCH = 32  # rows that a reader gets at once
 NONE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
 
-DETAIL_COLUMNS = ("devices", "effusion_side")  # what the phantom's table knows beyond labels
+DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 Reader = Callable[[pd.DataFrame], Iterator[Picture | Rejection]]
 
@@ -46,22 +29,21 @@ class Source:
     """Images with labels, before they are prepared.
 
     `table` has a row per image: "name" (unique, becomes the file name), "patient_id", the columns `labels`
-    with values 1, 0, -1 or missing, and whatever else is known; where it has "split", that row's split is given.
+    with values 1, 0, -1 or missing, and any others; where it has "split", that row's split is given.
     `images(rows)` yields a `Picture` or a Rejection for each row in order, the same however the rows are batched by
     `BATCH`; it must be picklable, because other processes call it. `rejected` are files that never made it into the
-    table. `details(row)` are phrases more precise than a label.
+    table.
     """
 
     table: pd.DataFrame
     labels: tuple[str, ...]
     label_policy: str
     images: Reader
-    details: Callable[[Mapping[str, Any]], dict[str, str]] = lambda row: {}
     rejected: tuple[Rejection, ...] = ()
 
 
 def seeded_order(names: Iterable[Any], seed: int) -> list[str]:
-    """The distinct names in an order drawn from `seed` by a hash: how they come in makes no difference."""
+    """The distinct names in an order drawn from `seed` by a hash, whatever order they come in."""
     unique = sorted(set(map(str, names)))
     return sorted(unique, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
 
@@ -99,25 +81,23 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     table = table.replace({"devices": {"": NONE}, "effusion_side": {"": NONE}})
     table.insert(0, "name", table["patient_id"])
     table["phantom_index"] = patients.index
-    policy = "every label is known, 1 or 0, because the phantom's causal model set it"
-    return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size), _phantom_details)
+    policy = "every label is known, 1 or 0: the phantom's causal model set it"
+    return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size))
 
 
-def knows_details(source: str) -> bool:
-    """Whether a source knows more of a finding than its label: the kind of a device, the side of fluid."""
+def has_details(source: str) -> bool:
+    """Whether a source records more of a finding than its label: the kind of a device, the side of fluid."""
     return source == "phantom"
 
 
 def details(source: str, row: Mapping[str, Any]) -> dict[str, str]:
-    """Phrases more precise than a label that a source knows of a row; {} where it knows none."""
-    return _phantom_details(row) if knows_details(source) else {}
+    """Phrases of a row that are more precise than its labels; {} for a source without details.
 
-
-def _phantom_details(row: Mapping[str, Any]) -> dict[str, str]:
-    """{"Support Devices": "pacemaker and ecg leads", "Pleural Effusion": "left pleural effusion"}"""
-    details = {}
-    if row["devices"] != NONE:
-        details["Support Devices"] = str(row["devices"]).replace("|", " and ")
-    if row["effusion_side"] != NONE:
-        details["Pleural Effusion"] = f"{row['effusion_side']} pleural effusion"
-    return details
+    {"Support Devices": "pacemaker and ecg leads", "Pleural Effusion": "left pleural effusion"}
+    """
+    phrases: dict[str, str] = {}
+    if has_details(source) and row["devices"] != NONE:
+        phrases["Support Devices"] = str(row["devices"]).replace("|", " and ")
+    if has_details(source) and row["effusion_side"] != NONE:
+        phrases["Pleural Effusion"] = f"{row['effusion_side']} pleural effusion"
+    return phrases

@@ -1,8 +1,7 @@
-"""Read an image file that anyone may have handed in, whatever it holds, in bounded memory.
+"""Read an uploaded image file of any content in bounded memory.
 
-What a file claims about itself is checked before anything is decoded: a few kilobytes can announce gigabytes of
-pixels. Every refusal is one plain sentence, because a person reads it beside the upload button. A file that passes
-is read like every other image of the project (`data.images`).
+The header is checked before the pixels are decoded, because a few kilobytes can declare gigabytes of pixels. Every
+refusal is one plain sentence for the person at the upload button. `data.images` reads the files that pass.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
 from prism_lib.data import dicom
-from prism_lib.data.images import read_image
+from prism_lib.data.images import Mode, read_image
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
@@ -32,7 +31,7 @@ class UploadError(ValueError):
     """A file that cannot be used; the message is a sentence for the person who chose it."""
 
 
-def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
+def read_upload(name: str, content: bytes, size: int, mode: Mode = "L") -> Tensor:
     """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 1 in mode "L" and 3 in mode "RGB".
 
     PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are read, padded to a square. Raises
@@ -40,7 +39,7 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
     """
     _check_bytes(name, content)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PIL and pydicom remark on is refused below, or harmless
+        warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         path = Path(folder) / "upload"
         path.write_bytes(content)
         try:
@@ -50,14 +49,14 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
             raise
         except MemoryError:
             raise UploadError(f"{name} needs more memory than there is.") from None
-        except Exception as error:  # decoders raise anything at all when a file is damaged
+        except Exception as error:  # decoders raise any exception when a file is damaged
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise UploadError(f"{name} cannot be used: {reason}.") from None
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
 
 
-def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
-    """As `read_upload`, for a file of this machine; its length is looked at before its content."""
+def read_file(path: Path, size: int, mode: Mode = "L") -> Tensor:
+    """As `read_upload`, for a file of this machine; its length is checked before it is read."""
     _check_length(path.name, path.stat().st_size)
     return read_upload(path.name, path.read_bytes(), size, mode)
 
@@ -84,7 +83,7 @@ def _check_pixels(name: str, width: int, height: int) -> None:
 
 
 def _check_image(name: str, path: Path) -> None:
-    """Judge the header; only floating-point pixels, which are refused in any case, are decoded to say why."""
+    """Check the header; only floating-point pixels, which are always refused, are decoded to say why."""
     try:
         file = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
@@ -102,13 +101,13 @@ def _check_image(name: str, path: Path) -> None:
 
 
 def _check_dicom(name: str, path: Path) -> None:
-    """Judge the header: the size of the frame, and a compression of the whole file that hides it."""
+    """Check the header: the size of the frame, and a compression of the whole file that hides it."""
     meta = pydicom.filereader.read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise UploadError(f"{name} is a deflated DICOM, which is not unpacked; save it without compression.")
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
         rows, columns = int(header.Rows), int(header.Columns)
-    except Exception:  # a header that is cut off raises anything at all
+    except Exception:  # a header that is cut off raises any exception
         raise UploadError(f"{name} is a DICOM without a readable image: it is cut off or damaged.") from None
     _check_pixels(name, columns, rows * int(header.get("NumberOfFrames") or 1))

@@ -1,10 +1,8 @@
 """The long part of preparing a data set: read, reduce and write every image, in several processes if asked.
 
-Rows go out in batches of fixed size and come back in order, a few batches ahead of the writer, so memory does not grow
-with the table and the result does not depend on the number of processes. Every finished batch is a line in a journal.
-A run that was stopped, even by kill -9, goes on behind the batches whose files are all there, byte for byte.
-
-A process that only reads image files loads neither torch nor diffusers.
+Rows go out in batches of fixed size and come back in order, so the result does not depend on the number of processes.
+Every finished batch is a line in a journal. A run that was stopped, even by kill -9, continues after the batches whose
+files are all there, byte for byte. A process that only reads image files does not load torch.
 """
 
 from __future__ import annotations
@@ -12,13 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +22,14 @@ from PIL import Image
 
 from prism_lib.data.images import Rejection
 from prism_lib.data.sources import BATCH, Reader
+from prism_lib.files import file_hash, write_text
 
 JOURNAL = "journal.jsonl"
-BATCHES_AHEAD = 4  # per process: enough that none waits, few enough that memory stays flat
 
 
 @dataclass(frozen=True)
 class Written:
-    """An image that was written: hashes of the file and of its pixels, and what only its source file knew."""
+    """An image that was written: hashes of the file and of its pixels, and the columns that its source file gave."""
 
     file_name: str
     file_hash: str
@@ -48,61 +43,37 @@ Outcome = Written | Rejection
 def write_images(
     images: Reader, plan: pd.DataFrame, folder: Path, key: str, processes: int = 1
 ) -> Generator[list[Outcome]]:
-    """Write the images of `plan` to its "file_name"s below `folder`; yields what became of every batch, in order.
+    """Write the images of `plan` to its "file_name"s below `folder`; yields the outcomes of every batch, in order.
 
     Args:
-        key: whose work the journal in `folder` may be continued; that of another key is begun again.
-        processes: how many processes read and write; 1 is this one.
+        key: a journal in `folder` is continued if it has the same key, and begun again if not.
+        processes: how many processes read and write; 1 is this one. RuntimeError if one of them dies.
     """
+    from prism_lib.devices import side_by_side  # late: it loads torch, which the reading processes do not need
+
     starts = range(0, len(plan), BATCH)
     done = _resume(folder, key)
-    _begin(folder / JOURNAL, key, done)
-    left = [start for start in starts if start not in done]
-    missing = (plan.iloc[start : start + BATCH] for start in left)
+    head = [json.dumps({"key": key}), *(_line(start, outcome) for start, outcome in done.items())]
+    write_text(folder / JOURNAL, "\n".join(head) + "\n")
+    missing = (plan.iloc[start : start + BATCH] for start in [start for start in starts if start not in done])
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        fresh = _in_parallel(images, missing, folder, processes) if processes > 1 else _here(images, missing, folder)
+        fresh = side_by_side(partial(_write_batch, images, folder), missing, processes)
         for start in starts:
             outcome = done.pop(start, None)
             if outcome is None:
-                outcome = next(fresh)
-                journal.write(json.dumps({"start": start, "outcome": [asdict(item) for item in outcome]}) + "\n")
+                try:
+                    outcome = next(fresh)
+                except BrokenProcessPool as error:
+                    raise RuntimeError(
+                        "a process that reads images died, perhaps for want of memory; finished images are kept, and "
+                        "processes=1 needs less of it"
+                    ) from error
+                journal.write(_line(start, outcome) + "\n")
                 journal.flush()
             yield outcome
 
 
-def _here(images: Reader, batches: Iterator[pd.DataFrame], folder: Path) -> Iterator[list[Outcome]]:
-    return (_write_batch(images, rows, folder) for rows in batches)
-
-
-def _in_parallel(
-    images: Reader, batches: Iterator[pd.DataFrame], folder: Path, processes: int
-) -> Iterator[list[Outcome]]:
-    """Spawned processes: a forked one would inherit the threads and locks of torch and of the notebook."""
-    context = multiprocessing.get_context("spawn")
-    pending: deque[Future[list[Outcome]]] = deque()
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread)
-    try:
-        for rows in batches:
-            pending.append(pool.submit(_write_batch, images, rows, folder))
-            if len(pending) >= BATCHES_AHEAD * processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            'a process that reads images ended: out of memory, or a script without `if __name__ == "__main__":`; '
-            "what is finished is kept, and processes=1 needs neither"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _one_thread() -> None:
-    """Processes are the parallelism; threads in each would only get in each other's way."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def _write_batch(images: Reader, rows: pd.DataFrame, folder: Path) -> list[Outcome]:
+def _write_batch(images: Reader, folder: Path, rows: pd.DataFrame) -> list[Outcome]:
     """Write one batch; runs in any process."""
     outcomes: list[Outcome] = []
     for file_name, image in zip(rows["file_name"], images(rows), strict=True):
@@ -120,10 +91,14 @@ def _write_batch(images: Reader, rows: pd.DataFrame, folder: Path) -> list[Outco
     return outcomes
 
 
+def _line(start: int, outcome: list[Outcome]) -> str:
+    return json.dumps({"start": start, "outcome": [asdict(item) for item in outcome]})
+
+
 def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
     """The batches that a journal of this key has finished and whose files are whole.
 
-    Rejected files may have been mended since, so their batches are read again.
+    A batch with a rejected file is read again, because the file may have been repaired since.
     """
     try:
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -143,17 +118,5 @@ def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
 
 
 def _is_whole(folder: Path, item: Mapping[str, Any]) -> bool:
-    try:
-        return hashlib.sha256((folder / item["file_name"]).read_bytes()).hexdigest() == item["file_hash"]
-    except OSError:
-        return False
-
-
-def _begin(journal: Path, key: str, done: Mapping[int, Sequence[Outcome]]) -> None:
-    """Write the journal with what is still valid of it."""
-    partial = journal.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key}) + "\n")
-        for start, outcome in done.items():
-            file.write(json.dumps({"start": start, "outcome": [asdict(item) for item in outcome]}) + "\n")
-    partial.replace(journal)
+    path = folder / item["file_name"]
+    return path.is_file() and file_hash(path) == item["file_hash"]

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 
-from prism_lib.data.cases import prompt_pairs
 from prism_lib.data.folder import read_images
+from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import metrics

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
-from prism_lib.data.cases import marker_masks, prompt_pairs
 from prism_lib.data.folder import load_table, read_images
-from prism_lib.data.rows import editable, true_counterfactual
+from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
@@ -263,7 +262,6 @@ def evaluate_results(
         raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
-    truth, truth_mask = known if known is not None else (None, None)
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
@@ -272,13 +270,13 @@ def evaluate_results(
         stack(edited, "raw"),
         stack(edited, "reconstruction"),
         stack(edited, "mask"),
-        truth,
-        truth_mask,
+        known and known.images,
+        known and known.changed,
         seconds,
     )
     columns = _appearance(evaluation)
-    if truth is not None:
-        columns |= _against_truth(evaluation, marker_masks(folder, cases))
+    if known is not None:
+        columns |= _against_truth(evaluation, known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
     return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})

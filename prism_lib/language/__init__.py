@@ -5,4 +5,11 @@ Labels, phrases and sentences enter; captions, prompt pairs and edits leave. Not
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "captions": ["caption", "corpus", "unseen_words"],
+        "edits": ["Edit", "PromptPair"],
+        "labels": ["DEVICE_KINDS", "Vocabulary", "snake_case", "vocabulary"],
+    },
+)

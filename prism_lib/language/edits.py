@@ -1,14 +1,12 @@
 """An edit of labels becomes a pair of prompts.
 
-Prompt-to-prompt edits an image by the difference of two prompts, so a prompt must be text that the model has
-been trained on, and the pair should differ as little as possible. Captions (`language.captions`) come from several
-templates, and a fixed share of them follows the "explicit" one word for word. An edit writes both of its prompts with
-that same template: they differ only in "with" -> "without" and have equal length, so that no padding token of the
-target inherits the attention map of a word that was removed.
+Prompt-to-prompt edits an image by the difference of two prompts, so both must be text that the model was trained on,
+and the pair should differ as little as possible. An edit therefore writes both prompts with the "explicit" template of
+`language.captions`. They differ only in "with" -> "without" and have equal length, so that no padding token of the
+target inherits the attention map of a removed word.
 
-An edit is built from labels, from a key (`Edit.from_key`), from plain language (`Edit.parse`, whose grammar is in
-`language.grammar`), or from two prompts in the user's own words (`Edit.text`). The names and phrases of labels are in
-`language.labels`, and can be had from here too, as can captions.
+An edit is built from labels, from a key (`Edit.from_key`), from plain language (`Edit.parse`), or from two prompts in
+the user's own words (`Edit.text`).
 """
 
 from __future__ import annotations
@@ -21,36 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from prism_lib.language import grammar
-from prism_lib.language.captions import TEMPLATES, caption, corpus, explicit, sample_caption, statement, unseen_words
-from prism_lib.language.labels import (
-    CHEST,
-    NO_FINDING,
-    NOT_A_DISEASE,
-    PHANTOM,
-    SKIN,
-    Labels,
-    Vocabulary,
-    label_state,
-    snake_case,
-    vocabulary,
-)
-
-__all__ = [
-    "CHEST",
-    "NO_EDIT",
-    "PHANTOM",
-    "SKIN",
-    "TEMPLATES",
-    "Edit",
-    "PromptPair",
-    "Vocabulary",
-    "caption",
-    "corpus",
-    "sample_caption",
-    "snake_case",
-    "unseen_words",
-    "vocabulary",
-]
+from prism_lib.language.captions import explicit, statement
+from prism_lib.language.labels import CHEST, NO_FINDING, NOT_A_DISEASE, Labels, Vocabulary, label_state, snake_case
 
 _PUNCTUATION = ".,;:!?()\"'"
 _DENYING = {"without", "no", "not", "absence", "normal"}
@@ -61,7 +31,7 @@ _VERBS = ("remove", "add", "keep")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Source and target prompt, with the phrases of each that the edit is about (for alignment and masks)."""
+    """Source and target prompt, with the phrases of each that are edited (for alignment and masks)."""
 
     source: str
     target: str
@@ -70,12 +40,12 @@ class PromptPair:
 
     @cached_property
     def adds(self) -> bool:
-        """Whether the target says of something that it is there, and the source does not."""
+        """Whether the target affirms something that the source does not."""
         return bool(_affirmed(self.target) - _affirmed(self.source))
 
     @cached_property
     def lost(self) -> set[str]:
-        """Words of what the source says that there is, and the target does not."""
+        """Words that the source affirms and the target does not."""
         return _affirmed(self.source) - _affirmed(self.target)
 
 
@@ -86,8 +56,8 @@ NO_EDIT = PromptPair("", "", (), ())
 class Edit:
     """An intervention: labels to remove and labels to add, or a pair of free texts (`Edit.text`).
 
-    A label may be narrowed to one of its details ("pacemaker", "left pleural effusion"), which the prompts then say in
-    its place. What is in `keep` is present and has to stay: both prompts say so.
+    A detail ("pacemaker", "left pleural effusion") may stand for its label; the prompts then say the detail. Labels in
+    `keep` are present and must stay: both prompts say so.
     """
 
     remove: tuple[str, ...] = ()
@@ -115,7 +85,7 @@ class Edit:
     def text(cls, source: str, target: str, words: Sequence[str] = ()) -> Edit:
         """An edit between two prompts in the user's own words.
 
-        `words` are the phrases that the edit is about ("medical devices"); by default those that differ.
+        `words` are the edited phrases ("medical devices"); by default those that differ.
         """
         if not source.strip() or not target.strip():
             raise ValueError(f"a text edit needs both prompts, got {source!r} and {target!r}")
@@ -127,9 +97,9 @@ class Edit:
 
     @classmethod
     def parse(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
-        """The edit that a sentence asks for: "remove the pacemaker, keep the effusion" (see `language.grammar`).
+        """The edit of a sentence: "remove the pacemaker, keep the effusion" (see `language.grammar`).
 
-        Raises ValueError naming every word that is not understood, and what contradicts itself.
+        ValueError names every word that is not understood, and every contradiction.
         """
         asked = grammar.parse(text, vocab)
         named = {verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS}
@@ -157,7 +127,7 @@ class Edit:
 
     @property
     def key(self) -> str:
-        """A name for files and records; that of free text ends in a hash, so that no two texts collide."""
+        """A name for files and records; the key of free text ends in a hash, so that no two texts collide."""
         if self.source:
             digest = hashlib.sha256(f"{self.source}\n{self.target}".encode()).hexdigest()[:8]
             return f"text_{snake_case(self.target)[:48]}_{digest}"
@@ -168,12 +138,12 @@ class Edit:
 
     @property
     def attributes(self) -> dict[str, float]:
-        """What the edit sets in a causal model: {"support_devices": 0.0} for their removal."""
+        """The intervention in a causal model: {"support_devices": 0.0} for their removal."""
         changes = dict.fromkeys(self.remove, 0.0) | dict.fromkeys(self.add, 1.0)
         return {snake_case(label): value for label, value in changes.items()}
 
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
-        """Raise ValueError if a label is unknown, a removed or kept one labelled absent or an added one present.
+        """ValueError if a label is unknown, a removed or kept one labelled absent, or an added one labelled present.
 
         A detail may be added to a label that is present: there are many devices.
         """

@@ -1,7 +1,7 @@
 """The labels of medical images: their names, their states, and the words that captions use for them.
 
-Columns of chest X-rays bear CheXpert's names throughout, and other data sets are mapped onto them where they mean the
-same; those of dermoscopic images bear ISIC's diagnoses in words. A label is 1 (present), 0 (absent), -1 (uncertain) or
+Labels of chest X-rays have CheXpert's names, and labels of other data sets that mean the same are mapped onto them.
+Labels of dermoscopic images are ISIC's diagnoses in words. A label is 1 (present), 0 (absent), -1 (uncertain) or
 missing (not mentioned); the last two never count as 0.
 """
 
@@ -74,7 +74,7 @@ CHEXPERT_LABELS = (
     "Fracture",
     "Support Devices",
 )
-# NIH ChestX-ray14's names; those that mean the same as a CheXpert label bear that label's name.
+# NIH ChestX-ray14's names and ours: CheXpert's where they mean the same.
 NIH_LABELS = {
     "Atelectasis": "Atelectasis",
     "Cardiomegaly": "Cardiomegaly",
@@ -100,13 +100,13 @@ _SYNONYMS = {
 }
 _FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
 _CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
+DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
+SIDES = ("left", "right", "bilateral")
 _DETAILS = {
-    "Pleural Effusion": ("left pleural effusion", "right pleural effusion", "bilateral pleural effusion"),
-    "Support Devices": ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube"),
+    "Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES),
+    "Support Devices": DEVICE_KINDS,
 }
-# What users call them; sides and kinds that a detail has words for are aliases of that detail.
-_EFFUSIONS = ("effusion", "pleural fluid", "fluid")
-_SIDES = ("left", "right", "bilateral")
+# Words of users; words for a side or a kind of device are aliases of the detail.
 _ALIASES = {
     "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
     "Cardiomegaly": ("cardiac enlargement", "heart enlargement", "big heart", "large heart"),
@@ -126,10 +126,10 @@ _ALIASES = {
 } | {
     f"{side} pleural effusion": tuple(
         words.format(side=side, fluid=fluid)
-        for fluid in ("pleural effusion", *_EFFUSIONS)
+        for fluid in ("pleural effusion", "effusion", "pleural fluid", "fluid")
         for words in ("{side} {fluid}", "{side} sided {fluid}", "{fluid} on the {side}", "{fluid} on the {side} side")
     )
-    for side in _SIDES
+    for side in SIDES
 }
 
 # The absences CHEST states are CheXpert's five competition findings, pneumothorax and devices.
@@ -159,7 +159,7 @@ PHANTOM = Vocabulary(
     details=_DETAILS,
     aliases=_ALIASES,
 )
-# ISIC's diagnoses, of which an image has one, in the order of the columns of 2019; and what is on the skin beside it.
+# ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma",
     "Melanocytic Nevus",

@@ -6,4 +6,9 @@ structural causal model: keep the noise, change an attribute, render again.
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "patients": ["Patients", "counterfactual", "marker_mask", "render", "sample_patients"],
+    },
+)

@@ -1,10 +1,10 @@
 """The chest phantom: a structural causal model whose counterfactuals are exact.
 
-Nobody knows how a real patient would look without the pacemaker. Here everybody does: a patient is exogenous
-noise (anatomy, exposure, rotation, noise field, device geometry, severities) plus attributes, an image is a
-deterministic function of the two, and the true counterfactual keeps the noise, changes one attribute and renders
-again. `phantom.anatomy` holds the physics; this module holds the causal graph and the three verbs
-`sample_patients`, `render` and `counterfactual`.
+How a real patient would look without the pacemaker is not known; for a phantom it is. A patient is exogenous noise
+(anatomy, exposure, rotation, noise field, device geometry, severities) plus attributes, and an image is a deterministic
+function of the two. The true counterfactual keeps the noise, changes one attribute and renders again. `phantom.anatomy`
+holds the physics; this module holds the causal graph and the functions `sample_patients`, `render` and
+`counterfactual`.
 
 The graph, with one independent uniform U per variable and logistic(x) = 1 / (1 + exp(-x)):
 
@@ -16,7 +16,7 @@ The graph, with one independent uniform U per variable and logistic(x) = 1 / (1 
     view               = AP if U < 0.5 + 0.4 conf (1 if support devices else -1), else PA
 
 with prevalence(x) = logistic(x). At ``confounding`` = 0 every attribute is an independent fair coin; at 1 devices
-follow disease almost always, which is the shortcut that downstream classifiers learn. The side of an effusion, the
+almost always follow disease, a shortcut that downstream classifiers learn. The side of an effusion, the
 kinds of device, their geometry and all severities are exogenous: an intervention ``support_devices=1`` shows the
 devices that *this* patient would have had. An intervention may also name one of `DETAILS`: ``pacemaker=1`` shows the
 pacemaker that this patient would have had beside the devices that are there, ``left_pleural_effusion=1`` fluid on the
@@ -33,15 +33,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from prism_lib.language.labels import DEVICE_KINDS, SIDES, snake_case
 from prism_lib.phantom import anatomy
 
-LABELS = ("No Finding", "Cardiomegaly", "Pleural Effusion", "Support Devices")
-DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 ATTRIBUTES = ("age", "female", "ap", "cardiomegaly", "pleural_effusion", "support_devices")
 
 # Which columns of `Patients.effusion_sides` and of `Patients.device_kinds` a detail sets.
-_SIDES = {"right_pleural_effusion": [0], "left_pleural_effusion": [1], "bilateral_pleural_effusion": [0, 1]}
-_KINDS = {kind.replace(" ", "_"): [column] for column, kind in enumerate(DEVICE_KINDS)}
+_LUNGS = {"right": (True, False), "left": (False, True), "bilateral": (True, True)}
+_SIDES = {f"{side}_pleural_effusion": [lung for lung in (0, 1) if _LUNGS[side][lung]] for side in SIDES}
+_KINDS = {snake_case(kind): [column] for column, kind in enumerate(DEVICE_KINDS)}
 DETAILS = (*_SIDES, *_KINDS)
 SETTABLE = frozenset((*ATTRIBUTES, *DETAILS))  # what an intervention may name
 
@@ -92,7 +92,7 @@ class Patients:
             new = torch.as_tensor(value, dtype=torch.float32).expand(len(self)).clone()
             valid = (new >= 0) & (new <= 120) if name == "age" else (new == 0) | (new == 1)
             if not bool(valid.all()):
-                raise ValueError(f"{name}={new[~valid][0].item():g} is outside what the phantom knows")
+                raise ValueError(f"{name}={new[~valid][0].item():g} is outside the range of the phantom")
             (details if name in DETAILS else changed)[name] = new
         patients = replace(self, attributes=changed)
         for name, new in details.items():
@@ -146,15 +146,15 @@ class Patients:
             "|".join(kind for kind, on in zip(DEVICE_KINDS, row, strict=True) if on)
             for row in self.device_kinds.tolist()
         ]
-        names = {(True, True): "bilateral", (True, False): "right", (False, True): "left", (False, False): ""}
-        table["effusion_side"] = [names[(bool(r), bool(left))] for r, left in self.effusion_sides.tolist()]
+        names = {lungs: side for side, lungs in _LUNGS.items()} | {(False, False): ""}
+        table["effusion_side"] = [names[right, left] for right, left in self.effusion_sides.tolist()]
         return table
 
 
 def sample_patients(patients: int | Sequence[int], seed: int, confounding: float = 0.0) -> Patients:
     """Draw patients from the graph above.
 
-    ``patients`` is a count or the indices wanted; patient i of a seed is the same whoever else is in the batch.
+    ``patients`` is a count or the indices wanted; patient i of a seed is the same in every batch.
     ``confounding`` in [0, 1] sets how strongly devices follow disease.
     """
     if not 0.0 <= confounding <= 1.0:

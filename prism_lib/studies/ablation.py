@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.data.cases import prompt_pairs
+from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import Evaluation, Judge, evaluate_edit, interval

@@ -22,9 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.cases import prompt_pairs
 from prism_lib.data.folder import Folder, read_images, require_truth
-from prism_lib.data.rows import true_counterfactual
+from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import edit_images

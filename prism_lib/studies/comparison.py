@@ -17,8 +17,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.cases import prompt_pairs
 from prism_lib.data.folder import load_info, read_images, require_truth
+from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import check_trained_in
 from prism_lib.editing.inversion import METHODS
 from prism_lib.editing.inversion_config import RECOMMENDED

@@ -15,9 +15,8 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.cases import prompt_pairs
 from prism_lib.data.folder import load_info, load_table, read_images, require_truth
-from prism_lib.data.rows import editable, true_counterfactual
+from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.evaluation.evaluate import evaluate_results, interval
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair

@@ -13,8 +13,8 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.cases import marker_masks
 from prism_lib.data.folder import load_info, require_truth
+from prism_lib.data.rows import marker_masks
 from prism_lib.editing.inversion_config import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_edit, interval

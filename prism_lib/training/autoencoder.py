@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.data.sources import knows_details
+from prism_lib.data.rows import sample_captions
+from prism_lib.data.sources import has_details
 from prism_lib.devices import default_device
 from prism_lib.language.captions import corpus
 from prism_lib.language.labels import vocabulary
@@ -373,7 +373,7 @@ def pretrain(config: PretrainConfig) -> Path:
         history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     info = load_info(config.dataset)
-    if config.details is not None and knows_details(info["source"]):
+    if config.details is not None and has_details(info["source"]):
         teach_details(pipeline, vocabulary(info["config"]["vocabulary"]), config.details)
     (output / "vae" / "history.json").write_text(json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors

@@ -9,7 +9,7 @@ import pytest
 from prism_lib.data.any_table import Columns
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig
 
 COUNT = 10
 

@@ -5,7 +5,7 @@ import pytest
 from tests.formats import dicom, noise
 from PIL import Image
 
-from prism_lib.data.images import ImageFiles, Picture, read_gray, read_image
+from prism_lib.data.images import ImageFiles, Picture, read_image, read_image
 
 
 def save(tmp_path, pixels):
@@ -18,7 +18,7 @@ def test_letterbox_keeps_proportions_and_crop_keeps_the_centre(tmp_path):
     pixels = np.zeros((64, 128), np.uint8)
     pixels[:, 32:96] = 200
     path = save(tmp_path, pixels)
-    letterbox, crop = read_gray(path, 32), read_gray(path, 32, "crop")
+    letterbox, crop = read_image(path, 32), read_image(path, 32, "crop")
     assert letterbox[:8].max() == letterbox[24:].max() == 0
     assert letterbox[8:24, 10:22].min() >= 199
     assert letterbox[8:24, :6].max() <= 4
@@ -28,14 +28,14 @@ def test_letterbox_keeps_proportions_and_crop_keeps_the_centre(tmp_path):
 def test_reducing_is_antialiased(tmp_path):
     # Stripes finer than the target's pixels become their mean, not stripes of another width.
     stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))
-    reduced = read_gray(save(tmp_path, stripes), 32)
+    reduced = read_image(save(tmp_path, stripes), 32)
     assert np.abs(reduced[2:-2, 2:-2].astype(int) - 127).max() <= 2
 
 
 def test_sixteen_bits_are_used(tmp_path):
     # A ramp so fine that taking the upper byte first would give another mean: 16 bits reduce to 8 only once.
     ramp = np.tile(np.arange(64, dtype=np.uint16) * 257 * 4, (64, 1))
-    reduced = read_gray(save(tmp_path, ramp), 64)
+    reduced = read_image(save(tmp_path, ramp), 64)
     assert np.array_equal(reduced, np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))
 
 
@@ -43,14 +43,14 @@ def test_sixteen_bits_last_until_after_the_resize(tmp_path):
     # Two levels below one step of eight bits, whose mean crosses it: rounding first would keep them apart.
     checks = np.full((128, 128), 100 * 257 + 120, np.uint16)
     checks[::2, ::2] = 100 * 257 + 140
-    assert set(np.unique(read_gray(save(tmp_path, checks), 32))) == {100}
+    assert set(np.unique(read_image(save(tmp_path, checks), 32))) == {100}
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA"])
 def test_other_modes_become_the_same_gray(tmp_path, mode):
     gray = noise(0, 48, 48)
     gray.convert(mode).save(tmp_path / "image.png")
-    assert np.array_equal(read_gray(tmp_path / "image.png", 48), np.array(gray))
+    assert np.array_equal(read_image(tmp_path / "image.png", 48), np.array(gray))
 
 
 def test_colour_is_kept_and_gray_is_repeated(tmp_path):
@@ -97,34 +97,34 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turned):
     exif[0x0112] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
     image.transpose(turned).save(tmp_path / "upright.png")
-    assert np.array_equal(read_gray(tmp_path / "turned.png", 48), read_gray(tmp_path / "upright.png", 48))
+    assert np.array_equal(read_image(tmp_path / "turned.png", 48), read_image(tmp_path / "upright.png", 48))
 
 
 def test_enlarging_is_allowed_by_name_only(tmp_path):
     noise(5, 30, 30).save(tmp_path / "a.png")
-    assert read_gray(tmp_path / "a.png", 32, max_upscale=1.1).shape == (32, 32)
+    assert read_image(tmp_path / "a.png", 32, max_upscale=1.1).shape == (32, 32)
     with pytest.raises(ValueError, match=r"30x30 pixels is smaller than 36x36 by more than 1\.1 times"):
-        read_gray(tmp_path / "a.png", 36, max_upscale=1.1)
+        read_image(tmp_path / "a.png", 36, max_upscale=1.1)
 
 
 def test_truncated_jpeg_is_named(tmp_path):
     noise(6, 64, 64).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
     with pytest.raises(ValueError, match="unreadable image: image file is truncated"):
-        read_gray(tmp_path / "a.jpg", 32)
+        read_image(tmp_path / "a.jpg", 32)
 
 
 def test_several_frames_are_refused(tmp_path):
     noise(7).save(tmp_path / "a.gif", save_all=True, append_images=[noise(8)])
     with pytest.raises(ValueError, match="2 frames"):
-        read_gray(tmp_path / "a.gif", 32)
+        read_image(tmp_path / "a.gif", 32)
 
 
 def test_dicom_is_told_by_its_signature_and_its_spacing_follows_the_resize(tmp_path):
     pixels = np.array(noise(9, 64, 48))
     path = dicom(tmp_path / "film.bin", pixels, WindowCenter=128, WindowWidth=256, PixelSpacing=[0.2, 0.2])
     Image.fromarray(pixels).save(tmp_path / "film.png")
-    assert np.abs(read_gray(path, 32).astype(int) - read_gray(tmp_path / "film.png", 32)).max() <= 1
+    assert np.abs(read_image(path, 32).astype(int) - read_image(tmp_path / "film.png", 32)).max() <= 1
     picture = ImageFiles(32, header=("PatientAge",)).read(path)
     assert isinstance(picture, Picture)
     assert picture.columns == {"pixel_spacing_mm": pytest.approx(0.4), "PatientAge": "067Y"}

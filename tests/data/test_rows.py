@@ -12,20 +12,22 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from tests import formats
 
 from prism_lib import paths
-from prism_lib.data import folder as imagefolder
+from prism_lib.data import preparation
+from prism_lib.data.any_table import Columns
 from prism_lib.data.chest import NIH_COLUMNS, nih_source
-from prism_lib.data.folder import SPLITS, load_info, load_table, read_images, verify
-from prism_lib.data.images import ImageFiles, read_gray
+from prism_lib.data.folder import SPLITS, load_info, load_table, read_images
+from prism_lib.data.images import ImageFiles, read_image
 from prism_lib.data.preparation import prepare, split_patients
-from prism_lib.data.prepare_config import PrepareConfig, SOURCES
-from prism_lib.data.rows import edit_examples, editable, true_counterfactual
+from prism_lib.data.preparation import PrepareConfig, SOURCES
+from prism_lib.data.rows import edit_examples, editable, marker_masks, sample_captions, true_counterfactual
 from prism_lib.data.sources import seeded_order
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import CHEST, PHANTOM
-from prism_lib.phantom.patients import LABELS, render, sample_patients
+from prism_lib.language.labels import CHEST, PHANTOM, PHANTOM_LABELS
+from prism_lib.phantom.patients import render, sample_patients
 
 SIZE = 32
 NIH_SAMPLE = paths.data() / "nih-sample"
@@ -95,7 +97,7 @@ def test_phantom_images_are_the_rendered_ones(phantoms):
     assert images.shape == (40, 1, SIZE, SIZE)
     assert torch.equal(images, render(patients, SIZE))
     labels = patients.labels()
-    for label in LABELS:
+    for label in PHANTOM_LABELS:
         assert table[label].tolist() == labels[label].tolist()
 
 
@@ -110,9 +112,23 @@ def test_splits_share_no_patient_and_have_their_shares(phantoms):
 
 def test_captions_hold_explicit_and_other_templates(phantoms):
     table = load_table(phantoms)
-    explicit = [caption(row, "explicit", PHANTOM) for row in table[list(LABELS)].to_dict("records")]
+    explicit = [caption(row, "explicit", PHANTOM) for row in table[list(PHANTOM_LABELS)].to_dict("records")]
     share = np.mean([text == exact for text, exact in zip(table["text"], explicit, strict=True)])
     assert 0.25 < share < 0.75
+
+
+def test_training_draws_the_captions_that_are_stored(phantoms):
+    table = load_table(phantoms)
+    assert sample_captions(phantoms, table, 0, 3, 0.5) != sample_captions(phantoms, table, 1, 3, 0.5)
+    assert [texts[0] for texts in sample_captions(phantoms, table, 0, 3, 0.5)] == table["text"].tolist()
+    assert table["text"].str.contains("pacemaker").any(), "details are said too"
+
+
+def test_the_truth_holds_the_marker_of_the_same_patients(phantoms):
+    table = load_table(phantoms)[:3]
+    truth = true_counterfactual(phantoms, table, Edit(add=("Cardiomegaly",)))
+    assert torch.equal(truth.marker, marker_masks(phantoms, table))
+    assert truth.images.shape == truth.changed.shape == truth.marker.shape
 
 
 def test_info_says_what_was_done(phantoms):
@@ -144,26 +160,15 @@ def test_another_configuration_in_its_place_is_an_error(phantoms):
         prepare(PrepareConfig("phantom", phantoms, size=SIZE, num_images=40, seed=1))
 
 
-def test_verify_notices_a_changed_pixel(tmp_path):
-    folder = prepare(PrepareConfig("phantom", tmp_path / "out", size=SIZE, num_images=3))
-    verify(folder)
-    path = folder / load_table(folder)["file_name"][0]
-    pixels = np.array(Image.open(path))
-    pixels[0, 0] ^= 1
-    Image.fromarray(pixels).save(path)
-    with pytest.raises(ValueError, match="has changed since"):
-        verify(folder)
-
-
 def test_true_counterfactual_undoes_itself(phantoms):
     edit, undo = Edit(remove=("Support Devices",)), Edit(add=("Support Devices",))
     rows = editable(load_table(phantoms), edit)
     assert (rows["Support Devices"] == 1).all()
     factual = read_images(phantoms, rows)
-    image, mask = true_counterfactual(phantoms, rows, edit)
+    image, mask, _ = true_counterfactual(phantoms, rows, edit)
     assert mask.flatten(1).any(1).all()
     assert torch.equal(image[~mask], factual[~mask])
-    restored, _ = true_counterfactual(phantoms, rows, undo)
+    restored, *_ = true_counterfactual(phantoms, rows, undo)
     assert torch.equal(restored, factual)
 
 
@@ -188,7 +193,7 @@ def test_a_detail_is_removed_where_it_is_and_added_where_its_label_is_absent(pha
         rows = editable(table, edit)
         assert 0 < len(rows) < len(table)
         assert rows[label].eq(verb == "remove").all()
-        image, mask = true_counterfactual(phantoms, rows, edit)
+        image, mask, _ = true_counterfactual(phantoms, rows, edit)
         factual = read_images(phantoms, rows)
         assert mask.flatten(1).any(1).all() and torch.equal(image[~mask], factual[~mask])
     named = table["devices"].str.contains(detail) | table["effusion_side"].eq(detail.split()[0])
@@ -305,7 +310,7 @@ def test_no_damage_to_a_file_stops_the_preparation(nih):
         broken[rng.randrange(len(broken))] ^= rng.randrange(1, 256)
         path.write_bytes(bytes(broken))
         with contextlib.suppress(ValueError):  # either a reason or an image, and nothing else
-            assert read_gray(path, SIZE).shape == (SIZE, SIZE)
+            assert read_image(path, SIZE).shape == (SIZE, SIZE)
 
 
 def test_one_error_names_several_files(nih):
@@ -379,7 +384,7 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
         return dataclasses.replace(source, table=source.table.assign(Cardiomegaly=-1.0))
 
     monkeypatch.setitem(SOURCES, "nih", with_uncertain)
-    folder = prepare(config_for(nih, uncertain=policy, explicit_share=1.0))
+    folder = prepare(config_for(nih, uncertain={"*": policy}, explicit_share=1.0))
     table, counts = load_table(folder), load_info(folder)["counts"]
     assert (table["Cardiomegaly"] == expected).all()
     said = {-1: "", 0: "without cardiomegaly", 1: "with cardiomegaly"}[expected]
@@ -396,15 +401,20 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "brain"}, "unknown dataset 'brain'; known: phantom, chexpert, nih"),
+        ({"dataset": "brain"}, "dataset\\s.*'phantom', 'chexpert', 'nih'.*'brain'"),
         ({"split": (0.7, 0.2, 0.2)}, "sum to 1"),
-        ({"split": (0.7, 0.3)}, "train, val, test"),
-        ({"num_images": 0}, "num_images >= 1"),
-        ({"confounding": 2.0}, r"confounding is 2\.0"),
-        ({"max_rejected": -0.1}, r"max_rejected is -0\.1"),
-        ({"uncertain": "maybe"}, "unknown uncertain 'maybe'"),
-        ({"fit": "squash"}, "known: letterbox, crop"),
-        ({"vocabulary": "brain"}, "unknown vocabulary 'brain'"),
+        ({"split": (0.7, 0.3)}, r"split\.2\s.*required"),
+        ({"split": (1.7, 0.3, -1.0)}, r"split\.0\s.*less than or equal to 1.*input_value=1\.7"),
+        ({"num_images": 0}, "num_images\\s.*greater than or equal to 1.*input_value=0"),
+        ({"size": 16}, "size\\s.*greater than or equal to 32.*input_value=16"),
+        ({"processes": 0}, "processes\\s.*greater than or equal to 1"),
+        ({"confounding": 2.0}, r"confounding\s.*less than or equal to 1.*input_value=2\.0"),
+        ({"max_rejected": -0.1}, r"max_rejected\s.*greater than or equal to 0.*input_value=-0\.1"),
+        ({"uncertain": {"*": "maybe"}}, r"uncertain\.\*\s.*'ignore', 'zeros' or 'ones'.*'maybe'"),
+        ({"fit": "squash"}, "fit\\s.*'letterbox' or 'crop'.*'squash'"),
+        ({"vocabulary": "brain"}, "vocabulary\\s.*'chest', 'phantom' or 'skin'.*'brain'"),
+        ({"num_image": 3}, "num_image\\s.*Unexpected"),
+        ({"columns": Columns(header=("PatientAge",))}, "header fields can be copied from the dataset 'dicom' only"),
     ],
 )
 def test_bad_configuration(tmp_path, changes, message):
@@ -432,11 +442,11 @@ def test_interruption_keeps_the_images_and_the_next_run_ends_the_work(tmp_path, 
 
     config = PrepareConfig("phantom", tmp_path / "out", size=SIZE, num_images=3)
     with monkeypatch.context() as patch:
-        patch.setattr(imagefolder, "write_tables", interrupted)
+        patch.setattr(preparation, "write_tables", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
     monkeypatch.setattr("prism_lib.phantom.patients.render", lambda *arguments: pytest.fail("an image was made twice"))
-    verify(prepare(config))
+    formats.verify(prepare(config))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig
 from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
 
 ISIC2020 = (

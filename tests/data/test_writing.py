@@ -15,17 +15,17 @@ from tests import formats
 import pytest
 
 from prism_lib import paths
-from prism_lib.data import folder as imagefolder, writing
-from prism_lib.data.folder import building, load_info, load_table, read_images, verify
+from prism_lib.data import preparation, writing
+from prism_lib.data.folder import building, load_info, load_table, read_images
 from prism_lib.data.preparation import prepare
-from prism_lib.data.prepare_config import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig
 from prism_lib.data.sources import BATCH
 from prism_lib.data.writing import JOURNAL
 
 COUNT = 5 * BATCH + 3
 RUN = """
 import sys
-from prism_lib.datasets import PrepareConfig, prepare
+from prism_lib.data import PrepareConfig, prepare
 if __name__ == "__main__":
     prepare(PrepareConfig("table", sys.argv[2], data_root=sys.argv[1], size=32, num_images=999, mode="L",
             processes=int(sys.argv[3])))
@@ -56,7 +56,7 @@ def content(folder):
 def expected(images, tmp_path_factory):
     """What one process writes that nothing interrupts."""
     folder = prepare(config_for(images, tmp_path_factory.mktemp("one") / "out"))
-    verify(folder)
+    formats.verify(folder)
     return content(folder)
 
 
@@ -95,7 +95,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_folder(images, expected,
 def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expected, tmp_path, monkeypatch):
     config = config_for(images, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(imagefolder, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(preparation, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
     partial = tmp_path / ".out.partial"
@@ -113,11 +113,11 @@ def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expect
 
 def test_work_of_another_configuration_is_begun_again(images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(imagefolder, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(preparation, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config_for(images, tmp_path / "out", size=40))
     folder = prepare(config_for(images, tmp_path / "out"))
-    verify(folder)
+    formats.verify(folder)
     assert read_images(folder, load_table(folder)).shape[-1] == 32
 
 
@@ -142,6 +142,23 @@ def test_full_disk_is_said_and_the_work_can_go_on(images, expected, tmp_path, mo
     assert caught.value.errno == errno.ENOSPC
     assert not (tmp_path / "out").exists()
     assert content(prepare(config_for(images, tmp_path / "out"))) == expected
+
+
+class Deadly:
+    """A reader whose process ends at once, as one without memory does."""
+
+    def __call__(self, rows):
+        os._exit(9)
+
+
+def test_a_process_that_dies_is_told_and_the_work_can_go_on(images, expected, tmp_path, monkeypatch):
+    source = preparation.SOURCES["table"]
+    with monkeypatch.context() as patch:
+        deadly = lambda config: dataclasses.replace(source(config), images=Deadly())  # noqa: E731
+        patch.setitem(preparation.SOURCES, "table", deadly)
+        with pytest.raises(RuntimeError, match="a process that reads images died.*processes=1 needs less"):
+            prepare(config_for(images, tmp_path / "out", processes=2))
+    assert content(prepare(config_for(images, tmp_path / "out", processes=2))) == expected
 
 
 # --- duplicates

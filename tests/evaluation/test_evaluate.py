@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prism_lib.data.cases import marker_masks, sample_captions
 from prism_lib.data.folder import load_table
+from prism_lib.data.rows import marker_masks, sample_captions
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prism_lib.evaluation import identifiability
+from prism_lib.language.labels import DEVICE_KINDS
 from prism_lib.phantom import patients
 
 SIZE = 48
@@ -27,7 +28,7 @@ def test_noise_of_what_is_not_there_is_hidden_and_that_of_what_is_there_is_not()
     assert not hidden["pose"].any() and not hidden["exposure"].all()
     assert hidden["heart"].tolist()[1]  # by how much a heart would grow
     present = patient(support_devices=1.0)
-    kind = patients.DEVICE_KINDS[int(present.device_kinds[0].int().argmax())]
+    kind = DEVICE_KINDS[int(present.device_kinds[0].int().argmax())]
     noise = {"pacemaker": "pacemaker", "central venous catheter": "catheter", "ecg leads": "ecg"}.get(kind, "tube")
     assert not identifiability.hidden_noise(present, SIZE, generator())[noise].all()
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from prism_lib.language.labels import DEVICE_KINDS
 from prism_lib.phantom import anatomy
 from prism_lib.phantom import patients as phantom
-from prism_lib.phantom.patients import DEVICE_KINDS, counterfactual, marker_mask, render, sample_patients
+from prism_lib.phantom.patients import counterfactual, marker_mask, render, sample_patients
 
 SIZE = 64
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prism_lib.data.cases import prompt_pairs
+from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.attention import Controller
 from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert

@@ -42,8 +42,8 @@ def test_what_lies_outside_the_region_does_not_count():
 
 def test_the_truth_carries_nothing_along(phantom_folder, cases):
     images = read_images(phantom_folder, cases)
-    truth, mask = true_counterfactual(phantom_folder, cases, HEART)
-    without, _ = true_counterfactual(phantom_folder, cases, Edit(remove=(DEVICES,)))
+    truth, mask, _ = true_counterfactual(phantom_folder, cases, HEART)
+    without, *_ = true_counterfactual(phantom_folder, cases, Edit(remove=(DEVICES,)))
     assert carried_along(truth, images, without, ~mask).tolist() == [0, 0]
     assert carried_along(without, images, without, ~mask).tolist() == pytest.approx([1, 1])
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from prism_lib.data import folder
-from prism_lib.data.cases import marker_masks
 from prism_lib.data.folder import load_info, read_images
-from prism_lib.data.rows import true_counterfactual
+from prism_lib.data.rows import marker_masks, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.evaluation.evaluate import choose_cases, evaluate_results
 from prism_lib.language.edits import Edit, PromptPair
@@ -36,7 +35,7 @@ def cases(phantom_folder):
 def halved(phantom_folder, cases):
     """The edit went all the way for even images and not at all for odd ones; decoded images are off by 0.1, or 0.2."""
     images = read_images(phantom_folder, cases)
-    truth, _ = true_counterfactual(phantom_folder, cases, DEVICES)
+    truth, *_ = true_counterfactual(phantom_folder, cases, DEVICES)
     edited = torch.where((torch.arange(COUNT) % 2 == 0)[:, None, None, None], truth, images)
     results = [
         Counterfactual(new, off(old, 0.2), old, off(old, 0.1), torch.ones_like(old), PAIR, {}, None)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prism_lib.data import cases
 from prism_lib.data import rows as datasets
-from prism_lib.data.cases import sample_captions
 from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
 from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, tiny_config
@@ -142,7 +141,7 @@ def test_a_caption_that_the_model_cannot_read_whole_is_named_with_its_image(phan
         return captions
 
     require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)
-    monkeypatch.setattr(cases, "sample_captions", sample_one_long)
+    monkeypatch.setattr(cache, "sample_captions", sample_one_long)
     name = load_table(phantom_folder, "val")["file_name"].iloc[3]
     with pytest.raises(ValueError, match=rf"reads 77 tokens, and captions of 1 images.*that of {name} has \d+: 'chest"):
         require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)

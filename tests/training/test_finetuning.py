@@ -19,8 +19,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from prism_lib import paths
-from prism_lib.data import cases
-from prism_lib.data.cases import sample_captions
+from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
 from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, load_pipeline, tiny_config
@@ -356,7 +355,7 @@ def test_a_caption_that_is_too_long_is_told_before_anything_is_encoded(config, m
         long = " cardiomegaly" * 80 if set(table["split"]) == {"val"} else ""
         return [[text + long for text in texts] for texts in sample(folder, table, *settings)]
 
-    monkeypatch.setattr(cases, "sample_captions", sample_long)
+    monkeypatch.setattr("prism_lib.training.cache.sample_captions", sample_long)
     with pytest.raises(ValueError, match=r"captions of 12 images in split 'val' have more: that of val/\S+\.png"):
         finetune(config)
     assert not (Path(config.output) / "cache").exists()

@@ -84,7 +84,7 @@ class ImageFiles:
 
 
 def read_image(
-    path: Path, size: int, fit: Fit = "letterbox", mode: Mode = "L", max_upscale: float = 1.0
+    path: Path, size: int, fit: Fit = "letterbox", mode: str = "L", max_upscale: float = 1.0
 ) -> np.ndarray:
     """An image or DICOM file as (size, size) or, in mode "RGB", (size, size, 3) uint8; see `ImageFiles`.
 
@@ -98,7 +98,7 @@ def read_image(
     return np.stack([pixels] * 3, axis=-1) if mode == "RGB" and pixels.ndim == 2 else pixels
 
 
-def _read_bands(path: Path, size: int, fit: Fit, mode: Mode, max_upscale: float) -> list[Image.Image]:
+def _read_bands(path: Path, size: int, fit: Fit, mode: str, max_upscale: float) -> list[Image.Image]:
     """One band, or three, of levels in [0, 255] as floats; the header is checked before anything is decoded."""
     try:
         if path.stat().st_size == 0:
@@ -114,7 +114,7 @@ def _read_bands(path: Path, size: int, fit: Fit, mode: Mode, max_upscale: float)
         raise ValueError(f"unreadable image: {error}") from None
 
 
-def _full_depth(file: Image.Image, mode: Mode) -> list[Image.Image]:
+def _full_depth(file: Image.Image, mode: str) -> list[Image.Image]:
     """Bands in [0, 255] as floats: 16-bit files keep their depth until they are resized."""
     if file.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")

@@ -18,7 +18,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
 from prism_lib.data import dicom
-from prism_lib.data.images import Mode, read_image
+from prism_lib.data.images import read_image
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
@@ -31,7 +31,7 @@ class UploadError(ValueError):
     """A file that cannot be used; the message is a sentence for the person who chose it."""
 
 
-def read_upload(name: str, content: bytes, size: int, mode: Mode = "L") -> Tensor:
+def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
     """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 1 in mode "L" and 3 in mode "RGB".
 
     PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are read, padded to a square. Raises
@@ -55,7 +55,7 @@ def read_upload(name: str, content: bytes, size: int, mode: Mode = "L") -> Tenso
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
 
 
-def read_file(path: Path, size: int, mode: Mode = "L") -> Tensor:
+def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
     """As `read_upload`, for a file of this machine; its length is checked before it is read."""
     _check_length(path.name, path.stat().st_size)
     return read_upload(path.name, path.read_bytes(), size, mode)

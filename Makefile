@@ -26,8 +26,8 @@ figures: $(READY)  ## make the phantom figures from the start (about 20 minutes 
 study: $(READY)  ## all notebooks of the profile, the long ones too (70 to 100 minutes on 2 cores)
 	$(BIN)/prism run phantom
 
-test: lint  ## lint and test, the notebooks included: what CI runs
-	$(BIN)/python -m pytest
+test: lint  ## lint and test in two processes of one thread, the notebooks included: what CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## ruff on everything, mypy on the library and the benchmarks
 	$(BIN)/ruff check .

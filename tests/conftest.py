@@ -1,8 +1,17 @@
 """Fixtures that several files share."""
 
+from collections import Counter
+
 import pytest
 
 from prism_lib.data.preparation import PrepareConfig, prepare
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that two processes that share out the files end at about the same time."""
+    long = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    whole = Counter(item.path for item in items if item.get_closest_marker("notebooks"))
+    items.sort(key=lambda item: (-(item.path in whole), -long[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -248,9 +248,9 @@ def test_the_command_imports_little_before_a_notebook_starts(command, absent):
 def test_only_our_lines_are_printed_and_the_kernel_waits_without_spinning(checkout):
     shout = "import os, warnings; warnings.warn('shout'); print(os.environ['OMP_WAIT_POLICY'])"
     notebook(checkout / "notebooks" / "00_first.ipynb", shout)
-    code = f"import sys; from pathlib import Path; from prism_lib import paths; paths.root = lambda: Path({str(checkout)!r})"
+    code = f"from pathlib import Path\nfrom prism_lib import paths\npaths.root = lambda: Path({str(checkout)!r})\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nfrom prism_lib.apps import cli; cli.main(['run', 'tiny', '--only', '00'])"],
+        [sys.executable, "-c", f"{code}from prism_lib.apps import cli\ncli.main(['run', 'tiny', '--only', '00'])"],
         capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "ACTIVE"},
     )  # fmt: skip
     assert done.stderr == ""

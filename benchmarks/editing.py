@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks import reference
 from prism_lib import paths, records
 from prism_lib.editing.counterfactuals import Counterfactual, sweep
-from prism_lib.editing.inversion import Inversion, invert, optimise_null_text
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.inversion import Inversion, invert
+from prism_lib.editing.methods import InversionConfig, Source, optimise_null_text
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import SHIPPED, encode_prompts, image_factor, load_pipeline
+from prism_lib.models.pipeline import SHIPPED, encode_prompts, image_factor, load_pipeline, predict_noise
 from prism_lib.phantom.patients import counterfactual, render, sample_patients
 from prism_lib.studies.editors import PLAIN
 
@@ -209,7 +209,14 @@ def null_text_against_loop(pipe: StableDiffusionPipeline, cases: Cases, steps: i
 def null_text(pipe: StableDiffusionPipeline, inversion: Inversion) -> tuple[Tensor, Tensor]:
     """Our null-text optimisation of trajectories that are there already."""
     text, empty = encode_prompts(pipe, inversion.prompts), encode_prompts(pipe, [""] * len(inversion))
-    return optimise_null_text(pipe, inversion.latents, text, empty, inversion.schedule, inversion.config)
+    schedule, source = inversion.schedule, Source(inversion.images, inversion.latents[0], text, empty)
+
+    def predict(latents: Tensor, level: int, embeds: Tensor) -> Tensor:
+        return predict_noise(pipe, latents, schedule.timesteps[level], embeds)
+
+    found = optimise_null_text(predict, inversion.latents, source, schedule, inversion.config, lambda *step: None)
+    assert found.negative_embeds is not None
+    return found.latents, found.negative_embeds
 
 
 def warm_up(pipe: StableDiffusionPipeline, cases: Cases) -> None:

@@ -18,7 +18,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from prism_lib.editing.alignment import align
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.attention import SELF_MAX_TOKENS
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
@@ -32,7 +33,6 @@ class Maps:
         self.transfer, self.own = found.transfer.to(pipe.device), found.own.to(pipe.device)
         self.cross_steps = round(config.cross_replace_steps * steps)
         self.self_steps = round(config.self_replace_steps * steps)
-        self.self_max_tokens = config.self_max_tokens
         self.step = 0
 
     def edit(self, maps: Tensor, cross: bool) -> Tensor:
@@ -40,7 +40,7 @@ class Maps:
         *others, source, target = maps.chunk(4)
         if cross and self.step < self.cross_steps:
             target = source @ self.transfer.to(source) + target * self.own.to(target)
-        elif not cross and self.step < self.self_steps and maps.shape[1] <= self.self_max_tokens:
+        elif not cross and self.step < self.self_steps and maps.shape[1] <= SELF_MAX_TOKENS:
             target = source
         return torch.cat([*others, source, target])
 

@@ -16,7 +16,7 @@ from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
 from prism_lib.editing.counterfactuals import sweep
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import grid
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import decode_latents

@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,10 +57,9 @@ from prism_lib.apps.bulk_plan import (
 )
 from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device
-from prism_lib.editing.batching import in_parts
-from prism_lib.editing.counterfactuals import Counterfactual, sweep
+from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.files import exclusive, write_text
 from prism_lib.models.pipeline import fingerprint, load_pipeline
 
@@ -278,7 +277,7 @@ def _edit_batch(
         config=InversionConfig(seed=settings.seed or 0),
         batch_size=size,
     )
-    return sweep(pipe, inversion, pairs, [replace(tried, batch_size=size) for tried in settings.candidates])
+    return sweep(pipe, inversion, pairs, [{**tried, "batch_size": size} for tried in settings.candidates])
 
 
 def _png(image: Tensor, bits: int) -> bytes:

@@ -29,8 +29,8 @@ from prism_lib.apps.bulk_choice import Choice
 from prism_lib.apps.profiles import coerce
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.devices import dtype_of
-from prism_lib.editing.inversion_config import INVERSIONS
-from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.editing.methods import METHODS, RECOMMENDED, method_of
+from prism_lib.editing.settings import EditConfig, Overrides, grid
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import Vocabulary, vocabulary
 from prism_lib.paths import SHIPPED
@@ -38,7 +38,6 @@ from prism_lib.paths import SHIPPED
 ALL = "all"
 MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
 BITS = (8, 16)
-RANDOM = ("edit_friendly",)  # inversions that draw noise
 MOST_CANDIDATES = 256
 _CHOICE = tuple(item.name for item in fields(Choice))
 _WHAT = ("file_name", "edit", "source", "target", "words")
@@ -68,9 +67,9 @@ class BulkConfig:
     out: str
     split: str = ""
     model: str = SHIPPED
-    method: str = "direct"
+    method: str = RECOMMENDED
     num_inference_steps: int = 50
-    edit: EditConfig = field(default_factory=EditConfig)
+    edit: Overrides = field(default_factory=dict, hash=False)
     seed: int = 0
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
     guide: str = ""
@@ -99,12 +98,12 @@ class Settings:
 
     method: str
     num_inference_steps: int
-    edit: EditConfig
+    edit: Overrides
     seed: int | None = None
     choice: Choice | None = None
 
     @property
-    def candidates(self) -> list[EditConfig]:
+    def candidates(self) -> list[Overrides]:
         """What is tried for every image."""
         return [self.edit] if self.choice is None else grid(self.edit, **self.choice.sweep)
 
@@ -112,7 +111,7 @@ class Settings:
     def text(self) -> str:
         """All of it as JSON: what the manifest says and the names of files depend on."""
         settings = {name: value for name, value in asdict(self).items() if value is not None}
-        del settings["edit"]["batch_size"]  # how many are computed at a time is no setting of the result
+        settings["edit"] = {name: value for name, value in self.edit.items() if name != "batch_size"}
         return json.dumps(settings, sort_keys=True)
 
 
@@ -139,16 +138,14 @@ def load_config(path: str | Path) -> BulkConfig:
 def configured(config: BulkConfig, overrides: Sequence[tuple[str, str]]) -> BulkConfig:
     """The configuration with other values, as text, for fields of `BulkConfig` or of its `EditConfig`."""
     own = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "edit"}
-    edit = {item.name: getattr(config.edit, item.name) for item in fields(EditConfig) if item.name not in own}
+    edit = {name: value for name, value in asdict(EditConfig()).items() if name not in own}
     given: dict[str, Any] = {}
     for name, value in overrides:
         if name not in own and name not in edit:
             raise ValueError(f"unknown setting {name!r}; known: {', '.join((*own, *edit))}")
         given[name] = coerce(name, value, own.get(name, edit.get(name)))
     ours = {name: value for name, value in given.items() if name in own}
-    return replace(
-        config, **ours, edit=replace(config.edit, **{name: given[name] for name in given.keys() - ours.keys()})
-    )
+    return replace(config, **ours, edit={**config.edit, **{name: given[name] for name in given.keys() - ours.keys()}})
 
 
 def config_json(config: BulkConfig) -> str:
@@ -227,9 +224,9 @@ def _tasks(
         raise ValueError(f"file_name {name!r} is not in {config.data}")
     if settings.choice is not None and settings.choice.guide and not edit.attributes:
         raise ValueError(f"a guide reads labels, and the edit {edit.key} names none")
-    unknown = edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
+    edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
     for candidate in settings.candidates:
-        candidate.settled(unknown)
+        EditConfig(**candidate)
     found = False
     for file_name in [name] if name != ALL else images:
         image = images[file_name]
@@ -260,7 +257,7 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
 
 def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
     """The run's settings, replaced by what the row says."""
-    defaults = {item.name: getattr(config.edit, item.name) for item in fields(EditConfig)}
+    defaults = {item.name: getattr(EditConfig(), item.name) for item in fields(EditConfig)}
     tried = {name: value for name, value in defaults.items() if not is_dataclass(value)}
     del tried["batch_size"]  # the run's, or a row's result could depend on its neighbours
     own: dict[str, Any] = {name: getattr(config, name) for name in ("method", "num_inference_steps", "seed", *_CHOICE)}
@@ -275,21 +272,20 @@ def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
     own |= {name: given.pop(name) for name in own if name in given}
     method, steps, seed = (own.pop(name) for name in ("method", "num_inference_steps", "seed"))
     _check_inversion(method, steps)
-    if "seed" in row and method not in RANDOM:
-        raise ValueError(f"seed is for {', '.join(RANDOM)}; the method {method} draws no noise")
+    if "seed" in row and not METHODS[method].random:
+        raise ValueError(f"seed is given, but the method {method} draws no noise")
     if not own["sweep"] and (idle := [name for name in _CHOICE if name in row]):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
-    edit = replace(config.edit, batch_size=config.batch_size, **given)
+    edit = {**config.edit, "batch_size": config.batch_size, **given}
     choice = Choice.of(own, tried) if own["sweep"] else None
-    settings = Settings(method, steps, edit, seed if method in RANDOM else None, choice)
+    settings = Settings(method, steps, edit, seed if METHODS[method].random else None, choice)
     if len(settings.candidates) > MOST_CANDIDATES:  # builds, and so checks, every candidate
         raise ValueError(f"the sweep has {len(settings.candidates)} candidates; expected {MOST_CANDIDATES} at most")
     return settings
 
 
 def _check_inversion(method: str, steps: int) -> None:
-    if method not in INVERSIONS:
-        raise ValueError(f"unknown inversion method {method!r}; known: {', '.join(INVERSIONS)}")
+    method_of(method)
     if not 1 <= steps <= 1000:
         raise ValueError(f"num_inference_steps is {steps}; expected 1 to 1000")
 

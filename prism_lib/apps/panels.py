@@ -16,12 +16,12 @@ import ipywidgets as widgets
 
 from prism_lib import paths
 from prism_lib.apps.gallery import Case, sentence
-from prism_lib.apps.recipe import Recipe
 from prism_lib.apps.session import SWEEPS, Study
 from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT
-from prism_lib.editing.inversion import METHODS
-from prism_lib.editing.inversion_config import RECOMMENDED
+from prism_lib.editing.methods import METHODS, RECOMMENDED
+from prism_lib.editing.settings import recommended
+from prism_lib.language.edits import NO_EDIT
 from prism_lib.language.labels import label_state
 
 MAX_CHOICES = 500  # of images in one list
@@ -202,7 +202,7 @@ class SettingsPanel(Panel):
 
     def __init__(self, study: Study, steps: int) -> None:
         self._study, self._file = study, ""
-        usual = Recipe("", "a", "b", (), ())
+        usual = recommended(paths.weights() / paths.SHIPPED, NO_EDIT)
         self.guidance = _slider(
             "strength",
             usual.guidance_scale,

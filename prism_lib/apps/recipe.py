@@ -20,8 +20,8 @@ from torch import Tensor
 from prism_lib import paths
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
-from prism_lib.editing.inversion import METHODS, Callback, Inversion, invert
-from prism_lib.editing.inversion_config import RECOMMENDED
+from prism_lib.editing.inversion import Callback, Inversion, invert
+from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
 from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
@@ -29,7 +29,6 @@ from prism_lib.models.pipeline import SHIPPED, image_factor, load_pipeline
 from prism_lib.models.schedule import Schedule
 from prism_lib.phantom import patients
 
-_USUAL = EditConfig()
 Box = tuple[int, int, int, int]
 
 
@@ -54,20 +53,19 @@ class Recipe:
     mode: str = "L"
     method: str = RECOMMENDED
     steps: int = 20
-    guidance_scale: float = _USUAL.guidance_scale
+    guidance_scale: float | None = None
     guidance_start: float | None = None
     guidance_end: float | None = None
-    self_replace_steps: float = _USUAL.self_replace_steps
-    cross_replace_steps: float = _USUAL.cross_replace_steps
-    word_weight: float = _USUAL.word_weight
+    self_replace_steps: float | None = None
+    cross_replace_steps: float | None = None
+    word_weight: float | None = None
     mask: str | Box = "auto"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown inversion method {self.method!r}; known: {', '.join(METHODS)}")
+        method_of(self.method)
         if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
             raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
-        self.config.settled(self.pair)  # checks its values, and that they go with the edit
+        EditConfig(**self.overrides)  # checks the values
 
     @property
     def pair(self) -> PromptPair:
@@ -75,17 +73,11 @@ class Recipe:
         return PromptPair(self.source, self.target, self.source_words, self.target_words)
 
     @property
-    def config(self) -> EditConfig:
-        """The editor's settings."""
-        return EditConfig(
-            guidance_scale=self.guidance_scale,
-            guidance_start=self.guidance_start,
-            guidance_end=self.guidance_end,
-            self_replace_steps=self.self_replace_steps,
-            cross_replace_steps=self.cross_replace_steps,
-            word_weight=self.word_weight,
-            batch_size=1,
-        )
+    def overrides(self) -> dict[str, Any]:
+        """The editor's settings that are not the model's own."""
+        names = (item.name for item in fields(EditConfig) if hasattr(self, item.name) and item.name != "mask")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, "batch_size": 1}
 
     def check_steps(self, pipe: StableDiffusionPipeline) -> None:
         """Raise ValueError if the model's schedule cannot be walked in so many steps."""
@@ -113,7 +105,7 @@ class Recipe:
         if mask is None:
             mask = self.mask_tensor(inversion.images)
         chosen = mask if mask is not None else str(self.mask)
-        return edit(pipe, inversion, [self.pair], self.config, mask=chosen, callback=callback)[0]
+        return edit(pipe, inversion, [self.pair], self.overrides, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
         """Abduction of the image (1, C, H, W) under the source prompt."""

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 
 from prism_lib.editing.alignment import Alignment
 
+SELF_MAX_TOKENS = 32 * 32  # queries of the finest self-attention layer that takes the source's, as in the references
+
 
 @dataclass
 class WordMaps:
@@ -99,9 +101,8 @@ class Controller:
 
     `transfer` (K, L, L) and `own` (K, L) build the edited cross maps; token weights are already in them. A token is
     edited in the steps from its `first` to before its `last`, both (K, L). Self-attention is injected in an edit's
-    first `self_steps` steps in layers of at most `self_max_tokens` queries, into the target row alone as the reference
-    implementations do, or with `inject_negative` into the negative row too. An edit has a negative row in the
-    steps of its `guided_steps`. `parents` holds the image of each edit.
+    first `self_steps` steps in layers of at most `SELF_MAX_TOKENS` queries, into the target row alone. An edit has a
+    negative row in the steps of its `guided_steps`. `parents` holds the image of each edit.
     """
 
     transfer: Tensor
@@ -109,8 +110,6 @@ class Controller:
     first: Tensor
     last: Tensor
     self_steps: tuple[int, ...]
-    self_max_tokens: tuple[int, ...]
-    inject_negative: tuple[bool, ...]
     guided_steps: tuple[range, ...]
     parents: tuple[int, ...]
     maps: WordMaps | None = None
@@ -127,8 +126,6 @@ class Controller:
         cross_steps: int | Tensor = 0,
         cross_start: int | Tensor = 0,
         self_steps: int | Sequence[int] = 0,
-        self_max_tokens: int | Sequence[int] = 32 * 32,
-        inject_negative: bool | Sequence[bool] = False,
         guided_steps: Sequence[range] = (),
         parents: Sequence[int] | None = None,
         maps: WordMaps | None = None,
@@ -149,8 +146,6 @@ class Controller:
             first,
             last,
             _each(self_steps, edits),
-            _each(self_max_tokens, edits),
-            _each(inject_negative, edits),
             tuple(guided_steps) or (range(sys.maxsize),) * edits,
             tuple(range(edits)) if parents is None else tuple(parents),
             maps,
@@ -187,8 +182,6 @@ class Controller:
             first=self.first[list(rows)],
             last=self.last[list(rows)],
             self_steps=tuple(self.self_steps[row] for row in rows),
-            self_max_tokens=tuple(self.self_max_tokens[row] for row in rows),
-            inject_negative=tuple(self.inject_negative[row] for row in rows),
             guided_steps=tuple(self.guided_steps[row] for row in rows),
             parents=tuple(self.parents[row] for row in rows),
             maps=None if self.maps is None else self.maps.select(index),
@@ -201,8 +194,7 @@ class Controller:
 
     def injects_self(self, queries: int) -> tuple[bool, ...]:
         """Which edits take the source's attention in a self-attention layer with this many queries, at this step."""
-        settings = zip(self.self_steps, self.self_max_tokens, strict=True)
-        return tuple(self.step < steps and queries <= limit for steps, limit in settings)
+        return tuple(self.step < steps and queries <= SELF_MAX_TOKENS for steps in self.self_steps)
 
     def edit_cross(self, source: Tensor, target: Tensor) -> Tensor:
         """The targets' probabilities, made of their sources' and their own; both (K, heads, queries, L)."""
@@ -221,13 +213,9 @@ class Controller:
         """Which rows look around for themselves in a self-attention layer, and by which of these each row sees."""
         first_target = self.images + len(self.guided)
         eyes = list(range(first_target + self.edits))
-        injects = self.injects_self(queries)
-        for edit, injected in enumerate(injects):
+        for edit, injected in enumerate(self.injects_self(queries)):
             if injected:
                 eyes[first_target + edit] = self.parents[edit]
-        for row, edit in enumerate(self.guided, start=self.images):
-            if injects[edit] and self.inject_negative[edit]:
-                eyes[row] = self.parents[edit]
         own = tuple(sorted(set(eyes)))
         place = {row: position for position, row in enumerate(own)}
         return self._index(own), self._index(tuple(place[row] for row in eyes))

@@ -5,9 +5,8 @@ evaluates the source, the negative prompt and the target of each image (3 evalua
 the source's attention to the target, and direct inversion returns the source to its stored latents. After
 decoding, only pixels inside a mask take the edit; all others are the input's own.
 
-One walk serves any number of edits of the same images: `edit` is the case of one, `edit_many` takes several prompt
-pairs and `sweep` several settings. They share the source's row, and their own rows for as long as they agree
-(`editing.forking`). What a step is depends on the inversion (`editing.descent`).
+One walk serves a sweep over settings, and `edit` is the sweep of one: all share the source's row, and their own rows
+for as long as they agree (`editing.denoising`). What a step is depends on the inversion (`editing.methods`).
 
 Two choices differ from the reference implementations, and both can be switched back:
 
@@ -20,8 +19,11 @@ Two choices differ from the reference implementations, and both can be switched 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -29,15 +31,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.editing import masks
-from prism_lib.editing.batching import in_parts
 from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_controller
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import EditConfig, Settings, resolved
 from prism_lib.language.edits import NO_EDIT, PromptPair
 from prism_lib.models.pipeline import decode_latents
 
-_DEFAULTS = EditConfig()
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_RECOMMENDED: Mapping[str, Any] = MappingProxyType({})  # no override: all as the model recommends
 _CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
 
 
@@ -69,7 +73,7 @@ def edit(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
     pairs: Sequence[PromptPair],
-    config: EditConfig = _DEFAULTS,
+    settings: Settings = _RECOMMENDED,
     *,
     mask: Tensor | str = "auto",
     keep: Tensor | None = None,
@@ -77,67 +81,45 @@ def edit(
 ) -> list[Counterfactual]:
     """Edit every image of an inversion by its own prompt pair: prompt-to-prompt on a shared trajectory.
 
-    `mask` is "auto", "off" (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1],
-    which then also bounds the edit in latent space. `keep`, of the same shape, marks pixels that stay the
-    input's whatever the mask says. `callback(i, timestep, latents)` is called after step i of every batch and
-    may raise to cancel. A batch that the accelerator's memory does not hold is begun again in halves.
+    ``settings`` are an `EditConfig`, or overrides of what the model recommends for each pair. `mask` is "auto", "off"
+    (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1], which then also bounds the edit
+    in latent space. `keep`, of the same shape, marks pixels that stay the input's whatever the mask says.
+    `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel. A batch that the
+    accelerator's memory does not hold is begun again in halves.
     """
-    (results,) = zip(*sweep(pipe, inversion, pairs, [config], mask=mask, keep=keep, callback=callback), strict=True)
+    (results,) = zip(*sweep(pipe, inversion, pairs, [settings], mask=mask, keep=keep, callback=callback), strict=True)
     return list(results)
 
 
+@torch.no_grad()
 def sweep(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
     pairs: Sequence[PromptPair],
-    configs: Sequence[EditConfig],
+    settings: Sequence[Settings],
     *,
     mask: Tensor | str = "auto",
     keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[list[Counterfactual]]:
-    """Edit every image by its pair under several settings: per image, one result per config, in order.
+    """Edit every image by its pair under several settings: per image, one result for each, in order.
 
-    The same as one `edit` per config, for less: all share the source, and candidates that agree up to a step share
-    their rows until then. `batch_size` of the first config counts images, as it does in `edit`. Masks as in `edit`.
+    The same as one `edit` for each, for less: all share the source, and candidates that agree up to a step share
+    their rows until then. `batch_size` of the first counts images, as it does in `edit`. Masks as in `edit`.
     """
-    _check_pairs(inversion, pairs)
-    return _edit_all(pipe, inversion, [[(p, c) for c in configs] for p in pairs], mask, keep, callback)
-
-
-def edit_many(
-    pipe: StableDiffusionPipeline,
-    inversion: Inversion,
-    pairs: Sequence[Sequence[PromptPair]],
-    config: EditConfig = _DEFAULTS,
-    *,
-    mask: Tensor | str = "auto",
-    keep: Tensor | None = None,
-    callback: Callback | None = None,
-) -> list[list[Counterfactual]]:
-    """Edit every image by several prompt pairs, all of which start from the prompt it was inverted with."""
-    _check_pairs(inversion, pairs)
-    return _edit_all(pipe, inversion, [[(p, config) for p in own] for own in pairs], mask, keep, callback)
-
-
-@torch.no_grad()
-def _edit_all(
-    pipe: StableDiffusionPipeline,
-    inversion: Inversion,
-    wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]],
-    mask: Tensor | str,
-    keep: Tensor | None,
-    callback: Callback | None,
-) -> list[list[Counterfactual]]:
-    """The edits wanted of each image, in batches; every word is looked up before the first step."""
-    if not all(wanted):
-        raise ValueError("every image needs at least one edit: no settings or prompt pairs were given")
-    for image, edits in enumerate(wanted):
-        for pair, config in edits:
-            _check_pair(image, pair, config, inversion.prompts[image])
+    if len(pairs) != len(inversion):
+        raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
+    if not settings:
+        raise ValueError("a sweep needs at least one setting")
+    count = len(settings)
+    tasks = [EditTask(image, pair, resolved(pipe, pair, one)) for image, pair in enumerate(pairs) for one in settings]
+    for task in tasks:
+        _check(task, inversion.prompts[task.image])
     areas = Areas.checked(mask, keep, inversion.images)
-    tasks = [EditTask(image, pair, config) for image, own in enumerate(wanted) for pair, config in own]
-    controller = edit_controller(pipe, tasks, inversion)
+    controller = edit_controller(pipe, tasks, inversion)  # every word is looked up before the first step
+    size = tasks[0].config.batch_size
+    if pipe.device.type == "cpu":
+        size = max(1, min(size, _CPU_ROWS // (1 + 2 * count)))
     with tqdm(total=inversion.start * len(tasks), desc="edit", leave=False) as progress:
 
         def made(rows: slice) -> list[Counterfactual]:
@@ -149,16 +131,38 @@ def _edit_all(
             outcome = denoise(pipe, part, batch, own, areas[images], progress, callback, first)
             return _finish(pipe, part, batch, outcome, areas[images])
 
-        firsts = [0, *itertools.accumulate(map(len, wanted))]
-        starts = [*firsts[: -1 : _images_at_a_time(pipe.device, wanted)], len(tasks)]
-        results = in_parts([slice(*bounds) for bounds in itertools.pairwise(starts)], made)
-    return [results[start:stop] for start, stop in itertools.pairwise(firsts)]
+        bounds = [*range(0, len(tasks), count * size), len(tasks)]
+        results = in_parts([slice(*pair) for pair in itertools.pairwise(bounds)], made)
+    return [results[start : start + count] for start in range(0, len(tasks), count)]
 
 
-def _images_at_a_time(device: torch.device, wanted: Sequence[Sequence[tuple[PromptPair, EditConfig]]]) -> int:
-    """The batch size asked for, on a CPU no more than its caches hold."""
-    size = wanted[0][0][1].batch_size
-    return size if device.type != "cpu" else max(1, min(size, _CPU_ROWS // (1 + 2 * max(map(len, wanted)))))
+def in_parts(parts: Sequence[slice], work: Callable[[slice], list[Result]]) -> list[Result]:
+    """What `work` makes of every part (`slice`s with start and stop), one after the other, as one list.
+
+    A part that raises torch.OutOfMemoryError is done in halves, and so on; no later part is larger than those. A single
+    row that does not fit raises. Rows must not depend on each other: then smaller parts change results by rounding
+    alone.
+    """
+    results: list[Result] = []
+    waiting = list(reversed(parts))
+    limit = max((part.stop - part.start for part in parts), default=0)
+    while waiting:
+        part = waiting.pop()
+        if part.stop - part.start > limit:
+            waiting.append(slice(part.start + limit, part.stop))
+            part = slice(part.start, part.start + limit)
+        try:
+            results += work(part)
+            continue
+        except torch.OutOfMemoryError:
+            if part.stop - part.start == 1:
+                raise
+        # Outside of the handler: its traceback would keep the tensors of the failed attempt alive.
+        limit = (part.stop - part.start) // 2
+        waiting.append(part)
+        logger.warning("out of memory: going on with at most %d at a time", limit)
+        torch.cuda.empty_cache()
+    return results
 
 
 def _finish(
@@ -201,7 +205,7 @@ def _composited(
     if areas.keep is not None:
         mask = masks.without(mask, areas.keep, config.mask.feather)
     unbounded = areas.off and areas.keep is None
-    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask, config.composite)
+    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask)
     scores = _scores(images, image, raw, reconstruction, mask)
     return [
         Counterfactual(
@@ -229,13 +233,10 @@ def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, 
     }
 
 
-def _check_pairs(inversion: Inversion, pairs: Sequence[object]) -> None:
-    if len(pairs) != len(inversion):
-        raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-
-
-def _check_pair(image: int, pair: PromptPair, config: EditConfig, prompt: str) -> None:
-    if pair.source != prompt:
-        raise ValueError(f"image {image} was inverted as {prompt!r}, but its edit starts from {pair.source!r}")
-    if config.local_blend and not (pair.source_words or pair.target_words):
-        raise ValueError(f"local_blend needs words to look for, but the edit of image {image} names none")
+def _check(task: EditTask, prompt: str) -> None:
+    if task.pair.source != prompt:
+        raise ValueError(
+            f"image {task.image} was inverted as {prompt!r}, but its edit starts from {task.pair.source!r}"
+        )
+    if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
+        raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")

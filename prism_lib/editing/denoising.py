@@ -2,13 +2,13 @@
 
 Each call holds a row per image for its source and one per edit for its target prompt, and while the edit is guided one
 for its negative prompt. A step hands the source's attention to the targets, guides them, returns the source to where
-its inversion wants it (`editing.descent`) and keeps the targets within their bounds. Edits of one image share a row
+its inversion wants it (`editing.methods`) and keeps the targets within their bounds. Edits of one image share a row
 for as long as they agree (`editing.forking`). Latents only: `editing.counterfactuals` decodes and composites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,44 +20,61 @@ from transformers import PreTrainedTokenizerBase
 from prism_lib.editing import masks
 from prism_lib.editing.alignment import align, token_span, word_mask
 from prism_lib.editing.attention import Controller, WordMaps, controlled
-from prism_lib.editing.forking import Stage, stages
 from prism_lib.editing.inversion import Callback, Inversion, check_finite
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import encode_prompts, full_precision, predict_noise
+from prism_lib.models.pipeline import encode_prompts, predict_noise
+
+CONFINE_START = 0.3  # share of the steps without confinement: before it, evidence is mostly noise
 
 
 @dataclass(frozen=True)
 class EditTask:
-    """One edit: the image's place in its batch, prompts and settings; open ones are settled by the pair."""
+    """One edit: the image's place in its batch, prompts and settings."""
 
     image: int
     pair: PromptPair
     config: EditConfig
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "config", self.config.settled(self.pair))
-
     @property
     def guidance_scale(self) -> float:
         """The scale that its pair of prompts calls for."""
-        return self.config.guidance_scale * _closed(self.config.addition_factor)
-
-    @property
-    def guidance_window(self) -> tuple[float, float]:
-        """Where guidance starts and ends, shares of the steps."""
-        return _closed(self.config.guidance_start), _closed(self.config.guidance_end)
-
-    @property
-    def confine(self) -> float:
-        """The share of the greatest evidence that latents need in order to part from the source's; 0 is off."""
-        return _closed(self.config.confine)
+        return self.config.guidance_scale * (self.config.addition_factor if self.pair.adds else 1.0)
 
 
-def _closed(setting: float | None) -> float:
-    assert setting is not None, "the settings of a task are settled"
-    return setting
+@dataclass(frozen=True)
+class Stage:
+    """The rows of one step.
+
+    `leads` holds one edit of each row, to ask for settings; `origins` the row of the step before that each goes on
+    from, and `row_of` the row of every edit.
+    """
+
+    leads: tuple[int, ...]
+    origins: tuple[int, ...]
+    row_of: tuple[int, ...]
+
+
+def stages(edits: int, num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[Stage]:
+    """The stages of `edits` edits, given what `behaviour(edit, step)` makes of the latents at each step.
+
+    Behaviour must name all that the edit does at that step, its image included; rows keep the order of their edits.
+    """
+    found: list[Stage] = []
+    history: tuple[int, ...] = (0,) * edits
+    for step in range(num_steps):
+        place: dict[Hashable, int] = {}
+        row_of, leads = [], []
+        for edit in range(edits):
+            key = history[edit], behaviour(edit, step)
+            if key not in place:
+                place[key] = len(place)
+                leads.append(edit)
+            row_of.append(place[key])
+        found.append(Stage(tuple(leads), tuple(history[lead] for lead in leads), tuple(row_of)))
+        history = tuple(row_of)
+    return found
 
 
 @dataclass
@@ -86,19 +103,17 @@ def denoise(
 ) -> Outcome:
     """Walk sources and targets down together, in one U-Net call a step: N sources, K targets and the negatives of those
     that are guided; K grows where edits fork."""
-    schedule, descent = inversion.schedule, inversion.descent
+    schedule, how = inversion.schedule, inversion.how
     source = inversion.latents[inversion.start].to(pipe.device)
     target = source[[task.image for task in tasks]]
     cells = areas.cells(*source.shape[-2:])
     cells = None if cells is None else cells.to(source)
     noise_change = torch.zeros_like(target[:, :1])
-    source_above: Tensor | None = None
-    target_above: Tensor | None = None
     texts = _Texts.of(pipe, inversion, tasks)
     finite: list[Tensor] = []
     walk = stages(len(tasks), inversion.start, lambda k, step: _behaviour(tasks[k], step, inversion))
     everything = controller
-    with controlled(pipe.unet, everything) as processor, full_precision(pipe.unet, descent.exact):
+    with controlled(pipe.unet, everything) as processor:
         for index, stage in enumerate(walk):
             level = inversion.start - index
             own = [tasks[lead] for lead in stage.leads]
@@ -107,7 +122,6 @@ def denoise(
                 processor.controller = controller
                 if index:
                     target, noise_change = (t[list(stage.origins)] for t in (target, noise_change))
-                    target_above = None if target_above is None else target_above[list(stage.origins)]
                 else:
                     target, noise_change = target[list(stage.leads)], noise_change[list(stage.leads)]
             controller.step = index
@@ -121,13 +135,10 @@ def denoise(
             guided = of_target.clone()
             if controller.guided:
                 guided[negatives] = _guided(of_negative, of_target[negatives], [own[row] for row in controller.guided])
-            stepped_target = descent.step(schedule, target, guided, level, target_above)
-            stepped = descent.step(schedule, source, of_source, level, source_above)
-            source_above, target_above = source, target
-            source = inversion.latents[level - 1].to(source) if descent.returns else stepped
-            corrects = [
-                c.correct_drift if descent.corrects is None else descent.corrects for c in (t.config for t in own)
-            ]
+            stepped_target = how.step(schedule, target, guided, level)
+            stepped = how.step(schedule, source, of_source, level)
+            source = inversion.latents[level - 1].to(source) if how.returns else stepped
+            corrects = [task.config.correct_drift if how.corrects is None else how.corrects for task in own]
             target = stepped_target + controller.of_parents(source - stepped) * _column(corrects, source)
             base = controller.of_parents(source)
             progressed = index / schedule.num_steps
@@ -160,8 +171,6 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
         pipe.device,
         cross_steps=torch.stack([_cross_steps(tokenizer, task, length, steps) for task in tasks]),
         self_steps=[round(config.self_replace_steps * steps) for config in configs],
-        self_max_tokens=[config.self_max_tokens for config in configs],
-        inject_negative=[config.inject_negative for config in configs],
         guided_steps=[_guided_steps(task, steps) for task in tasks],
         parents=[task.image for task in tasks],
         maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
@@ -170,8 +179,9 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
 
 def _guided_steps(task: EditTask, steps: int) -> range:
     """The steps in which an edit needs its negative prediction: none where guidance adds nothing."""
-    idle = task.guidance_scale == 1 and task.config.proximal == "none"
-    return range(0) if idle else range(*(round(share * steps) for share in task.guidance_window))
+    if task.guidance_scale == 1:
+        return range(0)
+    return range(round(task.config.guidance_start * steps), round(task.config.guidance_end * steps))
 
 
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
@@ -204,16 +214,16 @@ def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
     injects = step < round(config.self_replace_steps * steps)
     guides = step in _guided_steps(task, steps)
     blends = config.local_blend and step / steps >= config.local_blend_start
-    confines = task.confine > 0 and step / steps >= config.confine_start
+    confines = config.confine > 0 and step / steps >= CONFINE_START
     return (
         task.image,
         task.pair,
         config.correct_drift,
-        (task.guidance_scale, config.negative, config.proximal, config.proximal_quantile) if guides else None,
+        (task.guidance_scale, config.negative) if guides else None,
         (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
-        (config.self_max_tokens, config.inject_negative) if injects else None,
+        injects,
         config.local_blend_threshold if blends else None,
-        (task.confine, config.mask.attention_weight) if confines else None,
+        (config.confine, config.mask.attention_weight) if confines else None,
     )
 
 
@@ -232,7 +242,7 @@ class _Texts:
 
     @classmethod
     def of(cls, pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask]) -> _Texts:
-        away = inversion.descent.negative
+        away = inversion.how.negative
         negatives = [
             task.pair.source if "source" in (away, task.config.negative if away == "edit" else "") else ""
             for task in tasks
@@ -255,15 +265,8 @@ class _Texts:
 
 
 def _guided(negative: Tensor, target: Tensor, tasks: Sequence[EditTask]) -> Tensor:
-    """Classifier-free guidance of each row by its own scale, proximal where asked for (Han et al., WACV 2024)."""
-    direction = target - negative
-    for row, config in enumerate(task.config for task in tasks):
-        if config.proximal != "none":
-            size = direction[row].abs()
-            limit = size.flatten().quantile(config.proximal_quantile)
-            kept = size - limit if config.proximal == "l1" else size
-            direction[row] = torch.where(size > limit, direction[row].sign() * kept, 0)
-    return negative + _column([task.guidance_scale for task in tasks], direction) * direction
+    """Classifier-free guidance of each row by its own scale."""
+    return negative + _column([task.guidance_scale for task in tasks], target) * (target - negative)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -287,7 +290,7 @@ def _bounds(
     """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere."""
     bounds = None if cells is None else controller.of_parents(cells)
     blending = [t.config.local_blend and progress >= t.config.local_blend_start for t in tasks]
-    confined = [t.confine > 0 and progress >= t.config.confine_start for t in tasks]
+    confined = [t.config.confine > 0 and progress >= CONFINE_START for t in tasks]
     if not any(blending) and not any(confined):
         return bounds
     maps = _word_maps(controller, latents)
@@ -298,7 +301,7 @@ def _bounds(
             bounds[own] *= masks.attention_region(maps[own], config.local_blend_threshold)
         if confined[row]:
             evidence = masks.evidence(maps[own], noise_change[own], config.mask.attention_weight)
-            bounds[own] *= masks.evidence_region(evidence, task.confine)
+            bounds[own] *= masks.evidence_region(evidence, config.confine)
     return bounds
 
 

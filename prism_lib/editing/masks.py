@@ -13,20 +13,26 @@ and there the composite returns the input's own pixels bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from scipy import ndimage
 from skimage.morphology import reconstruction
 from torch import Tensor
 
-COMPOSITES = ("change", "paste")
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pixels = Annotated[int, Field(ge=0)]
+
 _REPLACED = 0.12  # a change of gray from which on nothing of the input's detail is kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class MaskConfig:
     """Settings of the automatic mask; lengths in pixels, changes in units of the [0, 1] gray range.
 
@@ -36,29 +42,20 @@ class MaskConfig:
     into the evidence.
     """
 
-    min_change: float = 0.015
-    weak: float = 3.0
-    strong: float = 4.0
-    attention_weight: float = 0.25
-    seed_evidence: float = 0.2
-    grow_evidence: float = 0.1
-    smooth: int = 1
-    close: int = 2
-    dilate: int = 1
-    feather: int = 1
-    softness: float = 0.2
+    min_change: Positive = 0.015
+    weak: Positive = 3.0
+    strong: Positive = 4.0
+    attention_weight: Share = 0.25
+    seed_evidence: Share = 0.2
+    grow_evidence: Share = 0.1
+    smooth: Pixels = 1
+    close: Pixels = 2
+    dilate: Pixels = 1
+    feather: Pixels = 1
+    softness: Positive = 0.2
 
-    def __post_init__(self) -> None:
-        for name in ("min_change", "weak", "strong", "softness"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("attention_weight", "seed_evidence", "grow_evidence"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
-        for name in ("smooth", "close", "dilate", "feather"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of pixels, 0 or more")
+
+_USUAL = MaskConfig()
 
 
 def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
@@ -81,7 +78,7 @@ def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 1) -> Tensor:
     return _box((edited - reference).abs().mean(1, keepdim=True), smooth)
 
 
-def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = MaskConfig()) -> Tensor:
+def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = _USUAL) -> Tensor:
     """The soft mask (N, 1, H, W) of a pixel change (N, 1, H, W), given coarse evidence (N, 1, h, w)."""
     where = F.interpolate(coarse, size=change.shape[2:], mode="bilinear", align_corners=False)
     noise = change.flatten(1).median(1).values[:, None, None, None]
@@ -107,7 +104,7 @@ def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Areas:
     """Where a user lets an edit of N images show.
 
@@ -215,17 +212,16 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
     return torch.from_numpy(found)[:, None].to(images.device)
 
 
-def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, how: str = "change") -> Tensor:
+def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
-    "change" keeps the detail that the autoencoder loses (images - reconstruction) where the edit changes little;
-    "paste" takes the edited pixels themselves.
+    The detail that the autoencoder loses (images - reconstruction) is kept where the edit changes little.
     """
     change = edited - reconstruction
     # Where the edit replaces a structure, the detail that the autoencoder lost belongs to that very structure: kept, it
     # would leave a ghost of a lead that was removed. So it fades as the change nears `_REPLACED`.
     kept = (1 - _maximum(change.abs(), 2) / _REPLACED).clamp(min=0)
-    new = edited + kept * (images - reconstruction) if how == "change" else edited
+    new = edited + kept * (images - reconstruction)
     return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)
 
 

@@ -1,163 +1,170 @@
-"""Settings of one edit, shared by what plans edits, what walks them and what puts them back."""
+"""Settings of an edit, and what a model recommends for it.
+
+What suits one model does not suit another, so tuned settings lie in `editing.json` beside a model's weights: its
+defaults, and exceptions by what is edited. A model without that file gets the defaults of `EditConfig`, which are those
+published for prompt-to-prompt.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from prism_lib.editing.alignment import ALIGNMENTS
-from prism_lib.editing.masks import COMPOSITES, MaskConfig
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from prism_lib.editing.masks import MaskConfig, Share
 from prism_lib.language.edits import PromptPair
 
-NEGATIVES = ("source", "empty")
-PROXIMALS = ("none", "l0", "l1")
+if TYPE_CHECKING:  # plans check settings without loading a model
+    from diffusers import StableDiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+FILE = "editing.json"
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What an edit of one finding needs of the settings that an `EditConfig` leaves open (None)."""
-
-    addition_factor: float = 1.0
-    guidance_start: float = 0.0
-    guidance_end: float = 0.4
-    confine: float = 0.27
-
-
-# Measured on validation phantoms (CHANGELOG). Devices are thin and anywhere, so little is kept out. Which one comes is
-# left to the first fifth of the denoising, without guidance: forced from the start, it is the same pacemaker in most
-# patients. A kind that is named needs that force. Fluid and hearts lie together, and what parts elsewhere is by-catch.
-_HEART = ("cardiomegaly", "enlarged heart")
-_FLUID = ("pleural effusion", "pleural fluid", *(f"{side} pleural effusion" for side in ("left", "right", "bilateral")))
-_DEVICES = ("support devices", "medical devices")
-_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
-_REMOVAL, _ADDITION = Needs(), Needs(addition_factor=2.0)
-REMOVALS: Mapping[str, Needs] = (
-    dict.fromkeys(_HEART, Needs(confine=0.33))
-    | dict.fromkeys(_FLUID, Needs(confine=0.36))
-    | dict.fromkeys((*_DEVICES, *_KINDS), Needs(confine=0.22))
-)
-ADDITIONS: Mapping[str, Needs] = (
-    dict.fromkeys(_HEART, Needs(confine=0.25))
-    | dict.fromkeys(_FLUID, Needs(addition_factor=1.75, confine=0.36))
-    | dict.fromkeys(_DEVICES, Needs(addition_factor=1.5, guidance_start=0.2, guidance_end=0.7, confine=0.23))
-    | dict.fromkeys(_KINDS, Needs(addition_factor=2.0, guidance_end=1.0))
-)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
-    Guidance acts from `guidance_start` to `guidance_end` (Kynkaanniemi et al., NeurIPS 2024): early steps decide what
-    there is; late ones without guidance draw it as the model has seen it, for a U-Net row less per edit. Where many
-    things would do, guidance from the first step on makes all of them the likeliest one. Where an edit adds something,
-    its scale is `addition_factor` times `guidance_scale`: of what has to go the image itself says what it is and where,
-    of what has to come only the words do. A longer `self_replace_steps` keeps *more* of the source's structure.
-    `word_weight` multiplies the target's attention to the words of the edit inside the cross window. `word_windows`
-    gives words or phrases of the target prompt a cross window of their own, {"without": 0.8}, in place of
-    `cross_replace_steps`. Self-attention is injected in layers of at most `self_max_tokens` queries. `protect_text`
-    keeps letters burnt into the corners out of the automatic mask.
-    `local_blend` confines the edit in latent space to where the edit's words look. `confine` does so by the evidence of
-    the automatic mask, words and change of noise together: from `confine_start` on, latents with less than this share
-    of the greatest evidence return to the source's; 0 is off. `proximal` drops ("l0") or also shrinks ("l1") the
-    guidance below its own `proximal_quantile`.
+    Guidance acts from `guidance_start` to `guidance_end` (Kynkaanniemi et al., NeurIPS 2024), away from the source
+    prompt or the empty one (`negative`). Where an edit adds something, its scale is `addition_factor` times
+    `guidance_scale`. A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the
+    target's attention to the words of the edit inside the cross window; `word_windows` gives words of the target prompt
+    a cross window of their own, {"without": 0.8}. With `correct_drift` the target takes over the correction that the
+    inversion gives the source, so that an edit without a change reproduces it.
 
-    `addition_factor`, `guidance_start`, `guidance_end` and `confine` are None by default: each edit then takes what its
-    findings need (`REMOVALS`, `ADDITIONS`), which `settled` tells. A number is taken for all edits, and an open start
-    never lies after a given end.
+    `local_blend` confines the edit in latent space to where its words look (Hertz et al., 2023). `confine` does so by
+    the evidence of the automatic mask: latents with less than this share of the greatest evidence return to the
+    source's; 0 is off. `protect_text` keeps letters burnt into the corners out of the automatic mask.
     """
 
-    guidance_scale: float = 2.0
-    addition_factor: float | None = None
-    guidance_start: float | None = None
-    guidance_end: float | None = None
-    cross_replace_steps: float = 0.1
-    self_replace_steps: float = 0.3
-    alignment: str = "refine"
-    word_weight: float = 1.0
-    word_windows: Mapping[str, float] = field(default_factory=dict, hash=False)
-    negative: str = "source"
+    guidance_scale: Scale = 7.5
+    addition_factor: Scale = 1.0
+    guidance_start: Share = 0.0
+    guidance_end: Share = 1.0
+    cross_replace_steps: Share = 0.8
+    self_replace_steps: Share = 0.4
+    alignment: Literal["refine", "replace"] = "refine"
+    word_weight: Scale = 1.0
+    word_windows: Mapping[str, Share] = field(default_factory=dict, hash=False)
+    negative: Literal["source", "empty"] = "source"
     correct_drift: bool = True
-    inject_negative: bool = False
-    self_max_tokens: int = 32 * 32
     local_blend: bool = False
-    local_blend_threshold: float = 0.3
-    local_blend_start: float = 0.2
-    confine: float | None = None
-    confine_start: float = 0.3
-    proximal: str = "none"
-    proximal_quantile: float = 0.7
-    composite: str = "change"
+    local_blend_threshold: Share = 0.3
+    local_blend_start: Share = 0.2
+    confine: Share = 0.0
     protect_text: bool = True
     mask: MaskConfig = field(default_factory=MaskConfig)
-    batch_size: int = 4
+    batch_size: Annotated[int, Field(ge=1)] = 4
 
     def __post_init__(self) -> None:
-        shares = (
-            "guidance_start",
-            "guidance_end",
-            "cross_replace_steps",
-            "self_replace_steps",
-            "local_blend_threshold",
-            "local_blend_start",
-        )
-        for name in (*shares, "confine", "confine_start", "proximal_quantile"):
-            if not (self._open(name) or 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a value in [0, 1]")
-        if not isinstance(self.word_windows, Mapping):
-            raise ValueError(f"word_windows is {self.word_windows!r}; expected a share by word")
-        for word, share in self.word_windows.items():
-            if not (isinstance(word, str) and isinstance(share, float | int) and 0 <= share <= 1):
-                raise ValueError(f"word_windows is {share!r} for {word!r}; expected a value in [0, 1] by word")
-        for name in ("guidance_scale", "addition_factor", "word_weight"):
-            if not (self._open(name) or 0 <= getattr(self, name) < float("inf")):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
-        choices = {"alignment": ALIGNMENTS, "negative": NEGATIVES, "composite": COMPOSITES, "proximal": PROXIMALS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        start, end = self.guidance_start, self.guidance_end
-        if start is not None and end is not None and start > end:
-            raise ValueError(f"guidance_start is {start}, after guidance_end, {end}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
-
-    def settled(self, pair: PromptPair) -> EditConfig:
-        """These settings with what is open (None) as the findings of ``pair`` need it: the most that one of them does.
-
-        A removal has no factor: it is 1, whatever is set. ValueError where a given start lies after the needed end.
-        """
-        needs = [_needs(phrase, pair) for phrase in pair.target_words] or [_ADDITION if pair.adds else _REMOVAL]
-        factor = max(need.addition_factor for need in needs) if self.addition_factor is None else self.addition_factor
-        end = max(need.guidance_end for need in needs) if self.guidance_end is None else self.guidance_end
-        start = min(end, *(n.guidance_start for n in needs)) if self.guidance_start is None else self.guidance_start
-        return replace(
-            self,
-            addition_factor=factor if pair.adds else 1.0,
-            guidance_start=start,
-            guidance_end=end,
-            confine=min(need.confine for need in needs) if self.confine is None else self.confine,
-        )
-
-    def _open(self, name: str) -> bool:
-        """Whether a setting that findings may decide is left to them."""
-        return name in _OPEN and getattr(self, name) is None
+        if self.guidance_start > self.guidance_end:
+            raise ValueError(f"guidance_start is {self.guidance_start}, after guidance_end, {self.guidance_end}")
 
 
-_OPEN = tuple(item.name for item in fields(Needs))
+Overrides = Mapping[str, Any]  # fields of `EditConfig` that replace what the model recommends
+Settings = EditConfig | Overrides
+AnySettings = TypeVar("AnySettings", bound=EditConfig | Mapping[str, Any])
 
 
-def _needs(phrase: str, pair: PromptPair) -> Needs:
-    """What one phrase of an edit needs: it is added unless the edit adds nothing, or the target denies the phrase."""
-    phrase = phrase.lower()
-    adds = pair.adds and not pair.lost.intersection(phrase.split())
-    return (ADDITIONS if adds else REMOVALS).get(phrase, _ADDITION if adds else _REMOVAL)
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Rule:
+    """Settings of edits that remove, or add, one of some phrases; without phrases, of all that do so."""
+
+    when: Literal["remove", "add"]
+    settings: dict[str, Any]
+    phrases: tuple[str, ...] = ()
+
+    def holds(self, phrase: str, adds: bool) -> bool:
+        """Whether the rule is about this phrase of an edit."""
+        return (self.when == "add") == adds and (not self.phrases or phrase in self.phrases)
 
 
-def grid(config: EditConfig, **values: Sequence[Any]) -> list[EditConfig]:
-    """All combinations of some settings, the others as in `config`: `grid(config, self_replace_steps=(0.2, 0.4))`."""
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Recommendation:
+    """What `editing.json` holds: `defaults`, then `rules` in the order they are applied, and where they were measured.
+
+    An edit of several phrases takes the widest window, the greatest factor and the least confinement among them.
+    """
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    measured: str = ""
+
+    def __post_init__(self) -> None:
+        for settings in (self.defaults, *(rule.settings for rule in self.rules)):
+            EditConfig(**settings)
+
+    def settings(self, pair: PromptPair) -> dict[str, Any]:
+        """The settings for an edit by a pair of prompts."""
+        found = [self._of(phrase.lower(), pair) for phrase in pair.target_words] or [self._of("", pair)]
+        merge = {"addition_factor": max, "guidance_start": min, "guidance_end": max, "confine": min}
+        merged = {name: choose(asdict(one)[name] for one in found) for name, choose in merge.items()}
+        return {name: getattr(found[0], name) for name in _NAMES} | merged
+
+    def _of(self, phrase: str, pair: PromptPair) -> EditConfig:
+        """The settings of one phrase, which is added unless the edit adds nothing or the target denies the phrase."""
+        adds = pair.adds and not pair.lost.intersection(phrase.split())
+        settings = dict(self.defaults)
+        for rule in self.rules:
+            settings |= rule.settings if rule.holds(phrase, adds) else {}
+        return EditConfig(**settings)
+
+
+_NAMES = tuple(item.name for item in fields(EditConfig))
+
+
+def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, **overrides: Any) -> EditConfig:
+    """What a model recommends for an edit, with ``overrides`` (fields of `EditConfig`) in place of its own.
+
+    ``model`` is a pipeline or the folder that it is loaded from. The factor of additions is 1 where the edit adds
+    nothing, and a recommended start of guidance never lies after a given end. ValueError for a field that is unknown or
+    out of range.
+    """
+    settings = {**_recommendation(_folder(model)).settings(pair), **overrides}
+    if "guidance_start" not in overrides and "guidance_end" in overrides:
+        settings["guidance_start"] = min(settings["guidance_start"], overrides["guidance_end"])
+    return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))
+
+
+def resolved(pipe: StableDiffusionPipeline, pair: PromptPair, settings: Settings) -> EditConfig:
+    """An `EditConfig` as it is; overrides on top of what the model recommends."""
+    return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, **settings)
+
+
+def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
+    """All combinations of some fields, the others as in ``settings``: `grid({}, self_replace_steps=(0.2, 0.4))`."""
     if empty := [name for name, choices in values.items() if isinstance(choices, str) or not len(choices)]:
         raise ValueError(f"{empty[0]} is {values[empty[0]]!r}; expected values to try")
-    return [replace(config, **dict(zip(values, row, strict=True))) for row in itertools.product(*values.values())]
+    rows: Iterable[dict[str, Any]] = (
+        dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())
+    )
+    made = (replace(settings, **row) if isinstance(settings, EditConfig) else {**settings, **row} for row in rows)
+    return [cast(AnySettings, one) for one in made]
+
+
+def _folder(model: StableDiffusionPipeline | str | Path) -> str:
+    """Where a pipeline was loaded from; "" for one that was built in memory."""
+    return str(model if isinstance(model, str | Path) else model.config.get("_name_or_path") or "")
+
+
+@cache
+def _recommendation(folder: str) -> Recommendation:
+    """What lies beside the weights; ValueError names a file that is wrong."""
+    path = Path(folder) / FILE
+    if not folder or not path.is_file():
+        logger.warning("%s has no %s: edits take the published settings", folder or "this pipeline", FILE)
+        return Recommendation()
+    try:
+        return TypeAdapter(Recommendation).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (ValidationError, ValueError) as error:
+        raise ValueError(f"{path} holds no settings of edits: {error}") from None

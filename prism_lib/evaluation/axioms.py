@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from prism_lib.data.folder import read_images
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import stack
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import Settings
 from prism_lib.evaluation import metrics
 from prism_lib.evaluation.evaluate import edit_images, interval
 from prism_lib.language.edits import Edit, PromptPair
@@ -31,7 +31,7 @@ def composition(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
     cases: pd.DataFrame,
-    config: EditConfig,
+    settings: Settings,
     rounds: int = 3,
     **how: Any,
 ) -> pd.DataFrame:
@@ -42,13 +42,13 @@ def composition(
     if rounds < 1:
         raise ValueError(f"composition needs at least one round, got {rounds}")
     original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
-    first = edit_images(pipe, original, pairs, config, **how)
+    first = edit_images(pipe, original, pairs, settings, **how)
     reconstruction, columns = stack(first, "reconstruction"), {}
     for name in PATHS:
         before, images = original, stack(first, name)
         for number in range(1, rounds + 1):
             if number > 1 and not torch.equal(images, before):  # a fixed point stays one: the composite mostly is
-                before, images = images, stack(edit_images(pipe, images, pairs, config, **how), name)
+                before, images = images, stack(edit_images(pipe, images, pairs, settings, **how), name)
             columns[f"{name}_{number}"] = metrics.relative_l1(images, original, reconstruction).tolist()
     return cases[["file_name", "patient_id"]].assign(**columns)
 
@@ -58,17 +58,17 @@ def reversibility(
     folder: str | Path,
     cases: pd.DataFrame,
     change: Edit,
-    config: EditConfig,
+    settings: Settings,
     paths: Sequence[str] = PATHS,
     **how: Any,
 ) -> pd.DataFrame:
     """Edit, and edit back: a row per image, a column for each of the ``paths``, which cost an edit each."""
     original, there = read_images(folder, cases), prompt_pairs(folder, cases, change)
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
-    edited = edit_images(pipe, original, there, config, **how)
+    edited = edit_images(pipe, original, there, settings, **how)
     reconstruction, columns = stack(edited, "reconstruction"), {}
     for name in paths:
-        returned = stack(edit_images(pipe, stack(edited, name), back, config, **how), name)
+        returned = stack(edit_images(pipe, stack(edited, name), back, settings, **how), name)
         columns[name] = metrics.relative_l1(returned, original, reconstruction).tolist()
     return cases[["file_name", "patient_id"]].assign(**columns)
 

@@ -26,7 +26,7 @@ from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import Settings, grid, resolved
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST
@@ -131,7 +131,7 @@ def edit_images(
     pipe: StableDiffusionPipeline,
     images: Tensor,
     pairs: Sequence[PromptPair],
-    config: EditConfig,
+    settings: Settings,
     *,
     mask: str = "auto",
     batch_size: int = 8,
@@ -143,15 +143,15 @@ def edit_images(
     num_inference_steps).
     """
     for pair in pairs:
-        config.settled(pair)  # settings that do not go with an edit are refused before the inversion
+        resolved(pipe, pair, settings)  # what does not go with an edit is refused before the inversion
     inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
-    return edit(pipe, inversion, pairs, replace(config, batch_size=batch_size), mask=mask)
+    return edit(pipe, inversion, pairs, *grid(settings, batch_size=[batch_size]), mask=mask)
 
 
 def edit_jobs(
     pipe: StableDiffusionPipeline,
     jobs: Sequence[tuple[Tensor, Sequence[PromptPair]]],
-    config: EditConfig,
+    settings: Settings,
     *,
     processes: int = 0,
     batch_size: int = 0,
@@ -174,7 +174,7 @@ def edit_jobs(
     results: list[list[Counterfactual]] = [[] for _ in jobs]
     seconds = [0.0] * len(jobs)
     with _shared(pipe, count) as model:
-        work = partial(_edit_batch, model, {"config": config, "batch_size": size, **how})
+        work = partial(_edit_batch, model, {"settings": settings, "batch_size": size, **how})
         done = map(work, batches) if together else devices.side_by_side(work, batches, count)
         numbers = [number for number, images, _ in batches for _ in range(len(images))]
         with tqdm(total=len(numbers), desc="edit images", leave=False) as progress:
@@ -220,7 +220,7 @@ def evaluate_edits(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
     cases: Mapping[Edit, pd.DataFrame],
-    config: EditConfig,
+    settings: Settings,
     *,
     judge: Judge | None = None,
     **how: Any,
@@ -232,7 +232,7 @@ def evaluate_edits(
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
         evaluate_results(folder, rows, change, edited, judge, seconds)
-        for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, config, **how), strict=True)
+        for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
     ]
 
 
@@ -241,11 +241,11 @@ def evaluate_edit(
     folder: str | Path,
     cases: pd.DataFrame,
     change: Edit,
-    config: EditConfig,
+    settings: Settings,
     **how: Any,
 ) -> Evaluation:
     """`evaluate_edits` of one edit."""
-    (evaluation,) = evaluate_edits(pipe, folder, {change: cases}, config, **how)
+    (evaluation,) = evaluate_edits(pipe, folder, {change: cases}, settings, **how)
     return evaluation
 
 
@@ -293,12 +293,12 @@ def batch_difference(
     folder: str | Path,
     cases: pd.DataFrame,
     evaluation: Evaluation,
-    config: EditConfig,
+    settings: Settings,
     **how: Any,
 ) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
     some = cases.head(4)
-    alone = evaluate_edit(pipe, folder, some, evaluation.edit, config, batch_size=1, **how)
+    alone = evaluate_edit(pipe, folder, some, evaluation.edit, settings, batch_size=1, **how)
     return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.editing.inversion_config import RECOMMENDED
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.denoising import CONFINE_START
+from prism_lib.editing.methods import RECOMMENDED
+from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
 from prism_lib.evaluation.evaluate import Evaluation, Judge, evaluate_edit, interval
 from prism_lib.language.edits import NO_EDIT, Edit
 from prism_lib.models.schedule import Schedule
@@ -45,7 +46,7 @@ class Variant:
 
     method: str = RECOMMENDED
     num_inference_steps: int = 50
-    edit: EditConfig = field(default_factory=EditConfig)
+    edit: Settings = field(default_factory=dict, hash=False)
     mask: str = "auto"
 
 
@@ -80,7 +81,7 @@ def vary(base: Variant, **values: Sequence[Any]) -> dict[str, Variant]:
     variants = {}
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
-        edit = replace(base.edit, **{name: value for name, value in chosen.items() if name not in own})
+        (edit,) = grid(base.edit, **{name: [value] for name, value in chosen.items() if name not in own})
         variant = replace(base, edit=edit, **{name: value for name, value in chosen.items() if name in own})
         variants[", ".join(f"{name} {_short(value)}" for name, value in chosen.items())] = variant
     return variants
@@ -107,7 +108,7 @@ def measure(
     for variant in tqdm({repr(variant): variant for variant in variants.values()}.values(), desc="variants"):
         own = []
         for edit, table in cases.items():
-            settled = [replace(variant, edit=variant.edit.settled(pair)) for pair in pairs[edit]]
+            settled = [replace(variant, edit=resolved(pipe, pair, variant.edit)) for pair in pairs[edit]]
             if (key := (edit, repr(settled))) not in found:
                 found[key] = _evaluate(pipe, folder, table, edit, variant, judge)
             own.append(found[key])
@@ -183,14 +184,14 @@ def first_of_each(measured: Mapping[str, Measurement]) -> tuple[Tensor, list[str
     return torch.stack(list(images.values())), titles
 
 
-def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
+def schedule(settings: Settings, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
     "source" or "own", words with a window of their own apart; `local_blend` and `confine`, whether latents far from the
-    edit's words, or from the evidence of the edit, return to the source (where left open, as for no finding).
+    edit's words, or from the evidence of the edit, return to the source (for no finding).
     """
-    confine = config.settled(NO_EDIT).confine
+    config = resolved(pipe, NO_EDIT, settings)
     levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
     cross, own = (
         round(share * num_inference_steps) for share in (config.cross_replace_steps, config.self_replace_steps)
@@ -203,7 +204,7 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
             "cross": ["source" if step < cross else "own" for step in steps],
             "self": ["source" if step < own else "own" for step in steps],
             "local_blend": [config.local_blend and share >= config.local_blend_start for share in progress],
-            "confine": [bool(confine) and share >= config.confine_start for share in progress],
+            "confine": [config.confine > 0 and share >= CONFINE_START for share in progress],
         },
         index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
     )

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import Folder, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import stack
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import Settings
 from prism_lib.evaluation.evaluate import edit_images
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts
@@ -38,7 +38,7 @@ Source = Callable[[pd.DataFrame, Edit], Tensor]
 def counterfactuals(
     pipe: StableDiffusionPipeline,
     folder: Folder,
-    config: EditConfig,
+    config: Settings,
     *,
     method: str = "direct",
     num_inference_steps: int = 50,

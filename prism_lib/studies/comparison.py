@@ -20,10 +20,7 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import check_trained_in
-from prism_lib.editing.inversion import METHODS
-from prism_lib.editing.inversion_config import RECOMMENDED
-from prism_lib.editing.reuse import kept
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.evaluation.evaluate import Judge, choose_cases, evaluate_results
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import ClassifierConfig, named_network
@@ -142,24 +139,22 @@ def run(
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
-    """`BUDGET` settings per method; those whose inversion is not in `inversion.METHODS` are left out.
+    """`BUDGET` settings per method; those whose inversion is not in `editing.methods.METHODS` are left out.
 
     A smaller budget takes the first of each; ours begin with the editor's default. `steps` are the DDIM steps of all,
     `imagic_steps` the optimizer steps of each of Imagic's two fits.
     """
     scales, windows = (3.0, 7.5), (0.4, 0.8)
-    default = EditConfig()
-    others = [replace(default, guidance_scale=factor * default.guidance_scale) for factor in (1.4, 0.8)]
+    others = [{"guidance_scale": scale} for scale in (2.8, 1.6)]
     plain = [replace(PLAIN, guidance_scale=scale, cross_replace_steps=window) for scale in scales for window in windows]
     grid: dict[str, list[Editor]] = {
         "PRISM (ours)": [
-            PromptToPrompt(RECOMMENDED, steps, default),
-            PromptToPrompt("direct", steps, default),
+            PromptToPrompt(RECOMMENDED, steps),
+            PromptToPrompt("direct", steps),
             *(PromptToPrompt(RECOMMENDED, steps, config) for config in others),
         ],
         "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
         "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
-        "BDIA + prompt-to-prompt": [PromptToPrompt("bdia", steps, config, "off") for config in plain],
         "EDICT": [Edict(scale, strength, num_inference_steps=steps) for scale in scales for strength in (0.8, 0.5)],
         "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],
         "LEDITS++": [
@@ -198,11 +193,10 @@ def tune(
     with tqdm(total=sum(map(len, candidates.values())), desc="tune") as progress:
         for name, editors in candidates.items():
             errors = []
-            with kept():  # settings of one method often share their inversion, and nobody reads the time it takes here
-                for editor in editors:
-                    found = measure(pipe, folder, cases, editor)
-                    errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
-                    progress.update()
+            for editor in editors:
+                found = measure(pipe, folder, cases, editor)
+                errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
+                progress.update()
             best = min(range(len(errors)), key=errors.__getitem__)
             tuned[name] = Tuned(editors[best], tuple(errors), tuple(editors))
     return tuned

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.inversion_config import RECOMMENDED
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.methods import RECOMMENDED
+from prism_lib.editing.settings import EditConfig, Settings
 from prism_lib.evaluation.evaluate import edit_images
 from prism_lib.files import stable_seed
 from prism_lib.language.edits import Edit, PromptPair
@@ -55,7 +55,7 @@ class PromptToPrompt:
 
     method: str = RECOMMENDED
     num_inference_steps: int = 50
-    edit: EditConfig = field(default_factory=EditConfig)
+    edit: Settings = field(default_factory=dict, hash=False)
     mask: str = "auto"
 
     def __call__(
@@ -68,18 +68,7 @@ class PromptToPrompt:
 
 
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
-PLAIN = EditConfig(
-    guidance_scale=7.5,
-    addition_factor=1.0,
-    guidance_start=0.0,
-    guidance_end=1.0,
-    cross_replace_steps=0.8,
-    self_replace_steps=0.4,
-    negative="empty",
-    correct_drift=False,
-    local_blend=True,
-    confine=0.0,
-)
+PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ class TwoMasks:
     num_inference_steps: int = 50
     margin: int = 4
     method: str = "edit_friendly"
-    find: EditConfig = field(default_factory=EditConfig)
+    find: Settings = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.margin < 0:
@@ -109,14 +98,12 @@ class TwoMasks:
         found = stack(edit_images(pipe, images, pairs, self.find, num_inference_steps=steps), "mask")
         # Soft, not cut off at a threshold: else a rounding error could move the mask's border.
         wide = torch.nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
-        config = replace(
-            EditConfig(
-                cross_replace_steps=0.0, self_replace_steps=0.0, negative="empty", correct_drift=False, confine=0.0
-            ),
+        config = EditConfig(
             guidance_scale=self.guidance_scale,
-            addition_factor=1.0,
-            guidance_start=0.0,
-            guidance_end=1.0,
+            cross_replace_steps=0.0,
+            self_replace_steps=0.0,
+            negative="empty",
+            correct_drift=False,
         )
         edited = edit(pipe, inverted, pairs, config, mask=wide)
         return [replace(result, settings=self) for result in edited]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from prism_lib.editing.denoising import EditTask, denoise, edit_controller
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import Settings, resolved
 from prism_lib.language.edits import PromptPair
 
 # In a stored difference this value means "no change", and one more is one 8-bit gray level brighter.
@@ -74,7 +74,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def attention_maps(
-    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig
+    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: Settings
 ) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
@@ -83,7 +83,7 @@ def attention_maps(
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-    tasks = [EditTask(n, pair, config) for n, pair in enumerate(pairs)]
+    tasks = [EditTask(n, pair, resolved(pipe, pair, config)) for n, pair in enumerate(pairs)]
     areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
     with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
         outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)

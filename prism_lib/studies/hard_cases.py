@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
@@ -15,14 +16,13 @@ from torch import Tensor
 
 from prism_lib.data.folder import load_info, require_truth
 from prism_lib.data.rows import marker_masks
-from prism_lib.editing.inversion_config import RECOMMENDED
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.methods import RECOMMENDED
+from prism_lib.editing.settings import Settings
 from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_edit, interval
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.edits import Edit
 
 CRITERION = "true_error_ratio"
-DEFAULT = EditConfig()
 
 
 def study(
@@ -30,7 +30,7 @@ def study(
     folder: str | Path,
     change: Edit,
     count: int,
-    config: EditConfig = DEFAULT,
+    config: Settings = MappingProxyType({}),
     num_inference_steps: int = 50,
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, float]]]:

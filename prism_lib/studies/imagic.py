@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual
-from prism_lib.editing.reuse import remember
-from prism_lib.files import image_hash
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import encode_images, encode_prompts, mixed_calls, predict_noise
 from prism_lib.studies.editors import seed_of, unmasked
@@ -69,10 +67,7 @@ class Imagic:
         """One image (1, 1, H, W)."""
         seed = seed_of(image, self.seed)
         target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
-        # What is fitted depends neither on the mixture nor on how it is sampled.
-        fit = replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
-        question = fit, pipe, image.shape, image_hash(image), pair.target
-        optimised, adapters = remember(question, lambda: self._tune(pipe, image, target, seed))
+        optimised, adapters = self._tune(pipe, image, target, seed)
         with self._adapted(pipe, seed), torch.no_grad(), mixed_calls(pipe.unet):
             set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
             mixed = self.eta * target + (1 - self.eta) * optimised

@@ -24,8 +24,7 @@ from prism_lib.apps.bulk_choice import Choice
 from prism_lib.apps.bulk_plan import BulkConfig, configured, load_config, plan
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.editing.counterfactuals import edit, sweep
-from prism_lib.editing.inversion import METHODS, invert
-from prism_lib.editing.inversion_config import INVERSIONS
+from prism_lib.editing.inversion import invert
 from prism_lib.editing.masks import MaskConfig
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation.criteria import Criteria
@@ -713,10 +712,6 @@ def test_settings_are_text_in_the_type_of_their_default(config):
 def test_the_module_says_how_to_call_it(capsys):
     assert bulk.main([]) == 2
     assert "accelerate launch -m prism_lib.apps.bulk CONFIG.json" in capsys.readouterr().err
-
-
-def test_plans_name_every_inversion_there_is():
-    assert tuple(METHODS) == INVERSIONS
 
 
 def test_a_launcher_plans_without_the_libraries_of_models():

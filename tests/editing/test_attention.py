@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import nn
 
+from prism_lib.editing import attention
 from prism_lib.editing.alignment import Alignment, align, word_mask
 from prism_lib.editing.attention import Controller, PromptToPromptProcessor, WordMaps, controlled, grid
 from prism_lib.models.pipeline import encode_prompts
@@ -65,17 +66,12 @@ def test_only_the_target_row_is_edited(unet, rows, settings):
     assert (edited - plain)[2 * IMAGES :].abs().max() > 1e-4
 
 
-def test_self_attention_can_be_injected_into_the_negative_row_too(unet, rows):
-    plain = run(unet, *rows)
-    edited = run(unet, *rows, controller(self_steps=1, inject_negative=True))
-    torch.testing.assert_close(edited[:IMAGES], plain[:IMAGES], atol=1e-5, rtol=0)
-    assert (edited - plain)[IMAGES : 2 * IMAGES].abs().max() > 1e-4
-
-
-def test_layers_finer_than_the_limit_keep_their_self_attention(unet, rows):
-    coarse = run(unet, *rows, controller(self_steps=1, self_max_tokens=8 * 8))
-    fine = run(unet, *rows, controller(self_steps=1, self_max_tokens=16 * 16))
-    none = run(unet, *rows, controller(self_steps=1, self_max_tokens=8 * 8 - 1))
+def test_layers_finer_than_the_limit_keep_their_self_attention(unet, rows, monkeypatch):
+    made = []
+    for limit in (8 * 8, 16 * 16, 8 * 8 - 1):
+        monkeypatch.setattr(attention, "SELF_MAX_TOKENS", limit)
+        made.append(run(unet, *rows, controller(self_steps=1)))
+    coarse, fine, none = made
     torch.testing.assert_close(none, run(unet, *rows), atol=1e-5, rtol=0)
     assert (coarse - none).abs().max() > 1e-5
     assert (fine - coarse).abs().max() > 1e-5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prism_lib.editing.batching import in_parts
+from prism_lib.editing.counterfactuals import in_parts
 
 
 def limited(room, seen):

@@ -1,6 +1,6 @@
 """Forking: which edits share a row, counted by hand."""
 
-from prism_lib.editing.forking import stages
+from prism_lib.editing.denoising import stages
 
 
 def test_five_windows_fork_one_after_the_other():

@@ -10,26 +10,25 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from prism_lib.editing.counterfactuals import edit
-from prism_lib.editing.inversion import check_finite, invert, invert_bdia, invert_ddim
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.inversion import check_finite, invert
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts
-from prism_lib.models.schedule import Schedule
 from tests.tiny import SOURCE, TARGET, UNCHANGED, tiny_images, tiny_pipeline
 
 STEPS = 5
 
 
-def inverted(count=2, **settings):
+def inverted(count=2, method="direct", **settings):
     prompts = [SOURCE, TARGET, SOURCE, TARGET][:count]
-    return invert(tiny_pipeline(), tiny_images(4)[:count], prompts, num_inference_steps=STEPS, **settings)
+    return invert(tiny_pipeline(), tiny_images(4)[:count], prompts, method, STEPS, **settings)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_trajectory_equals_diffusers_inverse_scheduler(prediction_type):
     pipe = tiny_pipeline(prediction_type)
     images, prompts = tiny_images(2), [SOURCE, TARGET]
-    inversion = invert(pipe, images, prompts, num_inference_steps=STEPS)
+    inversion = invert(pipe, images, prompts, "direct", STEPS)
     scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
     embeds, latents = encode_prompts(pipe, prompts), encode_images(pipe.vae, images)
@@ -56,7 +55,7 @@ def test_ddim_walks_the_same_way_up_but_does_not_find_back_exactly():
     assert ddim.reconstruct(pipe).shape == ddim.images.shape
 
 
-@pytest.mark.parametrize("method", ["direct", "edit_friendly", "bdia"])
+@pytest.mark.parametrize("method", ["direct", "edit_friendly"])
 def test_an_exact_method_edits_nothing_into_something_else(method):
     """An unchanged edit walks the target's own way down and ends at the clean latents."""
     pipe, found = tiny_pipeline(double=True), []
@@ -99,7 +98,7 @@ def plain_null_text(pipe, trajectory, config):
 def test_null_text_in_a_batch_equals_the_published_loop(prediction_type):
     pipe, config = tiny_pipeline(prediction_type), InversionConfig(guidance_scale=3.0, inner_steps=3)
     together = invert(pipe, tiny_images(2), [SOURCE] * 2, "null_text", STEPS, config=config)
-    plain = invert(pipe, tiny_images(2), [SOURCE] * 2, num_inference_steps=STEPS)
+    plain = invert(pipe, tiny_images(2), [SOURCE] * 2, "direct", STEPS)
     for n in range(2):
         alone = plain_null_text(pipe, plain.latents[:, n : n + 1], config)
         torch.testing.assert_close(together.latents[:, n : n + 1], alone, atol=1e-4, rtol=1e-4)
@@ -147,19 +146,19 @@ def test_latents_that_are_not_finite_stop_with_step_and_image():
 
 @pytest.mark.parametrize(("name", "value"), [("inner_steps", 0), ("skip", 1.0), ("learning_rate", float("nan"))])
 def test_a_setting_of_a_method_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is"):
+    with pytest.raises(ValueError, match=rf"(?s){name}.*input_value"):
         InversionConfig(**{name: value})
 
 
-@pytest.mark.parametrize("walk", [invert_ddim, invert_bdia])
-def test_an_image_does_not_depend_on_its_batch(walk):
+@pytest.mark.parametrize("method", ["direct", "null_text"])
+def test_an_image_does_not_depend_on_its_batch(method):
     """In double precision: an untrained model amplifies the rounding of batched float32 kernels."""
-    pipe, prompts = tiny_pipeline(double=True), [SOURCE, TARGET] * 2
-    clean, embeds = encode_images(pipe.vae, tiny_images(4)).double(), encode_prompts(pipe, prompts)
-    schedule = Schedule.from_config(pipe.scheduler.config, STEPS)
-    with torch.no_grad():
-        together, alone = (walk(pipe, clean, embeds, schedule, size) for size in (4, 1))
-    torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+    pipe, few = tiny_pipeline(double=True), InversionConfig(inner_steps=2)
+    together, alone = (
+        invert(pipe, tiny_images(4), [SOURCE, TARGET] * 2, method, STEPS, config=few, batch_size=size)
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(together.latents, alone.latents, atol=1e-5, rtol=0)
 
 
 def test_a_slice_is_the_inversion_of_some_images():
@@ -194,7 +193,7 @@ def test_the_callback_sees_every_step_and_may_cancel():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "unknown inversion method 'magic'; known: direct, null_text"),
+        ({"method": "magic"}, "unknown inversion method 'magic'; known: edit_friendly, direct"),
         ({"prompts": [SOURCE]}, "2 images need as many prompts"),
         ({"prompts": SOURCE}, "2 images need as many prompts"),
         ({"prompts": ["with " * 100] * 2}, "tokens"),

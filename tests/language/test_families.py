@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from prism_lib.editing import attention
 from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
@@ -23,7 +24,7 @@ FAMILIES = {
     "sd1": {"attention_head_dim": 2, "use_linear_projection": False},
     "sd2": {"attention_head_dim": (1, 2, 4), "use_linear_projection": True},
 }
-CONFIG = EditConfig(guidance_scale=5.0, cross_replace_steps=0.6, self_replace_steps=0.4, self_max_tokens=24 * 24)
+CONFIG = EditConfig(guidance_scale=5.0, cross_replace_steps=0.6, self_replace_steps=0.4)
 
 
 @cache
@@ -55,7 +56,7 @@ def pipeline(family):
 
 @cache
 def inverted(family, pair):
-    inversion = invert(pipeline(family), tiny_images(1, size=SIZE), [pair.source], num_inference_steps=STEPS)
+    inversion = invert(pipeline(family), tiny_images(1, size=SIZE), [pair.source], "direct", STEPS)
     assert inversion.latents.shape[-2:] == (48, 48)
     return replace(inversion, latents=inversion.latents.double())
 
@@ -81,10 +82,10 @@ def test_an_edit_without_change_returns_the_reconstruction(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_fast_edit_equals_full_maps(family):
+def test_the_fast_edit_equals_full_maps(family, monkeypatch):
+    monkeypatch.setattr(attention, "SELF_MAX_TOKENS", 24 * 24)
     pipe, inversion, fast = pipeline(family), inverted(family, REMOVE), []
     config = replace(CONFIG, negative="empty", correct_drift=False, confine=0.0, word_weight=2.0)
-    config = config.settled(REMOVE)  # for the reference, which knows no findings
     edit(pipe, inversion, [REMOVE], config, callback=lambda i, t, latents: fast.append(latents))
     with torch.no_grad():
         slow = list(reference_edit(pipe, inversion, REMOVE, config))

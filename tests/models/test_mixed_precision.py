@@ -9,7 +9,7 @@ import torch
 from prism_lib import devices
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.inversion_config import InversionConfig
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.evaluate import Judge
 from prism_lib.language.edits import Edit
@@ -90,17 +90,13 @@ def test_exact_methods_are_walked_in_full_precision(mixed, dtypes):
     images = tiny_images(2)
 
     def work(pipe):
-        inverted = invert(pipe, images, [REMOVE.source] * 2, "bdia", num_inference_steps=3)
-        edited = edit(pipe, inverted, [REMOVE] * 2, EditConfig(guidance_scale=1.5))
-        coupled = Edict(num_inference_steps=4)(pipe, images, [REMOVE] * 2, CHANGE)
-        return inverted.latents, stack(edited, "raw"), stack(coupled, "raw")
+        return stack(Edict(num_inference_steps=4)(pipe, images, [REMOVE] * 2, CHANGE), "raw")
 
-    for made, whole in zip(work(mixed), work(tiny_pipeline()), strict=True):
-        assert torch.equal(made, whole)
+    assert torch.equal(work(mixed), work(tiny_pipeline()))
     assert set(dtypes) == {torch.float32}
     with pytest.raises(KeyboardInterrupt), full_precision(mixed.unet):
         raise KeyboardInterrupt
-    invert(mixed, images, [REMOVE.source] * 2, num_inference_steps=3)
+    invert(mixed, images, [REMOVE.source] * 2, "direct", num_inference_steps=3)
     assert dtypes[-1] == torch.bfloat16, "mixed again, also after an interruption"
 
 

@@ -7,7 +7,7 @@ import torch
 
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.inversion_config import RECOMMENDED
+from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise

@@ -1,0 +1,94 @@
+"""Settings that a model recommends: by edit, with overrides on top, and neutral ones for a model without any."""
+
+import json
+
+import pytest
+
+from prism_lib import paths
+from prism_lib.editing import settings
+from prism_lib.editing.settings import EditConfig, grid, recommended, resolved
+from prism_lib.language.edits import NO_EDIT, PromptPair
+from prism_lib.models.pipeline import load_pipeline
+from tests.tiny import REMOVE, tiny_pipeline
+
+SHIPPED = paths.weights() / paths.SHIPPED
+
+
+def taken(source, target, words=(), model=SHIPPED, **overrides):
+    config = recommended(model, PromptPair(source, target, words, words), **overrides)
+    return config.addition_factor, config.guidance_start, config.guidance_end, config.confine
+
+
+def model(folder, **content):
+    folder.mkdir(exist_ok=True)
+    (folder / "editing.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_shipped_model_recommends_settings_by_edit():
+    assert taken("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",)) == (1, 0, 0.4, 0.33)
+    assert taken("no effusion", "with effusion", ("Pleural effusion",)) == (1.75, 0, 0.4, 0.36)
+    assert taken("with nodule", "without nodule", ("nodule",)) == taken("a", "a") == (1, 0, 0.4, 0.27)
+    assert taken("without nodule", "with nodule", ("nodule",)) == (2, 0, 0.4, 0.27)
+    # Only "with" differs: the words tell that something comes, not what.
+    assert taken("without pacemaker", "with pacemaker", ("with",)) == (2, 0, 0.4, 0.27)
+
+
+def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():
+    words = ("cardiomegaly", "support devices")
+    both = taken("with cardiomegaly, without support devices", "without cardiomegaly, with support devices", words)
+    assert both == (1.5, 0, 0.7, 0.23)
+
+
+def test_overrides_replace_what_is_recommended():
+    given = {"addition_factor": 3.0, "guidance_start": 0.5, "guidance_end": 0.6, "confine": 0.0}
+    assert taken("without support devices", "with support devices", ("support devices",), **given) == (3, 0.5, 0.6, 0)
+    assert taken("with support devices", "without support devices", ("support devices",), **given) == (1, 0.5, 0.6, 0)
+
+
+def test_guidance_never_starts_after_its_end():
+    words = ("support devices",)
+    assert taken("without support devices", "with support devices", words)[1] > 0.05
+    early = taken("without support devices", "with support devices", words, guidance_end=0.05)
+    assert early[1:3] == (0.05, 0.05)
+    with pytest.raises(ValueError, match=r"guidance_start is 0.6, after guidance_end, 0.5"):
+        EditConfig(guidance_start=0.6, guidance_end=0.5)
+    with pytest.raises(ValueError, match=r"guidance_start is 0.6, after guidance_end, 0.4"):
+        taken("with cardiomegaly", "without cardiomegaly", ("cardiomegaly",), guidance_start=0.6)
+
+
+def test_a_loaded_pipeline_has_the_settings_of_its_folder():
+    assert recommended(load_pipeline(), REMOVE) == recommended(SHIPPED, REMOVE) != EditConfig()
+
+
+def test_a_model_without_settings_gets_the_published_ones_and_says_so_once(caplog, tmp_path):
+    settings._recommendation.cache_clear()
+    assert recommended(tiny_pipeline(), REMOVE) == EditConfig() == recommended(tmp_path, REMOVE)
+    recommended(tmp_path, NO_EDIT)
+    assert [record.getMessage().split(" ")[0] for record in caplog.records] == ["this", str(tmp_path)]
+
+
+def test_an_edit_config_is_taken_as_it_is_and_overrides_are_not_alone():
+    assert resolved(SHIPPED, REMOVE, EditConfig()) == EditConfig()
+    assert resolved(SHIPPED, REMOVE, {"confine": 0.1}) == recommended(SHIPPED, REMOVE, confine=0.1)
+
+
+def test_a_grid_keeps_what_it_is_given():
+    assert grid({"confine": 0.1}, word_weight=[1, 2]) == [{"confine": 0.1, "word_weight": n} for n in (1, 2)]
+    assert grid(EditConfig(confine=0.1), word_weight=[2]) == [EditConfig(confine=0.1, word_weight=2)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"default": {}},
+        {"defaults": {"guidance": 2.0}},
+        {"defaults": {"confine": 2.0}},
+        {"rules": [{"when": "always", "settings": {}}]},
+        {"rules": [{"when": "add", "settings": {"confine": "much"}}]},
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_what_is_wrong(tmp_path, content):
+    folder = model(tmp_path / "model", **content)
+    with pytest.raises(ValueError, match=r"(?s)editing.json holds.*(default|guidance|confine|when)"):
+        recommended(folder, REMOVE)

@@ -130,6 +130,12 @@ def test_every_name_of_the_library_exists(page):
                 assert not missing, f"{page}: {node.module} has no {', '.join(missing)}"
 
 
+def test_every_module_that_the_architecture_names_exists():
+    named = re.findall(r"`([a-z]+/\w+)`", read("docs/architecture.md"))
+    assert named
+    assert not [name for name in named if not (ROOT / "prism_lib" / f"{name}.py").is_file()]
+
+
 def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 150
 

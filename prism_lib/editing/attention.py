@@ -1,20 +1,14 @@
-"""Prompt-to-prompt: one attention processor that lets an edit borrow the source image's attention (Hertz et
-al., 2023).
+"""Prompt-to-prompt: an attention processor that gives an edit the source image's attention (Hertz et al., 2023).
 
-A controlled U-Net call holds one row per image for the source (conditional), then one for the negative prompt of each
-edit that is guided at this step, and one per edit for its target (conditional), the last two on the edited latents.
-Several edits of one image share its source row: `parents` says whose each is. Inside their windows of steps
+A controlled U-Net call holds one row per image for its source, then one for the negative prompt of each edit that is
+guided at this step, and one per edit for its target. Several edits of one image share its source row. In their windows
 
-- cross-attention of the target is put together from the source's maps and its own, as an `Alignment` says,
-  times a weight per token. There are few tokens, so probabilities are written out, but only in layers and
-  steps that need them;
-- self-attention of the target uses the source's queries and keys with its own values. That equals injecting
-  the source's probabilities and stays a fused kernel; the target's own queries and keys are not even
-  projected.
+- cross-attention of the target is made of the source's maps and its own, as an `Alignment` says, times a weight per
+  token. Probabilities are written out, but only in layers and steps that need them;
+- self-attention of the target uses the source's queries and keys with its own values. That equals injecting the
+  source's probabilities and stays a fused kernel.
 
-`WordMaps` sums up, over steps and layers, where the edit's words looked: material for masks. Nothing here
-assumes a resolution, a number of channels or of tokens. The step is set explicitly and never counted from
-layer calls.
+`WordMaps` sums up where the edit's words looked, for masks. The step is set explicitly, never counted from layer calls.
 """
 
 from __future__ import annotations
@@ -38,11 +32,10 @@ SELF_MAX_TOKENS = 32 * 32  # queries of the finest self-attention layer that tak
 
 @dataclass
 class WordMaps:
-    """Running sums of the cross-attention paid to some tokens, source and target, one sum per number of
-    queries.
+    """Running sums of the cross-attention paid to some tokens of source and target, by number of queries.
 
-    `source_tokens` and `target_tokens` are (N, L) masks. Layers with more than `max_queries` queries are left
-    out: fine layers are slow to write out and say little about where a word is.
+    `source_tokens` and `target_tokens` are (N, L) masks. Layers with more than `max_queries` queries are left out: they
+    are slow to write out and say little about where a word is.
     """
 
     source_tokens: Tensor
@@ -100,15 +93,14 @@ class Controller:
     """What the processor does at the current `step` (0 is the noisiest), for K edits of N images.
 
     `transfer` (K, L, L) and `own` (K, L) build the edited cross maps; token weights are already in them. A token is
-    edited in the steps from its `first` to before its `last`, both (K, L). Self-attention is injected in an edit's
+    edited in its first `cross_steps` (K, L) steps. Self-attention is injected in an edit's
     first `self_steps` steps in layers of at most `SELF_MAX_TOKENS` queries, into the target row alone. An edit has a
     negative row in the steps of its `guided_steps`. `parents` holds the image of each edit.
     """
 
     transfer: Tensor
     own: Tensor
-    first: Tensor
-    last: Tensor
+    cross_steps: Tensor
     self_steps: tuple[int, ...]
     guided_steps: tuple[range, ...]
     parents: tuple[int, ...]
@@ -124,7 +116,6 @@ class Controller:
         device: torch.device,
         *,
         cross_steps: int | Tensor = 0,
-        cross_start: int | Tensor = 0,
         self_steps: int | Sequence[int] = 0,
         guided_steps: Sequence[range] = (),
         parents: Sequence[int] | None = None,
@@ -133,18 +124,16 @@ class Controller:
     ) -> Controller:
         """A controller of one alignment per edit; `weights` (K, L) multiply the edited maps (reweight).
 
-        Settings are one for all edits or one each; `cross_start` and `cross_steps` may also be (K, L), one per token.
+        Settings are one for all edits or one each; `cross_steps` may also be (K, L), one per token.
         Without `guided_steps` every step is guided.
         """
         edits = len(alignments)
         transfer = torch.stack([alignment.transfer for alignment in alignments]) * weights[:, None, :]
         own = torch.stack([alignment.own for alignment in alignments]) * weights
-        first, last = (torch.as_tensor(bound).expand(weights.shape) for bound in (cross_start, cross_steps))
         return cls(
             transfer.to(device),
             own.to(device),
-            first,
-            last,
+            torch.as_tensor(cross_steps).expand(weights.shape),
             _each(self_steps, edits),
             tuple(guided_steps) or (range(sys.maxsize),) * edits,
             tuple(range(edits)) if parents is None else tuple(parents),
@@ -179,8 +168,7 @@ class Controller:
             self,
             transfer=self.transfer[index],
             own=self.own[index],
-            first=self.first[list(rows)],
-            last=self.last[list(rows)],
+            cross_steps=self.cross_steps[list(rows)],
             self_steps=tuple(self.self_steps[row] for row in rows),
             guided_steps=tuple(self.guided_steps[row] for row in rows),
             parents=tuple(self.parents[row] for row in rows),
@@ -221,7 +209,7 @@ class Controller:
         return self._index(own), self._index(tuple(place[row] for row in eyes))
 
     def _active(self) -> Tensor:
-        return (self.first <= self.step) & (self.step < self.last)
+        return self.step < self.cross_steps
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
         """Row numbers as a tensor, copied to the device once."""

@@ -1,19 +1,16 @@
 """Action and prediction: edit an inverted image by a pair of prompts, and put the result back into the input.
 
-Source and target start from the same noise x*_T and share the trajectory: at every step one U-Net call
-evaluates the source, the negative prompt and the target of each image (3 evaluations), prompt-to-prompt hands
-the source's attention to the target, and direct inversion returns the source to its stored latents. After
-decoding, only pixels inside a mask take the edit; all others are the input's own.
-
-One walk serves a sweep over settings, and `edit` is the sweep of one: all share the source's row, and their own rows
-for as long as they agree (`editing.denoising`). What a step is depends on the inversion (`editing.methods`).
+Source and target start from the same noise x*_T. At every step one U-Net call evaluates source, negative prompt and
+target of each image, prompt-to-prompt gives the target the source's attention, and the source returns to its stored
+latents. After decoding, only pixels inside a mask take the edit; all others are the input's own. A sweep over settings
+is one walk: all share the source's row, and their own rows for as long as they agree (`editing.denoising`).
 
 Two choices differ from the reference implementations, and both can be switched back:
 
-- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then
-  exactly the difference that the edit asks for, and vanishes where the two prompts agree.
-- `correct_drift` gives the target the correction that direct inversion gives the source. It costs nothing,
-  and an edit that changes no word reproduces the source exactly.
+- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then exactly the
+  difference that the edit describes, and vanishes where the two prompts agree;
+- `correct_drift` gives the target the correction that the inversion gives the source. It costs nothing, and an edit
+  that changes no word reproduces the source exactly.
 """
 
 from __future__ import annotations

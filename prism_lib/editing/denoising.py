@@ -1,9 +1,9 @@
-"""The walk down of an edit: sources and their targets from x*_T to clean latents, in one U-Net call a step.
+"""The walk down of an edit: sources and targets from x*_T to clean latents, in one U-Net call a step.
 
 Each call holds a row per image for its source and one per edit for its target prompt, and while the edit is guided one
-for its negative prompt. A step hands the source's attention to the targets, guides them, returns the source to where
-its inversion wants it (`editing.methods`) and keeps the targets within their bounds. Edits of one image share a row
-for as long as they agree (`editing.forking`). Latents only: `editing.counterfactuals` decodes and composites.
+for its negative prompt. A step gives the targets the source's attention, guides them, returns the source to its
+trajectory (`editing.methods`) and keeps the targets within their bounds. Edits of one image that have done the same so
+far share a row and fork where they differ: five windows of self-attention cost 140 rows in 50 steps instead of 250.
 """
 
 from __future__ import annotations

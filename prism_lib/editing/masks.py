@@ -1,13 +1,11 @@
 """Where an edit may show: from attention and noise to a soft pixel mask, and the composite with the input.
 
-The latent grid is far too coarse for a lead wire of two pixels, and the decoded image alone changes a little
-everywhere. So the automatic mask asks both: coarse *evidence* (where the edit's words looked, where the noise
-predictions of source and target part) says which region the edit is about, and the *change* of the decoded
-image says which pixels. Strong pixels inside the evidence are seeds and grow through weaker ones that touch
-them: hysteresis, as in Canny's edges.
+The latent grid is too coarse for a lead of two pixels, and the decoded image changes a little everywhere. So the
+automatic mask combines both: coarse *evidence* (attention to the edit's words, difference of the noise predictions)
+gives the region, and the *change* of the decoded image gives the pixels. Strong pixels inside the evidence are seeds
+and grow through weaker ones that touch them: hysteresis, as in Canny's edges.
 
-Every step is continuous in its input (ramps for thresholds, gray-scale reconstruction for growing), so
-rounding differences between batch sizes cannot flip a pixel. The mask is exactly 0 outside a compact support,
+Every step is continuous in its input, so rounding cannot flip a pixel. The mask is exactly 0 outside a compact support,
 and there the composite returns the input's own pixels bit for bit.
 """
 

@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from prism_lib import paths, records
-from prism_lib.evaluation import robustness
+from prism_lib.evaluation import metrics
 from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.models import classifier
 from prism_lib.phantom.patients import render, sample_patients
@@ -37,7 +37,7 @@ def main() -> None:
         second = classifier.train_classifier(*draw(TRAIN, TRAIN_SEED, first.labels), config)
         classifier.save_classifier(second, config, paths.runs() / "judges" / "resnet18")
         images, labels = draw(TEST, TEST_SEED, first.labels)
-        read = {"densenet": classifier.predict(first.model, images), "resnet": classifier.predict(second, images)}
+        read = {"densenet": classifier.predict(first.network, images), "resnet": classifier.predict(second, images)}
     records.record(
         "judges",
         dataset="phantom",
@@ -45,7 +45,7 @@ def main() -> None:
         parameters={"second": config, "size": SIZE, "train": TRAIN, "test": TEST},
         seed=TRAIN_SEED,
         metrics={
-            "agreement": robustness.agreement(read["densenet"], read["resnet"]),
+            "agreement": metrics.agreement(read["densenet"], read["resnet"]),
             **{f"auc_{name}": classifier.auc(values, labels, first.labels) for name, values in read.items()},
         },
         model="phantom-judge",

@@ -22,10 +22,11 @@ from torch import Tensor
 from prism_lib import devices, records
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.evaluation.evaluate import Judge, choose_cases
+from prism_lib.evaluation.evaluate import choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
 from prism_lib.models import classifier
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
 from prism_lib.studies import ablation, comparison, editors
 from prism_lib.studies.ganterfactual import GanConfig, train_gan
@@ -73,7 +74,7 @@ def tasks(folder: Path, precision: str, steps: int) -> dict[str, Callable[[], An
     rows = load_table(folder).head(4 * config.batch_size)
     images = F.interpolate(read_images(folder, rows).mean(1, keepdim=True), READ_AT)
     labels = torch.tensor(rows[list(config.labels)].to_numpy(dtype=float).tolist())
-    guide = Judge(classifier.build_classifier(config).to(pipe.device).eval(), config.labels)
+    guide = Classifier(classifier.build_classifier(config).to(pipe.device).eval(), config.labels)
     gan = GanConfig(config.labels[0], steps, filters=8, mixed_precision=precision)
 
     def unet() -> Tensor:

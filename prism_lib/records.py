@@ -15,13 +15,12 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from prism_lib import paths
@@ -29,53 +28,9 @@ from prism_lib.devices import default_device
 from prism_lib.files import write_text
 
 FIELDS = (
-    "name",
-    "notebook",
-    "dataset",
-    "model",
-    "parameters",
-    "seed",
-    "metrics",
-    "commit",
-    "versions",
-    "device",
-    "seconds",
-    "created",
+    *("name", "notebook", "dataset", "model", "parameters", "seed"),
+    *("metrics", "commit", "versions", "device", "seconds", "created"),
 )
-
-# The phantom's records that tables and the README read, with the metrics that each holds (at any depth; more
-# may stand beside them). A name that is not listed is free.
-RECORDS: dict[str, tuple[str, ...]] = {
-    "counterfactual_quality": (
-        "true_error_ratio",
-        "flip_rate",
-        "cpg",
-        "side_effect_rate",
-        "changed_outside_mask",
-        "mask_recall",
-        "mask_area_ratio",
-        "marker_changed",
-        "latent_outside_l1_ratio",
-    ),
-    "judge": (),
-    "identifiability": ("true_error_ratio", "mask_recall"),
-    "editing_speed": (
-        "unet_evaluations_direct_sweep",
-        "speedup_direct_sweep_batch1",
-        "speedup_direct_sweep_batch8",
-        "speedup_null_text",
-    ),
-    "inversion_methods": (),
-    "bulk": ("speedup_two_processes",),
-    "training_speed": ("speedup_cached",),
-    "resume": (),
-    "preparation": (),
-    "baselines": (),
-    "classifiers": ("worst_group_gain", "gap_closed"),
-    "entanglement": (),
-    "explorer": ("seconds_to_first_counterfactual", "seconds_per_edit"),
-}
-
 # What decides a result; figures are left out, or every run would call its own checkout dirty.
 _SOURCES = ("prism_lib", "notebooks", "benchmarks", "pyproject.toml", "requirements.lock")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "monai", "numpy")
@@ -157,45 +112,6 @@ def load_record(name: str, dataset: str, figures_dir: str | os.PathLike[str] = "
     return content
 
 
-def missing_metrics(name: str, metrics: Mapping[str, Any]) -> list[str]:
-    """Metrics that the phantom's record should hold and lacks; real images cannot have them all."""
-    return sorted(set(RECORDS.get(name, ())) - set(_keys(metrics)))
-
-
-def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` with its bounds if it has any, empty if missing.
-
-    Two decimals, and two digits of what is smaller than that shows.
-
-    Args:
-        columns: metric name to heading, in the order to show.
-    """
-    rows = {key: [_cell(values, metric) for metric in columns] for key, values in metrics.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
-
-
-def markdown(text: pd.DataFrame, corner: str = "") -> str:
-    """A table of text as Markdown, with its row names and a dash in empty cells; ``corner`` heads the row names."""
-    lines = [f"| {corner} | " + " | ".join(map(str, text.columns)) + " |", "|---" * (len(text.columns) + 1) + "|"]
-    for row, cells in text.iterrows():
-        lines.append(f"| {str(row).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: Mapping[str, float], metric: str) -> str:
-    if metric not in values:
-        return ""
-    bounds = [values.get(f"{metric}_{end}") for end in ("low", "high")]
-    interval = f" ({_number(bounds[0])} to {_number(bounds[1])})" if None not in bounds else ""
-    return f"{_number(values[metric])}{interval}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2g}" if 0 < abs(value) < 0.095 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def commit() -> str:
     """The commit that ran; `-dirty` if code, notebooks or versions differ from it, `unknown` without git."""
     try:
@@ -271,10 +187,3 @@ def _relative(value: str | Path) -> str:
     if path.is_absolute():
         return path.relative_to(paths.root()).as_posix() if path.is_relative_to(paths.root()) else path.name
     return str(value)
-
-
-def _keys(metrics: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in metrics.items():
-        yield key
-        if isinstance(value, Mapping):
-            yield from _keys(value)

@@ -15,10 +15,11 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import METHODS, InversionConfig
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import novelty
-from prism_lib.evaluation.evaluate import Judge, choose_cases, evaluate_edit, load_judge, summarise
-from prism_lib.evaluation.selection import Guide, GuideScorer, SimilarityScorer
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit, load_judge, summarise
+from prism_lib.evaluation.selection import GuideScorer, SimilarityScorer
 from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import ImageTextModel
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, load_pipeline, tiny_config
 from prism_lib.studies import ganterfactual
@@ -135,7 +136,7 @@ def test_models_are_loaded_to_the_device(device):
     assert {part.device for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {device}
     assert load_pipeline(device="cpu").device.type == "cpu"
     judge = load_judge("phantom-judge")
-    assert {parameter.device for parameter in judge.model.parameters()} == {device}
+    assert {parameter.device for parameter in judge.network.parameters()} == {device}
 
 
 def test_reading_scoring_and_sampling(device, tmp_path):
@@ -153,7 +154,7 @@ def test_reading_scoring_and_sampling(device, tmp_path):
     encoder = ImageTextModel(clip_model().to(device), pipe.tokenizer)
     scores = (
         SimilarityScorer(encoder).scores(results)[0]
-        | GuideScorer(Guide(reader, NETWORK.labels), CHANGE).scores(results)[0]
+        | GuideScorer(Classifier(reader, NETWORK.labels), CHANGE).scores(results)[0]
     )
     assert all(isinstance(value, float) for value in scores.values())
     same(*(autoencoder.reconstruction_psnr(p.vae, images) for p in (tiny_pipeline(), pipe)), 1e-2)
@@ -164,7 +165,7 @@ def test_reading_scoring_and_sampling(device, tmp_path):
 
 
 def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
-    guide = Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    guide = Classifier(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
     config = ganterfactual.GanConfig("Support Devices", steps=2, filters=4, checkpoint_every=1)
     folder = ganterfactual.train_gan(phantom_folder, guide, tmp_path, config)
     editor = ganterfactual.Ganterfactual(folder.parent)
@@ -174,7 +175,7 @@ def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
 
 
 def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):
-    judge = Judge(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
+    judge = Classifier(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
     cases = choose_cases(phantom_folder, CHANGE, 2)
     result = evaluate_edit(
         moved(double=False), phantom_folder, cases, CHANGE, EditConfig(), num_inference_steps=2, judge=judge

@@ -76,28 +76,10 @@ def test_what_is_no_finite_number_is_refused_by_key(tmp_path, metrics, key):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_metrics_are_found_at_any_depth():
-    assert records.missing_metrics("explorer", {"a": {"seconds_per_edit": 1.0}}) == ["seconds_to_first_counterfactual"]
-    complete = dict.fromkeys(records.RECORDS["counterfactual_quality"], 1.0)
-    assert records.missing_metrics("counterfactual_quality", {"remove_support_devices": complete}) == []
-    assert records.missing_metrics("another", {}) == []
-
-
 @pytest.mark.parametrize("path", sorted((paths.root() / "figures").glob("*/*.json")), ids=lambda path: path.stem)
 def test_committed_records_are_whole(path):
     record = records.load_record(path.stem, path.parent.name)
     assert (record["name"], record["dataset"]) == (path.stem, path.parent.name)
-    if record["dataset"] == "phantom":
-        assert records.missing_metrics(record["name"], record["metrics"]) == []
-
-
-def test_table_shows_intervals_where_there_are_any():
-    metrics = {"one": {"cpg": 0.876, "cpg_low": 0.8, "cpg_high": 0.9}, "two": {"cpg": 1, "l1": 0.5}}
-    shown = records.table(metrics, {"cpg": "CPG", "l1": "L1"})
-    assert shown.to_dict("index") == {
-        "one": {"CPG": "0.88 (0.80 to 0.90)", "L1": ""},
-        "two": {"CPG": "1.00", "L1": "0.50"},
-    }
 
 
 @pytest.mark.parametrize("name", ["Two Words", "../up", "a/b", ""])
@@ -174,8 +156,9 @@ def test_commit_is_dirty_only_where_sources_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "root", lambda: tmp_path)
     assert records.commit() == "unknown"
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "prism_lib").mkdir()
-    (tmp_path / "prism_lib" / "a.py").write_text("")
+    for folder in ("prism_lib", "benchmarks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     head = records.commit()
@@ -183,8 +166,11 @@ def test_commit_is_dirty_only_where_sources_differ(tmp_path, monkeypatch):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "new.json").write_text("{}")
     assert records.commit() == head
-    (tmp_path / "prism_lib" / "b.py").write_text("")
-    assert records.commit() == f"{head}-dirty"
+    for source in ("prism_lib/b.py", "benchmarks/a.py"):
+        (tmp_path / source).write_text("new = 1")
+        assert records.commit() == f"{head}-dirty", source
+        subprocess.run([*git, "stash", "-qu"], cwd=tmp_path, check=True)
+        assert records.commit() == head
 
 
 def test_timer_runs_and_stops():

@@ -13,7 +13,6 @@ from prism_lib.apps.bulk_choice import Choice
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation.selection import (
-    Guide,
     GuideScorer,
     IdentityScorer,
     Scorer,
@@ -23,6 +22,7 @@ from prism_lib.evaluation.selection import (
     select,
 )
 from prism_lib.language.edits import Edit
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import load_image_text_model, weight_files
 
 MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"
@@ -32,7 +32,7 @@ class Chooser:
     """Chooses among candidates; every guide and every image-text model is loaded once."""
 
     def __init__(self) -> None:
-        self._guides: dict[str, Guide] = {}
+        self._guides: dict[str, Classifier] = {}
         self._similarities: dict[str, SimilarityScorer] = {}
 
     def scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:

@@ -217,16 +217,15 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _check_figures(datasets: Sequence[str]) -> int:
-    """Report what in ``figures/`` and the README does not follow from the records; 1 if anything does not."""
-    from prism_lib.reporting import redraw  # it imports torch
+    """Report which figures, tables and pages do not follow from the records; 1 if there are any."""
+    from prism_lib.reporting.pages import check  # it imports pandas
 
     folder = paths.root() / "figures"
-    readme = paths.root() / "README.md"
     found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
     problems = []
     for dataset in found:
         try:
-            problems += redraw.check(dataset, readme=readme if dataset == "phantom" else None)
+            problems += check(dataset, pages=dataset == "phantom")
         except ValueError as error:
             problems.append(str(error))
     for problem in problems:

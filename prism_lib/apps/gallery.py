@@ -19,10 +19,9 @@ from prism_lib.apps.outcomes import upload_path
 from prism_lib.apps.recipe import image_size, load_image, phantom_patient
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.data.uploads import read_upload
-from prism_lib.evaluation.evaluate import Judge
 from prism_lib.evaluation.novelty import Reference, log_errors
 from prism_lib.language.labels import Labels, Vocabulary, label_state, vocabulary
-from prism_lib.models.classifier import predict
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, image_factor
 
 
@@ -63,7 +62,7 @@ class Gallery:
         self,
         pipe: StableDiffusionPipeline,
         model: str,
-        judge: Judge | None,
+        judge: Classifier | None,
         vocab: Vocabulary | None,
         reference: Reference | None,
         mode: str,
@@ -140,7 +139,7 @@ class Gallery:
         """The judge's probability of each of its labels on an image (1, C, H, W); {} without a judge."""
         if self.judge is None:
             return {}
-        probabilities = predict(self.judge.model, image.mean(1, keepdim=True))[0].tolist()
+        probabilities = self.judge.read(image)[0].tolist()
         return dict(zip(self.judge.labels, probabilities, strict=True))
 
 

@@ -25,9 +25,10 @@ from prism_lib.apps.recipe import Recipe, phantom_patient
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.evaluation import metrics, novelty
-from prism_lib.evaluation.evaluate import Judge, load_judge
+from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import Vocabulary, label_state, vocabulary
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline, told_apart
 from prism_lib.phantom import patients
 
@@ -53,7 +54,7 @@ class Study(Gallery):
         self,
         pipe: StableDiffusionPipeline,
         model: str = SHIPPED,
-        judge: Judge | None = None,
+        judge: Classifier | None = None,
         vocab: Vocabulary | None = None,
         reference: novelty.Reference | None = None,
         mode: str = "L",

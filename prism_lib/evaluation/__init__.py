@@ -5,4 +5,18 @@ Prepared folders, edits and a judge enter; tables of numbers with intervals leav
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=["axioms", "metrics", "novelty"],
+    submod_attrs={
+        "evaluate": [
+            "Evaluation", "batch_difference", "choose_cases", "edit_images", "evaluate_edit", "evaluate_edits",
+            "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "reread", "summarise", "train_judge",
+        ],
+        "criteria": ["PRISM_CRITERIA", "Criteria"],
+        "second_reader": ["load_reader"],
+        "selection": [
+            "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select", "select_each",
+        ],
+    },
+)  # fmt: skip

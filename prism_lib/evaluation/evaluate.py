@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
@@ -31,64 +31,45 @@ from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import (
+    Classifier,
     ClassifierConfig,
     auc,
-    load_classifier,
-    predict,
     save_classifier,
     train_classifier,
 )
 from prism_lib.records import Timer
 
-# Measured per image where the true counterfactual is known.
-TRUTH_METRICS = (
-    "true_error_ratio",
-    "mask_recall",
-    "mask_area_ratio",
-    "marker_changed",
-    "latent_outside_l1_ratio",
-)
-
 LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A classifier and the labels that its outputs stand for."""
-
-    model: nn.Module
-    labels: tuple[str, ...]
-
-
-def load_judge(name: str) -> Judge | None:
+def load_judge(name: str) -> Classifier | None:
     """The classifier below PRISM_WEIGHTS with this name, or None for an empty one."""
-    if not name:
-        return None
-    model, config = load_classifier(paths.weights() / name)
-    return Judge(model, config.labels)
+    return Classifier.load(paths.weights() / name) if name else None
 
 
-def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Judge:
+def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
-    chunks = [read_images(folder, table.iloc[i : i + 64]) for i in range(0, len(table), 64)]
-    pixels = torch.cat([(_gray(chunk) * 255).round().byte() for chunk in chunks])
+    pixels = torch.cat([(chunk.mean(1, keepdim=True) * 255).round().byte() for chunk in _chunks(folder, table)])
     labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
     model = train_classifier(pixels, labels, config)
     save_classifier(model, config, output)
-    return Judge(model, config.labels)
+    return Classifier(model, config.labels)
 
 
-def judge_auc(judge: Judge | None, folder: str | Path, split: str = "test") -> dict[str, float]:
+def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test") -> dict[str, float]:
     """AUC per label of the judge on a split; {} without a judge."""
     if judge is None:
         return {}
     table = load_table(folder, split)
-    probabilities = torch.cat(
-        [predict(judge.model, _gray(read_images(folder, table.iloc[i : i + 64]))) for i in range(0, len(table), 64)]
-    )
+    probabilities = torch.cat([judge.read(chunk) for chunk in _chunks(folder, table)])
     labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
     return auc(probabilities, labels, judge.labels)
+
+
+def _chunks(folder: str | Path, table: pd.DataFrame) -> Iterator[Tensor]:
+    """The images of a table, 64 at a time."""
+    return (read_images(folder, table.iloc[first : first + 64]) for first in range(0, len(table), 64))
 
 
 @dataclass(frozen=True)
@@ -222,7 +203,7 @@ def evaluate_edits(
     cases: Mapping[Edit, pd.DataFrame],
     settings: Settings,
     *,
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
     **how: Any,
 ) -> list[Evaluation]:
     """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table), in processes.
@@ -254,7 +235,7 @@ def evaluate_results(
     cases: pd.DataFrame,
     change: Edit,
     edited: Sequence[Counterfactual],
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
     seconds: float = 0.0,
 ) -> Evaluation:
     """Measure what any method made of the images of ``cases``, one result a row and in their order."""
@@ -282,7 +263,7 @@ def evaluate_results(
     return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
 
 
-def reread(evaluation: Evaluation, judge: Judge) -> Evaluation:
+def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
     """The same results, read by another judge: a table of its numbers alone."""
     table = evaluation.table[["file_name", "patient_id"]]
     return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
@@ -305,19 +286,18 @@ def batch_difference(
 def _appearance(e: Evaluation) -> dict[str, Any]:
     """What needs neither truth nor judge."""
     open_pixels = e.mask > 0
+    # Where every pixel is open to the edit, none lies outside.
+    bounded = ~open_pixels.flatten(1).all(1)
+    outside = torch.zeros(len(bounded))
+    if bounded.any():
+        outside[bounded] = metrics.changed_fraction_outside(e.edited[bounded], e.factual[bounded], open_pixels[bounded])
     return {
         "identity_l1": metrics.l1(e.edited, e.factual).tolist(),
         "reconstruction_l1": metrics.l1(e.reconstruction, e.factual).tolist(),
         "raw_l1": metrics.l1(e.raw, e.factual).tolist(),
         "mask_share": open_pixels.float().mean((1, 2, 3)).tolist(),
-        "changed_outside_mask": [_changed_outside(e, open_pixels, n) for n in range(len(e.factual))],
+        "changed_outside_mask": outside.tolist(),
     }
-
-
-def _changed_outside(e: Evaluation, open_pixels: Tensor, n: int) -> float:
-    if bool(open_pixels[n].all()):
-        return 0.0  # everything was open to the edit, so nothing lies outside
-    return float(metrics.changed_fraction_outside(e.edited[n : n + 1], e.factual[n : n + 1], open_pixels[n : n + 1]))
 
 
 def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
@@ -337,9 +317,9 @@ def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
     return columns
 
 
-def _by_judge(e: Evaluation, judge: Judge) -> dict[str, Any]:
+def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:
     """Probabilities of the edited label before and after, CPG, and how many other labels flipped."""
-    before, after = predict(judge.model, _gray(e.factual)), predict(judge.model, _gray(e.edited))
+    before, after = judge.read(e.factual), judge.read(e.edited)
     owners = CHEST.owners
     changed = [owners.get(name, name) for name in (*e.edit.remove, *e.edit.add)]
     others = [k for k, label in enumerate(judge.labels) if label not in changed]
@@ -356,10 +336,6 @@ def _by_judge(e: Evaluation, judge: Judge) -> dict[str, Any]:
     if others:
         columns["side_effect_rate"] = metrics.side_effect_rate(before[:, others], after[:, others]).tolist()
     return columns
-
-
-def _gray(images: Tensor) -> Tensor:
-    return images.mean(1, keepdim=True)
 
 
 def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, float]:

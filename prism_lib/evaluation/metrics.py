@@ -1,13 +1,9 @@
-"""What a counterfactual is worth: identity, error against the truth, effectiveness, side effects, masks.
+"""Metrics of edits and of classifiers, and their intervals.
 
-What needs a feature space (directional similarity, FID, KID) is in `evaluation.realism`, what a classifier is worth to
-groups of patients in `evaluation.robustness`.
-
-Pure functions, tensors in, tensors out. Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W)
-booleans, a judge's probabilities (N,) or (N, L) in [0, 1]. A metric of images returns one value per image,
-(N,), so that the caller can average and `bootstrap_ci` can put an interval around any of them. Nothing is
-clipped or repaired here: a wrong shape or range, a NaN or an empty region is an error that names it,
-because a silent fix would be a wrong number.
+Pure functions of tensors. Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or
+(N, L) in [0, 1], labels (0 or 1) and groups (whole numbers) (N,). A metric of images returns one value per image,
+(N,), so that `bootstrap_ci` can put an interval around its mean. Nothing is clipped or repaired: a wrong shape or
+range, a NaN or an empty region or group is an error that names it.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 # --- identity -------------------------------------------------------------------------------------
 
@@ -64,16 +61,6 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=images.device)
 
 
-def ms_ssim(images: Tensor, others: Tensor) -> Tensor:
-    """SSIM over five scales (Wang et al. 2003), (N,), by torchmetrics; 1 if equal, at least 161 pixels a side."""
-    _check_images(images=images, others=others)
-    if min(images.shape[-2:]) < 161:
-        raise ValueError(f"five scales of an 11 x 11 window need 161 x 161 pixels, got {tuple(images.shape[-2:])}")
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # a second: only here
-
-    return multiscale_structural_similarity_index_measure(images, others, data_range=1.0, reduction="none")
-
-
 def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Tensor:
     """L1 to the original in units of the autoencoder's own error, (N,); 1 is as close as the model can decode.
 
@@ -111,34 +98,12 @@ def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, m
     )
 
 
-def minimality(edited: Tensor, truth: Tensor, original: Tensor) -> Tensor:
-    """How much an edit changes over how much had to change, (N,): L1(edited, original) / L1(truth, original).
-
-    1 is as much as the truth, more is too much; it does not ask *where* (`localisation` does).
-    """
-    return _ratio(l1(edited, original), l1(truth, original), "the true counterfactual equals the original")
-
-
-def localisation(edited: Tensor, original: Tensor, true_mask: Tensor) -> Tensor:
-    """Share of all change that lies where pixels had to change, (N,): sum_T |e - o| / sum |e - o|."""
+def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Share of the pixels outside ``mask`` that differ from the input in any channel, (N,); bit for bit."""
     _check_images(edited=edited, original=original)
-    region = _region(true_mask, edited, outside=False)
-    change = (edited - original).abs().mean(1, keepdim=True)
-    return _ratio((change * region).flatten(1).sum(1), change.flatten(1).sum(1), "the edit changed nothing")
-
-
-def changed_fraction(edited: Tensor, original: Tensor, region: Tensor) -> Tensor:
-    """Share of the region's pixels that differ at all, in any channel, (N,): equality is bit for bit."""
-    _check_images(edited=edited, original=original)
-    region = _region(region, edited, outside=False)
+    region = _region(mask, edited, outside=True)
     changed = (edited != original).any(1, keepdim=True) & region
     return changed.flatten(1).sum(1) / region.flatten(1).sum(1)
-
-
-def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Share of the pixels outside ``mask`` that differ from the input, (N,); 0 after a pixel composite."""
-    _check_mask(mask)
-    return changed_fraction(edited, original, ~mask)
 
 
 def mask_recall(mask: Tensor, true_mask: Tensor) -> Tensor:
@@ -153,28 +118,7 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
     return mask.flatten(1).sum(1) / area
 
 
-def mask_iou(mask: Tensor, true_mask: Tensor) -> Tensor:
-    """Intersection over union of the mask and the pixels that had to change, (N,): |M & T| / |M | T|."""
-    _true_area(mask, true_mask)
-    return (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(1)
-
-
 # --- by the judge ---------------------------------------------------------------------------------
-
-
-def flip_rate(before: Tensor, after: Tensor, target: int, threshold: float = 0.5) -> float:
-    """Share of edits that flip the judge to the target: P(after reads target | before does not).
-
-    ``before`` and ``after`` are probabilities (N,) of the edited label, ``target`` the value asked for, 0
-    or 1. Images that already read as the target cannot flip and do not count (cf. `effectiveness`, Monteiro
-    et al. 2023).
-    """
-    check_probabilities(1, before=before, after=after)
-    reads_target = _reads(before, threshold) == bool(_check_target(target))
-    if reads_target.all():
-        raise ValueError(f"no image can flip: the judge reads {target} on all {len(before)} before the edit")
-    flipped = _reads(after, threshold) == bool(target)
-    return float(flipped[~reads_target].double().mean())
 
 
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
@@ -184,7 +128,7 @@ def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -
     predictions for an edit in the intended direction, and counts against the method in the other, where
     |difference| would not.
     """
-    check_probabilities(1, before=before, after=after)
+    _check_probabilities(1, before=before, after=after)
     gain = after - before
     return gain if _check_target(target) == 1 else -gain
 
@@ -194,43 +138,82 @@ def side_effect_rate(before: Tensor, after: Tensor, threshold: float = 0.5) -> T
 
     Leave out labels that follow from the edited one by definition, such as "No Finding".
     """
-    check_probabilities(2, before=before, after=after)
+    _check_probabilities(2, before=before, after=after)
     return (_reads(before, threshold) != _reads(after, threshold)).float().mean(1)
 
 
-def effectiveness(after: Tensor, intended: Tensor, threshold: float = 0.5) -> Tensor:
-    """Share of counterfactuals on which the judge reads the intended value, per label (L,) (Monteiro et al. 2023).
+# --- in the space of an image-text model ---------------------------------------------------------
 
-    ``after`` and ``intended`` are (N, L), the latter 1, 0 or NaN for unknown. All labels count, not the edited one
-    alone: a label that was to stay and did not is a failure too.
+
+def directional_similarity(
+    image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
+) -> Tensor:
+    """cos(I_after - I_before, T_after - T_before), (N,) (Gal et al., StyleGAN-NADA, 2022); 0 if either stands still.
+
+    Embeddings (N, D) of one image-text model; they are normalised first, as CLIP compares directions on the sphere.
     """
-    check_probabilities(2, after=after)
-    if intended.shape != after.shape:
-        raise ValueError(f"intended labels {tuple(intended.shape)} for probabilities {tuple(after.shape)}")
-    known = (intended == 0) | (intended == 1)
-    if not bool(known.any(0).all()):
-        raise ValueError(f"no image has a known value of labels {(~known.any(0)).nonzero().flatten().tolist()}")
-    right = (_reads(after, threshold) == (intended == 1)) & known
-    return right.sum(0) / known.sum(0)
+    embeddings = (image_before, image_after, text_before, text_after)
+    if len({embedding.shape for embedding in embeddings}) != 1:
+        raise ValueError(f"embeddings differ in shape: {[tuple(embedding.shape) for embedding in embeddings]}")
+    for embedding in embeddings:
+        _check_embedding(embedding)
+    before, after, source, target = (embedding / embedding.norm(dim=-1, keepdim=True) for embedding in embeddings)
+    return cosine_similarity(after - before, target - source, dim=-1)
 
 
-def cout(images: Tensor, edited: Tensor, score: Callable[[Tensor], Tensor], steps: int = 10) -> Tensor:
-    """Counterfactual transition score in [-1, 1], (N,) (Khorram & Li, CVPR 2022): how soon the judge follows.
+# --- a classifier among groups of patients --------------------------------------------------------
 
-    Changed pixels are handed over in ``steps`` equal shares, the most changed first; ``score`` gives the target's
-    probability (N,). With AUPC the area under that curve, COUT = AUPC(target) - AUPC(other) = 2 AUPC - 1.
+
+def group_accuracy(
+    probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = (), threshold: float = 0.5
+) -> dict[int, float]:
+    """Accuracy in each group; one of the ``expected`` groups without an image is an error."""
+    _check_groups(probabilities, labels, groups)
+    if empty := sorted(set(expected) - set(groups.unique().tolist())):
+        raise ValueError(f"no image in groups {empty}")
+    right = ((probabilities >= threshold) == (labels == 1)).double()
+    return {int(group): float(right[groups == group].mean()) for group in groups.unique()}
+
+
+def worst_group_accuracy(
+    probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = (), threshold: float = 0.5
+) -> float:
+    """The lowest of the groups' accuracies (Sagawa et al., ICLR 2020)."""
+    return min(group_accuracy(probabilities, labels, groups, expected, threshold).values())
+
+
+def equalised_odds_difference(
+    probabilities: Tensor, labels: Tensor, attribute: Tensor, threshold: float = 0.5
+) -> float:
+    """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair.
+
+    ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute must occur.
     """
-    _check_images(images=images, edited=edited)
-    change = (edited - images).abs().mean(1).flatten(1)  # (N, H W)
-    rank = change.argsort(1, descending=True).argsort(1)
-    changed = (change > 0).sum(1, keepdim=True)
-    curve = []
-    for step in range(steps + 1):
-        taken = (rank < (changed * step / steps)).view(-1, 1, *images.shape[-2:])
-        curve.append(score(torch.where(taken, edited, images)))
-    scores = torch.stack(curve)  # (steps + 1, N)
-    check_probabilities(2, score=scores)
-    return 2 * torch.trapezoid(scores, dim=0) / steps - 1
+    _check_groups(probabilities, labels, attribute)
+    gaps = []
+    for value in (0, 1):
+        rates = []
+        for side in (0, 1):
+            chosen = (labels == value) & (attribute == side)
+            if not chosen.any():
+                raise ValueError(f"no image has label {value} and attribute {side}")
+            rates.append((probabilities[chosen] >= threshold).double().mean())
+        gaps.append(abs(float(rates[1] - rates[0])))
+    return max(gaps)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
+    """Expected calibration error over equal bins (Guo et al., ICML 2017), by torchmetrics; 0 is best."""
+    from torchmetrics.functional.classification import binary_calibration_error  # two seconds: only here
+
+    _check_groups(probabilities, labels)
+    return float(binary_calibration_error(probabilities.float().contiguous(), labels.long(), n_bins=bins, norm="l1"))
+
+
+def agreement(probabilities: Tensor, others: Tensor, threshold: float = 0.5) -> float:
+    """Share of readings, over images and labels (N, L), on which two judges agree; 1 is always."""
+    _check_probabilities(2, probabilities=probabilities, others=others)
+    return float(((probabilities >= threshold) == (others >= threshold)).double().mean())
 
 
 # --- uncertainty ----------------------------------------------------------------------------------
@@ -342,7 +325,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
     return numerator / denominator
 
 
-def check_probabilities(ndim: int, **probabilities: Tensor) -> None:
+def _check_probabilities(ndim: int, **probabilities: Tensor) -> None:
     """Raise ValueError, by name, for what is not probabilities (N,) or (N, L) of one shape."""
     shapes = {name: tuple(values.shape) for name, values in probabilities.items()}
     if len(set(shapes.values())) > 1:
@@ -362,3 +345,19 @@ def _check_target(target: int) -> int:
 
 def _reads(probabilities: Tensor, threshold: float) -> Tensor:
     return probabilities >= threshold
+
+
+def _check_groups(probabilities: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
+    _check_probabilities(1, probabilities=probabilities)
+    for name, values in (("labels", labels), ("groups", groups)):
+        if values is not None and values.shape != probabilities.shape:
+            raise ValueError(f"{name} of shape {tuple(values.shape)} for {len(probabilities)} probabilities")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(f"labels must be 0 or 1, got {sorted(set(torch.unique(labels).tolist()) - {0, 1})}")
+
+
+def _check_embedding(embedding: Tensor) -> None:
+    if embedding.ndim != 2 or len(embedding) == 0:
+        raise ValueError(f"embeddings must be (N, D), got shape {tuple(embedding.shape)}")
+    if bad := (~embedding.isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"embeddings of images {bad} are not finite")

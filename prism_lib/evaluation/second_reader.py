@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prism_lib.devices import default_device
-from prism_lib.evaluation.evaluate import Judge
 from prism_lib.language.labels import Vocabulary
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import locate
 
 YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO")
@@ -64,7 +64,7 @@ class QuestionReader(nn.Module):
         return logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1)
 
 
-def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Judge | None:
+def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
     """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Judge`; None for "".
 
     It is asked for each of `labels` in the vocabulary's words; "No Finding" is no finding to ask for. Safetensors only.
@@ -78,7 +78,7 @@ def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary
     model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
     model.requires_grad_(False).eval().to(default_device())
     questions = [question(label, vocabulary) for label in asked]
-    return Judge(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), asked)
+    return Classifier(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), asked)
 
 
 def question(label: str, vocabulary: Vocabulary) -> str:

@@ -2,31 +2,29 @@
 
 A `Scorer` turns counterfactuals into named numbers. Three are here: similarity in an image-text model (the filters of
 InstructPix2Pix, LANCE and PRISM), identity, and a guide classifier. `select` merges the scores, applies the criteria to
-every candidate and takes the best of *all* that pass, decided once at the end; PRISM's code resets its best within the
-sweep, so that a later, worse edit can win. That nothing passes is an outcome with reasons, not an error.
+every candidate and takes the best of all that pass. (PRISM's code resets its best within the sweep, so that a later,
+worse edit can win.) An image of which no candidate passes gets the reasons instead of a winner.
 
-The judge that measures counterfactuals must not choose them: a winner picked by its own examiner proves nothing.
-`load_guide` therefore refuses the judge, under whatever name.
+The judge measures counterfactuals and must not choose them, or its numbers would prove nothing: `load_guide` refuses it
+under every name.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_lib import paths
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
 from prism_lib.evaluation.criteria import GUIDE, IDENTITY, SIMILARITY, Criteria
-from prism_lib.evaluation.realism import directional_similarity
+from prism_lib.files import file_hash, image_hash
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import load_classifier, predict
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import ImageTextModel
 
 Scores = dict[str, float]
@@ -62,13 +60,13 @@ class SimilarityScorer:
             "image_image": (before * after).sum(1),
             "image_text_source": (before * source).sum(1),
             "image_text": (after * target).sum(1),
-            "directional": directional_similarity(before, after, source, target),
+            "directional": metrics.directional_similarity(before, after, source, target),
             "consistency": (after * target).sum(1) - (after * source).sum(1),
         }
         return _rows(columns)
 
     def _images(self, images: Sequence[Tensor]) -> Tensor:
-        keys = [hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest() for image in images]
+        keys = [image_hash(image) for image in images]
         distinct = dict(zip(keys, images, strict=True))
         place = {key: row for row, key in enumerate(distinct)}
         return self.model.embed_images(torch.stack(list(distinct.values())))[[place[key] for key in keys]]
@@ -94,20 +92,12 @@ class IdentityScorer:
 
 
 @dataclass(frozen=True)
-class Guide:
-    """A classifier that may choose, and the labels of its outputs; see `load_guide`."""
-
-    model: nn.Module
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class GuideScorer:
     """What a guide reads: `guide`, the least probability of the edit's own targets, and `guide_gain` over the input."""
 
     NAMES: ClassVar = GUIDE
 
-    guide: Guide
+    guide: Classifier
     edit: Edit
 
     def __post_init__(self) -> None:
@@ -122,21 +112,20 @@ class GuideScorer:
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 
     def _towards(self, images: Tensor) -> Tensor:
-        """Probability of what the edit wants of each label that it changes, (N, changes)."""
-        probabilities = predict(self.guide.model, images.mean(1, keepdim=True))
-        wanted = [(name, 0) for name in self.edit.remove] + [(name, 1) for name in self.edit.add]
-        columns = [probabilities[:, self.guide.labels.index(name)] for name, _ in wanted]
-        return torch.stack([p if target else 1 - p for p, (_, target) in zip(columns, wanted, strict=True)], 1)
+        """Probability of the target value of each label that the edit changes, (N, changes)."""
+        probabilities = self.guide.read(images)
+        targets = [(name, 0) for name in self.edit.remove] + [(name, 1) for name in self.edit.add]
+        columns = [probabilities[:, self.guide.labels.index(name)] for name, _ in targets]
+        return torch.stack([p if target else 1 - p for p, (_, target) in zip(columns, targets, strict=True)], 1)
 
 
-def load_guide(name: str, judge: str = "phantom-judge") -> Guide:
+def load_guide(name: str, judge: str = "phantom-judge") -> Classifier:
     """The classifier `name` below PRISM_WEIGHTS as a guide; ValueError if it is the judge or a copy of its weights."""
     folders = paths.weights() / name, paths.weights() / judge
-    digests = [_digest(folder / "model.safetensors") for folder in folders if (folder / "model.safetensors").is_file()]
-    if folders[0].resolve() == folders[1].resolve() or (len(digests) == 2 and digests[0] == digests[1]):
+    weights = [path for folder in folders if (path := folder / "model.safetensors").is_file()]
+    if folders[0].resolve() == folders[1].resolve() or (len(weights) == 2 and len({*map(file_hash, weights)}) == 1):
         raise ValueError(f"{name!r} is the judge {judge!r}: it measures counterfactuals and must not select them")
-    model, config = load_classifier(folders[0])
-    return Guide(model, config.labels)
+    return Classifier.load(folders[0])
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,3 @@ def _choose(candidates: Sequence[Counterfactual], scores: Sequence[Scores], crit
 def _rows(columns: Mapping[str, Tensor]) -> list[Scores]:
     values = {name: column.tolist() for name, column in columns.items()}
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,8 +8,6 @@ be compared with them. The judge never guides or selects an edit. Weights are sa
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.devices import autocast, check_trained_in, default_device
+from prism_lib.files import atomic
 
 OBJECTIVES = ("erm", "reweighted", "group_dro")
 
@@ -219,17 +218,22 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
 
 
-@torch.no_grad()
-def features(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
-    """What the last linear layer reads, (N, D): a feature space of the domain for `evaluation.realism`."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    seen: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
-    try:
-        predict(model, images, batch_size)
-    finally:
-        handle.remove()
-    return torch.cat(seen)
+@dataclass(frozen=True)
+class Classifier:
+    """A network and the labels of its outputs: a judge, which measures edits, or a guide, which may choose them."""
+
+    network: nn.Module
+    labels: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Classifier:
+        """What `save_classifier` wrote."""
+        network, config = load_classifier(folder)
+        return cls(network, config.labels)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Probabilities (N, L) in [0, 1] for images (N, C, H, W) in [0, 1], which are read in gray."""
+        return predict(self.network, images.mean(1, keepdim=True))
 
 
 def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
@@ -251,14 +255,11 @@ def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str
 
 def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:
     """Write ``model.safetensors`` (float16) and ``config.json`` into a folder that appears whole."""
-    partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
-    (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    with atomic(folder) as partial:
+        partial.mkdir()
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     return folder
 
 

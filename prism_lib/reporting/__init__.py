@@ -5,4 +5,14 @@ Records, images and numbers enter; plots, sheets and Markdown leave. Everything 
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=["plots"],
+    submod_attrs={
+        "pages": ["check", "update_pages"],
+        "tables": [
+            "CLASSIFIERS", "HEADLINES", "absent", "as_tables", "by_strength", "drawings", "intervals", "load_all",
+            "table", "tradeoff", "write_tables",
+        ],
+    },
+)  # fmt: skip

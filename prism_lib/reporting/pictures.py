@@ -1,4 +1,4 @@
-"""Pictures for the screen: 8-bit arrays and the PNG bytes of them, one colour convention with `plotting`.
+"""Pictures for the screen: 8-bit arrays and the PNG bytes of them, in the colours of `plots`.
 
 A view is (H, W, 3) uint8. Everything here is a pure function of images (C, H, W) in [0, 1], so that a slider can
 redraw in milliseconds without a front end of its own.

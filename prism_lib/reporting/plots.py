@@ -23,6 +23,8 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from prism_lib.files import atomic
+
 DIFFERENCE_LIMIT = 0.5
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
@@ -101,15 +103,8 @@ def counterfactual_sheet(
             if titles:
                 axes[row, 0].set_ylabel(titles[row], fontsize="small")
             if notes:
-                last.text(
-                    1.06,
-                    0.5,
-                    notes[row],
-                    transform=last.transAxes,
-                    va="center",
-                    fontsize="small",
-                    linespacing=1.5,
-                )
+                place: dict[str, Any] = {"transform": last.transAxes, "va": "center", "linespacing": 1.5}
+                last.text(1.06, 0.5, notes[row], fontsize="small", **place)
         bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
         bar.set_label("darker  ←  grey level  →  brighter", fontsize="small")
         if title:
@@ -252,6 +247,9 @@ def _name_points(
     heights = _apart(
         [float(axis.transAxes.inverted().transform(axis.transData.transform(points[n]))[1]) for n in order], line
     )
+    line_to_point = {
+        "arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)
+    }  # fmt: skip
     for name, height in zip(order, heights, strict=True):
         axis.annotate(
             name.replace("_", " "),
@@ -262,14 +260,7 @@ def _name_points(
             fontsize="x-small",
             color="black" if name in bold else "0.4",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": "0.6",
-                "linewidth": 0.5,
-                "shrinkA": 1,
-                "shrinkB": 3,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line_to_point,
         )
 
 
@@ -311,12 +302,11 @@ KINDS: dict[str, Callable[..., Figure]] = {
 }
 
 
-def draw(kind: str, values: Mapping[str, Any], xlabel: str, ylabel: str = "") -> Figure:
-    """A drawing that is given as data (`redraw.Drawing`): one of `KINDS`."""
+def draw(kind: str, values: Mapping[str, Any], title: str, xlabel: str, ylabel: str = "") -> Figure:
+    """A drawing that is given as data (`tables.Drawing`): one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of drawing {kind!r}; known: {', '.join(KINDS)}")
-    labels = {"xlabel": xlabel} if kind == "dots" else {"xlabel": xlabel, "ylabel": ylabel}
-    return KINDS[kind](values, **labels)
+    return KINDS[kind](values, title=title, xlabel=xlabel, **({"ylabel": ylabel} if ylabel else {}))
 
 
 def save_figure(
@@ -324,18 +314,13 @@ def save_figure(
 ) -> Path:
     """Write ``<figures_dir>/<name>.png`` (and .pdf) and return the PNG's path; no time or version goes in."""
     folder = Path(figures_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     metadata: dict[str, dict[str, str | None]] = {
         "png": {"Software": None},
         "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     }
     for kind in ("pdf", "png") if pdf else ("png",):
-        temporary = folder / f".{name}.{os.getpid()}.{kind}"
-        try:
-            figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata[kind], facecolor="white")
-            temporary.replace(folder / f"{name}.{kind}")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic(folder / f"{name}.{kind}") as partial:
+            figure.savefig(partial, format=kind, dpi=dpi, metadata=metadata[kind], facecolor="white")
     return folder / f"{name}.png"
 
 

@@ -1,18 +1,31 @@
-"""Tables and README sections, written from records alone: nothing here is measured and nothing is typed by hand."""
+"""Known records, and tables and drawings that are written from records alone.
+
+    figures/<dataset>/<record>.json                   what was measured
+    figures/<dataset>/tables/<record>.csv .md .tex    every record as a table
+    figures/<dataset>/plots/<name>.json .png .pdf     every drawing, with the numbers drawn
+
+`plots.draw` draws a `Drawing`.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from prism_lib import paths
-from prism_lib import records as results
 from prism_lib.files import write_text
-from prism_lib.records import load_record, markdown
+from prism_lib.records import load_record
+
+Record = Mapping[str, Any]
+Estimates = dict[str, tuple[float, float, float]]  # row -> (mean, low, high)
 
 BASE = "default settings"
 
@@ -40,38 +53,202 @@ CLASSIFIERS: dict[str, str] = {
 }
 
 
-def quality_table(record: Mapping[str, Any]) -> str:
-    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals.
+@dataclass(frozen=True)
+class Drawing:
+    """A picture as data; ``kind`` is one of `plots.KINDS`, ``values`` what it takes."""
 
-    What is the same for every edit is said once, below.
+    name: str
+    record: str
+    kind: str
+    values: Mapping[str, Any]
+    title: str
+    xlabel: str
+    ylabel: str = ""
+
+    def to_json(self, record: Record) -> str:
+        """The numbers drawn and where they are from."""
+        source = {field: record[field] for field in ("dataset", "commit", "created")}
+        return json.dumps(asdict(self) | source, indent=1) + "\n"
+
+
+Draw = Callable[[Record], list[Drawing]]
+
+
+def _quality(record: Record) -> list[Drawing]:
+    title = "Edits of test patients"
+    return [drawing for metric, label in headlines(record).items() for drawing in _dots(metric, title, label)(record)]
+
+
+def _dots(metric: str, title: str, label: str) -> Draw:
+    """Draws one metric of every row, with its interval."""
+
+    def draw(record: Record) -> list[Drawing]:
+        own = record["name"]
+        name = f"quality_{metric}" if own == "counterfactual_quality" else own
+        return [Drawing(name, own, "dots", intervals(record, metric), title, label)]
+
+    return draw
+
+
+def _pareto(record: Record) -> list[Drawing]:
+    name, points = record["name"], tradeoff(record["metrics"])
+    labels = "Error to the truth against time", "seconds per image", "error to truth"
+    return [Drawing(f"{name}_pareto", name, "pareto", points, *labels)] if points else []
+
+
+def _classifiers(record: Record) -> list[Drawing]:
+    labels = "Accuracy in the worst group by training set", "worst-group accuracy", "target and shortcut agree"
+    return [Drawing("classifiers", record["name"], "grouped", by_strength(record["metrics"]), *labels)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A known record: the notebook or benchmark that writes it, and what it holds.
+
+    ``headlines`` are metrics that the phantom's record has at some depth; a table's rows stand at depth ``rows``.
     """
-    rows = record["metrics"]
-    table = results.table(rows, drawn(record))
-    same = [name for name in table.columns if len(table) > 1 and table[name].nunique() == 1]
-    constant = "".join(f"{name.strip(' ↑↓')} {table[name].iloc[0]}, " for name in same)
-    images = sorted({int(values["images"]) for values in rows.values()})
-    source = (
-        f"{' to '.join(map(str, images))} held-out patients an edit; {record['device']}, commit {record['commit'][:10]}"
-    )
-    return (
-        f"{markdown(table.drop(columns=same), 'edit')}\n{f'In every edit: {constant[:-2]}. ' if same else ''}"
-        f"{source}, {record['seconds']:.0f} s in all.\n"
-    )
+
+    maker: str
+    headlines: tuple[str, ...] = ()
+    rows: int = 1
+    draw: Draw | None = None
 
 
-def drawn(record: Mapping[str, Any]) -> dict[str, str]:
+QUALITY = tuple(name for name in HEADLINES if name != "identity_l1")
+KINDS: dict[str, Kind] = {
+    "quickstart": Kind("00_quickstart", ("true_error_ratio",)),
+    "data": Kind("01_data"),
+    "finetuning": Kind("02_finetuning"),
+    "counterfactual_quality": Kind("03_counterfactuals", QUALITY, draw=_quality),
+    "judge": Kind("03_counterfactuals", ("auc",)),
+    "batches": Kind("03_counterfactuals", ("largest_difference",)),
+    "axioms": Kind("03_counterfactuals", ("composition",)),
+    "inversion_methods": Kind("04_ablations", rows=2, draw=_pareto),
+    "ablations": Kind("04_ablations", draw=_pareto),
+    "baselines": Kind("05_baselines", rows=2, draw=_pareto),
+    "entanglement": Kind(
+        "05_baselines", draw=_dots("carried_along", "Devices that go along with cardiomegaly", "share")
+    ),
+    "hard_cases": Kind("05_baselines", draw=_dots("true_error_ratio", "Edits by kind of image", "error to truth")),
+    "corner_text": Kind("05_baselines"),
+    "classifiers": Kind("06_classifiers", ("worst_group_gain", "gap_closed"), rows=2, draw=_classifiers),
+    "rendering": Kind("benchmarks/rendering.py"),
+    "identifiability": Kind("benchmarks/identifiability.py", ("true_error_ratio", "mask_recall")),
+    "editing_speed": Kind("benchmarks/editing.py", ("speedup_direct_sweep_batch1", "speedup_null_text")),
+    "bulk": Kind("benchmarks/bulk.py", ("speedup_two_processes",)),
+    "training_speed": Kind("benchmarks/training.py", ("speedup_cached",)),
+    "resume": Kind("benchmarks/training.py"),
+    "preparation": Kind("benchmarks/preparation.py"),
+    "explorer": Kind("benchmarks/explorer.py", ("seconds_to_first_counterfactual", "seconds_per_edit")),
+    "judges": Kind("benchmarks/judges.py", ("agreement",)),
+    "mixed_precision": Kind("benchmarks/precision.py"),
+    "side_by_side": Kind("benchmarks/classifiers.py", ("speedup",)),
+}
+
+
+# --- records as tables ------------------------------------------------------------------------------
+
+
+def load_all(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, dict[str, Any]]:
+    """All records of a data set, by name; ValueError for one that belongs to another data set."""
+    folder = paths.figures(dataset, figures_dir)
+    records = {path.stem: load_record(path.stem, dataset, folder) for path in sorted(folder.glob("*.json"))}
+    if not records:
+        raise FileNotFoundError(f"no record in {folder}: run the notebooks first")
+    for name, record in records.items():
+        if record["dataset"] != dataset or record["name"] != name:
+            raise ValueError(f"{folder / name}.json is the record {record['name']!r} of data set {record['dataset']!r}")
+    return records
+
+
+def absent(records: Mapping[str, Record]) -> dict[str, str]:
+    """Known records that are not there, and what writes them."""
+    return {name: kind.maker for name, kind in KINDS.items() if name not in records}
+
+
+def table(metrics: Mapping[str, Mapping[str, float] | pd.Series], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` with bounds where there are any, empty where missing.
+
+    Two decimals, and two digits of what is smaller. ``columns``: metric name to heading, in the order to show.
+    """
+    rows = {key: [_cell(values, metric) for metric in columns] for key, values in metrics.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
+
+
+def _cell(values: Mapping[str, float] | pd.Series, metric: str) -> str:
+    if metric not in values:
+        return ""
+    bounds = [_number(values[name]) for end in ("low", "high") if (name := f"{metric}_{end}") in values]
+    return _number(values[metric]) + (f" ({' to '.join(bounds)})" if len(bounds) == 2 else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if 0 < abs(value) < 0.095 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def markdown(text: pd.DataFrame, corner: str = "") -> str:
+    """A table of text as Markdown, with its row names and a dash in empty cells; ``corner`` heads the row names."""
+    lines = [f"| {corner} | " + " | ".join(map(str, text.columns)) + " |", "|---" * (len(text.columns) + 1) + "|"]
+    for row, cells in text.iterrows():
+        lines.append(f"| {str(row).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def frame(record: Record) -> pd.DataFrame:
+    """A record's metrics as numbers: a row per edit, method or training set, columns as they are named there.
+
+    What lies deeper than the row becomes columns joined by " / "; lists, which are curves, are left out.
+    """
+    metrics, kind = record["metrics"], KINDS.get(record["name"])
+    nested = any(isinstance(value, Mapping) for value in metrics.values())
+    depth = 0 if not nested else kind.rows if kind else 1
+    rows: dict[str, dict[str, float]] = {}
+    for path, value in _leaves(metrics):
+        place = min(depth, len(path) - 1)
+        rows.setdefault(" / ".join(path[:place]) or "all", {})[" / ".join(path[place:])] = value
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _leaves(metrics: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], float]]:
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        elif not isinstance(value, list):
+            yield (*path, key), value
+
+
+def as_tables(record: Record) -> dict[str, str]:
+    """A record as CSV (numbers), Markdown and LaTeX (values with their intervals), by file ending."""
+    numbers = frame(record)
+    bounds = {f"{name}_{end}" for name in numbers.columns for end in ("low", "high")}
+    shown = {name: HEADLINES.get(name, name.replace("_", " ")) for name in numbers.columns if name not in bounds}
+    rows = {str(row): values.dropna() for row, values in numbers.iterrows()}
+    text = table(rows, shown)
+    text.index = [row.replace("_", " ") for row in text.index]
+    if len(text) == 1:  # one row of many numbers reads better as a column
+        text = text.T
+    source = f"Record {record['name']}: commit {record['commit'][:10]}, {record['device']}, {record['seconds']:.0f} s."
+    latex = text.replace("", "--").to_latex(escape=True).replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")
+    buffer = io.StringIO()
+    numbers.to_csv(buffer, index_label="row", lineterminator="\n")
+    return {"csv": buffer.getvalue(), "md": f"{markdown(text)}\n{source}\n", "tex": f"% {source}\n{latex}"}
+
+
+# --- what tables and drawings show of a record ------------------------------------------------------
+
+
+def headlines(record: Record) -> dict[str, str]:
     """The headline metrics that a record has, with their labels."""
     return {name: label for name, label in HEADLINES.items() if intervals(record, name)}
 
 
-def intervals(record: Mapping[str, Any], metric: str) -> dict[str, tuple[float, float, float]]:
-    """Edit -> (mean, low, high) of one metric, for the edits that have it."""
-    found = {}
-    for edit, values in record["metrics"].items():
-        if metric in values:
-            mean = values[metric]
-            found[edit] = (mean, values.get(f"{metric}_low", mean), values.get(f"{metric}_high", mean))
-    return found
+def intervals(record: Record, metric: str) -> Estimates:
+    """Row -> (mean, low, high) of one metric, for the rows that have it."""
+    rows = {row: values for row, values in record["metrics"].items() if metric in values}
+    return {
+        row: (values[metric], values.get(f"{metric}_low", values[metric]), values.get(f"{metric}_high", values[metric]))
+        for row, values in rows.items()
+    }
 
 
 def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
@@ -85,114 +262,42 @@ def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float,
     return {(name if times[point] == 1 else BASE): point for name, point in points.items()}
 
 
-def by_strength(metrics: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+def by_strength(metrics: Mapping[str, Any]) -> dict[str, Estimates]:
     """Strength -> training set -> (mean, low, high) of the worst group's accuracy, of a `classifiers` record."""
-    blocks = {name: block for name, block in metrics.items() if name.startswith("strength_")}
     return {
-        name.replace("strength_", "") + " %": intervals({"metrics": block}, "worst_group_accuracy")
-        for name, block in blocks.items()
+        f"{name.removeprefix('strength_')} %": intervals({"metrics": block}, "worst_group_accuracy")
+        for name, block in metrics.items()
+        if name.startswith("strength_")
     }
 
 
-def classifiers_table(record: Mapping[str, Any]) -> str:
-    """Markdown table of a `classifiers` record at its greatest strength: a row per training set."""
-    metrics, study = record["metrics"], record["parameters"]["study"]
-    strength = max(study["strengths"])
-    rows = results.table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
-    source = (
-        f"{study['target']} where {study['shortcut']} goes with it in {strength:.0%} of {study['images']} training "
-        f"images; {study['added']} images added; {len(study['seeds'])} seeds. "
-        f"{record['device']}, commit {record['commit'][:10]}, {record['seconds']:.0f} s."
-    )
-    if "gap_closed" in metrics:
-        source += f" PRISM closes {metrics['gap_closed']:.0%} of the gap to true counterfactuals."
-    return f"{markdown(rows, 'training set')}\n{source}\n"
+def drawings(records: Mapping[str, Record]) -> list[Drawing]:
+    """Everything that can be drawn from the records that are there."""
+    return [item for name, kind in KINDS.items() if kind.draw and name in records for item in kind.draw(records[name])]
 
 
-def require_one_source(records: Sequence[Mapping[str, Any]], fields: Sequence[str] = ("dataset", "commit")) -> None:
-    """Raise ValueError, by name, if records that are to stand in one table differ in data set or commit."""
-    for field in fields:
-        if len({record[field] for record in records}) > 1:
-            found = ", ".join(f"{record['name']}: {record[field]}" for record in records)
-            raise ValueError(f"records of more than one {field} cannot be mixed into one table: {found}")
+# --- files ------------------------------------------------------------------------------------------
 
 
-def section(dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
-    """The README's results from the records that are there; each table says which commit it is from."""
-    quality = load_record("counterfactual_quality", dataset, figures_dir)
-    judge = load_record("judge", dataset, figures_dir)
-    require_one_source([quality, judge])
-    reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
-    text = quality_table(quality) + f"\nThe judge's AUC on held-out images: {reading or 'no judge'}.\n"
-    folder = paths.figures(dataset, figures_dir)
-    if (folder / "identifiability.json").is_file():
-        text += "\n" + identifiability_table(load_record("identifiability", dataset, figures_dir))
-    if (folder / "ablations.json").is_file():
-        ablations = load_record("ablations", dataset, figures_dir)
-        if points := tradeoff(ablations["metrics"]):
-            text += f"\n{_picture(dataset, 'ablations_pareto', 'error to the truth against seconds per image')}\n"
-            text += (
-                f"{len(points)} variants of inversion and editing; the line joins those that no other beats in both. "
-                f"{ablations['device']}, commit {ablations['commit'][:10]}.\n"
-            )
-    if (folder / "classifiers.json").is_file():
-        text += "\n" + classifiers_table(load_record("classifiers", dataset, figures_dir))
-        text += f"\n{_picture(dataset, 'classifiers', 'worst-group accuracy by training set')}\n"
-    return text
+def write_tables(records: Mapping[str, Record], folder: Path) -> list[Path]:
+    """Write all tables and the data of all drawings; what no record gives any more is removed."""
+    expected = expected_files(records)
+    for path in strangers(folder, expected):
+        path.unlink()
+    return [write_text(folder / path, text) for path, text in expected.items()]
 
 
-def identifiability_table(record: Mapping[str, Any]) -> str:
-    """Markdown table of an `identifiability` record: a row per edit whose outcome the image does not decide."""
-    undecided = {edit: values for edit, values in record["metrics"].items() if values["true_error_ratio"] >= 0.005}
-    decided = [edit.replace("_", " ") for edit in record["metrics"] if edit not in undecided]
-    labels = {
-        "true_error_ratio": "error of a fair draw",
-        "blend_error_ratio": "of the blend of all draws",
-        "mask_recall": "mask recall of a fair draw",
-        "latent_outside_l1_ratio": "latent L1 outside / VAE's",
-        "reversibility": "removed, and added by a fair draw: L1 / VAE's",
+def expected_files(records: Mapping[str, Record]) -> dict[Path, str]:
+    """Path below the figures folder -> text, of everything that follows from the records."""
+    texts = {
+        Path("tables", f"{name}.{end}"): text for name in records for end, text in as_tables(records[name]).items()
     }
-    images = next(iter(record["metrics"].values()))["images"]
-    return (
-        "What no editor can know: patients may share one image, bit for bit, and differ in their true counterfactuals. "
-        "An editor that reads all there is in an image draws one of them; the likeliest may miss by less.\n\n"
-        f"{markdown(results.table(undecided, labels), 'edit')}\n"
-        f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
-        f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
-    )
+    plots = {Path("plots", f"{item.name}.json"): item.to_json(records[item.record]) for item in drawings(records)}
+    return texts | plots
 
 
-def _picture(dataset: str, name: str, what: str) -> str:
-    """A plot that `07_figures` draws, as the README at the root of the checkout links it."""
-    return f"![{what}](figures/{dataset}/plots/{name}.png)"
-
-
-def update_readme(path: str | os.PathLike[str], dataset: str, figures_dir: str | os.PathLike[str] = "") -> str:
-    """The README's results from the records; returns the section.
-
-    ``path`` is below the checkout, and '' writes nothing. Neither do records of a trial: only those that are
-    committed, in ``figures/<dataset>``, reach the README.
-    """
-    text = section(dataset, figures_dir)
-    if str(path) and paths.figures(dataset, figures_dir) == paths.figures(dataset):
-        replace_between(paths.root() / path, "results", text)
-    return text
-
-
-def between(path: Path, name: str) -> str:
-    """What stands between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file."""
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-    content = path.read_text(encoding="utf-8")
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"{path} needs exactly one {begin.strip()} and one {end}")
-    return content.split(begin)[1].split(end)[0]
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in a file, atomically."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    content = path.read_text(encoding="utf-8")
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"{path} needs exactly one {begin} and one {end}")
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    write_text(path, pattern.sub(lambda _: f"{begin}\n{text}{end}", content))
+def strangers(folder: Path, expected: Iterable[Path]) -> list[Path]:
+    """Tables and drawings, with their pictures, that no record gives."""
+    known = {path.with_suffix("") for path in expected}
+    found = (path for part in ("tables", "plots") for path in sorted((folder / part).glob("[!.]*")))
+    return [path for path in found if path.relative_to(folder).with_suffix("") not in known]

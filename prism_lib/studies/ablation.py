@@ -23,8 +23,9 @@ from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.denoising import CONFINE_START
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
-from prism_lib.evaluation.evaluate import Evaluation, Judge, evaluate_edit, interval
+from prism_lib.evaluation.evaluate import Evaluation, evaluate_edit, interval
 from prism_lib.language.edits import NO_EDIT, Edit
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.schedule import Schedule
 
 # Columns of `evaluation` that a variant is summarised by, where they are known.
@@ -92,7 +93,7 @@ def measure(
     folder: str | Path,
     cases: Mapping[Edit, pd.DataFrame],
     variants: Mapping[str, Variant],
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
 ) -> dict[str, Measurement]:
     """Edit the images of `cases` (edit -> rows of a prepared table) with every variant.
 
@@ -123,7 +124,7 @@ def _evaluate(
     table: pd.DataFrame,
     edit: Edit,
     variant: Variant,
-    judge: Judge | None,
+    judge: Classifier | None,
 ) -> tuple[Evaluation, int]:
     """One edit with one variant, and the rows of its U-Net calls."""
     with counted_rows(pipe.unet) as rows:

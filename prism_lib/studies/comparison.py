@@ -21,9 +21,9 @@ from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import check_trained_in
 from prism_lib.editing.methods import METHODS, RECOMMENDED
-from prism_lib.evaluation.evaluate import Judge, choose_cases, evaluate_results
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_results
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig, named_network
+from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
 from prism_lib.studies.ablation import Measurement, counted_rows, summarise
 from prism_lib.studies.edict import Edict
@@ -106,7 +106,7 @@ def run(
     edits: Sequence[Edit],
     config: StudyConfig,
     output: Path,
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
 ) -> Study:
     """Train the GAN, tune every method on validation patients, compare all on test patients.
 
@@ -207,7 +207,7 @@ def compare(
     folder: str | Path,
     cases: Cases,
     editors: Mapping[str, Editor],
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
 ) -> dict[str, Measurement]:
     """Measure every editor on the same images; `ablation.summarise` turns the answer into a record's numbers."""
     if not editors or not cases:
@@ -219,7 +219,7 @@ def compare(
 
 
 def measure(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, editor: Editor, judge: Judge | None = None
+    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, editor: Editor, judge: Classifier | None = None
 ) -> Measurement:
     """One editor on the images of all edits, with seconds and U-Net rows per image."""
     evaluations = []

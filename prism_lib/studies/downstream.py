@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import processes_for
-from prism_lib.evaluation import metrics, robustness
+from prism_lib.evaluation import metrics
 from prism_lib.models.classifier import auc
 from prism_lib.studies import side_by_side
 from prism_lib.studies.augmentation import Source
@@ -151,16 +151,16 @@ def _measures(readings: Readings, config: StudyConfig, strength: float, name: st
     labels, group = readings.labels[:, column], readings.groups
     read = [readings.probabilities[strength, name, seed] for seed in config.seeds]
     targets = [probabilities[:, column] for probabilities in read]
-    by_group = [robustness.group_accuracy(values, labels, group, range(4)) for values in targets]
+    by_group = [metrics.group_accuracy(values, labels, group, range(4)) for values in targets]
     areas = [auc(probabilities, readings.labels, config.classifier.labels) for probabilities in read]
     worst = _interval(readings, config, strength, (name,), lambda values: values[0])
     return {
         **worst.named("worst_group_accuracy"),
         "accuracy": _mean([sum(accuracies.values()) / 4 for accuracies in by_group]),
         "equalised_odds_difference": _mean(
-            [robustness.equalised_odds_difference(values, labels, group % 2) for values in targets]
+            [metrics.equalised_odds_difference(values, labels, group % 2) for values in targets]
         ),
-        "calibration_error": _mean([robustness.calibration_error(values, labels) for values in targets]),
+        "calibration_error": _mean([metrics.calibration_error(values, labels) for values in targets]),
         "group_accuracy": {GROUPS[g]: _mean([accuracies[g] for accuracies in by_group]) for g in range(4)},
         "auc": {label: _mean([area[label] for area in areas]) for label in config.classifier.labels},
         "worst_group_accuracy_by_seed": [min(accuracies.values()) for accuracies in by_group],

@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
 from prism_lib.devices import autocast, check_trained_in, default_device
 from prism_lib.editing.counterfactuals import Counterfactual
-from prism_lib.evaluation.evaluate import Judge, train_judge
+from prism_lib.evaluation.evaluate import train_judge
 from prism_lib.files import stable_seed
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import snake_case
-from prism_lib.models.classifier import ClassifierConfig, load_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig, load_classifier
 from prism_lib.studies.editors import unmasked
 
 DIRECTIONS = ("remove", "add")
@@ -83,7 +83,7 @@ class Ganterfactual:
         return unmasked(pipe, images, pairs, translated.expand(shape), self, returned.expand(shape))
 
 
-def train_gan(folder: Folder, classifier: Judge, output: Path, config: GanConfig) -> Path:
+def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanConfig) -> Path:
     """Train on the train split of a prepared folder; returns the folder below ``output`` with the generators.
 
     A finished run of the same configuration is reused, an unfinished one goes on. ValueError for an unknown label, one
@@ -115,7 +115,7 @@ def train_gan(folder: Folder, classifier: Judge, output: Path, config: GanConfig
     return target
 
 
-def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Judge:
+def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """The classifier that pulls the GAN, trained on the first ``images`` of the train split.
 
     One at ``output`` with the same configuration is reused; ValueError for one with another.
@@ -126,7 +126,7 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
     model, found = load_classifier(output)
     if found != config:
         raise ValueError(f"{output} holds a classifier with other settings; choose another output folder")
-    return Judge(model, found.labels)
+    return Classifier(model, found.labels)
 
 
 def train_for(
@@ -161,12 +161,12 @@ def load_generators(folder: Path) -> dict[str, nn.Module]:
 class _Training:
     """Networks, optimizers and one step of training; images are (B, 1, H, W) in [-1, 1]."""
 
-    def __init__(self, config: GanConfig, classifier: Judge, size: int) -> None:
+    def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
         if size % 16:
             raise ValueError(f"the generators halve images four times; {size} pixels are not a multiple of 16")
         self.config = config
         self.column = classifier.labels.index(config.label)
-        self.classifier = classifier.model.eval().requires_grad_(False)
+        self.classifier = classifier.network.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})

@@ -20,10 +20,9 @@ from prism_lib.apps.gallery import Fault, sentence
 from prism_lib.apps.recipe import Recipe, load_image
 from prism_lib.apps.session import SWEEPS, Study
 from prism_lib.evaluation import novelty
-from prism_lib.evaluation.evaluate import Judge
 from prism_lib.files import image_hash
 from prism_lib.models import pipeline
-from prism_lib.models.classifier import ClassifierConfig, build_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.phantom import patients
 from prism_lib.reporting import pictures, plots
@@ -48,7 +47,7 @@ def study(runs):
 @pytest.fixture
 def judge():
     config = ClassifierConfig(labels=("Cardiomegaly", DEVICES), blocks=(1,), growth=4, features=4)
-    return Judge(build_classifier(config).eval(), config.labels)
+    return Classifier(build_classifier(config).eval(), config.labels)
 
 
 def patient(present):

@@ -11,7 +11,6 @@ from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import (
     Evaluation,
-    Judge,
     batch_difference,
     choose_cases,
     evaluate_edit,
@@ -21,6 +20,7 @@ from prism_lib.evaluation.evaluate import (
     summarise,
 )
 from prism_lib.language.edits import Edit
+from prism_lib.models.classifier import Classifier
 from prism_lib.phantom.patients import marker_mask, sample_patients
 from tests.tiny import tiny_pipeline
 
@@ -50,14 +50,14 @@ def evaluated(phantom_folder):
         REMOVE,
         EditConfig(),
         num_inference_steps=2,
-        judge=Judge(Oracle(), LABELS),
+        judge=Classifier(Oracle(), LABELS),
     )
 
 
 def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated):
     """Judge and truth read the same pixels, to the bit."""
     cases = {REMOVE: choose_cases(phantom_folder, REMOVE, 3), Edit(): choose_cases(phantom_folder, Edit(), 3)}
-    how = {"judge": Judge(Oracle(), LABELS), "num_inference_steps": 2}
+    how = {"judge": Classifier(Oracle(), LABELS), "num_inference_steps": 2}
     one, two = (
         evaluate_edits(tiny_pipeline(), phantom_folder, cases, EditConfig(), processes=count, **how) for count in (1, 2)
     )
@@ -125,7 +125,7 @@ def test_the_judge_counts_only_what_can_flip(evaluated):
 
 
 def test_a_detail_is_read_as_the_label_that_it_belongs_to(evaluated):
-    judge = Judge(Oracle(), LABELS)
+    judge = Classifier(Oracle(), LABELS)
     added = evaluate._by_judge(replace(evaluated, edit=Edit(add=("pacemaker",))), judge)
     assert added["cpg"] == evaluate._by_judge(replace(evaluated, edit=Edit(add=("Support Devices",))), judge)["cpg"]
     removed = evaluate._by_judge(replace(evaluated, edit=Edit(remove=("pacemaker",))), judge)

@@ -77,8 +77,8 @@ def test_the_question_is_in_the_words_of_the_captions():
 
 def test_the_answer_is_the_models_own_next_word(judge):
     images = tiny_images(3)
-    model, processor = judge.model.model, judge.model.processor
-    inputs = processor(images=second_reader.pictures(images[1:2]), text=[judge.model.prompts[0]], return_tensors="pt")
+    model, processor = judge.network.model, judge.network.processor
+    inputs = processor(images=second_reader.pictures(images[1:2]), text=[judge.network.prompts[0]], return_tensors="pt")
     output = model.generate(
         **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
@@ -87,11 +87,11 @@ def test_the_answer_is_the_models_own_next_word(judge):
         sum(float(likely[processor.tokenizer.convert_tokens_to_ids(w)]) for w in ws)
         for ws in (("Yes", "yes"), ("No", "no"))
     )
-    read = predict(judge.model, images)
+    read = predict(judge.network, images)
     assert judge.labels == LABELS and read.shape == (3, 2)
     assert float(read[1, 0]) == pytest.approx(yes / (yes + no), abs=1e-5)
     assert float((read[0] - read[1]).abs().max()) > 1e-3, "the image is looked at"
-    assert torch.allclose(predict(judge.model, images, batch_size=1), read, atol=1e-5)
+    assert torch.allclose(predict(judge.network, images, batch_size=1), read, atol=1e-5)
 
 
 def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
@@ -99,7 +99,7 @@ def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
     cases = choose_cases(phantom_folder, change, 2)
     measured = evaluate_edit(tiny_pipeline(), phantom_folder, cases, change, EditConfig(), num_inference_steps=2)
     read = reread(measured, judge)
-    before, after = predict(judge.model, measured.factual)[:, 0], predict(judge.model, measured.edited)[:, 0]
+    before, after = predict(judge.network, measured.factual)[:, 0], predict(judge.network, measured.edited)[:, 0]
     assert read.table["cpg"].tolist() == pytest.approx((before - after).tolist())
     assert "mask_share" not in read.table and "flip_denominator" in summarise(read)
     assert set(judge_auc(judge, phantom_folder)) == set(LABELS)
@@ -112,12 +112,12 @@ def test_what_cannot_be_asked_is_said(folder, judge):
     with pytest.raises(FileNotFoundError, match="is no image-text model"):
         second_reader.load_reader("/nowhere/llava", LABELS, vocabulary("phantom"))
     with pytest.raises(ValueError, match="no question"):
-        second_reader.QuestionReader(judge.model.model, judge.model.processor, [])
-    silent = LlavaProcessor(judge.model.processor.image_processor, tokenizer(), patch_size=8)
+        second_reader.QuestionReader(judge.network.model, judge.network.processor, [])
+    silent = LlavaProcessor(judge.network.processor.image_processor, tokenizer(), patch_size=8)
     with pytest.raises(ValueError, match="chat template"):
-        second_reader.QuestionReader(judge.model.model, silent, ["?"])
+        second_reader.QuestionReader(judge.network.model, silent, ["?"])
     blind = LlavaProcessor(
-        judge.model.processor.image_processor, tokenizer("<unk> <pad> <image>"), chat_template=TEMPLATE
+        judge.network.processor.image_processor, tokenizer("<unk> <pad> <image>"), chat_template=TEMPLATE
     )
     with pytest.raises(ValueError, match="the same token"):
-        second_reader.QuestionReader(judge.model.model, blind, ["?"])
+        second_reader.QuestionReader(judge.network.model, blind, ["?"])

@@ -171,8 +171,8 @@ def test_a_guide_reads_the_target_of_the_edit(guides):
     tried = candidates()
     edit = Edit(remove=("Support Devices",), add=("Cardiomegaly",))
     with torch.no_grad():
-        after = guide.model(torch.stack([c.image for c in tried])).sigmoid()
-        before = guide.model(tried[0].factual[None]).sigmoid()[0]
+        after = guide.network(torch.stack([c.image for c in tried])).sigmoid()
+        before = guide.network(tried[0].factual[None]).sigmoid()[0]
     for row, scores in enumerate(GuideScorer(guide, edit).scores(tried)):
         heart, devices = after[row, 0], 1 - after[row, 1]
         assert scores["guide"] == pytest.approx(float(min(heart, devices)), abs=1e-5)

@@ -11,10 +11,9 @@ from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig
-from prism_lib.evaluation.evaluate import Judge
 from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
-from prism_lib.models.classifier import ClassifierConfig
+from prism_lib.models.classifier import Classifier, ClassifierConfig
 from prism_lib.models.pipeline import (
     encode_prompts,
     fingerprint,
@@ -155,7 +154,7 @@ def test_a_classifier_learns_in_it():
 
 def test_a_gan_takes_the_same_step_but_for_rounding():
     labels = ClassifierConfig(blocks=(1, 1), growth=4, features=8)
-    guide = Judge(classifier.build_classifier(labels).eval(), labels.labels)
+    guide = Classifier(classifier.build_classifier(labels).eval(), labels.labels)
     images, trained, losses = tiny_images(4) * 2 - 1, {}, {}
     for name in devices.TRAINED_IN:
         config = ganterfactual.GanConfig("Support Devices", filters=4, mixed_precision=name)

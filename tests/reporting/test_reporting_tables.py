@@ -1,10 +1,11 @@
-"""Tables and README sections come from records and from nothing else."""
+"""Tables and sections of pages come from records and from nothing else."""
 
 import pytest
 
-from prism_lib import records
-from prism_lib.reporting import redraw, tables
-from prism_lib.reporting.tables import BASE, intervals, quality_table, replace_between, tradeoff, update_readme
+from prism_lib import paths, records
+from prism_lib.reporting import pages, tables
+from prism_lib.reporting.pages import long_section, quality_table, update_pages
+from prism_lib.reporting.tables import BASE, KINDS, headlines, intervals, load_all, tradeoff
 
 VALUES = {
     "true_error_ratio": 0.1234,
@@ -40,16 +41,32 @@ def test_what_every_edit_has_in_common_is_said_once():
 def test_intervals_fall_back_to_the_mean():
     assert intervals(RECORD, "true_error_ratio") == {"remove_support_devices": (0.1234, 0.1, 0.15)}
     assert intervals(RECORD, "flip_rate")["add_cardiomegaly"] == (0.5, 0.5, 0.5)
-    assert set(tables.drawn(RECORD)) == {"true_error_ratio", "flip_rate"}
+    assert set(headlines(RECORD)) == {"true_error_ratio", "flip_rate"}
 
 
-def test_text_between_markers_is_replaced_and_the_rest_kept(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- results:begin -->\nold \\1\n<!-- results:end -->\nafter\n")
-    replace_between(path, "results", "new \\g<0>\n")
-    assert path.read_text() == "before\n<!-- results:begin -->\nnew \\g<0>\n<!-- results:end -->\nafter\n"
-    with pytest.raises(ValueError, match="needs exactly one"):
-        replace_between(path, "speed", "x")
+def test_table_shows_intervals_where_there_are_any():
+    metrics = {"one": {"cpg": 0.876, "cpg_low": 0.8, "cpg_high": 0.9}, "two": {"cpg": 1, "l1": 0.5}}
+    shown = tables.table(metrics, {"cpg": "CPG", "l1": "L1"})
+    assert shown.to_dict("index") == {
+        "one": {"CPG": "0.88 (0.80 to 0.90)", "L1": ""},
+        "two": {"CPG": "1.00", "L1": "0.50"},
+    }
+
+
+def keys(metrics):
+    """Names of metrics at any depth."""
+    return {
+        key for name, value in metrics.items() for key in ({name} | (keys(value) if isinstance(value, dict) else set()))
+    }
+
+
+def test_every_committed_record_is_known_and_whole():
+    committed = load_all("phantom")
+    for name, record in committed.items():
+        assert set(KINDS[name].headlines) <= keys(record["metrics"]), name
+    for kind in KINDS.values():
+        place = paths.root() / kind.maker
+        assert place.is_file() or (paths.notebooks() / f"{kind.maker}.ipynb").is_file(), kind.maker
 
 
 ABOUT = {"dataset": "phantom", "notebook": "03", "parameters": {}, "seed": 0, "model": "m", "seconds": 1.0}
@@ -58,40 +75,41 @@ ABOUT = {"dataset": "phantom", "notebook": "03", "parameters": {}, "seed": 0, "m
 @pytest.fixture
 def folder(tmp_path):
     """The two records that the section always has."""
-    metrics = {"remove_x": dict.fromkeys(records.RECORDS["counterfactual_quality"], 0.5) | {"images": 2}}
+    metrics = {"remove_x": dict.fromkeys(KINDS["counterfactual_quality"].headlines, 0.5) | {"images": 2}}
     records.record("counterfactual_quality", metrics=metrics, figures_dir=tmp_path, **ABOUT)
     records.record("judge", metrics={"auc": {"A": 0.99}}, figures_dir=tmp_path, **ABOUT)
     return tmp_path
 
 
-def test_a_trial_never_reaches_the_readme(folder, monkeypatch):
-    monkeypatch.setattr(tables, "replace_between", lambda *_: pytest.fail("the README was written"))
-    section = update_readme("README.md", "phantom", folder)
-    assert "| remove x |" in section and "A 0.9900" in section
+def test_a_trial_never_reaches_a_page(folder, monkeypatch):
+    monkeypatch.setattr(pages, "write_text", lambda *_: pytest.fail("a page was written"))
+    sections = update_pages("phantom", folder)
+    assert "| remove x |" in sections["README.md"] and "A 0.9900" in sections["docs/results.md"]
 
 
 def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
-    assert "![" not in tables.section("phantom", folder) and "training set" not in tables.section("phantom", folder)
+    few = long_section(load_all("phantom", folder))
+    assert "![" not in few and "training set" not in few
     points = {f"steps {n}": {"seconds_per_image": n, "true_error_ratio": 0.2} for n in (3.0, 4.0)}
     records.record("ablations", metrics=points, figures_dir=folder, **ABOUT)
     sets = {"as_is": {"worst_group_accuracy": 0.25}, "prism": {"worst_group_accuracy": 0.75}}
     study = {"target": "A", "shortcut": "B", "strengths": [1.0], "images": 8, "added": 4, "seeds": [0, 1]}
     metrics = {"strength_100": sets, "worst_group_gain": 0.5, "gap_closed": 0.8}
     records.record("classifiers", metrics=metrics, figures_dir=folder, **(ABOUT | {"parameters": {"study": study}}))
-    section = tables.section("phantom", folder)
-    assert "(figures/phantom/plots/ablations_pareto.png)\n2 variants" in section
-    assert "| prism | 0.75 |" in section and "(figures/phantom/plots/classifiers.png)" in section
-    drawn = {drawing.name for drawing in redraw.drawings(redraw.load_all("phantom", folder))}
-    assert {"ablations_pareto", "classifiers"} <= drawn, "the README links what 07 draws"
+    section = long_section(load_all("phantom", folder))
+    assert "(../figures/phantom/plots/ablations_pareto.png)\n\n2 variants" in section
+    assert "| prism | 0.75 |" in section and "(../figures/phantom/plots/classifiers.png)" in section
+    drawn = {drawing.name for drawing in tables.drawings(load_all("phantom", folder))}
+    assert {"ablations_pareto", "classifiers"} <= drawn, "the page links what 07 draws"
 
 
-def test_what_no_editor_can_know_names_the_edits_that_an_image_leaves_open(folder):
+def test_edits_that_an_image_leaves_open_are_named(folder):
     names = ("true_error_ratio", "blend_error_ratio", "mask_recall")
     metrics = {"add_x": dict.fromkeys(names, 0.5), "remove_x": dict.fromkeys(names, 0.0)}
     records.record(
         "identifiability", metrics={k: v | {"images": 4} for k, v in metrics.items()}, figures_dir=folder, **ABOUT
     )
-    section = tables.section("phantom", folder)
+    section = long_section(load_all("phantom", folder))
     assert "| add x | 0.50 | 0.50 | 0.50 |" in section
     assert "0.005 of error: remove x. 4 patients an edit" in section
 

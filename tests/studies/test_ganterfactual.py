@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from prism_lib.editing.counterfactuals import stack
-from prism_lib.evaluation.evaluate import Judge
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig, build_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier
 from prism_lib.studies import ganterfactual
 from prism_lib.studies.ganterfactual import GanConfig, Ganterfactual, load_generators, train_gan
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
@@ -20,7 +19,7 @@ CHANGE = Edit(remove=("Support Devices",))
 
 @pytest.fixture(scope="module")
 def guide():
-    return Judge(build_classifier(LABELS).eval(), LABELS.labels)
+    return Classifier(build_classifier(LABELS).eval(), LABELS.labels)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_the_generator_loss_is_the_sum_of_its_terms(guide):
         float((training.generators[other](fake[name]).tanh() - images[name]).abs().mean())
         for name, other in (("remove", "add"), ("add", "remove"))
     )
-    probability = {name: guide.model((fake[name] + 1) / 2)[:, 2].sigmoid() for name in fake}
+    probability = {name: guide.network((fake[name] + 1) / 2)[:, 2].sigmoid() for name in fake}
     read = float(probability["remove"].square().mean() + (1 - probability["add"]).square().mean())
     assert totals["cycle_weight"] - totals["none"] == pytest.approx(2 * cycle, rel=1e-4)
     assert totals["classifier_weight"] - totals["none"] == pytest.approx(2 * read, rel=1e-4)

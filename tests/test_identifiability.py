@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism_lib.evaluation import identifiability
+from benchmarks import identifiability
 from prism_lib.language.labels import DEVICE_KINDS
 from prism_lib.phantom import patients
 

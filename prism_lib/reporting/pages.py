@@ -1,0 +1,156 @@
+"""The results sections of README.md and docs/results.md, written from records, and the check of everything written.
+
+A page has its section between ``<!-- results:begin -->`` and ``<!-- results:end -->``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from prism_lib import paths
+from prism_lib.files import write_text
+from prism_lib.reporting.tables import (
+    CLASSIFIERS,
+    HEADLINES,
+    Record,
+    expected_files,
+    headlines,
+    load_all,
+    markdown,
+    strangers,
+    table,
+    tradeoff,
+)
+
+SHORT = ("true_error_ratio", "flip_rate", "cpg", "side_effect_rate", "changed_outside_mask")  # those of the README
+
+
+def quality_table(record: Record, columns: Iterable[str] = HEADLINES) -> str:
+    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals.
+
+    What is the same for every edit is said once, below.
+    """
+    rows, present = record["metrics"], headlines(record)
+    text = table(rows, {name: present[name] for name in columns if name in present})
+    same = [name for name in text.columns if len(text) > 1 and text[name].nunique() == 1]
+    constant = ", ".join(f"{name.strip(' ↑↓')} {text[name].iloc[0]}" for name in same)
+    images = " to ".join(map(str, sorted({int(values["images"]) for values in rows.values()})))
+    return (
+        f"{markdown(text.drop(columns=same), 'edit')}\n{f'In every edit: {constant}. ' if same else ''}"
+        f"{images} held-out patients an edit; {_source(record)}.\n"
+    )
+
+
+def classifiers_table(record: Record) -> str:
+    """Markdown table of a `classifiers` record at its greatest strength: a row per training set."""
+    metrics, study = record["metrics"], record["parameters"]["study"]
+    strength = max(study["strengths"])
+    text = table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
+    gap = metrics.get("gap_closed")
+    closed = "" if gap is None else f" PRISM closes {gap:.0%} of the gap to true counterfactuals."
+    return (
+        f"{markdown(text, 'training set')}\n"
+        f"{study['target']} where {study['shortcut']} goes with it in {strength:.0%} of {study['images']} training "
+        f"images; {study['added']} images added; {len(study['seeds'])} seeds. {_source(record)}.{closed}\n"
+    )
+
+
+def identifiability_table(record: Record) -> str:
+    """Markdown table of an `identifiability` record: a row per edit whose outcome the image does not decide."""
+    undecided = {edit: values for edit, values in record["metrics"].items() if values["true_error_ratio"] >= 0.005}
+    decided = [edit.replace("_", " ") for edit in record["metrics"] if edit not in undecided]
+    labels = {
+        "true_error_ratio": "error of a fair draw",
+        "blend_error_ratio": "of the blend of all draws",
+        "mask_recall": "mask recall of a fair draw",
+        "latent_outside_l1_ratio": "latent L1 outside / VAE's",
+        "reversibility": "removed, and added by a fair draw: L1 / VAE's",
+    }
+    images = next(iter(record["metrics"].values()))["images"]
+    return (
+        "Patients may share one image, bit for bit, and differ in their true counterfactuals. A fair draw is the "
+        "counterfactual of one of them, which is all that an image says.\n\n"
+        f"{markdown(table(undecided, labels), 'edit')}\n"
+        f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
+        f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
+    )
+
+
+def _source(record: Record) -> str:
+    return f"{record['device']}, commit {record['commit'][:10]}, {record['seconds']:.0f} s"
+
+
+def short_section(records: Mapping[str, Record]) -> str:
+    """The results section of README.md: one table."""
+    return quality_table(records["counterfactual_quality"], SHORT)
+
+
+def long_section(records: Mapping[str, Record]) -> str:
+    """The results section of docs/results.md, from the records that are there."""
+    quality, judge = records["counterfactual_quality"], records["judge"]
+    if quality["commit"] != judge["commit"]:
+        found = f"counterfactual_quality: {quality['commit']}, judge: {judge['commit']}"
+        raise ValueError(f"records of more than one commit cannot be mixed into one table: {found}")
+    reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
+    parts = [quality_table(quality), f"The judge's AUC on held-out images: {reading or 'no judge'}.\n"]
+    if "identifiability" in records:
+        parts.append(identifiability_table(records["identifiability"]))
+    if "ablations" in records and (points := tradeoff(records["ablations"]["metrics"])):
+        parts.append(_picture(records["ablations"], "ablations_pareto", "error to the truth against seconds per image"))
+        parts.append(
+            f"{len(points)} variants of inversion and editing; the line joins those that no other beats in both. "
+            f"{_source(records['ablations'])}.\n"
+        )
+    if "classifiers" in records:
+        parts.append(classifiers_table(records["classifiers"]))
+        parts.append(_picture(records["classifiers"], "classifiers", "worst-group accuracy by training set"))
+    return "\n".join(parts)
+
+
+def _picture(record: Record, name: str, what: str) -> str:
+    """A plot that `07_figures` draws, as a page in docs/ links it."""
+    return f"![{what}](../figures/{record['dataset']}/plots/{name}.png)\n"
+
+
+PAGES: dict[str, Callable[[Mapping[str, Record]], str]] = {"README.md": short_section, "docs/results.md": long_section}
+
+
+def update_pages(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, str]:
+    """Write the results section of every page and return them; records of a trial, elsewhere, are not written."""
+    records = load_all(dataset, figures_dir)
+    sections = {page: section(records) for page, section in PAGES.items()}
+    if paths.figures(dataset, figures_dir) == paths.figures(dataset):
+        for page, text in sections.items():
+            before, _, after = _around(paths.root() / page)
+            write_text(paths.root() / page, before + text + after)
+    return sections
+
+
+def _around(path: Path) -> tuple[str, str, str]:
+    """A page before, between and after its markers ``<!-- results:begin -->`` and ``<!-- results:end -->``."""
+    content, markers = path.read_text(encoding="utf-8"), ("<!-- results:begin -->\n", "<!-- results:end -->")
+    if any(content.count(marker) != 1 for marker in markers):
+        raise ValueError(f"{path} needs exactly one {markers[0].strip()} and one {markers[1]}")
+    before, rest = content.split(markers[0])
+    section, after = rest.split(markers[1])
+    return before + markers[0], section, markers[1] + after
+
+
+def check(dataset: str, figures_dir: str | os.PathLike[str] = "", *, pages: bool = False) -> list[str]:
+    """What in a figures folder, and in the `PAGES`, does not follow from the records; empty if everything does."""
+    folder, records = paths.figures(dataset, figures_dir), load_all(dataset, figures_dir)
+    expected = expected_files(records)
+    problems = [f"{path} is of no record" for path in strangers(folder, expected)]
+    for path, text in expected.items():
+        if not (folder / path).is_file():
+            problems.append(f"{folder / path} is missing")
+        elif (folder / path).read_text(encoding="utf-8") != text:
+            problems.append(f"{folder / path} does not follow from its record")
+        if path.parent.name == "plots" and not (folder / path).with_suffix(".png").is_file():
+            problems.append(f"{(folder / path).with_suffix('.png')} is missing")
+    for page, section in PAGES.items() if pages else ():
+        if _around(paths.root() / page)[1] != section(records):
+            problems.append(f"the results section of {paths.root() / page} does not follow from the records")
+    return problems

@@ -65,7 +65,7 @@ class QuestionReader(nn.Module):
 
 
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
-    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Judge`; None for "".
+    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Classifier`; None for "".
 
     It is asked for each of `labels` in the vocabulary's words; "No Finding" is no finding to ask for. Safetensors only.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partialmethod
+from functools import cache, partialmethod
 from typing import TypeVar
 
 import torch
@@ -87,13 +87,21 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
         return
     from joblib import Parallel, delayed, parallel_config  # late: most commands start no process
 
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1, initializer=_hide_bars):
+    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1, initializer=_hide_bars()):
         yield from Parallel(return_as="generator", pre_dispatch="n_jobs + 1")(delayed(work)(job) for job in jobs)
 
 
-def _hide_bars() -> None:
-    """Progress bars of processes that work side by side would write over each other; their caller has one for all."""
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+@cache
+def _hide_bars() -> Callable[[], None]:
+    """Progress bars of processes that work side by side would write over each other; their caller has one for all.
+
+    A nested function travels by value, so a process loads this module, and torch with it, only if its work does.
+    """
+
+    def hide() -> None:
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+    return hide
 
 
 @contextmanager

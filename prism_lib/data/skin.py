@@ -25,15 +25,7 @@ _POLICY = "one diagnosis is 1 and all others are 0; {unknown}; artefacts are not
 
 # ISIC 2019's columns and HAM10000's codes by label; BKL and bkl hold solar lentigines and lichenoid keratoses too.
 ISIC2019_CODES = dict(zip(("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"), SKIN_DIAGNOSES, strict=True))
-HAM10000_CODES = {
-    "mel": "Melanoma",
-    "nv": "Melanocytic Nevus",
-    "bcc": "Basal Cell Carcinoma",
-    "akiec": "Actinic Keratosis",
-    "bkl": "Benign Keratosis",
-    "df": "Dermatofibroma",
-    "vasc": "Vascular Lesion",
-}
+HAM10000_CODES = dict(zip(("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"), SKIN_DIAGNOSES[:7], strict=True))
 ISIC2020_DIAGNOSES = {
     "melanoma": "Melanoma",
     "nevus": "Melanocytic Nevus",
@@ -88,14 +80,8 @@ ISIC2020 = Format(
 HAM10000 = Format(
     tables=("HAM10000_metadata*",),
     image="image_id",
-    columns={
-        "image_id": "source_file",
-        "lesion_id": "lesion",
-        "dx": "diagnosis",
-        "age": "age",
-        "sex": "sex",
-        "localization": "site",
-    },
+    columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
+    | {"age": "age", "sex": "sex", "localization": "site"},
     optional={},
     diagnoses=HAM10000_CODES,
 )

@@ -37,7 +37,8 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
     PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are read, padded to a square. Raises
     UploadError.
     """
-    _check_bytes(name, content)
+    _check_length(name, len(content))
+    _check_archive(name, content)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         path = Path(folder) / "upload"
@@ -68,8 +69,7 @@ def _check_length(name: str, length: int) -> None:
         raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
 
 
-def _check_bytes(name: str, content: bytes) -> None:
-    _check_length(name, len(content))
+def _check_archive(name: str, content: bytes) -> None:
     for magic, kind in _ARCHIVES.items():
         if content.startswith(magic):
             raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")

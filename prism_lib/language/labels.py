@@ -59,38 +59,15 @@ class Vocabulary:
 
 
 CHEXPERT_LABELS = (
-    NO_FINDING,
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+    NO_FINDING, "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
 # NIH ChestX-ray14's names and ours: CheXpert's where they mean the same.
-NIH_LABELS = {
-    "Atelectasis": "Atelectasis",
-    "Cardiomegaly": "Cardiomegaly",
-    "Consolidation": "Consolidation",
-    "Edema": "Edema",
-    "Effusion": "Pleural Effusion",
-    "Emphysema": "Emphysema",
-    "Fibrosis": "Fibrosis",
-    "Hernia": "Hernia",
-    "Infiltration": "Infiltration",
-    "Mass": "Mass",
-    "Nodule": "Nodule",
-    "Pleural_Thickening": "Pleural Thickening",
-    "Pneumonia": "Pneumonia",
-    "Pneumothorax": "Pneumothorax",
-}
+_NIH = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
+    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
+NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
 PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
 
 _SYNONYMS = {
@@ -132,20 +109,15 @@ _ALIASES = {
     for side in SIDES
 }
 
-# The absences CHEST states are CheXpert's five competition findings, pneumothorax and devices.
+# The absences that captions of CHEST state: CheXpert's five competition findings, pneumothorax and devices.
+_STATED = (
+    "Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Support Devices",
+)  # fmt: skip
 CHEST = Vocabulary(
     name="chest",
     subject="chest x-ray",
     phrases=_CHEST_PHRASES,
-    stated=(
-        "Cardiomegaly",
-        "Edema",
-        "Consolidation",
-        "Atelectasis",
-        "Pneumothorax",
-        "Pleural Effusion",
-        "Support Devices",
-    ),
+    stated=_STATED,
     synonyms=_SYNONYMS,
     details=_DETAILS,
     aliases=_ALIASES,
@@ -161,35 +133,25 @@ PHANTOM = Vocabulary(
 )
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
-    "Melanoma",
-    "Melanocytic Nevus",
-    "Basal Cell Carcinoma",
-    "Actinic Keratosis",
-    "Benign Keratosis",
-    "Dermatofibroma",
-    "Vascular Lesion",
-    "Squamous Cell Carcinoma",
-)
-SKIN_ARTEFACTS = {
-    "ruler": "Ruler",
-    "ink": "Ink",
-    "hair": "Hair",
-    "dark_corner": "Dark Corner",
-    "gel_border": "Gel Border",
-    "gel_bubble": "Gel Bubble",
-    "patches": "Patches",
-}
+    "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
+    "Vascular Lesion", "Squamous Cell Carcinoma",
+)  # fmt: skip
+_ARTEFACTS = (
+    "ruler",
+    "ink",
+    "hair",
+    "dark_corner",
+    "gel_border",
+    "gel_bubble",
+    "patches",
+)  # the columns of their table
+SKIN_ARTEFACTS = {code: code.replace("_", " ").title() for code in _ARTEFACTS}
 _SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
 SKIN = Vocabulary(
     name="skin",
     subject="dermoscopic image",
     phrases=_SKIN_PHRASES
-    | {
-        "Ink": "ink marks",
-        "Dark Corner": "dark corners",
-        "Gel Bubble": "gel bubbles",
-        "Patches": "colour patches",
-    },
+    | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
     synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
     title="Dermoscopic image",

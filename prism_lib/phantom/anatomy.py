@@ -44,7 +44,7 @@ LUNG_DEPTH = 1.75  # thickness of the lung where it is deepest
 
 @dataclass(frozen=True)
 class Scene:
-    """What one batch of radiographs shows; see `phantom.Patients` for shapes and ranges."""
+    """What one batch of radiographs shows; see `patients.Patients` for shapes and ranges."""
 
     attributes: dict[str, Tensor]
     noise: dict[str, Tensor]
@@ -304,9 +304,8 @@ def mediastinum_thickness(scene: Scene, frame: Frame) -> Tensor:
     return torch.maximum(torch.maximum(column, aorta), hila) * (y < 0.6)
 
 
-def airway_thickness(scene: Scene, frame: Frame) -> Tensor:
+def airway_thickness(frame: Frame) -> Tensor:
     """Air in trachea and main bronchi, (N, H, W)."""
-    del scene
     carina, count = -0.26, frame.size // 2
     like = frame.rotation
     trachea = bezier(_curve((0.0, -1.1), (0.005, -0.7), (0.0, carina), like=like), count)
@@ -361,7 +360,7 @@ def bone_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     humerus = 0.30 * head.clamp(min=0).sqrt()
     shaft = 0.22 * _hollow((a - 0.97) / 0.07) * _ramp((y + 0.55) / 0.05)
     bone = density * (spine + ribs + clavicle + scapula + torch.maximum(humerus, shaft))
-    return bone - airway_thickness(scene, frame) * (0.8 * SOFT / BONE)
+    return bone - airway_thickness(frame) * (0.8 * SOFT / BONE)
 
 
 def _rib(phase: Tensor, width: float) -> Tensor:
@@ -440,18 +439,13 @@ def effusion_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
 
 
 def device_attenuation(scene: Scene, frame: Frame) -> Tensor:
-    """Attenuation (N, H, W) of all devices in the picture; kinds in `phantom.DEVICE_KINDS`' order."""
+    """Attenuation (N, H, W) of all devices in the picture; kinds in the order of `labels.DEVICE_KINDS`."""
     total = torch.zeros_like(frame.x)
     for kind, draw in enumerate((pacemaker, venous_catheter, ecg_leads, endotracheal_tube)):
         rows = scene.device_kinds[:, kind].nonzero()[:, 0]
         if len(rows):
             part = Frame(
-                frame.x[rows],
-                frame.y[rows],
-                frame.size,
-                frame.rotation[rows],
-                frame.shift[rows],
-                frame.zoom[rows],
+                frame.x[rows], frame.y[rows], frame.size, frame.rotation[rows], frame.shift[rows], frame.zoom[rows]
             )
             total[rows] = total[rows] + draw({name: value[rows] for name, value in scene.noise.items()}, part)
     return total
@@ -472,33 +466,10 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     battery = (along.abs() < 0.08) & (across > 0.0) & (across < 0.085)
     box = 1.7 * can.clamp(min=0).pow(0.2) + 0.8 * battery * (can > 0) + 0.6 * header.clamp(min=0).pow(0.3) * (can <= 0)
     top = y0 - 0.10
-    like = u[:, 0]
-    lead = torch.cat(
-        [
-            bezier(
-                _curve(
-                    (x0, top),
-                    (x0 - side * 0.10, top - 0.16),
-                    (side * 0.22, -0.60),
-                    (-0.10 + 0.04 * side, -0.42),
-                    like=like,
-                ),
-                2 * frame.size,
-            ),
-            bezier(
-                _curve(
-                    (-0.10 + 0.04 * side, -0.42),
-                    (-0.15, -0.25),
-                    (-0.17, 0.10 + 0.05 * u[:, 4]),
-                    (-0.02, 0.30),
-                    (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6]),
-                    like=like,
-                ),
-                2 * frame.size,
-            ),
-        ],
-        dim=1,
-    )
+    like, vein, apex = u[:, 0], (-0.10 + 0.04 * side, -0.42), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6])
+    upper = _curve((x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), vein, like=like)
+    lower = _curve(vein, (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), apex, like=like)
+    lead = torch.cat([bezier(part, 2 * frame.size) for part in (upper, lower)], dim=1)
     wire = METAL * tubes(lead, 0.0085, frame)
     tip = METAL * tubes(lead[:, -frame.size // 10 :], 0.013, frame)
     return torch.maximum(box, torch.maximum(wire, tip))
@@ -577,9 +548,7 @@ def _blur_wide(image: Tensor) -> Tensor:
 
 def quantum_noise(scene: Scene, intensity: Tensor, size: int) -> Tensor:
     """Photon noise: standard deviation grows with the root of the intensity; one generator per patient."""
-    draws = []
-    for seed in scene.noise_seeds:
-        draws.append(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))
+    draws = [torch.randn(size, size, generator=torch.Generator().manual_seed(seed)) for seed in scene.noise_seeds]
     level = 0.0016 + 0.0016 * scene.noise["exposure"][:, 2, None, None]
     return level * intensity.sqrt() * torch.stack(draws)
 

@@ -198,7 +198,11 @@ def test_a_folder_of_an_older_version_is_still_recognised(images, tmp_path):
 
 
 def test_a_process_that_reads_files_loads_no_torch():
-    code = "import sys, prism_lib.data.writing; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    code = (
+        "import sys; from prism_lib.devices import side_by_side; "
+        "loads = lambda _: (__import__('prism_lib.data.writing'), 'torch' in sys.modules)[1]; "
+        "print(*side_by_side(loads, range(4), 2))"
+    )
     environment = os.environ | {"PYTHONPATH": str(paths.root())}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.split() == ["False", "False"]
+    assert found.stdout.split() == ["False"] * 4

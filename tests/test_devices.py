@@ -21,14 +21,14 @@ from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import ImageTextModel
-from prism_lib.models.pipeline import build_pipeline, encode_prompts, load_pipeline, tiny_config
+from prism_lib.models.pipeline import build_pipeline, encode_prompts, load_pipeline, sample_images, tiny_config
 from prism_lib.studies import ganterfactual
 from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.imagic import Imagic
 from prism_lib.training import autoencoder, finetuning
+from prism_lib.training.clip import train_clip
 from prism_lib.training.config import FinetuneConfig
 from prism_lib.training.finetuning import finetune
-from prism_lib.training.log import sample_images
 from tests.elsewhere import DEVICE, Remote, elsewhere
 from tests.evaluation.test_selection import clip_model
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
@@ -160,7 +160,7 @@ def test_reading_scoring_and_sampling(device, tmp_path):
     same(*(autoencoder.reconstruction_psnr(p.vae, images) for p in (tiny_pipeline(), pipe)), 1e-2)
     same(*(novelty.log_errors(p, images) for p in (tiny_pipeline(), pipe)), 1e-3)
     embeddings = encode_prompts(pipe, [REMOVE.source, ""])
-    sample = sample_images(pipe, pipe.unet, embeddings[:1], embeddings[1:], steps=2)
+    sample = sample_images(pipe, embeddings[:1], embeddings[1:], num_inference_steps=2)
     assert sample.shape == (1, 1, 32, 32)
 
 
@@ -220,7 +220,7 @@ def test_a_pipeline_is_loaded_in_the_precision_asked_for_and_known_by_it():
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
     assert bulk._model(full) != bulk._model(half), "files of both never share a name"
     states = encode_prompts(half, ["chest x-ray"] * 2)
-    sample = sample_images(half, half.unet, states[:1], states[1:], steps=2)
+    sample = sample_images(half, states[:1], states[1:], num_inference_steps=2)
     assert sample.dtype == torch.float32 and bool(sample.isfinite().all())
     with pytest.raises(ValueError, match="precision is 'half'; expected one of no, fp16, bf16"):
         load_pipeline(dtype="half")
@@ -236,7 +236,7 @@ def test_training_from_scratch(device, phantom_folder, tmp_path, monkeypatch):
     again = build_pipeline(tiny_config(), seed=0).vae
     autoencoder.train_vae(again, replace(TINY_VAE, steps=4), tmp_path / "vae")  # from the checkpoint
     assert all(torch.equal(one, other) for one, other in zip(vae.parameters(), again.parameters(), strict=True))
-    clip = autoencoder.train_clip(copy.deepcopy(tiny_pipeline()), phantom_folder, TINY_CLIP)
+    clip = train_clip(copy.deepcopy(tiny_pipeline()), phantom_folder, TINY_CLIP)
     assert clip.device.type == "cpu"
 
 

@@ -1,9 +1,39 @@
 """Networks: load, build, call.
 
-A name, a folder or a hub id enters; a `StableDiffusionPipeline`, a classifier or an image-text model leaves. Nothing
-else in the library loads weights.
+A name, a folder or a hub id enters; a `StableDiffusionPipeline`, a classifier or an image-text model leaves. No other
+room loads weights.
 """
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "classifier": [
+            "ClassifierConfig",
+            "auc",
+            "build_classifier",
+            "load_classifier",
+            "named_network",
+            "predict",
+            "save_classifier",
+            "train_classifier",
+        ],
+        "image_text": ["load_image_text_model"],
+        "pipeline": [
+            "PipelineConfig",
+            "build_pipeline",
+            "compile_blocks",
+            "decode_latents",
+            "encode_images",
+            "encode_prompts",
+            "fingerprint",
+            "image_factor",
+            "load_pipeline",
+            "predict_noise",
+            "sample_images",
+            "tiny_config",
+            "told_apart",
+        ],
+    },
+)

@@ -1,28 +1,27 @@
-"""Build or load a `StableDiffusionPipeline`; the only module that does either.
+"""Build, load and call a `StableDiffusionPipeline`.
 
-Everything is diffusers' and transformers' own: AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer and
-DDIMScheduler. A pipeline built here differs from SD v1.5 in size alone, so what runs on one runs on the other. No
+All parts are classes of diffusers and transformers. A pipeline built here differs from SD v1.5 in size alone. No
 function assumes four latent channels or a factor of eight.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import logging
 import string
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
-import diffusers
 import torch
-import transformers
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -30,30 +29,32 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
 from prism_lib.language.captions import corpus
-from prism_lib.models.published import PARTS, refuse_pickles, replace_part
-
-logger = logging.getLogger(__name__)
+from prism_lib.models.published import load_whole, locate, replace_part
 
 SHIPPED = paths.SHIPPED
 
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
 
 
+# What every inversion here needs of a scheduler.
+_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """Sizes of a complete small Stable Diffusion; the defaults are the shipped `phantom-sd`."""
 
-    image_size: int = 256
-    vae_channels: tuple[int, ...] = (16, 32, 64)
-    latent_channels: int = 4
-    unet_channels: tuple[int, ...] = (32, 64, 128, 128)
+    image_size: PositiveInt = 256
+    vae_channels: tuple[PositiveInt, ...] = (16, 32, 64)
+    latent_channels: PositiveInt = 4
+    unet_channels: tuple[PositiveInt, ...] = (32, 64, 128, 128)
     unet_attention: tuple[bool, ...] = (False, False, True, True)  # cross-attention at each resolution
-    unet_layers: int = 1
-    text_width: int = 128
-    text_layers: int = 4
-    attention_heads: int = 4
-    vocab_size: int = 1024
-    prediction_type: str = "epsilon"
+    unet_layers: PositiveInt = 1
+    text_width: PositiveInt = 128
+    text_layers: PositiveInt = 4
+    attention_heads: PositiveInt = 4
+    vocab_size: PositiveInt = 1024
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
     @property
     def vae_factor(self) -> int:
@@ -66,10 +67,8 @@ def tiny_config() -> PipelineConfig:
     return PipelineConfig(
         image_size=32,
         vae_channels=(8, 8),
-        latent_channels=4,
         unet_channels=(8, 16),
         unet_attention=(True, True),
-        unet_layers=1,
         text_width=16,
         text_layers=2,
         attention_heads=2,
@@ -80,7 +79,7 @@ def tiny_config() -> PipelineConfig:
 def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
     """A complete, untrained pipeline with weights drawn from ``seed`` and a tokenizer trained on ``captions``.
 
-    Without captions the tokenizer learns the chest vocabulary of `prompts`, which every caption is made of.
+    Without captions the tokenizer learns the chest vocabulary of `language.captions`.
     """
     tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -88,15 +87,19 @@ def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = 
         vae = _build_vae(config)
         text_encoder = CLIPTextModel(text_config(config, tokenizer))
         unet = _build_unet(config)
+    return assembled(vae, text_encoder, tokenizer, unet, ddim_scheduler(config.prediction_type))
+
+
+def assembled(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel | None,
+    tokenizer: CLIPTokenizer | None,
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+) -> StableDiffusionPipeline:
+    """A pipeline of these parts, without a safety checker; without text parts it is called with embeddings."""
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=ddim_scheduler(config.prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -109,11 +112,8 @@ def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
         prediction_type=prediction_type,
+        **_DDIM,
     )
 
 
@@ -205,34 +205,27 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
-    It runs on ``device``, by default a GPU where there is one (`devices.default_device`), with weights of ``dtype``,
-    which may have a name of `devices.PRECISIONS`; latents, softmax and decoded images stay float32.
+    Only safetensors are read; a hub id is downloaded once. A missing folder raises before anything is loaded.
 
-    ``unet`` and ``vae`` replace these parts by published weights, in any layout that `parts` knows. The scheduler's
-    betas and prediction type are the model's own; clipping, final alpha, offset and spacing are set as every inversion
-    here needs them. Only safetensors are read. A hub id is downloaded once and needs no network afterwards. A missing
-    folder raises before anything is loaded. ``channels_last`` is the layout of convolutions, by default that on CPUs
-    and in half precision, where it is faster; results change by rounding alone. ``compile`` is for long runs, see
-    `compile_blocks`. ``mixed_precision``, a name of `devices.mixed_precision`, is that of the U-Net's arithmetic alone:
-    weights, latents and whatever is optimised stay float32, as in training, and so do the autoencoder's images and the
-    walks of exact inversions (`full_precision`).
+    Args:
+        dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
+        unet, vae: published weights in place of these parts, in any layout that `published` reads.
+        channels_last: memory layout of the convolutions, by default on CPUs and in half precision, where it is faster.
+        compile: compile the U-Net's blocks, for long runs, see `compile_blocks`.
+        device: by default `devices.default_device`.
+        mixed_precision: a name of `devices.mixed_precision`, the precision of the U-Net's arithmetic in
+            `predict_noise` and `mixed_calls`; weights, latents and all that is optimised stay float32.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     device = torch.device(default_device() if device is None else device)
     arithmetic = dtype_of(devices.mixed_precision(mixed_precision, device))
     if torch.float32 not in (arithmetic, dtype):
         raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
-    pipeline = _from_pretrained(_locate(str(name_or_path)), dtype)
+    pipeline = load_whole(locate(str(name_or_path)), dtype)
     for slot, source in (("unet", unet), ("vae", vae)):
         if source:
             replace_part(pipeline, slot, source)
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **_DDIM)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False).eval()
@@ -249,8 +242,8 @@ def load_pipeline(
 
 def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int | Tensor, embeds: Tensor) -> Tensor:
     """One U-Net evaluation per row in the U-Net's arithmetic; latents and the answer keep their own precision."""
-    dtype = pipe.unet.dtype
-    with _arithmetic(pipe.unet):
+    dtype, arithmetic = pipe.unet.dtype, getattr(pipe.unet, _ARITHMETIC, None)
+    with torch.autocast(latents.device.type, arithmetic) if arithmetic else nullcontext():
         prediction = pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=embeds.to(dtype)).sample
     return prediction.to(latents)
 
@@ -258,7 +251,10 @@ def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int 
 @contextmanager
 def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
     """Inside, diffusers' own pipelines call the U-Net in its arithmetic; the rest of them stays float32."""
-    mixed = convert_outputs_to_fp32(_arithmetic(unet)(unet.forward))  # as accelerate does in training
+    if (dtype := getattr(unet, _ARITHMETIC, None)) is None:
+        yield
+        return
+    mixed = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(unet.forward))  # as accelerate does
     unet.forward = mixed
     try:
         yield
@@ -280,21 +276,6 @@ def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[
         setattr(unet, _ARITHMETIC, mixed)
 
 
-def _arithmetic(unet: UNet2DConditionModel) -> torch.autocast:
-    dtype = getattr(unet, _ARITHMETIC, None)
-    return torch.autocast(unet.device.type, dtype, enabled=dtype is not None)
-
-
-def weights_hash(name_or_path: str | Path) -> str:
-    """SHA-256 over the weight files of a pipeline that `load_pipeline` finds on this disk; "" for a hub id."""
-    place = Path(_locate(str(name_or_path)))
-    digest = hashlib.sha256()
-    for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else []:
-        with path.open("rb") as stream:
-            digest.update(path.relative_to(place).as_posix().encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest() if place.is_dir() else ""
-
-
 def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
     """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
 
@@ -307,49 +288,6 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
     for block in blocks:
         block.compile(backend=backend, dynamic=True)
     return pipeline
-
-
-def _from_pretrained(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """A folder or hub id as it is; what the cache holds is not looked up again."""
-    for library in (diffusers, transformers):  # a bar of five files is no progress; downloads keep theirs
-        library.utils.logging.disable_progress_bar()
-    wanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    try:
-        return StableDiffusionPipeline.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, local_files_only=True, **wanted
-        )
-    except OSError as absent:
-        if Path(name).is_dir():
-            raise
-        logger.info("%s is not cached whole (%s): downloading", name, absent)
-    try:
-        return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **wanted)
-    except OSError as error:
-        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
-
-
-def _locate(name: str) -> str:
-    """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
-    if name == SHIPPED:
-        folder = paths.weights() / SHIPPED
-    else:
-        folder = next((path for path in (Path(name).expanduser(), paths.runs() / name) if path.exists()), Path(name))
-    if (folder / "model_index.json").is_file():
-        return str(folder)
-    if name == SHIPPED:
-        raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
-    refuse_pickles(folder)
-    alone = [slot for slot in PARTS if (folder / slot).is_dir()]
-    if alone:
-        raise FileNotFoundError(
-            f"{folder} is no whole pipeline (no model_index.json) but has {' and '.join(alone)}: load the pipeline it "
-            f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
-        )
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
-        )
-    return name
 
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
@@ -390,6 +328,34 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, channels: int = 1) -> Te
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     images = vae.decode(unscaled.to(parameter.device, parameter.dtype)).sample.float().div(2).add(0.5).clamp(0, 1)
     return images.mean(dim=1, keepdim=True) if channels == 1 else images
+
+
+@torch.no_grad()
+def sample_images(
+    pipe: StableDiffusionPipeline,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor,
+    *,
+    channels: int = 1,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
+) -> Tensor:
+    """Text-to-image samples (N, channels, H, W) in [0, 1]; row k starts from the noise of ``seed + k``."""
+    unet = pipe.unet
+    own = assembled(pipe.vae, None, None, unet, copy.deepcopy(pipe.scheduler))  # sampling sets a scheduler's steps
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompt_embeds))]
+    with mixed_calls(unet):
+        latents = own(
+            prompt_embeds=prompt_embeds.to(unet.dtype),
+            negative_prompt_embeds=negative_prompt_embeds.to(unet.dtype),
+            latents=torch.stack(noise).to(prompt_embeds.device, unet.dtype),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+    return decode_latents(pipe.vae, latents.float(), channels)
 
 
 def check_images(images: Tensor, factor: int = 1) -> None:

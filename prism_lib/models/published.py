@@ -1,4 +1,4 @@
-"""A U-Net or an autoencoder published apart from its pipeline, in the layouts that are found, loaded strictly.
+"""Weights that others published: a whole pipeline, or a U-Net or an autoencoder in one of these layouts.
 
 - a component folder: ``config.json`` beside ``diffusion_pytorch_model.safetensors``;
 - a folder with such components as ``unet/`` or ``vae/``, a whole pipeline or not (RoentGen, RadEdit);
@@ -8,15 +8,91 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_bars
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_bars
+
+from prism_lib import paths
+from prism_lib.files import file_hash
+
+logger = logging.getLogger(__name__)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_UNREACHABLE = "{name} is no folder here, is not cached, and cannot be downloaded: {error}"
+
+
+def locate(name: str) -> str:
+    """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
+    if name == paths.SHIPPED:
+        folder = paths.weights() / name
+    else:
+        folder = next((path for path in (Path(name).expanduser(), paths.runs() / name) if path.exists()), Path(name))
+    if (folder / "model_index.json").is_file():
+        return str(folder)
+    if name == paths.SHIPPED:
+        raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+    refuse_pickles(folder)
+    alone = [slot for slot in PARTS if (folder / slot).is_dir()]
+    if alone:
+        raise FileNotFoundError(
+            f"{folder} is no whole pipeline (no model_index.json) but has {' and '.join(alone)}: load the pipeline it "
+            f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
+        )
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
+        )
+    return name
+
+
+def load_whole(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The pipeline of a folder or hub id as it is; only a download shows progress bars."""
+    wanted = {"dtype": dtype, "use_safetensors": True}
+    wanted |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        with without_bars():
+            return StableDiffusionPipeline.from_pretrained(name, local_files_only=True, **wanted)
+    except OSError as absent:
+        if Path(name).is_dir():
+            raise
+        logger.info("%s is not cached whole (%s): downloading", name, absent)
+    try:
+        return StableDiffusionPipeline.from_pretrained(name, **wanted)
+    except OSError as error:
+        raise FileNotFoundError(_UNREACHABLE.format(name=name, error=error)) from None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, diffusers and transformers show no progress bars; afterwards they are as before."""
+    shown = [bars for bars in (diffusers_bars, transformers_bars) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bar()
+
+
+def weights_hash(name_or_path: str | Path) -> str:
+    """SHA-256 over the weight files of a pipeline that `locate` finds on this disk; "" for a hub id."""
+    place = Path(locate(str(name_or_path)))
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else []:
+        digest.update(path.relative_to(place).as_posix().encode() + bytes.fromhex(file_hash(path)))
+    return digest.hexdigest() if place.is_dir() else ""
 
 
 def replace_part(pipeline: StableDiffusionPipeline, slot: str, source: str | Path) -> None:
@@ -82,7 +158,7 @@ def hub_folder(name: str, patterns: list[str]) -> str:
     try:
         return str(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:
-        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
+        raise FileNotFoundError(_UNREACHABLE.format(name=name, error=error)) from None
 
 
 def _only_file(folder: Path) -> Path:

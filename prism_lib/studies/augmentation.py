@@ -28,8 +28,7 @@ from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import Settings
 from prism_lib.evaluation.evaluate import edit_images
 from prism_lib.language.edits import Edit
-from prism_lib.models.pipeline import encode_prompts
-from prism_lib.training.log import sample_images
+from prism_lib.models.pipeline import encode_prompts, sample_images
 
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1].
 Source = Callable[[pd.DataFrame, Edit], Tensor]
@@ -70,7 +69,12 @@ def synthetic(
         seeds = [_seed(seed, name, change) for name in rows["file_name"]]
         samples = [
             sample_images(
-                pipe, pipe.unet, embeds[n : n + 1], embeds[-1:], num_inference_steps, guidance_scale, seeds[n]
+                pipe,
+                embeds[n : n + 1],
+                embeds[-1:],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=seeds[n],
             )
             for n in range(len(targets))
         ]

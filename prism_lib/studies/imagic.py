@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import encode_images, encode_prompts, mixed_calls, predict_noise
+from prism_lib.models.pipeline import encode_images, encode_prompts, predict_noise, sample_images
 from prism_lib.studies.editors import seed_of, unmasked
-from prism_lib.training.finetuning import LORA_LAYERS
-from prism_lib.training.log import sample_images
+from prism_lib.training.loop import LORA_LAYERS
 
 _ADAPTER = "imagic"
 
@@ -59,20 +58,24 @@ class Imagic:
         finally:
             for name, value in pipe.unet.named_parameters():
                 value.requires_grad_(needed_grad[name])
-        if images.shape[1] == 3:
-            edited = edited.expand(-1, 3, -1, -1)
         return unmasked(pipe, images, pairs, edited, self)
 
     def _edit(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Tensor:
-        """One image (1, 1, H, W)."""
+        """One image (1, C, H, W)."""
         seed = seed_of(image, self.seed)
         target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
         optimised, adapters = self._tune(pipe, image, target, seed)
-        with self._adapted(pipe, seed), torch.no_grad(), mixed_calls(pipe.unet):
+        with self._adapted(pipe, seed), torch.no_grad():
             set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
             mixed = self.eta * target + (1 - self.eta) * optimised
             return sample_images(
-                pipe, pipe.unet, mixed, empty, self.num_inference_steps, self.guidance_scale, seed % 2**32
+                pipe,
+                mixed,
+                empty,
+                channels=len(image),
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                seed=seed % 2**32,
             ).cpu()
 
     def _tune(

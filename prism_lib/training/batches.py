@@ -1,4 +1,4 @@
-"""What a training step sees and what it minimises.
+"""The batches of training and its loss.
 
 Everything random in a step (which images, which captions, noise, timesteps, dropout) is a function of (seed, step), so
 a resumed run equals an uninterrupted one bit for bit, and the position inside an epoch needs no saving.
@@ -7,8 +7,7 @@ a resumed run equals an uninterrupted one bit for bit, and the position inside a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
+from joblib import Parallel, delayed
 from torch import Tensor
 
 from prism_lib.files import stable_seed
@@ -96,7 +96,7 @@ class Draw:
     embeddings: Tensor  # (B, tokens, width), float32
 
     def to(self, device: torch.device) -> Draw:
-        """The same on a device; the rows stay, they are for people."""
+        """The same on a device, but for the rows, which are for messages."""
         return self._with(lambda part: part.to(device, non_blocking=True))
 
     def pinned(self) -> Draw:
@@ -137,31 +137,16 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
 
 
-class Ahead:
-    """Batches drawn by threads before they are asked for, so that a GPU does not wait for noise and for reading.
+def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: int) -> Generator[Draw]:
+    """``draw(number)`` of each number in order; so many threads draw ahead, so that a GPU does not wait for noise.
 
-    A batch is a function of its number, so it is the same whoever draws it, and when.
+    A batch is a function of its number: it does not depend on the threads. With 0 threads it is drawn when needed.
     """
-
-    def __init__(self, draw: Callable[[int], Draw], stop: int, workers: int) -> None:
-        """Numbers below ``stop`` will be asked for, in order; with no worker each is drawn when it is asked for."""
-        self._draw, self._stop, self._workers = draw, stop, workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="draw") if workers else None
-        self._drawn: dict[int, Future[Draw]] = {}
-
-    def __call__(self, number: int) -> Draw:
-        """The batch of a number; what raised while it was drawn is raised here."""
-        if self._pool is None:
-            return self._draw(number)
-        for later in range(number, min(number + 2 * self._workers, self._stop)):
-            if later not in self._drawn:
-                self._drawn[later] = self._pool.submit(self._draw, later)
-        return self._drawn.pop(number).result()
-
-    def close(self) -> None:
-        """End the threads; what nobody asked for is dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    if threads:
+        parallel = Parallel(threads, backend="threading", return_as="generator", pre_dispatch="2 * n_jobs")
+        yield from parallel(delayed(draw)(number) for number in numbers)
+    else:
+        yield from map(draw, numbers)
 
 
 def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) -> list[Draw]:

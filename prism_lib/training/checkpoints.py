@@ -6,9 +6,7 @@ moving averages, optimizer moments and the step number continue a run bit for bi
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from prism_lib.files import atomic, file_hash
 
 State = Mapping[str, Tensor]
 
@@ -40,18 +40,13 @@ def save_checkpoint(
     Raises OSError when the disk is full; the checkpoints before stay as they are.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    for left in folder.glob(".partial-*-step-*"):
+        shutil.rmtree(left)  # by a run that was killed
+    with atomic(final) as partial:
         for name, tensors in {**states, "optimizer": _optimizer_tensors(optimizer)}.items():
             write_tensors(partial / f"{name}.safetensors", tensors)
-        hashes = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+        hashes = {path.name: file_hash(path) for path in sorted(partial.glob("*.safetensors"))}
         (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes, **info}, indent=1))
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.replace(final)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -74,7 +69,7 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.
         path = newest / name
         if not path.is_file():
             raise ValueError(f"checkpoint {newest} lacks {name}; delete the folder to use the one before")
-        if _sha256(path) != expected:
+        if file_hash(path) != expected:
             raise ValueError(f"checkpoint file {path} was altered or is damaged; delete {newest} to use the one before")
     for name, tensors in states.items():
         read_tensors(newest / f"{name}.safetensors", tensors)
@@ -84,13 +79,10 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.
 
 def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all; OSError says where it failed and what space is left."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
-        partial.replace(path)
+        with atomic(path) as partial:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         free = shutil.disk_usage(_existing(path)).free
         raise OSError(f"cannot write {path} ({free / 2**30:.1f} GiB are free there): {error}") from error
 
@@ -146,8 +138,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,26 +1,20 @@
 """Fine-tune the U-Net of a Stable Diffusion pipeline on a prepared folder, with accelerate.
 
-As in the paper the autoencoder and the text encoder stay frozen, so what they compute is cached once (`cache`).
-Everything random in a step is a function of (seed, step) (`objective`), so a resumed run equals an uninterrupted one
-bit for bit, and every sample is seen exactly once per epoch over any number of processes. `loop` holds the steps.
+As in the paper the autoencoder and the text encoder stay frozen, so their outputs are cached once (`training.cache`).
+Everything random in a step is a function of (seed, step) (`training.batches`), so a resumed run equals an uninterrupted
+one bit for bit, and every sample is seen once per epoch over any number of processes.
 
-On a cluster: ``accelerate launch -m prism_lib.training.finetuning CONFIG.json``.
+From a terminal: ``python -m prism_lib.training.finetuning CONFIG.json``, on a cluster ``accelerate launch -m`` instead.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from accelerate import Accelerator, notebook_launcher
@@ -28,25 +22,13 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import InitProcessGroupKwargs, is_cuda_available, parse_flag_from_env, patch_environment
 from diffusers import StableDiffusionPipeline
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig
-from torch import Tensor, nn
 
 from prism_lib.data.folder import load_info, load_table
-from prism_lib.devices import PRECISIONS
-from prism_lib.files import exclusive, stable_seed
+from prism_lib.files import exclusive
 from prism_lib.models.pipeline import load_pipeline
-from prism_lib.training.batches import Ahead, Draw, DrawConfig, Order, balancing_weights, draw_batch
-from prism_lib.training.cache import Share, build_cache, require_captions_fit
-from prism_lib.training.checkpoints import load_checkpoint, require_space
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
-from prism_lib.training.log import JsonlTracker
-from prism_lib.training.loop import Run
+from prism_lib.training.loop import Run, bitsandbytes
 
-__all__ = ["FinetuneConfig", "check", "finetune", "launch", "load_config", "main", "save_config"]
-
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention projections, as in diffusers' own script
 # What `accelerate launch` sets where it was told to split the weights over processes.
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -63,8 +45,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     into the pipeline's U-Net, and kept beside it in ``output/lora``.
 
     Raises ValueError when the folder's run began from other weights or data, RuntimeError when another process works in
-    it, FloatingPointError with the batch's file names when
-    the loss stops being finite, MemoryError with the settings that help, and OSError when the disk is full.
+    it, FloatingPointError with the batch's file names when the loss stops being finite, MemoryError with the settings
+    that help, and OSError when the disk is full.
     """
     output = Path(config.output)
     final = output / "pipeline"
@@ -78,11 +60,11 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         if final.is_dir():
             return final
         check(config)
-        # `_prepare` brings each part to the device of its process, when its turn has come.
+        # `Run.prepare` moves each part to the device of its process.
         pipeline = pipeline or load_pipeline(
             config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
         )
-        run = _prepare(config, accelerator, pipeline)
+        run = Run.prepare(config, accelerator, pipeline)
         try:
             for step in run.steps():
                 if run.after_step(step + 1, run.train_step(step)):
@@ -97,10 +79,10 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
 
 def check(config: FinetuneConfig) -> None:
-    """Raise at once, by name, what would stop a run only after long work.
+    """Raise at once, by name, the faults that would stop a run only after long work.
 
-    That is: weights that `accelerate` splits (ValueError), a data set without one of its splits or without the label to
-    balance (ValueError), a tracker or an optimizer that is not installed (ImportError).
+    These are: weights that `accelerate` splits, a data set without one of its splits or without the label to balance
+    (ValueError), a tracker or an optimizer that is not installed (ImportError).
     """
     _refuse_sharding()
     absent = sorted(set(config.trackers) - {str(name) for name in filter_trackers(config.trackers, config.output)})
@@ -113,7 +95,7 @@ def check(config: FinetuneConfig) -> None:
     if config.balance and config.balance not in labels:
         raise ValueError(f"balance={config.balance!r} is no label of {config.dataset}; labels: {', '.join(labels)}")
     if config.optimizer == "adamw8bit":
-        _bitsandbytes()
+        bitsandbytes()
 
 
 def launch(config: FinetuneConfig, processes: int = 1) -> Path:
@@ -161,133 +143,11 @@ def _refuse_sharding() -> None:
             )
 
 
-def _prepare(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Run:
-    """Cache, models and optimizer, as the newest checkpoint left them."""
-    output = Path(config.output)
-    text: dict[str, Any] = {
-        "seed": config.seed,
-        "captions_per_image": config.captions_per_image,
-        "explicit_share": config.explicit_share,
-    }
-    for split in ("train", "val"):
-        require_captions_fit(pipeline.tokenizer, config.dataset, split, **text)
-    for part in (pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval().to(accelerator.device)
-    weights = _label_weights(config)
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    train, validation = (
-        build_cache(
-            pipeline,
-            config.dataset,
-            split,
-            Path(config.cache or output / "cache"),
-            **text,
-            dtype=PRECISIONS[config.mixed_precision],
-            share=share,
-        )
-        for split in ("train", "val")
-    )
-    pipeline.text_encoder.to("cpu")  # its work is done
-
-    unet = pipeline.unet.float().train().requires_grad_(config.lora_rank == 0).to(accelerator.device)
-    on_gpu = accelerator.device.type == "cuda"
-    if on_gpu and config.compile:  # without compiled code a small U-Net was a fifth slower so
-        unet.to(memory_format=torch.channels_last)
-    if config.lora_rank:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_seed(config.seed, "lora"))
-            rank = config.lora_rank
-            adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
-            unet.add_adapter(adapters)
-    averaged = copy.deepcopy(unet).eval()
-    trained, shadow = (_trainable(model) for model in (unet, averaged))
-    averaged.requires_grad_(False)
-    optimizer = _optimizer(config, list(trained.values()))
-    schedule = get_scheduler(
-        config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
-    )
-    if accelerator.is_main_process:
-        size = sum(value.nbytes for value in trained.values())
-        require_space(output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
-    state = load_checkpoint(output, {"unet": trained, "ema": shadow}, optimizer)
-    if state.get("processes", accelerator.num_processes) != accelerator.num_processes:
-        raise ValueError(
-            f"{output} was trained by {state['processes']} processes and cannot be continued by "
-            f"{accelerator.num_processes}: samples would be skipped or repeated within the epoch"
-        )
-    if accelerator.scaler is not None and state.get("scaler"):
-        accelerator.scaler.load_state_dict(state["scaler"])
-    start = int(state.get("step", 0))
-    ema = EMAModel(shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.shadow_params = list(shadow.values())  # the averaged U-Net's own: no second copy in memory
-    ema.optimization_step = start
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.compile:
-        unet.compile()
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    _start_trackers(config, accelerator, start)
-    draws = DrawConfig(
-        config.batch_size,
-        config.caption_dropout,
-        int(pipeline.scheduler.config.num_train_timesteps),
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.noisy_share,
-    )
-    order = Order(len(train), config.seed, weights)
-
-    def draw(micro: int) -> Draw:
-        batch = draw_batch(train, order, draws, micro)
-        return batch.pinned() if on_gpu else batch
-
-    batches = Ahead(draw, config.steps * config.gradient_accumulation, config.draw_workers if on_gpu else 0)
-    return Run(
-        config, accelerator, pipeline, unet, averaged, trained, shadow, ema, optimizer, schedule, train, validation,
-        draws, batches, start, state.get("best", math.inf), state.get("stale", 0),
-    )  # fmt: skip
-
-
-def _label_weights(config: FinetuneConfig) -> Tensor | None:
-    """How often each training image is drawn, where a label is to be balanced."""
-    if not config.balance:
-        return None
-    column = load_table(config.dataset, "train")[config.balance]
-    return balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    eight_bit: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    return eight_bit
-
-
-def _bitsandbytes() -> ModuleType:
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
-
-
-def _start_trackers(config: FinetuneConfig, accelerator: Accelerator, start: int) -> None:
-    """log.jsonl, beside those of accelerate's trackers that were asked for."""
-    if accelerator.is_main_process:
-        accelerator.log_with.append(JsonlTracker(Path(config.output) / "log.jsonl", start))
-    accelerator.init_trackers("prism", config={key: str(value) for key, value in asdict(config).items()})
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``accelerate launch -m prism_lib.training.finetuning CONFIG.json``."""
+    """``python -m prism_lib.training.finetuning CONFIG.json``."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if len(argv) != 1:
-        sys.stderr.write("usage: accelerate launch -m prism_lib.training.finetuning CONFIG.json\n")
+        sys.stderr.write("usage: python -m prism_lib.training.finetuning CONFIG.json\n")
         return 2
     logging.basicConfig(level=logging.INFO)
     finetune(load_config(argv[0]))

@@ -1,22 +1,19 @@
-"""How a fine-tuning run is watched: its log, its curves, and text-to-image samples."""
+"""The log of a fine-tuning run, its curves, and text-to-image samples of its result."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from accelerate.tracking import GeneralTracker
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from prism_lib.data.folder import load_table
-from prism_lib.models.pipeline import decode_latents, encode_prompts, load_pipeline
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.files import write_text
+from prism_lib.models.pipeline import encode_prompts, load_pipeline, sample_images
 
 
 class JsonlTracker(GeneralTracker):
@@ -31,9 +28,7 @@ class JsonlTracker(GeneralTracker):
         self.path = path
         if path.is_file():
             kept = [json.dumps(row) for row in _rows(path) if row["step"] <= step]
-            partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     @property
     def tracker(self) -> Path:
@@ -84,37 +79,14 @@ def summary(log: pd.DataFrame) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def sample_images(
-    pipeline: StableDiffusionPipeline,
-    unet: UNet2DConditionModel,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor,
-    steps: int = 25,
-    guidance_scale: float = 3.0,
-    seed: int = 0,
-) -> Tensor:
-    """Text-to-image samples (N, 1, H, W) in [0, 1], one generator per image."""
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(steps, device=prompt_embeds.device)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompt_embeds))]
-    latents = torch.stack(noise).to(prompt_embeds.device)
-    embeddings = torch.cat([negative_prompt_embeds, prompt_embeds]).to(unet.dtype)
-    for t in scheduler.timesteps:
-        doubled = torch.cat([latents, latents]).to(unet.dtype)
-        low, high = unet(doubled, t, encoder_hidden_states=embeddings).sample.to(latents).chunk(2)
-        latents = scheduler.step(low + guidance_scale * (high - low), t, latents).prev_sample
-    return decode_latents(pipeline.vae, latents)
-
-
-@torch.no_grad()
 def text_samples(
     pipeline_folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0
 ) -> tuple[Tensor, list[str]]:
-    """Text-to-image samples (count, 1, H, W) for the first distinct captions of the validation split."""
+    """Text-to-image samples (N, C, H, W) for the first ``count`` distinct captions of validation, gray or colour."""
     pipeline = load_pipeline(pipeline_folder)
-    texts = load_table(dataset, "val")["text"].drop_duplicates().head(count).tolist()
+    table = load_table(dataset, "val")
+    texts = table["text"].drop_duplicates().head(count).tolist()
     embeddings = encode_prompts(pipeline, [*texts, ""])
     empty = embeddings[-1:].expand(len(texts), -1, -1)
-    return sample_images(pipeline, pipeline.unet, embeddings[:-1], empty, seed=seed).cpu(), texts
+    channels = read_images(dataset, table.head(1)).shape[1]
+    return sample_images(pipeline, embeddings[:-1], empty, channels=channels, seed=seed).cpu(), texts

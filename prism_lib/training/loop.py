@@ -1,14 +1,17 @@
-"""One step of fine-tuning after the other: loss, validation, samples, checkpoints and the final pipeline."""
+"""The loop of fine-tuning: preparation, steps, validation, samples, checkpoints and the final pipeline."""
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
-import os
+import math
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,19 +19,36 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.files import stable_seed
-from prism_lib.training.batches import Ahead, Draw, DrawConfig, by_timestep, diffusion_loss, validation_draws
-from prism_lib.training.cache import Cache
-from prism_lib.training.checkpoints import read_tensors, save_checkpoint, write_tensors
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.devices import PRECISIONS
+from prism_lib.files import atomic, stable_seed
+from prism_lib.models.pipeline import assembled, sample_images
+from prism_lib.training.batches import (
+    Draw,
+    DrawConfig,
+    Order,
+    balancing_weights,
+    by_timestep,
+    diffusion_loss,
+    draw_batch,
+    drawn_ahead,
+    validation_draws,
+)
+from prism_lib.training.cache import Cache, Share, build_cache, require_captions_fit
+from prism_lib.training.checkpoints import load_checkpoint, read_tensors, require_space, save_checkpoint, write_tensors
 from prism_lib.training.config import FinetuneConfig
-from prism_lib.training.log import sample_images
+from prism_lib.training.log import JsonlTracker
+
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention projections, as in diffusers' own script
 
 
 @dataclass
@@ -45,15 +65,82 @@ class Run:
     ema: EMAModel
     optimizer: Any
     schedule: Any
-    train: Cache
     validation: Cache
+    names: tuple[str, ...]  # file names of the training images
     draws: DrawConfig
-    batches: Ahead
+    batches: Generator[Draw]
     start: int
     best: float  # lowest validation loss
     stale: int  # validations since
     timed: int = 0  # steps since the last row of the log
     seconds: float = 0.0  # that they took, without validation, samples and checkpoints
+
+    @classmethod
+    def prepare(cls, config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Run:
+        """Cache, models and optimizer, as the newest checkpoint left them."""
+        train, validation = _caches(config, accelerator, pipeline)
+        unet = _trainable(config, accelerator, pipeline)
+        averaged = copy.deepcopy(unet).eval()
+        trained, shadow = (
+            {name: value for name, value in model.named_parameters() if value.requires_grad}
+            for model in (unet, averaged)
+        )
+        averaged.requires_grad_(False)
+        optimizer = _optimizer(config, list(trained.values()))
+        schedule = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+        )
+        output = Path(config.output)
+        if accelerator.is_main_process:
+            size = sum(value.nbytes for value in trained.values())
+            require_space(output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
+        state = load_checkpoint(output, {"unet": trained, "ema": shadow}, optimizer)
+        if state.get("processes", accelerator.num_processes) != accelerator.num_processes:
+            raise ValueError(
+                f"{output} was trained by {state['processes']} processes and cannot be continued by "
+                f"{accelerator.num_processes}: samples would be skipped or repeated within the epoch"
+            )
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
+        start = int(state.get("step", 0))
+        ema = EMAModel(shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        ema.shadow_params = list(shadow.values())  # the averaged U-Net's own: no second copy in memory
+        ema.optimization_step = start
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        if config.compile:
+            unet.compile()
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        if accelerator.is_main_process:
+            accelerator.log_with.append(JsonlTracker(output / "log.jsonl", start))
+        accelerator.init_trackers("prism", config={key: str(value) for key, value in asdict(config).items()})
+        draws = DrawConfig(
+            batch_size=config.batch_size,
+            caption_dropout=config.caption_dropout,
+            num_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            noisy_share=config.noisy_share,
+        )
+        return cls(
+            config=config,
+            accelerator=accelerator,
+            pipeline=pipeline,
+            unet=unet,
+            averaged=averaged,
+            trained=trained,
+            shadow=shadow,
+            ema=ema,
+            optimizer=optimizer,
+            schedule=schedule,
+            validation=validation,
+            names=train.names,
+            draws=draws,
+            batches=_batches(config, accelerator, train, draws, start),
+            start=start,
+            best=state.get("best", math.inf),
+            stale=state.get("stale", 0),
+        )
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps with a progress bar on the main process."""
@@ -84,7 +171,7 @@ class Run:
             # Only a U-Net with dropout draws from here.
             torch.manual_seed(stable_seed(config.seed, "dropout", micro, accelerator.process_index))
             with accelerator.accumulate(self.unet):
-                batch = self.batches(micro)
+                batch = next(self.batches)
                 try:
                     losses = self._losses(self.unet, batch)
                     loss = losses.mean()
@@ -122,9 +209,7 @@ class Run:
             )
 
     def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
-        names = [
-            self.train.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine
-        ]
+        names = [self.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine]
         path = Path(self.config.output) / f"not-finite-step-{step}.json"
         path.write_text(json.dumps({"step": step, "files": names}, indent=1))
         raise FloatingPointError(f"the {what} is not finite at step {step} for {', '.join(names)} (listed in {path})")
@@ -185,11 +270,13 @@ class Run:
         prompt, empty = (
             self.validation.embeddings[index].float().to(device) for index in (rows, torch.zeros_like(rows))
         )
+        channels = read_images(self.config.dataset, load_table(self.config.dataset, "val").head(1)).shape[1]
+        own = assembled(self.pipeline.vae, None, None, self.averaged, self.pipeline.scheduler)
         with self.accelerator.autocast():
-            images = sample_images(self.pipeline, self.averaged, prompt, empty, seed=self.config.seed)
+            images = sample_images(own, prompt, empty, channels=channels, seed=self.config.seed)
         path = Path(self.config.output) / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        strip = torch.cat(list(images[:, 0]), dim=1)
+        strip = torch.cat(list(images), dim=2).permute(1, 2, 0).squeeze(2)  # (H, 8 W) or (H, 8 W, 3)
         Image.fromarray((strip * 255).round().byte().cpu().numpy()).save(path)
         return path
 
@@ -203,15 +290,86 @@ class Run:
             self.averaged.fuse_lora()
             self.averaged.unload_lora()
         self.pipeline.unet = self.averaged
-        partial = final.with_name(f".partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.averaged.to(memory_format=torch.contiguous_format)  # as safetensors asks
-        self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
-        partial.replace(final)
+        self.averaged.to(memory_format=torch.contiguous_format)  # as safetensors requires
+        settings = Path(str(self.pipeline.name_or_path)) / "editing.json"
+        with atomic(final) as partial:
+            self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
+            if settings.is_file():  # the base model's own settings of edits
+                shutil.copy(settings, partial)
+
+
+def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> list[Cache]:
+    """The encoded splits "train" and "val"; the frozen parts move to the device, the text encoder back again."""
+    text: dict[str, Any] = {
+        "seed": config.seed,
+        "captions_per_image": config.captions_per_image,
+        "explicit_share": config.explicit_share,
+    }
+    for split in ("train", "val"):
+        require_captions_fit(pipeline.tokenizer, config.dataset, split, **text)
+    for part in (pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval().to(accelerator.device)
+    folder = Path(config.cache or Path(config.output) / "cache")
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    dtype = PRECISIONS[config.mixed_precision]
+    caches = [
+        build_cache(pipeline, config.dataset, split, folder, **text, dtype=dtype, share=share)
+        for split in ("train", "val")
+    ]
+    pipeline.text_encoder.to("cpu")
+    return caches
+
+
+def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Any:
+    """The U-Net in float32 on the device; with adapters, where `lora_rank` is not 0, that alone learn."""
+    unet = pipeline.unet.float().train().requires_grad_(config.lora_rank == 0).to(accelerator.device)
+    if accelerator.device.type == "cuda" and config.compile:  # without compiled code a small U-Net was a fifth slower
+        unet.to(memory_format=torch.channels_last)
+    if rank := config.lora_rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_seed(config.seed, "lora"))
+            adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
+            unet.add_adapter(adapters)
+    return unet
+
+
+def _batches(
+    config: FinetuneConfig, accelerator: Accelerator, train: Cache, draws: DrawConfig, start: int
+) -> Generator[Draw]:
+    """The batches of the micro-steps that are left, in order."""
+    weights = None
+    if config.balance:
+        column = load_table(config.dataset, "train")[config.balance]
+        weights = balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
+    order, on_gpu = Order(len(train), config.seed, weights), accelerator.device.type == "cuda"
+
+    def draw(micro: int) -> Draw:
+        batch = draw_batch(train, order, draws, micro)
+        return batch.pinned() if on_gpu else batch
+
+    numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
+    return drawn_ahead(draw, numbers, config.draw_workers if on_gpu else 0)
+
+
+def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    eight_bit: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    return eight_bit
+
+
+def bitsandbytes() -> ModuleType:
+    """The library of 8-bit optimizers; ImportError says how to install it."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
 
 
 def _advice(config: FinetuneConfig) -> str:
-    """What to change when memory runs out, the cheapest first; only what is not in use already."""
+    """Settings that help when memory runs out, the cheapest first, without those in use."""
     half = max(1, config.batch_size // 2)
     smaller = f"batch_size={half} with gradient_accumulation={config.gradient_accumulation * config.batch_size // half}"
     remedies = [

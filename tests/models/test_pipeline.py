@@ -1,5 +1,9 @@
 """Pipelines: built from seeds, saved and loaded whole, and strict about what they are given."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from prism_lib.models.pipeline import (
     encode_images,
     encode_prompts,
     load_pipeline,
+    sample_images,
     tiny_config,
     told_apart,
     too_long,
@@ -158,3 +163,43 @@ def test_phrases_are_as_far_apart_as_the_text_encoder_puts_them():
     sides = told_apart(shipped, "left pleural effusion", "right pleural effusion", subject)
     assert sides > 0.5, "the shipped model was taught the words of details"
     assert told_apart(shipped, "pleural effusion", "support devices", subject) > 0.5
+
+
+def sampled_by_hand(pipe, prompt, empty, channels):
+    """Denoising without a pipeline of diffusers: 25 steps, guidance 3, one generator a row."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(25)
+    latents = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(5 + k)) for k in range(2)])
+    for t in scheduler.timesteps:
+        doubled = torch.cat([latents, latents])
+        low, high = pipe.unet(doubled, t, encoder_hidden_states=torch.cat([empty, prompt])).sample.chunk(2)
+        latents = scheduler.step(low + 3.0 * (high - low), t, latents).prev_sample
+    return decode_latents(pipe.vae, latents, channels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_are_those_of_the_formula_to_the_bit_in_gray_and_in_colour(channels):
+    pipe = tiny_pipeline()
+    prompt, empty = encode_prompts(pipe, ["chest x-ray with cardiomegaly", "chest x-ray", "", ""]).chunk(2)
+    before = dict(vars(pipe.scheduler))
+    images = sample_images(pipe, prompt, empty, channels=channels, seed=5)
+    assert images.shape == (2, channels, 32, 32)
+    assert torch.equal(images, sampled_by_hand(pipe, prompt, empty, channels))
+    assert all(value is before[name] for name, value in vars(pipe.scheduler).items()), "the scheduler stays as it is"
+    if channels == 3:
+        assert not torch.equal(images[:, 0], images[:, 1])
+
+
+def test_loading_in_a_fresh_process_says_nothing():
+    code = "from prism_lib.models import load_pipeline; load_pipeline()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_progress_bar_of_the_users_own_loading_stays(tmp_path):
+    from diffusers.utils import logging
+
+    tiny_pipeline().save_pretrained(tmp_path)
+    load_pipeline(tmp_path)
+    assert logging.is_progress_bar_enabled()

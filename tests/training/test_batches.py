@@ -8,13 +8,13 @@ import torch
 
 from prism_lib.models.pipeline import ddim_scheduler
 from prism_lib.training.batches import (
-    Ahead,
     DrawConfig,
     Order,
     balancing_weights,
     by_timestep,
     diffusion_loss,
     draw_batch,
+    drawn_ahead,
     validation_draws,
 )
 from prism_lib.training.cache import Cache
@@ -62,24 +62,25 @@ def test_batches_drawn_ahead_by_threads_are_the_same():
         asked.append(number)
         return draw_batch(cache, order, config, number)
 
-    ahead = Ahead(draw, count, workers=4)
-    first = ahead(5)  # a run that goes on does not begin at 0
-    there = [first, *(ahead(k) for k in range(6, count))]
-    ahead.close()
+    there = list(drawn_ahead(draw, range(5, count), threads=4))  # a run that goes on does not begin at 0
     for one, other in zip(here[5:], there, strict=True):
         assert torch.equal(one.rows, other.rows) and torch.equal(one.noise, other.noise)
         assert torch.equal(one.latents, other.latents) and torch.equal(one.timesteps, other.timesteps)
-    assert sorted(asked) == list(range(5, count)), "each once, and none that nobody wants"
+    assert sorted(asked) == list(range(5, count)), "each once"
 
 
-def test_what_fails_in_a_thread_is_raised_where_it_is_asked_for():
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_fails_in_a_thread_is_raised_and_a_run_may_end_early(threads):
     def draw(number):
-        raise OSError(f"cannot read {number}")
+        if number == 3:
+            raise OSError(f"cannot read {number}")
+        return number
 
-    ahead = Ahead(draw, 9, workers=2)
     with pytest.raises(OSError, match="cannot read 3"):
-        ahead(3)
-    ahead.close()
+        list(drawn_ahead(draw, range(9), threads))
+    early = drawn_ahead(draw, range(4, 99), threads)
+    assert [next(early), next(early)] == [4, 5]
+    early.close()
 
 
 def test_balancing_draws_every_value_equally_often():

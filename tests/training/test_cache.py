@@ -6,11 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prism_lib.data import rows as datasets
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
-from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, tiny_config
 from prism_lib.training import cache
 from prism_lib.training.cache import Share, build_cache, require_captions_fit
@@ -58,7 +56,7 @@ def test_a_second_run_encodes_nothing_and_half_a_cache_is_completed(phantom_fold
     build(phantom_folder, tmp_path)
     assert torch.equal(load_file(lost)["rows"], before)
     monkeypatch.setattr(cache, "encode_moments", None)
-    monkeypatch.setattr(models, "encode_prompts", None)
+    monkeypatch.setattr(cache, "encode_prompts", None)
     again = build(phantom_folder, tmp_path)
     rows = torch.arange(len(first))
     assert torch.equal(first.moments[rows], again.moments[rows])
@@ -149,7 +147,7 @@ def test_a_caption_that_the_model_cannot_read_whole_is_named_with_its_image(phan
 
 def test_an_empty_split_is_named(phantom_folder, tmp_path, monkeypatch):
     empty = load_table(phantom_folder, "val").iloc[:0]
-    monkeypatch.setattr(datasets, "load_table", lambda *_: empty)
+    monkeypatch.setattr(cache, "load_table", lambda *_: empty)
     with pytest.raises(ValueError, match="no image in split 'val'"):
         build(phantom_folder, tmp_path, split="val")
 

@@ -44,6 +44,12 @@ def test_only_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
     assert checkpoints.load_checkpoint(tmp_path, {"unet": module.state_dict()}, optimizer)["step"] == 100
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / ".partial-1-step-00000005").mkdir()
+    save(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
 def test_without_a_checkpoint_nothing_is_loaded(tmp_path):
     module, optimizer = trained()
     assert checkpoints.load_checkpoint(tmp_path, {"unet": module.state_dict()}, optimizer) == {}

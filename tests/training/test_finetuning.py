@@ -16,17 +16,18 @@ import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from prism_lib import paths
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
-from prism_lib.models import pipeline as models
 from prism_lib.models.pipeline import build_pipeline, load_pipeline, tiny_config
+from prism_lib.training import cache, finetuning
 from prism_lib.training.checkpoints import write_tensors
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.finetuning import finetune, main
-from prism_lib.training.log import read_log
+from prism_lib.training.log import read_log, text_samples
 from prism_lib.training.loop import Run
 
 
@@ -136,7 +137,8 @@ def test_the_notebook_launcher_runs_the_same_loop(config, tmp_path):
     two = replace(config, steps=3)
     finish(launched(two, 2))
     from_notebook = replace(two, output=str(tmp_path / "notebook"))
-    code = f"from prism_lib import training; training.launch(training.FinetuneConfig(**{asdict(from_notebook)!r}), 2)"
+    made = f"training.FinetuneConfig(**{asdict(from_notebook)!r})"
+    code = f"from prism_lib import training; training.launch({made}, 2)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=paths.root(), timeout=300)
     assert_same_run(two.output, from_notebook.output)
 
@@ -163,6 +165,30 @@ def test_the_result_is_a_pipeline_that_diffusers_loads(config):
     assert sorted(path.name for path in (folder.parent / "samples").iterdir()) == ["step-00000006.png"]
     assert finetune(config) == folder, "a finished run is not run again"
     assert not (folder.parent / ".lock").exists()
+
+
+def test_the_base_models_settings_of_edits_go_with_the_result(config, start):
+    settings = Path(start) / "editing.json"
+    settings.write_text('{"defaults": {}}')
+    try:
+        assert (finetune(config) / "editing.json").read_text() == '{"defaults": {}}'
+    finally:
+        settings.unlink()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_samples_have_the_colours_of_the_data(config, phantom_folder, tmp_path, mode):
+    """Of the run's strips and of its result; the phantoms are tinted, as dermoscopy is."""
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_folder, folder)
+    for path in folder.rglob("*.png"):
+        Image.merge("RGB", [Image.open(path).convert("L").point(lambda v, k=k: v // k) for k in (1, 2, 3)]).convert(
+            mode
+        ).save(path)
+    result = finetune(replace(config, dataset=str(folder), steps=2, learning_rate=1e-5))
+    strip = Image.open(result.parent / "samples" / "step-00000002.png")
+    images, _ = text_samples(result, folder, count=2)
+    assert strip.mode == mode and images.shape[1] == len(mode)
 
 
 def test_adapters_are_merged_and_also_load_by_themselves(config):
@@ -341,7 +367,7 @@ def test_what_is_not_there_is_told_before_anything_is_encoded(config, settings, 
 def test_weights_that_accelerate_splits_are_refused_before_any_work(config, monkeypatch, variable, name):
     """By what `accelerate launch` sets: so too where DeepSpeed itself is not installed."""
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(models, "load_pipeline", None)
+    monkeypatch.setattr(finetuning, "load_pipeline", None)
     with pytest.raises(ValueError, match=f"^{name} splits the weights .* choose multi-GPU"):
         finetune(config)
     assert not Path(config.output).exists() or not list(Path(config.output).glob("config.json"))
@@ -355,7 +381,7 @@ def test_a_caption_that_is_too_long_is_told_before_anything_is_encoded(config, m
         long = " cardiomegaly" * 80 if set(table["split"]) == {"val"} else ""
         return [[text + long for text in texts] for texts in sample(folder, table, *settings)]
 
-    monkeypatch.setattr("prism_lib.training.cache.sample_captions", sample_long)
+    monkeypatch.setattr(cache, "sample_captions", sample_long)
     with pytest.raises(ValueError, match=r"captions of 12 images in split 'val' have more: that of val/\S+\.png"):
         finetune(config)
     assert not (Path(config.output) / "cache").exists()
@@ -363,7 +389,7 @@ def test_a_caption_that_is_too_long_is_told_before_anything_is_encoded(config, m
 
 def test_8_bit_adam_asks_for_bitsandbytes(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(models, "load_pipeline", None)
+    monkeypatch.setattr(finetuning, "load_pipeline", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         finetune(replace(config, optimizer="adamw8bit"))
 
@@ -379,12 +405,12 @@ def test_the_cluster_entry_point_reads_the_written_configuration(config, capsys)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"), ('{"dataset": "a"}', "output"), ("{", "Expecting")],
+    [('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"), ('{"dataset": "a"}', "output"), ("{", "Invalid JSON")],
 )
 def test_a_configuration_that_is_none_is_named(tmp_path, content, message):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=rf"config\.json is no configuration.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)config\.json is no configuration.*{message}"):
         load_config(path)
 
 

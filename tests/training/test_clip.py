@@ -11,8 +11,8 @@ import torch
 from prism_lib.language.captions import corpus
 from prism_lib.language.labels import PHANTOM
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, fingerprint, tiny_config, told_apart
-from prism_lib.training import detail_words
-from prism_lib.training.detail_words import DetailConfig
+from prism_lib.training import clip
+from prism_lib.training.clip import DetailConfig
 
 SUBJECT = "chest x-ray"
 
@@ -24,7 +24,7 @@ def pipeline():
 def deaf():
     """A pipeline to which all words of details are nearly the same, as to a text encoder that learned labels."""
     pipe = pipeline()
-    rows, table = detail_words.detail_tokens(pipe.tokenizer, PHANTOM), pipe.text_encoder.get_input_embeddings().weight
+    rows, table = clip.detail_tokens(pipe.tokenizer, PHANTOM), pipe.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         table[rows] = table[rows].mean(0) + table[rows] / 100
     return pipe
@@ -38,7 +38,7 @@ def nearest(pipe):
 
 def test_only_words_that_no_plain_caption_has_are_taught():
     tokenizer = pipeline().tokenizer
-    words = {tokenizer.decode(token).strip() for token in detail_words.detail_tokens(tokenizer, PHANTOM)}
+    words = {tokenizer.decode(token).strip() for token in clip.detail_tokens(tokenizer, PHANTOM)}
     assert {"left", "right", "bilateral", "pacemaker", "tube"} <= words
     assert not {"pleural", "effusion", "with", "and", "devices"} & words
 
@@ -48,17 +48,17 @@ def test_details_come_apart_and_all_other_text_stays_to_the_bit():
     plain = corpus(PHANTOM, details=False)
     before, apart = encode_prompts(pipe, plain), nearest(pipe)
     weights = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
-    history = detail_words.teach_details(pipe, PHANTOM, DetailConfig(steps=100, learning_rate=0.05))
+    history = clip.teach_details(pipe, PHANTOM, DetailConfig(steps=100, learning_rate=0.05))
     assert torch.equal(encode_prompts(pipe, plain), before)
     assert apart < 0.1 and nearest(pipe) > 0.3 and [entry["step"] for entry in history] == [50, 100]
     changed = [name for name, value in pipe.text_encoder.state_dict().items() if not torch.equal(value, weights[name])]
     assert len(changed) == 1 and "token_embedding" in changed[0]
     again = deaf()
-    detail_words.teach_details(again, PHANTOM, DetailConfig(steps=100, learning_rate=0.05))
+    clip.teach_details(again, PHANTOM, DetailConfig(steps=100, learning_rate=0.05))
     assert fingerprint(again) == fingerprint(pipe)
 
 
 def test_a_detail_without_a_word_of_its_own_is_named():
     vocab = replace(PHANTOM, details={"Pleural Effusion": ("pleural effusion with cardiomegaly",)})
     with pytest.raises(ValueError, match="no word of 'pleural effusion with cardiomegaly' is its own"):
-        detail_words.detail_tokens(pipeline().tokenizer, vocab)
+        clip.detail_tokens(pipeline().tokenizer, vocab)

@@ -1,0 +1,226 @@
+"""A small CLIP, whose text encoder conditions the U-Net, and the words that only details use: "left", "pacemaker".
+
+A small CLIP that learned to read labels reads labels: "left", "right" and "bilateral pleural effusion" come out nearly
+the same, and a U-Net cannot show what its text does not say. `teach_details` then trains only the embeddings of words
+that occur in no plain caption. Every text without them keeps its states bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.rows import sample_captions
+from prism_lib.devices import default_device
+from prism_lib.language.captions import Clause, Statement, corpus, explicit
+from prism_lib.language.labels import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ClipConfig:
+    """Recipe of the small CLIP whose text encoder conditions the U-Net."""
+
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 48
+    image_size: PositiveInt = 128
+    patch_size: PositiveInt = 16
+    vision_width: PositiveInt = 128
+    vision_layers: PositiveInt = 4
+    learning_rate: PositiveFloat = 1e-3
+    warmup: NonNegativeInt = 50
+    label_weight: NonNegativeFloat = 1.0
+    explicit_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    seed: int = 0
+
+
+def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: ClipConfig) -> CLIPModel:
+    """Contrastive training on a prepared folder (Radford et al. 2021); the pipeline's text encoder takes the result.
+
+    Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions. Contrast
+    alone is slow to tell "with" from "without" on so little data, so both towers also learn to read the labels: the
+    image from its pooled state, the text from its pooled state and from the mean of its tokens. Runs on
+    `devices.default_device`, and leaves the result on the CPU.
+    """
+    device = default_device()
+    text = pipeline.text_encoder.config
+    vision = CLIPVisionConfig(
+        hidden_size=config.vision_width,
+        intermediate_size=4 * config.vision_width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=text.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        projection_dim=text.projection_dim,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        joint = CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
+        )
+        clip = CLIPModel(joint).train().to(device)
+    table = load_table(dataset, "train")
+    images = _small_images(dataset, table, config.image_size)
+    labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        readers = nn.ModuleList(
+            nn.Linear(width, labels.shape[1]) for width in (vision.hidden_size, text.hidden_size, text.hidden_size)
+        )
+    trained = [*clip.parameters(), *readers.to(device).parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step in tqdm(range(config.steps), desc="CLIP"):
+        rows = torch.randint(len(table), (config.batch_size,), generator=generator)
+        # A fresh seed per step, so that an image meets many captions.
+        some = table.iloc[rows.tolist()]
+        drawn = sample_captions(dataset, some, f"{config.seed}:{step}", 1, config.explicit_share)
+        texts = [captions[0] for captions in drawn]
+        tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        output = clip(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=images[rows].to(device).float().div(127.5).sub(1).expand(-1, 3, -1, -1),
+        )
+        same = torch.tensor([[float(a == b) for b in texts] for a in texts])
+        target = (same / same.sum(1, keepdim=True)).to(device)
+        logits = output.logits_per_image
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        words = output.text_model_output.last_hidden_state * tokens.attention_mask[..., None]
+        states = (
+            output.vision_model_output.pooler_output,
+            output.text_model_output.pooler_output,
+            words.sum(1) / tokens.attention_mask.sum(1, keepdim=True),
+        )
+        known = labels[rows].to(device)
+        reading = [_known_bce(head(state), known) for head, state in zip(readers, states, strict=True)]
+        loss = contrast + config.label_weight * torch.stack(reading).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            logger.info(
+                "CLIP step %d: contrast %.3f, labels %s",
+                step + 1,
+                contrast.item(),
+                [f"{value.item():.3f}" for value in reading],
+            )
+    clip.eval().requires_grad_(False).to("cpu")
+    pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
+    return clip
+
+
+def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy over the labels that are known, 1 or 0."""
+    known = torch.isfinite(labels) & (labels >= 0)
+    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
+
+
+def _small_images(dataset: str | Path, table: pd.DataFrame, size: int) -> Tensor:
+    """All images of a table at CLIP's size, uint8 (N, 1, size, size)."""
+    chunks = []
+    for start in tqdm(range(0, len(table), 64), desc="images for CLIP"):
+        images = read_images(dataset, table.iloc[start : start + 64])
+        small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        chunks.append((small.mean(1, keepdim=True) * 255).round().byte())
+    return torch.cat(chunks)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DetailConfig:
+    """Recipe of the embeddings; distances are shares of what lies between "with" and "without" the label."""
+
+    steps: PositiveInt = 300
+    contexts: PositiveInt = 4  # captions of other labels in which a step compares the details
+    learning_rate: PositiveFloat = 1e-2
+    apart: NonNegativeFloat = 0.6  # details of a label at least as far from each other
+    centre_weight: NonNegativeFloat = 1.0  # of the distance between a label's plain phrase and its details' middle
+    seed: int = 0
+
+
+def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
+    """Tokens of the vocabulary's details that no plain caption has, sorted.
+
+    Raises ValueError for a detail whose words are all in use: it cannot be told from others without a change to them.
+    """
+    own = {detail for details in vocab.details.values() for detail in details}
+    plain = {token for text in corpus(vocab, details=False) for token in tokenizer(text).input_ids}
+    found: set[int] = set()
+    for detail in sorted(own):
+        fresh = set(tokenizer(detail).input_ids) - plain
+        if not fresh:
+            raise ValueError(f"no word of {detail!r} is its own: plain captions have them all")
+        found |= fresh
+    return sorted(found)
+
+
+def teach_details(
+    pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig | None = None
+) -> list[dict[str, float]]:
+    """Train the embeddings of `detail_tokens` in place; returns the losses, one dict per 50 steps.
+
+    A label's details move away from each other until they are ``apart``, and stay centred on its plain phrase.
+    """
+    config = config or DetailConfig()
+    encoder = pipeline.text_encoder.requires_grad_(False).eval()
+    rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
+    table = encoder.get_input_embeddings().weight
+    (name,) = (name for name, value in encoder.named_parameters() if value is table)
+    learned = table[rows].clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([learned], lr=config.learning_rate)
+    rng, history = random.Random(config.seed), []
+    for step in tqdm(range(config.steps), desc="detail words"):
+        replaced = {name: table.index_copy(0, rows, learned)}
+        losses = torch.zeros(2, device=table.device)
+        for _ in range(config.contexts):
+            for label in vocab.details:
+                texts = _contrasts(label, vocab, rng)
+                ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(table.device)
+                states = torch.func.functional_call(encoder, replaced, (ids,))[0].float().mean(1)
+                losses = losses + torch.stack(_detail_losses(states, config.apart)) / config.contexts
+        (losses[0] + config.centre_weight * losses[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            history.append({"step": step + 1, "spread": losses[0].item(), "centre": losses[1].item()})
+    with torch.no_grad():
+        table[rows] = learned
+    return history
+
+
+def _contrasts(label: str, vocab: Vocabulary, rng: random.Random) -> list[str]:
+    """One caption without a label, with it, and with every one of its details; the other labels are drawn at random."""
+    clauses = [Clause(other, vocab.phrase(other), rng.random() < 0.5) for other in vocab.stated if rng.random() < 0.7]
+    others = [clause for clause in clauses if clause.label != label]
+    place = rng.randint(0, len(others))
+    own = [Clause(label, phrase, True) for phrase in (vocab.phrase(label), *vocab.details[label])]
+    own.insert(0, replace(own[0], present=False))
+    return [explicit(Statement(vocab.subject, (*others[:place], c, *others[place:]), False, vocab.title)) for c in own]
+
+
+def _detail_losses(states: Tensor, apart: float) -> tuple[Tensor, Tensor]:
+    """Losses of the distance between details and of their middle, for states of `_contrasts` (N, width)."""
+    without, plain, details = states[0], states[1], states[2:]
+    unit = (plain - without).norm()
+    between = torch.pdist(details) / unit
+    return (apart - between).clamp(min=0).square().mean(), ((details.mean(0) - plain) / unit).square().sum()

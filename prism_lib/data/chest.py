@@ -13,13 +13,8 @@ from prism_lib.data.sources import Source, draw_patients
 from prism_lib.data.tables import refuse
 from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING
 
-CHEXPERT_COLUMNS = {
-    "Path": "source_file",
-    "Sex": "sex",
-    "Age": "age",
-    "Frontal/Lateral": "projection",
-    "AP/PA": "view",
-} | {label: label for label in CHEXPERT_LABELS}
+_ABOUT = {"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"}
+CHEXPERT_COLUMNS = _ABOUT | {label: label for label in CHEXPERT_LABELS}
 CHEXPERT_POLICY = (
     "1 mentioned as present, 0 as absent, -1 as uncertain, blank not mentioned (CheXpert's labeller read the reports); "
     "nearly all reports of films without devices do not mention devices: a blank is not an absence"

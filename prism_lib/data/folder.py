@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,26 +95,18 @@ def content_hash(folder: Path, hashes: Mapping[str, str]) -> str:
     return content.hexdigest()
 
 
-def remove_others(folder: Path, file_names: Iterable[str]) -> None:
-    """Remove all files of a folder in the making but the named images."""
-    kept = set(file_names)
+def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, str], info: Mapping[str, Any]) -> None:
+    """Write the tables and dataset.json of a folder in the making, and remove images that `metadata` does not name."""
+    kept = set(metadata["file_name"])
     for split in SPLITS:
         for path in (folder / split).iterdir():
             if f"{split}/{path.name}" not in kept:
                 path.unlink()
-
-
-def write_tables(folder: Path, metadata: pd.DataFrame) -> None:
-    """Write `metadata` whole, and by split beside the images."""
     metadata.to_csv(folder / "metadata.csv", index=False)
     for split, rows in metadata.groupby("split"):
         own = rows.assign(file_name=rows["file_name"].str.removeprefix(f"{split}/"))
         own.to_csv(folder / str(split) / "metadata.csv", index=False)
-
-
-def write_info(folder: Path, info: Mapping[str, Any]) -> None:
-    """Write dataset.json, stamped with the version of this format."""
-    text = json.dumps({"format": FORMAT, **info}, indent=2)
+    text = json.dumps({"format": FORMAT, **info, "content_hash": content_hash(folder, hashes)}, indent=2)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -22,16 +22,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.any_table import Columns, table_source
 from prism_lib.data.chest import View, chexpert_source, nih_source
-from prism_lib.data.folder import (
-    SPLITS,
-    building,
-    content_hash,
-    load_info,
-    load_table,
-    remove_others,
-    write_info,
-    write_tables,
-)
+from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
@@ -43,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # After the error is certain, so many more unusable files are collected, so that its message shows several.
 LOOK_AHEAD = 20
+LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1}
 UNCERTAIN_VALUES = {"ignore": -1.0, "zeros": 0.0, "ones": 1.0}
 BLANK_VALUES = {"ignore": float("nan"), "zeros": 0.0}
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -167,8 +159,6 @@ def prepare(config: PrepareConfig) -> Path:
             rejected += duplicates
             usable = usable[~usable["file_name"].isin([item.file for item in duplicates])]
         metadata = _metadata(_with_columns(usable, written), source.labels, config, set(plan["split"]))
-        remove_others(folder, metadata["file_name"])
-        write_tables(folder, metadata)
         info = {
             "source": config.dataset,
             "config": settings(config),
@@ -177,9 +167,8 @@ def prepare(config: PrepareConfig) -> Path:
             "counts": {"before": _counts(plan, source.labels), "after": _counts(metadata, source.labels)},
             "rejected": [asdict(item) for item in rejected],
             "duplicates": {"across_splits": len(duplicates), "within_split": within},
-            "content_hash": content_hash(folder, {name: written[name].file_hash for name in metadata["file_name"]}),
         }
-        write_info(folder, info)
+        write_metadata(folder, metadata, {name: written[name].file_hash for name in metadata["file_name"]}, info)
     return output
 
 
@@ -266,9 +255,7 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
     """
     hashes = usable["file_name"].map(lambda name: written[name].pixel_hash)
     repeated = usable[["file_name", "patient_id", "split"]].assign(pixels=hashes)[hashes.duplicated(keep=False)]
-    order = repeated.assign(rank=repeated["split"].map(SPLITS.index)).sort_values(
-        "rank", ascending=False, kind="stable"
-    )
+    order = repeated.sort_values("split", key=lambda split: split.map(SPLITS.index), ascending=False, kind="stable")
     kept = {row["pixels"]: row for row in order.drop_duplicates("pixels").to_dict("records")}
     rejected = []
     for row in order.to_dict("records"):
@@ -322,9 +309,8 @@ def _counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _label_counts(values: pd.Series) -> dict[str, int]:
-    states = {"present": values == 1, "absent": values == 0, "uncertain": values == -1}
-    states["not mentioned"] = values.isna()
-    return {name: int(state.sum()) for name, state in states.items()}
+    counts = {name: int((values == value).sum()) for name, value in LABEL_STATES.items()}
+    return counts | {"not mentioned": int(values.isna().sum())}
 
 
 def _already_prepared(config: PrepareConfig) -> bool:

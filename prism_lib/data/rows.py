@@ -27,9 +27,8 @@ def sample_captions(
     The first one is the column `text` of the folder's own seed and explicit share.
     """
     info = load_info(folder)
-    return draw_captions(
-        table, info["labels"], info["source"], info["config"]["vocabulary"], seed, count, explicit_share
-    )
+    about = (info["labels"], info["source"], info["config"]["vocabulary"])
+    return draw_captions(table, *about, seed, count, explicit_share)
 
 
 def draw_captions(

@@ -32,11 +32,7 @@ ISIC2020_DIAGNOSES = {
     "seborrheic keratosis": "Benign Keratosis",
     "solar lentigo": "Benign Keratosis",
     "lichenoid keratosis": "Benign Keratosis",
-    # Known, and none of the labels.
-    "lentigo NOS": "",
-    "cafe-au-lait macule": "",
-    "atypical melanocytic proliferation": "",
-}
+} | dict.fromkeys(("lentigo NOS", "cafe-au-lait macule", "atypical melanocytic proliferation"), "")  # known, no label
 UNKNOWN = "unknown"
 
 
@@ -64,15 +60,8 @@ ISIC2019_METADATA = {"image": "source_file", "age_approx": "age", "anatom_site_g
 ISIC2020 = Format(
     tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
     image="image_name",
-    columns={
-        "image_name": "source_file",
-        "patient_id": "patient",
-        "sex": "sex",
-        "age_approx": "age",
-        "anatom_site_general_challenge": "site",
-        "diagnosis": "diagnosis",
-        "target": "target",
-    },
+    columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
+    | {"anatom_site_general_challenge": "site", "diagnosis": "diagnosis", "target": "target"},
     optional={"lesion_id": "lesion"},
     diagnoses=ISIC2020_DIAGNOSES,
     unknown="of an unknown diagnosis only melanoma is, by the column target",

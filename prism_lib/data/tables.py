@@ -140,9 +140,9 @@ def find_images(names: Iterable[str], data_root: Path, *, by_stem: bool = False)
 
 
 def found(table: pd.DataFrame, paths: Sequence[str | None], root: Path) -> tuple[pd.DataFrame, tuple[Rejection, ...]]:
-    """The rows whose image was found, with its "path", and a rejection for every other.
+    """The rows whose image was found, with its "path", and a rejection for every other row.
 
-    Links that lead out of the data root are an error: a table must not open just any file of the machine.
+    ValueError for a link that leads out of the data root: a table must not open other files of the machine.
     """
     table = table.assign(path=pd.Series(paths, index=table.index, dtype="str"))
     missing = table["path"].isna()

@@ -442,7 +442,7 @@ def test_interruption_keeps_the_images_and_the_next_run_ends_the_work(tmp_path, 
 
     config = PrepareConfig("phantom", tmp_path / "out", size=SIZE, num_images=3)
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "write_tables", interrupted)
+        patch.setattr(preparation, "write_metadata", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
     monkeypatch.setattr("prism_lib.phantom.patients.render", lambda *arguments: pytest.fail("an image was made twice"))

@@ -95,7 +95,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_folder(images, expected,
 def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expected, tmp_path, monkeypatch):
     config = config_for(images, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(preparation, "write_metadata", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
     partial = tmp_path / ".out.partial"
@@ -113,7 +113,7 @@ def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expect
 
 def test_work_of_another_configuration_is_begun_again(images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "write_tables", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(preparation, "write_metadata", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config_for(images, tmp_path / "out", size=40))
     folder = prepare(config_for(images, tmp_path / "out"))

@@ -22,8 +22,7 @@ from diffusers import StableDiffusionPipeline
 from skimage import data, transform
 
 from prism_lib import paths, records
-from prism_lib.apps import recipe
-from prism_lib.apps.session import Study
+from prism_lib.apps import Session, recipe
 from prism_lib.data.uploads import UploadError, read_upload
 from prism_lib.evaluation import novelty
 from prism_lib.models.pipeline import SHIPPED, load_pipeline
@@ -35,10 +34,10 @@ SAMPLES = ("camera", "coins", "moon", "page", "text", "brick", "grass", "gravel"
 
 # What `00_quickstart` does until its first counterfactual, in a fresh interpreter.
 FIRST = """
-from prism_lib import explorer
-panel = explorer.explore({model!r}, {judge!r})
-edit = panel.study.edit(remove=["Support Devices"])
-panel.study.run([panel.study.recipe(edit, steps=20)], edit)
+from prism_lib.apps import explore
+panel = explore({model!r}, {judge!r})
+edit = panel.session.edit(remove=["Support Devices"])
+panel.session.run([panel.session.recipe(edit, steps=20)], edit)
 """
 
 
@@ -120,22 +119,22 @@ def _waiting(model: str, judge: str) -> dict[str, float]:
         check=True, env=os.environ | {"TQDM_DISABLE": "1"}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     first = time.perf_counter() - start
-    study = Study.load(model, judge)
+    session = Session.load(model, judge)
     edits: list[float] = []
     previews: list[float] = []
     for index in range(ROUNDS):
-        case = study.open_phantom(4001, index)
+        case = session.open_phantom(4001, index)
         present = ["Support Devices"] if case.state("Support Devices") else []
-        edit = study.edit(remove=present, add=[] if present else ["Support Devices"])
-        planned = study.recipe(edit, steps=20)
+        edit = session.edit(remove=present, add=[] if present else ["Support Devices"])
+        planned = session.recipe(edit, steps=20)
         start = time.perf_counter()
-        study.run([planned], edit, preview=_stopwatch(previews, start))
+        session.run([planned], edit, preview=_stopwatch(previews, start))
         edits.append(time.perf_counter() - start)
     return {
         "seconds_to_first_counterfactual": first,
         "seconds_per_edit": statistics.median(edits),
         "seconds_to_preview": statistics.median(previews),
-        "seconds_to_cancel": _cancelling(study),
+        "seconds_to_cancel": _cancelling(session),
     }
 
 
@@ -144,19 +143,19 @@ def _stopwatch(times: list[float], start: float) -> Callable[[object], None]:
     return lambda _: times.append(time.perf_counter() - start)
 
 
-def _cancelling(study: Study) -> float:
-    """Seconds from a cancel in mid-run until the study is free."""
-    case = study.open_phantom(4001, 0)
-    edit = study.edit(text="add cardiomegaly" if not case.state("Cardiomegaly") else "remove cardiomegaly")
+def _cancelling(session: Session) -> float:
+    """Seconds from a cancel in mid-run until the session is free."""
+    case = session.open_phantom(4001, 0)
+    edit = session.edit(text="add cardiomegaly" if not case.state("Cardiomegaly") else "remove cardiomegaly")
     under_way = threading.Event()
-    study.start(
-        [study.recipe(edit, steps=20)], edit,
+    session.start(
+        [session.recipe(edit, steps=20)], edit,
         progress=lambda share: under_way.set(), preview=lambda _: None, done=lambda *_: None,
     )  # fmt: skip
     under_way.wait()
     start = time.perf_counter()
-    study.cancel()
-    study.wait()
+    session.cancel()
+    session.wait()
     return time.perf_counter() - start
 
 

@@ -1,69 +1,98 @@
-"""Bulk edits that are chosen among candidates: what a row may ask for; `apps.bulk_chooser` then chooses.
-
-A row with `sweep` makes a candidate of every combination of settings (`editing.sweep`) and takes the best of those that
-pass (`selection.select`). A guide classifier may score, the judge never. That nothing passes is an outcome of the row.
-"""
+"""Chooses among the candidates of a bulk row (`bulk_plan.Choice`), and writes down what became of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from prism_lib.apps.profiles import coerce
-from prism_lib.evaluation import criteria
-from prism_lib.evaluation.criteria import Criteria
+from prism_lib import paths
+from prism_lib.apps.bulk_plan import Choice, Task
+from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation.selection import (
+    GuideScorer,
+    IdentityScorer,
+    Scorer,
+    SimilarityScorer,
+    load_guide,
+    select,
+)
+from prism_lib.files import file_hash
+from prism_lib.language.edits import Edit
+from prism_lib.models.classifier import Classifier
+from prism_lib.models.image_text import load_image_text_model, weight_files
+
+MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How the result of a row is chosen.
+class Chooser:
+    """Chooses among candidates; every guide and every image-text model is loaded once, before the work.
 
-    Args:
-        sweep: values to try by field of `EditConfig`, {"self_replace_steps": [0.2, 0.4]}.
-        guide: a classifier below PRISM_WEIGHTS that scores `guide` and `guide_gain`; "" for none.
-        similarity: a CLIP or SigLIP model that scores as `SimilarityScorer` says, such as `directional`: a folder, also
-            below PRISM_RUNS or PRISM_WEIGHTS, or a hub id; "" for none.
-        best: the score to maximise; "" for `guide_gain`, or for `directional` without a guide.
-        at_least, at_most: bounds by score that a candidate has to keep.
+    A guide that is missing, is the judge or does not read its edit raises ValueError or FileNotFoundError.
     """
 
-    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
-    guide: str = ""
-    similarity: str = ""
-    best: str = ""
-    at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
-    at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._guides: dict[str, Classifier] = {}
+        self._similarities: dict[str, SimilarityScorer] = {}
+        for choice, edit in {(t.settings.choice, t.edit): None for t in tasks if t.settings.choice is not None}:
+            self.scorers(choice, edit)
 
-    def __post_init__(self) -> None:
-        known = (*criteria.EDIT, *criteria.IDENTITY)
-        known += (*(criteria.GUIDE if self.guide else ()), *(criteria.SIMILARITY if self.similarity else ()))
-        if not (self.best or self.guide or self.similarity):
-            raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
-        for name, bounds in (("at_least", self.at_least), ("at_most", self.at_most)):
-            for score, bound in bounds.items():
-                if isinstance(bound, bool) or not isinstance(bound, int | float):
-                    raise ValueError(f"{name} is {bound!r} for {score!r}; expected a number")
-        for score in (self.criteria.best, *self.at_least, *self.at_most):
-            if score not in known:
-                takers = {"a guide": criteria.GUIDE, "a similarity": criteria.SIMILARITY}
-                hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
-                raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
+    def scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:
+        """What scores the candidates of an edit."""
+        scorers: list[Scorer] = [IdentityScorer()]
+        if choice.guide:
+            if choice.guide not in self._guides:
+                self._guides[choice.guide] = load_guide(choice.guide)
+            scorers.append(GuideScorer(self._guides[choice.guide], edit))
+        if choice.similarity:
+            if choice.similarity not in self._similarities:
+                self._similarities[choice.similarity] = SimilarityScorer(load_image_text_model(choice.similarity))
+            scorers.append(self._similarities[choice.similarity])
+        return scorers
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Choice:
-        """From the columns of a row; every value of the sweep in the type of its field's default in `fields`."""
-        if unknown := sorted(set(values["sweep"]) - set(fields)):
-            raise ValueError(f"sweep: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(fields)}")
-        if empty := [
-            name for name, tried in values["sweep"].items() if not isinstance(tried, list | tuple) or not tried
-        ]:
-            raise ValueError(f"sweep: {empty[0]} takes a list of values to try, not {values['sweep'][empty[0]]!r}")
-        tried = {name: [coerce(name, value, fields[name]) for value in own] for name, own in values["sweep"].items()}
-        return cls(**{**values, "sweep": tried})
+    def choose(self, task: Task, candidates: Sequence[Counterfactual]) -> tuple[Counterfactual | None, dict[str, Any]]:
+        """The result of one image, None if nothing passed, and the columns that say how it came about.
 
-    @property
-    def criteria(self) -> Criteria:
-        """As `selection` takes them."""
-        best = self.best or ("guide_gain" if self.guide else "directional")
-        return Criteria(best, self.at_least, self.at_most)
+        Candidates are scored image by image, so that no score depends on an image's neighbours.
+        """
+        choice = task.settings.choice
+        if choice is None:
+            (only,) = candidates
+            return only, _columns(task, MADE, only, only.scores)
+        selection = select(candidates, self.scorers(choice, task.edit), choice.criteria)
+        tried = zip(task.settings.candidates, selection.scores, selection.failures, strict=True)
+        rows = [
+            {"settings": {name: given[name] for name in choice.sweep}, "scores": scores, "failures": failures}
+            for given, scores, failures in tried
+        ]
+        winner = selection.winner
+        if winner is None:
+            columns = _columns(task, REJECTED, candidates[0], {}, without=choice.sweep)
+        else:
+            columns = _columns(task, SELECTED, candidates[winner], selection.scores[winner])
+        return selection.best, columns | {"winner": winner, "candidates": json.dumps(rows)}
+
+
+def _columns(
+    task: Task, status: str, result: Counterfactual, scores: Mapping[str, float], without: Container[str] = ()
+) -> dict[str, Any]:
+    """The columns of settings, all that were used, status and scores."""
+    assert isinstance(result.settings, EditConfig)
+    settings = json.loads(task.settings.text)
+    settings["edit"] = {name: value for name, value in record(result.settings).items() if name not in without}
+    named = {f"score_{name}": value for name, value in scores.items()}
+    return {"settings": json.dumps(settings, sort_keys=True), "status": status, **named}
+
+
+def weights(choice: Choice | None) -> list[str]:
+    """SHA-256 of the weights of what scores: another guide of the same name chooses other results."""
+    files = [] if choice is None or not choice.guide else [paths.weights() / choice.guide / "model.safetensors"]
+    files += [] if choice is None or not choice.similarity else weight_files(choice.similarity)
+    return [file_hash(file) for file in files]
+
+
+def record(settings: EditConfig) -> dict[str, Any]:
+    """Settings for the manifest; how many images are computed at a time is no setting of the result."""
+    return {name: value for name, value in asdict(settings).items() if name != "batch_size"}

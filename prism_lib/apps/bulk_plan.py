@@ -5,56 +5,107 @@ The file of edits is CSV, JSON or YAML, a row (or mapping) per edit:
     file_name             an image of the prepared folder; empty or "all": every image that the edit applies to
     edit                  a key ("remove_support_devices") or a sentence ("remove the pacemaker, keep the effusion")
     source, target        instead of `edit`: two prompts in your own words; `words`, parted by "|", say what it is about
-    method, guidance_scale, ...   settings of this row: `method`, `num_inference_steps` and the fields of `EditConfig`
+    method, num_inference_steps, guidance_scale, ...   settings of this row; `EditConfig` has the further ones. What
+                          neither the row nor the run sets is the model's own recommendation for the edit
     sweep                 settings to try, {"self_replace_steps": [0.2, 0.4]} (such text in CSV); the best is kept, as
-                          `guide`, `similarity`, `best`, `at_least` and `at_most` say (`bulk_choice.Choice`)
+                          `guide`, `similarity`, `best`, `at_least` and `at_most` say (`Choice`)
     seed                  of the noise, for methods that draw any (edit_friendly); each image draws its own from it
 
-Nothing here loads a model, or the libraries that models need, or writes a file; every error names the file and the row.
+Nothing here loads a model or writes an image; every error names the file and the row.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, field, fields, replace
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
-import pandas as pd
 import yaml
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
-from prism_lib.apps.bulk_choice import Choice
-from prism_lib.apps.profiles import coerce
-from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.devices import dtype_of
-from prism_lib.editing.methods import METHODS, RECOMMENDED, method_of
-from prism_lib.editing.settings import EditConfig, Overrides, grid
+from prism_lib.apps.profiles import coerce, one_line
+from prism_lib.data.folder import load_info, load_table
+from prism_lib.editing.methods import RECOMMENDED, method_of
+from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.evaluation import criteria
+from prism_lib.evaluation.criteria import Criteria
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import Vocabulary, vocabulary
 from prism_lib.paths import SHIPPED
 
 ALL = "all"
 MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
-BITS = (8, 16)
 MOST_CANDIDATES = 256
-_CHOICE = tuple(item.name for item in fields(Choice))
 _WHAT = ("file_name", "edit", "source", "target", "words")
+# Settings of single edits, with values that show their types. The size of batches is the run's, or a row's result could
+# depend on its neighbours.
+_EDIT = {name: value for name, value in asdict(EditConfig()).items() if name not in ("mask", "batch_size")}
+
+Values = Annotated[list[Any], Field(min_length=1)]
+Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Choice:
+    """How the result of a row is chosen among candidates: the best of those that pass. The judge never scores.
+
+    Args:
+        sweep: values to try by field of `EditConfig`, {"self_replace_steps": [0.2, 0.4]}: a candidate each.
+        guide: a classifier below PRISM_WEIGHTS that scores `guide` and `guide_gain`; "" for none.
+        similarity: a CLIP or SigLIP model that scores as `SimilarityScorer` says, such as `directional`: a folder, also
+            below PRISM_RUNS or PRISM_WEIGHTS, or a hub id; "" for none.
+        best: the score to maximise; "" for `guide_gain`, or for `directional` without a guide.
+        at_least, at_most: bounds by score that a candidate has to keep.
+    """
+
+    sweep: dict[str, Values] = field(hash=False)
+    guide: str = ""
+    similarity: str = ""
+    best: str = ""
+    at_least: dict[str, Bound] = field(default_factory=dict, hash=False)
+    at_most: dict[str, Bound] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.sweep) - set(_EDIT)):
+            raise ValueError(f"sweep: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(_EDIT)}")
+        if not (self.best or self.guide or self.similarity):
+            raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
+        known = (*criteria.EDIT, *criteria.IDENTITY)
+        known += (*(criteria.GUIDE if self.guide else ()), *(criteria.SIMILARITY if self.similarity else ()))
+        for score in (self.criteria.best, *self.at_least, *self.at_most):
+            if score not in known:
+                takers = {"a guide": criteria.GUIDE, "a similarity": criteria.SIMILARITY}
+                hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
+                raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
+
+    @property
+    def criteria(self) -> Criteria:
+        """As `selection` takes them."""
+        best = self.best or ("guide_gain" if self.guide else "directional")
+        return Criteria(best, self.at_least, self.at_most)
+
+
+_CHOICE = tuple(item.name for item in fields(Choice))
+_ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run that a row may replace
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class BulkConfig:
     """A bulk run: every task of `edits` on the images in `data`, into `out`.
 
     Args:
-        data: a prepared folder (`datasets.prepare`); `split` narrows it to one split.
+        data: a prepared folder (`data.prepare`); `split` narrows it to one split.
         edits: the file of edits, see the module.
         model: as `models.load_pipeline` takes it.
-        edit: settings where a row has none of its own.
+        method, num_inference_steps: of the inversion, where a row has none of its own.
+        edit: fields of `EditConfig`, where a row has none of its own; the model recommends the others.
         seed: of the noise, for methods that draw any.
-        sweep, guide, similarity, best, at_least, at_most: the choice among candidates where something is swept, see
-            `bulk_choice.Choice`.
+        sweep, guide, similarity, best, at_least, at_most: the choice among candidates where something is swept.
         batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
         precision: "no" for float32, "bf16" or "fp16": of the model's weights, see `models.load_pipeline`.
         compile: see `models.compile_blocks`; worth its minute of compiling in long runs on GPUs.
@@ -68,84 +119,84 @@ class BulkConfig:
     split: str = ""
     model: str = SHIPPED
     method: str = RECOMMENDED
-    num_inference_steps: int = 50
-    edit: Overrides = field(default_factory=dict, hash=False)
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    edit: dict[str, Any] = field(default_factory=dict, hash=False)
     seed: int = 0
-    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
+    sweep: dict[str, Any] = field(default_factory=dict, hash=False)
     guide: str = ""
     similarity: str = ""
     best: str = ""
-    at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
-    at_most: Mapping[str, float] = field(default_factory=dict, hash=False)
-    batch_size: int = 4
-    precision: str = "no"
+    at_least: dict[str, Any] = field(default_factory=dict, hash=False)
+    at_most: dict[str, Any] = field(default_factory=dict, hash=False)
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
-    bits: int = 8
-    threads: int = 1
+    bits: Literal[8, 16] = 8
+    threads: Annotated[int, Field(ge=0)] = 1
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"bits is {self.bits}; expected 8 or 16")
-        if self.batch_size < 1 or self.threads < 0:
-            raise ValueError(f"need batch_size >= 1 and threads >= 0, got {self.batch_size} and {self.threads}")
-        dtype_of(self.precision)
-        _check_inversion(self.method, self.num_inference_steps)
+        method_of(self.method)
+        EditConfig(**self.edit)
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Settings:
-    """How a task is edited; tasks share a batch only with equal settings."""
+    """How a task is edited; tasks share a batch only with equal settings. `edit` replaces what the model recommends."""
 
     method: str
     num_inference_steps: int
-    edit: Overrides
+    edit: Mapping[str, Any] = field(hash=False)
     seed: int | None = None
     choice: Choice | None = None
 
     @property
-    def candidates(self) -> list[Overrides]:
-        """What is tried for every image."""
-        return [self.edit] if self.choice is None else grid(self.edit, **self.choice.sweep)
+    def candidates(self) -> list[dict[str, Any]]:
+        """The fields of `EditConfig` that are set, for everything that is tried for an image."""
+        return [dict(self.edit)] if self.choice is None else [dict(one) for one in grid(self.edit, **self.choice.sweep)]
 
     @property
     def text(self) -> str:
-        """All of it as JSON: what the manifest says and the names of files depend on."""
-        settings = {name: value for name, value in asdict(self).items() if value is not None}
-        settings["edit"] = {name: value for name, value in self.edit.items() if name != "batch_size"}
-        return json.dumps(settings, sort_keys=True)
+        """All of it as JSON."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Task:
-    """One counterfactual to make: an image, its edit and prompts, and what the result's labels are."""
+    """One counterfactual to make: an image, its edit and prompts, and what the result's labels are.
+
+    `row` counts the rows of the file of edits from 1; `output` is the path below `out`, "" until the model is known.
+    """
 
     file_name: str
     edit: Edit
     pair: PromptPair
     settings: Settings
     about: Mapping[str, Any]  # patient, split and labels of the counterfactual, for the manifest
+    row: int
+    output: str = ""
 
 
 def load_config(path: str | Path) -> BulkConfig:
     """The configuration in a JSON file; ValueError names the file and the field that does not fit."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return _built(BulkConfig, values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no configuration of a bulk run: {error}") from None
+        return TypeAdapter(BulkConfig).validate_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no configuration of a bulk run: {one_line(error)}") from None
 
 
-def configured(config: BulkConfig, overrides: Sequence[tuple[str, str]]) -> BulkConfig:
-    """The configuration with other values, as text, for fields of `BulkConfig` or of its `EditConfig`."""
+def configured(config: BulkConfig, given: Iterable[tuple[str, Any]]) -> BulkConfig:
+    """The configuration with other values, which may be text, for its fields or for those of `EditConfig`."""
     own = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "edit"}
-    edit = {name: value for name, value in asdict(EditConfig()).items() if name not in own}
-    given: dict[str, Any] = {}
-    for name, value in overrides:
-        if name not in own and name not in edit:
-            raise ValueError(f"unknown setting {name!r}; known: {', '.join((*own, *edit))}")
-        given[name] = coerce(name, value, own.get(name, edit.get(name)))
-    ours = {name: value for name, value in given.items() if name in own}
-    return replace(config, **ours, edit={**config.edit, **{name: given[name] for name in given.keys() - ours.keys()}})
+    changed: dict[str, Any] = {}
+    edit = dict(config.edit)
+    for name, value in given:
+        if name in own:
+            changed[name] = coerce(name, value, own[name])
+        elif name in _EDIT:
+            edit[name] = coerce(name, value, _EDIT[name])
+        else:
+            raise ValueError(f"unknown setting {name!r}; known: {', '.join((*own, *_EDIT))}")
+    return replace(config, **changed, edit=edit)
 
 
 def config_json(config: BulkConfig) -> str:
@@ -161,10 +212,10 @@ def plan(config: BulkConfig) -> list[Task]:
     tasks: dict[tuple[str, PromptPair, str], Task] = {}
     for number, row in enumerate(rows, 1):
         try:
-            for task in _tasks(row, config, images, info["labels"], vocab):
+            for task in _tasks(number, row, config, images, info["labels"], vocab):
                 tasks.setdefault((task.file_name, task.pair, task.settings.text), task)
         except ValueError as error:
-            raise ValueError(f"{config.edits}, row {number}: {error}") from None
+            raise ValueError(f"{config.edits}, row {number}: {one_line(error)}") from None
     for name in dict.fromkeys(task.file_name for task in tasks.values()):
         if not (Path(config.data) / name).is_file():
             raise FileNotFoundError(f"{config.data} lacks {name}, which its metadata.csv lists")
@@ -211,6 +262,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
 
 
 def _tasks(
+    number: int,
     row: Mapping[str, Any],
     config: BulkConfig,
     images: Mapping[str, Mapping[str, Any]],
@@ -224,9 +276,7 @@ def _tasks(
         raise ValueError(f"file_name {name!r} is not in {config.data}")
     if settings.choice is not None and settings.choice.guide and not edit.attributes:
         raise ValueError(f"a guide reads labels, and the edit {edit.key} names none")
-    edit.prompts({}, vocab)  # of an image of which nothing is known: names and words, whatever the labels
-    for candidate in settings.candidates:
-        EditConfig(**candidate)
+    edit.prompts({}, vocab)  # names and words are checked even where the edit applies to no image
     found = False
     for file_name in [name] if name != ALL else images:
         image = images[file_name]
@@ -239,7 +289,7 @@ def _tasks(
             continue  # of all images, those that the edit applies to
         found = True
         about = {key: image[key] for key in ("patient_id", "split")} | edit.apply(known, vocab)
-        yield Task(file_name, edit, pair, settings, about)
+        yield Task(file_name, edit, pair, settings, about, number)
     if not found:
         raise ValueError(f"edit {edit.key} applies to none of the {len(images)} images in {config.data}")
 
@@ -256,59 +306,24 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
 
 
 def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
-    """The run's settings, replaced by what the row says."""
-    defaults = {item.name: getattr(EditConfig(), item.name) for item in fields(EditConfig)}
-    tried = {name: value for name, value in defaults.items() if not is_dataclass(value)}
-    del tried["batch_size"]  # the run's, or a row's result could depend on its neighbours
-    own: dict[str, Any] = {name: getattr(config, name) for name in ("method", "num_inference_steps", "seed", *_CHOICE)}
-    plain = own | tried
-    given = {}
-    for name, value in row.items():
-        if name in _WHAT:
-            continue
-        if name not in plain:
-            raise ValueError(f"unknown column {name!r}; known: {', '.join((*_WHAT, *plain))}")
-        given[name] = coerce(name, value, plain[name])
-    own |= {name: given.pop(name) for name in own if name in given}
-    method, steps, seed = (own.pop(name) for name in ("method", "num_inference_steps", "seed"))
-    _check_inversion(method, steps)
-    if "seed" in row and not METHODS[method].random:
-        raise ValueError(f"seed is given, but the method {method} draws no noise")
-    if not own["sweep"] and (idle := [name for name in _CHOICE if name in row]):
+    """The run's settings, replaced by what the row says, and every candidate of a sweep checked."""
+    given = {name: value for name, value in row.items() if name not in _WHAT}
+    if unknown := [name for name in given if name not in (*_ROW, *_EDIT)]:
+        raise ValueError(f"unknown column {unknown[0]!r}; known: {', '.join((*_WHAT, *_ROW, *_EDIT))}")
+    own = configured(config, given.items())
+    random = method_of(own.method).random
+    if "seed" in row and not random:
+        raise ValueError(f"seed is for methods that draw noise, and {own.method} draws none")
+    if not own.sweep and (idle := [name for name in _CHOICE if name in row]):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
-    edit = {**config.edit, "batch_size": config.batch_size, **given}
-    choice = Choice.of(own, tried) if own["sweep"] else None
-    settings = Settings(method, steps, edit, seed if METHODS[method].random else None, choice)
-    if len(settings.candidates) > MOST_CANDIDATES:  # builds, and so checks, every candidate
-        raise ValueError(f"the sweep has {len(settings.candidates)} candidates; expected {MOST_CANDIDATES} at most")
+    choice = Choice(**{name: getattr(own, name) for name in _CHOICE}) if own.sweep else None
+    if choice is not None:
+        tried = {name: [coerce(name, value, _EDIT[name]) for value in values] for name, values in choice.sweep.items()}
+        choice = replace(choice, sweep=tried)
+    settings = Settings(own.method, own.num_inference_steps, own.edit, own.seed if random else None, choice)
+    candidates = settings.candidates
+    if len(candidates) > MOST_CANDIDATES:
+        raise ValueError(f"the sweep has {len(candidates)} candidates; expected {MOST_CANDIDATES} at most")
+    for candidate in candidates:
+        EditConfig(**candidate)
     return settings
-
-
-def _check_inversion(method: str, steps: int) -> None:
-    method_of(method)
-    if not 1 <= steps <= 1000:
-        raise ValueError(f"num_inference_steps is {steps}; expected 1 to 1000")
-
-
-def _built(kind: type, values: Any) -> Any:
-    """A frozen configuration from plain JSON, nested ones included; TypeError or ValueError for what does not fit."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a mapping of fields, got {values!r}")
-    known = {item.name: item for item in fields(kind)}
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown field {', '.join(unknown)}; known: {', '.join(known)}")
-    built = {}
-    for name, value in values.items():
-        factory = known[name].default_factory
-        default = known[name].default if factory is MISSING else factory()
-        if is_dataclass(default):
-            built[name] = _built(type(default), value)
-        else:
-            built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)
-
-
-def image_shape(config: BulkConfig, tasks: Sequence[Task]) -> tuple[int, int, int]:
-    """(height, width, channels) of the first image: a prepared folder's are all alike."""
-    image = read_images(config.data, pd.DataFrame({"file_name": [tasks[0].file_name]}))[0]
-    return image.shape[1], image.shape[2], image.shape[0]

@@ -12,16 +12,20 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_lib import paths
-from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, plan
+from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, one_line, plan
 from prism_lib.files import write_text
+
+if TYPE_CHECKING:
+    from prism_lib.apps.bulk_plan import BulkConfig
 
 
 class NotebookFailedError(RuntimeError):
@@ -191,22 +195,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from prism_lib.apps import (
-        bulk_launch,  # they import torch
-        bulk_plan,
-    )
+    from prism_lib.apps import bulk_plan  # it imports torch
 
     try:
         config = bulk_plan.BulkConfig(options.data, options.edits, options.out)
         config = bulk_plan.configured(config, [tuple(pair) for pair in options.overrides])
         planned = len(bulk_plan.plan(config))
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(one_line(error)) from None
     print(f"{planned} counterfactuals into {options.out}", flush=True)
     if options.check:
         return 0
     try:
-        bulk_launch.launch(config, options.processes)
+        launch(config, options.processes)
     except (ValueError, RuntimeError, KeyboardInterrupt) as error:
         print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
         return 1
@@ -214,6 +215,50 @@ def _generate(options: argparse.Namespace) -> int:
     apart = f" that passed, {rejects} one for each other" if (Path(options.out) / rejects).is_file() else ""
     print(f"{bulk_plan.MANIFEST} in {options.out} has a row for each{apart}", flush=True)
     return 0
+
+
+def launch(config: BulkConfig, processes: int) -> None:
+    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
+
+    0 processes stands for one per GPU, or without one for a process per CPU core, four at most. The processes end with
+    this one, which spares itself the imports of models where it only starts others.
+    """
+    import torch
+    from torch import multiprocessing
+
+    from prism_lib.apps.bulk_plan import config_json
+    from prism_lib.devices import processes_for
+
+    processes = processes or torch.cuda.device_count() or processes_for()
+    if processes == 1:
+        from prism_lib.apps.bulk import generate
+
+        generate(config)
+        return
+    write_text(Path(config.out) / "config.json", config_json(config))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    try:
+        multiprocessing.start_processes(_process, (processes, port, config), nprocs=processes, start_method="spawn")
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        message = f"a process of the run failed: {reason}; the same command goes on where it stopped"
+        raise RuntimeError(message) from error
+
+
+def _process(index: int, processes: int, port: int, config: BulkConfig) -> None:
+    """One process of several, with the variables by which torch.distributed finds the others."""
+    place: dict[str, object] = {
+        "RANK": index,
+        "LOCAL_RANK": index,
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+    }
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": config.threads or 1}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    from prism_lib.apps.bulk import generate
+
+    generate(config)
 
 
 def _check_figures(datasets: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The counterfactual explorer: `explore()` in a notebook gives a panel to click in.
 
-Everything it does is `apps.session`'s, everything it shows is ipywidgets', so that it works in JupyterLab, VS Code
+`apps.session` does the work and ipywidgets show it, so that it works in JupyterLab, VS Code
 and Voila alike. Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
 """
 
@@ -17,12 +17,26 @@ import matplotlib.pyplot as plt
 
 from prism_lib import records
 from prism_lib.apps.gallery import Case, Fault, sentence
-from prism_lib.apps.outcomes import Outcome
-from prism_lib.apps.panels import STYLE, EditPanel, Line, SettingsPanel, SourcePanel, heading
-from prism_lib.apps.result_panel import ResultPanel
-from prism_lib.apps.session import Study
+from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
+from prism_lib.apps.session import Outcome, Session
 from prism_lib.models.pipeline import SHIPPED
 from prism_lib.reporting import pictures, plots
+
+STYLE = """<style>
+.prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
+.prism .widget-label, .prism .widget-html-content, .prism .widget-readout { color: inherit; }
+.prism-panel { border: 1px solid var(--jp-border-color2, #8888); border-radius: 6px; margin: 0 0 8px;
+  padding: 8px 10px; }
+.prism-panel h4 { margin: 0 0 4px; font-size: 14px; }
+.prism-error { color: var(--jp-error-color1, #d32f2f); line-height: 1.35; }
+.prism-note { line-height: 1.35; opacity: .85; }
+.prism-warning { border-left: 4px solid var(--jp-warn-color1, #f57c00); padding: 4px 8px; line-height: 1.35; }
+.prism table { border-collapse: collapse; line-height: 1.5; }
+.prism td, .prism th { padding: 1px 10px 1px 0; text-align: left; font-variant-numeric: tabular-nums; }
+.prism pre { white-space: pre-wrap; margin: 4px 0; font-size: 12px; user-select: all; }
+.prism img { background: #000; border: 1px solid var(--jp-border-color2, #8888); }
+.prism-state { white-space: nowrap; opacity: .85; padding-left: 6px; }
+</style>"""
 
 
 def explore(
@@ -44,21 +58,21 @@ def explore(
         seed, patient: the phantom patient to begin with.
         steps: DDIM steps to begin with.
     """
-    return Explorer(Study.load(model, judge, vocabulary, mode), seed=seed, patient=patient, steps=steps)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed=seed, patient=patient, steps=steps)
 
 
 class Explorer(widgets.VBox):
-    """The panels of one `Study`, connected."""
+    """The panels of one `Session`, connected."""
 
-    def __init__(self, study: Study, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
-        self.study = study
+    def __init__(self, session: Session, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
+        self.session = session
         self.outcome: Outcome | None = None
         self.saved = ""
         self._started = 0.0
         self.result = ResultPanel(self._show)
-        self.edit = EditPanel(study)
-        self.settings = SettingsPanel(study, steps)
-        self.source = SourcePanel(study, self._opened, seed, patient)
+        self.edit = EditPanel(session)
+        self.settings = SettingsPanel(session, steps)
+        self.source = SourcePanel(session, self._opened, seed, patient)
         self.run = _button("Run", "play", "make the counterfactual", style="primary")
         self.cancel = _button("Cancel", "stop", "stop after the step it is in", disabled=True)
         self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "98%"})
@@ -76,7 +90,7 @@ class Explorer(widgets.VBox):
             [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files],
             layout={"flex": "1 1 640px", "min_width": "330px"},
         )
-        about = f"model {study.model}, {records.device()}; for research, not for clinical use"
+        about = f"model {session.model}, {records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
         body = widgets.HBox([controls, shown], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
@@ -85,7 +99,7 @@ class Explorer(widgets.VBox):
 
     def _connect(self) -> None:
         self.run.on_click(self._run)
-        self.cancel.on_click(lambda _: self.study.cancel())
+        self.cancel.on_click(lambda _: self.session.cancel())
         self.undo.on_click(self.result.guarded(self._undo))
         self.save.on_click(self.result.guarded(self._save))
         self.show_code.on_click(self.result.guarded(self._code))
@@ -97,13 +111,13 @@ class Explorer(widgets.VBox):
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
         self.outcome = None
-        self.result.show_case(case, self.study.notice)
+        self.result.show_case(case, self.session.notice)
         self._show_box()
         self._enable()
 
     def _show_box(self, change: Any = None) -> None:
-        if self.study.case is not None and (self.outcome is None or self.settings.box is not None):
-            self.result.show_box(self.study.case, self.settings.box)
+        if self.session.case is not None and (self.outcome is None or self.settings.box is not None):
+            self.result.show_box(self.session.case, self.settings.box)
 
     def _run(self, _: Any) -> None:
         """Every complaint goes beside the control it is about."""
@@ -112,11 +126,11 @@ class Explorer(widgets.VBox):
         for line in lines.values():
             line.say("")
         try:
-            edit = self.study.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
-            recipe = self.study.recipe(edit, **self.settings.values())
-            recipes = self.study.sweep(recipe, self.settings.sweep.value)
+            edit = self.session.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
+            recipe = self.session.recipe(edit, **self.settings.values())
+            recipes = self.session.sweep(recipe, self.settings.sweep.value)
             self._begin()
-            self.study.start(recipes, edit, progress=self._progress, preview=self._show, done=self._done)
+            self.session.start(recipes, edit, progress=self._progress, preview=self._show, done=self._done)
         except Fault as fault:
             lines[fault.control].say(sentence(fault))
         except Exception as error:  # nothing that a click does may end in a traceback
@@ -150,54 +164,54 @@ class Explorer(widgets.VBox):
 
     def _at_hand(self, outcome: Outcome) -> bool:
         """Whether an outcome is of the image on the screen: another may have been opened during the run."""
-        return self.study.case is not None and self.study.case.name == outcome.recipe.image
+        return self.session.case is not None and self.session.case.name == outcome.recipe.image
 
     def _show(self, outcome: Outcome) -> None:
-        if self.study.case is not None and self._at_hand(outcome):
+        if self.session.case is not None and self._at_hand(outcome):
             self.outcome = outcome
-            self.result.show(outcome, self.study.case)
+            self.result.show(outcome, self.session.case)
             self._enable()
 
     def _restore(self) -> None:
         """The latest run of the image at hand, or the image alone."""
-        case = self.study.case
+        case = self.session.case
         if case is None:
             return
         self.outcome = None
-        self.result.show_case(case, self.study.notice)
-        kept = [run for run in self.study.history if self._at_hand(run[0])]
+        self.result.show_case(case, self.session.notice)
+        kept = [run for run in self.session.history if self._at_hand(run[0])]
         if kept:
             self.result.show_candidates(kept[-1])
             self._show(kept[-1][0])
         self._enable()
 
     def _undo(self, _: Any) -> None:
-        self.study.undo()
+        self.session.undo()
         self.files.value = ""
         self._restore()
 
     def _save(self, _: Any) -> None:
         if self.outcome is None or self.outcome.preview:
             raise Fault("run", "There is no counterfactual to save yet.")
-        self.saved = str(self.study.save(self.outcome))
+        self.saved = str(self.session.save(self.outcome))
         self.files.value = f'<span class="prism-note">Saved in <code>{html.escape(self.saved)}</code></span>'
 
     def _code(self, _: Any) -> None:
         if self.outcome is None or self.outcome.preview:
             raise Fault("run", "There is no counterfactual to show the code of yet.")
-        self.files.value = f"<pre>{html.escape(self.study.code(self.outcome))}</pre>"
+        self.files.value = f"<pre>{html.escape(self.session.code(self.outcome))}</pre>"
 
     def _enable(self) -> None:
         ready = self.outcome is not None and not self.outcome.preview
         self.save.disabled = self.show_code.disabled = not ready
-        self.undo.disabled = not self.study.history
+        self.undo.disabled = not self.session.history
 
     # --- where no one can click --------------------------------------------------------------------
 
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
         if self.outcome is None:
-            case = self.study.case
+            case = self.session.case
             return b"" if case is None else pictures.png(pictures.view(case.image[0]))
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())

@@ -1,4 +1,4 @@
-"""The image at hand: where it comes from, what is known and read of it, and whether the model knows its kind.
+"""The image at hand: where it comes from, what is known and read of it, and whether it is unlike the training images.
 
 A `Gallery` opens phantoms, prepared folders, files and uploads for one model. What goes wrong is a `Fault`: a sentence,
 and the control beside which it should stand.
@@ -15,14 +15,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.apps.outcomes import upload_path
+from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import image_size, load_image, phantom_patient
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.data.uploads import read_upload
 from prism_lib.evaluation.novelty import Reference, log_errors
+from prism_lib.files import image_hash
 from prism_lib.language.labels import Labels, Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, image_factor
+
+UPLOADS = "explorer/uploads"  # below PRISM_RUNS
 
 
 class Fault(ValueError):
@@ -94,21 +97,20 @@ class Gallery:
         )
 
     def open_file(self, path: str) -> Case:
-        """An image file of this machine, whose labels nobody gave."""
+        """An image file of this machine, without labels."""
         name = f"file:{Path(path).expanduser().resolve()}"
         return self._open(name, Path(path).name, load_image(name, self.size, self.mode), {})
 
     def open_upload(self, name: str, content: bytes) -> Case:
         """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
         image = read_upload(name, content, self.size, self.mode)
-        return self._open(f"file:{upload_path(image)}", name, image, {})
+        return self._open(_upload(image), name, image, {})
 
     def upload_mask(self, name: str, content: bytes) -> str:
         """A mask from a file, white where the edit may show; returns its name in a recipe."""
         image = read_upload(name, content, self.size)
-        reference = f"file:{upload_path(image)}"
-        self.masks[reference] = image
-        return reference
+        self.masks[_upload(image)] = image
+        return _upload(image)
 
     def _open(self, name: str, title: str, image: Tensor, labels: Labels) -> Case:
         check_images(image, image_factor(self.pipe.vae))
@@ -124,7 +126,7 @@ class Gallery:
         return "" if self.case is None else self.notice_of(self.case)
 
     def notice_of(self, case: Case) -> str:
-        """That an image is unlike what the model knows and what to do about it, or nothing."""
+        """That an image is unlike those the model was trained on and what to do about it, or nothing."""
         reference = self.reference
         if reference is None or case.novelty is None or not reference.is_new(case.novelty):
             return ""
@@ -147,11 +149,16 @@ def sentence(error: BaseException) -> str:
     """An exception as one sentence for a person: its first line, without a traceback."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "There is not enough memory for this: close other notebooks or take a smaller model."
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = lines[0].strip()
+    lines = (one_line(error) if hasattr(error, "errors") else str(error).strip()).splitlines()
+    said = (lines or [type(error).__name__])[0].strip()
     if said.endswith((".", "!", "?")):
         return said  # it was written as a sentence, and may begin with the name of a file
     return f"{said[:1].upper()}{said[1:]}."
+
+
+def _upload(image: Tensor) -> str:
+    """The name of an uploaded image in a recipe: a file below PRISM_RUNS that its pixels decide."""
+    return f"file:{UPLOADS}/{image_hash(image)[:16]}.png"
 
 
 def _known(row: Mapping[Any, Any], labels: Sequence[str]) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""The controls of the explorer: where the image comes from, what to change, and how.
+"""The panels of the explorer: where the image comes from, what to change, how, and the result.
 
-Each panel is a column of ipywidgets with a line of its own for what went wrong in it. A panel knows nothing of the
-others; the explorer (`apps.explorer`) connects them.
+Each panel is a column of ipywidgets with a line of its own for what went wrong in it. The explorer (`apps.explorer`)
+connects them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,44 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 
 from prism_lib import paths
 from prism_lib.apps.gallery import Case, sentence
-from prism_lib.apps.session import SWEEPS, Study
+from prism_lib.apps.session import Outcome, Session
 from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
-from prism_lib.editing.settings import recommended
+from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.language.edits import NO_EDIT
 from prism_lib.language.labels import label_state
+from prism_lib.reporting.pictures import MODES, before_after, difference, framed, overlay, png, view
 
+LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list
-NARROW = widgets.Layout(width="98%")
-STYLE = """<style>
-.prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
-.prism .widget-label, .prism .widget-html-content, .prism .widget-readout { color: inherit; }
-.prism-panel { border: 1px solid var(--jp-border-color2, #8888); border-radius: 6px; margin: 0 0 8px;
-  padding: 8px 10px; }
-.prism-panel h4 { margin: 0 0 4px; font-size: 14px; }
-.prism-error { color: var(--jp-error-color1, #d32f2f); line-height: 1.35; }
-.prism-note { line-height: 1.35; opacity: .85; }
-.prism-warning { border-left: 4px solid var(--jp-warn-color1, #f57c00); padding: 4px 8px; line-height: 1.35; }
-.prism table { border-collapse: collapse; line-height: 1.5; }
-.prism td, .prism th { padding: 1px 10px 1px 0; text-align: left; font-variant-numeric: tabular-nums; }
-.prism pre { white-space: pre-wrap; margin: 4px 0; font-size: 12px; user-select: all; }
-.prism img { background: #000; border: 1px solid var(--jp-border-color2, #8888); }
-.prism-state { white-space: nowrap; opacity: .85; padding-left: 6px; }
-</style>"""
+SLIDERS = {  # field of `EditConfig` -> name, greatest value, step, tooltip
+    "guidance_scale": (
+        "strength",
+        10.0,
+        0.5,
+        "guidance scale: how strongly the edit's words are followed. Where the edit adds something, the model's own "
+        "factor for the finding multiplies it; the result states the product",
+    ),
+    "self_replace_steps": (
+        "structure kept",
+        1.0,
+        0.05,
+        "share of steps with the original's self-attention: more keeps more of its shapes",
+    ),
+    "cross_replace_steps": (
+        "layout kept",
+        1.0,
+        0.05,
+        "share of steps with the original's cross-attention: more keeps things where they are",
+    ),
+    "word_weight": ("word weight", 4.0, 0.25, "attention to the words of the edit, while the layout is kept"),
+}
+SWEPT = {"four strengths": "guidance_scale", "four degrees of structure": "self_replace_steps"}
 
 
 class Line(widgets.HTML):
@@ -81,32 +91,21 @@ class Panel(widgets.VBox):
 class SourcePanel(Panel):
     """Choose a phantom patient, an image of a prepared folder, or a file."""
 
-    def __init__(self, study: Study, opened: Callable[[Case], None], seed: int, patient: int) -> None:
-        self._study, self._opened = study, opened
+    def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int) -> None:
+        self._session, self._opened = session, opened
         self.kind = widgets.ToggleButtons(
             options=["phantom", "folder", "own file"],
             tooltips=["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"],
             style={"button_width": "104px"},
         )
-        self.patient = widgets.BoundedIntText(
-            value=patient, min=0, max=10**6, description="patient", tooltip="which patient of the population"
-        )
-        self.seed = widgets.BoundedIntText(
-            value=seed, min=0, max=10**9, description="seed", tooltip="which population of phantom patients"
-        )
-        self.folder = widgets.Text(
-            value="prepared/phantom",
-            description="folder",
-            tooltip="absolute, or below PRISM_DATA",
-            continuous_update=False,
-        )
-        self.row = widgets.Dropdown(options=[], description="image", tooltip="the images of its test split")
+        number, text = widgets.BoundedIntText, widgets.Text
+        self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
+        self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
+        late = {"continuous_update": False}
+        self.folder = _control(text, "folder", "absolute, or below PRISM_DATA", value="prepared/phantom", **late)
+        self.row = _control(widgets.Dropdown, "image", "the images of its test split", options=[])
         self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip="up to 10 MB")
-        self.path = widgets.Text(
-            description="or path", placeholder="a file on this machine", continuous_update=False, tooltip="of any size"
-        )
-        for wide in (self.patient, self.seed, self.folder, self.row, self.path):
-            wide.layout = NARROW
+        self.path = _control(text, "or path", "of any size", placeholder="a file on this machine", **late)
         self._forms = {
             "phantom": widgets.VBox([self.patient, self.seed]),
             "folder": widgets.VBox([self.folder, self.row]),
@@ -123,7 +122,7 @@ class SourcePanel(Panel):
         self.path.observe(self.guarded(self._open_path), "value")
 
     def open_phantom(self, change: Any = None) -> None:
-        self._opened(self._study.open_phantom(self.seed.value, self.patient.value))
+        self._opened(self._session.open_phantom(self.seed.value, self.patient.value))
 
     def _show_form(self, change: Any) -> None:
         self._form.children = [self._forms[self.kind.value]]
@@ -142,36 +141,36 @@ class SourcePanel(Panel):
 
     def _open_row(self, change: Any) -> None:
         if self.row.value:
-            self._opened(self._study.open_row(self._folder(), self.row.value))
+            self._opened(self._session.open_row(self._folder(), self.row.value))
 
     def _open_upload(self, change: Any) -> None:
         if self.upload.value:
             file = self.upload.value[0]
-            self._opened(self._study.open_upload(file["name"], bytes(file["content"])))
+            self._opened(self._session.open_upload(file["name"], bytes(file["content"])))
 
     def _open_path(self, change: Any) -> None:
         if self.path.value.strip():
-            self._opened(self._study.open_file(self.path.value.strip()))
+            self._opened(self._session.open_file(self.path.value.strip()))
 
 
 class EditPanel(Panel):
     """Say what should be different: a button per label, or words."""
 
-    def __init__(self, study: Study) -> None:
-        self._study = study
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._rows = widgets.VBox()
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
         self.text = widgets.Text(
             placeholder="remove the pacemaker, keep the effusion",
             tooltip="a sentence, or 'source prompt -> target prompt'",
-            layout=NARROW,
+            layout={"width": "98%"},
         )
         super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
 
     def show(self, case: Case) -> None:
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
-        for label, phrase in self._study.vocab.phrases.items():
+        for label, phrase in self._session.vocab.phrases.items():
             known = label_state(label, case.labels.get(label))
             verbs = ["remove", "add"] if known is None else ["remove" if known else "add"]
             for verb in verbs:
@@ -200,84 +199,35 @@ class EditPanel(Panel):
 class SettingsPanel(Panel):
     """How to edit; each control says in its tooltip what it does."""
 
-    def __init__(self, study: Study, steps: int) -> None:
-        self._study, self._file = study, ""
-        usual = recommended(paths.weights() / paths.SHIPPED, NO_EDIT)
-        self.guidance = _slider(
-            "strength",
-            usual.guidance_scale,
-            0,
-            10,
-            0.5,
-            "guidance scale: how strongly the edit's words are followed; twice that where it adds something",
+    def __init__(self, session: Session, steps: int) -> None:
+        self._session, self._file = session, ""
+        self._usual = recommended(session.pipe, NO_EDIT)
+        self.sliders = {}
+        for field, (name, high, step, tooltip) in SLIDERS.items():
+            value = getattr(self._usual, field)
+            self.sliders[field] = _control(
+                widgets.FloatSlider, name, tooltip, value=value, max=max(high, value), step=step
+            )
+        choice, size = widgets.Dropdown, session.size
+        self.method = _control(
+            choice, "method", "inversion: what explains the image", options=list(METHODS), value=RECOMMENDED
         )
-        self.structure = _slider(
-            "structure kept",
-            usual.self_replace_steps,
-            0,
-            1,
-            0.05,
-            "share of steps with the original's self-attention: more keeps more of its shapes",
+        self.steps = _control(
+            widgets.IntSlider, "steps", "DDIM steps: 20 is quick, 50 what the figures use", value=steps, min=2, max=100
         )
-        self.attention = _slider(
-            "layout kept",
-            usual.cross_replace_steps,
-            0,
-            1,
-            0.05,
-            "share of steps with the original's cross-attention: more keeps things where they are",
-        )
-        self.weight = _slider(
-            "word weight", usual.word_weight, 0, 4, 0.25, "attention to the words of the edit, while the layout is kept"
-        )
-        self.method = widgets.Dropdown(
-            options=list(METHODS),
-            value=RECOMMENDED,
-            description="method",
-            tooltip="inversion: what explains the image",
-        )
-        self.steps = widgets.IntSlider(
-            value=steps, min=2, max=100, description="steps", tooltip="DDIM steps: 20 is quick, 50 what the figures use"
-        )
-        self.sweep = widgets.Dropdown(
-            options=[
-                ("one result", ""),
-                ("four strengths", "guidance_scale"),
-                ("four degrees of structure", "self_replace_steps"),
-            ],
-            description="candidates",
-            tooltip="run the edit at several values of a setting and choose by eye",
-        )
-        assert {value for _, value in self.sweep.options} == {"", *SWEEPS}
-        self.mask = widgets.Dropdown(
-            options=["automatic", "off", "rectangle", "file"],
-            description="mask",
-            tooltip="where the edit may show; all other pixels stay the input's own, bit for bit",
-        )
-        size = study.size
-        self.rows = widgets.IntRangeSlider(
-            value=(size // 4, 3 * size // 4),
-            min=0,
-            max=size,
-            description="rows",
-            tooltip="top and bottom of the rectangle, in pixels",
-        )
-        self.columns = widgets.IntRangeSlider(
-            value=(size // 4, 3 * size // 4),
-            min=0,
-            max=size,
-            description="columns",
-            tooltip="left and right of the rectangle, in pixels",
-        )
+        about = "run the edit at several values of a setting and choose by eye"
+        self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
+        about = "where the edit may show; all other pixels stay the input's own, bit for bit"
+        self.mask = _control(choice, "mask", about, options=["automatic", "off", "rectangle", "file"])
+        half = {"value": (size // 4, 3 * size // 4), "max": size}
+        self.rows = _control(widgets.IntRangeSlider, "rows", "top and bottom of the rectangle, in pixels", **half)
+        self.columns = _control(widgets.IntRangeSlider, "columns", "left and right of the rectangle, in pixels", **half)
         self.mask_file = widgets.FileUpload(
             accept=ACCEPT, description="upload mask", tooltip="an image, white where the edit may show"
         )
         self._mask_form = widgets.VBox()
-        controls = [self.guidance, self.structure, self.attention, self.weight, self.method, self.steps, self.sweep,
-                    self.mask, self.rows, self.columns]  # fmt: skip
-        for control in controls:
-            control.layout, control.style = NARROW, {"description_width": "100px"}
-        super().__init__("How", [*controls[:8], self._mask_form])
+        controls = [self.method, self.steps, self.sweep, self.mask, self._mask_form]
+        super().__init__("How", [*self.sliders.values(), *controls])
         self.mask.observe(self.guarded(self._show_mask_form), "value")
         self.mask_file.observe(self.guarded(self._read_mask), "value")
 
@@ -289,7 +239,7 @@ class SettingsPanel(Panel):
         self._file = ""
         if self.mask_file.value:
             file = self.mask_file.value[0]
-            self._file = self._study.upload_mask(file["name"], bytes(file["content"]))
+            self._file = self._session.upload_mask(file["name"], bytes(file["content"]))
             self.line.say(f"Mask: {file['name']}.", "note")
 
     @property
@@ -301,23 +251,21 @@ class SettingsPanel(Panel):
         return top, left, bottom, right
 
     def values(self) -> dict[str, Any]:
-        """The settings as fields of a `Recipe`."""
+        """The settings as arguments of `Session.recipe`."""
         if self.mask.value == "file" and not self._file:
             raise ValueError("Upload a mask, or choose another kind of mask.")
         masks = {"automatic": "auto", "off": "off", "rectangle": self.box, "file": self._file}
-        return {
-            "guidance_scale": self.guidance.value,
-            "self_replace_steps": self.structure.value,
-            "cross_replace_steps": self.attention.value,
-            "word_weight": self.weight.value,
-            "method": self.method.value,
-            "steps": self.steps.value,
-            "mask": masks[self.mask.value],
-        }
+        # A slider that was not moved leaves its setting to what the model recommends for the edit.
+        values = {field: slider.value for field, slider in self.sliders.items()}
+        moved = {field: value for field, value in values.items() if value != getattr(self._usual, field)}
+        mask = masks[self.mask.value]
+        return {"settings": moved, "method": self.method.value, "steps": self.steps.value, "mask": mask}
 
 
-def _slider(name: str, value: float, low: float, high: float, step: float, tooltip: str) -> widgets.FloatSlider:
-    return widgets.FloatSlider(value=value, min=low, max=high, step=step, description=name, tooltip=tooltip)
+def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -> widgets.Widget:
+    """A control as wide as its panel, with its name beside it."""
+    style = {"description_width": "100px"}
+    return kind(description=name, tooltip=tooltip, layout={"width": "98%"}, style=style, **more)
 
 
 def _state(case: Case, label: str) -> str:
@@ -325,3 +273,128 @@ def _state(case: Case, label: str) -> str:
     known = {True: "present", False: "absent", None: ""}[label_state(label, case.labels.get(label))]
     read = f"judge {case.readings[label]:.2f}" if label in case.readings else ""
     return f'<span class="prism-state">{", ".join(filter(None, (known, read)))}</span>'
+
+
+class ResultPanel(Panel):
+    """Original and counterfactual under one slider, the difference, the mask, scores and candidates."""
+
+    def __init__(self, chosen: Callable[[Outcome], None]) -> None:
+        self._chosen = chosen
+        self._before: np.ndarray | None = None
+        self._after: np.ndarray | None = None
+        self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
+        self.compare, self.difference, self.mask = (
+            widgets.Image(format="png", layout={"width": side, "height": side}) for side in (LARGE, SMALL, SMALL)
+        )
+        self.share = widgets.FloatSlider(
+            value=1.0, min=0, max=1, step=0.01, readout=False, layout={"flex": "1 1 auto"},
+            tooltip="slide from the original to the counterfactual",
+        )  # fmt: skip
+        self.share.add_class("prism-slider")
+        self.mode = widgets.ToggleButtons(
+            options=list(MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
+        )
+        self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
+        ends = [_caption("original"), self.share, _caption("counterfactual")]
+        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
+        small = [
+            _caption("difference: red is brighter, blue darker", SMALL),
+            self.difference,
+            _caption("where the edit may show", SMALL),
+            self.mask,
+        ]
+        pictures = widgets.HBox(
+            [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)],
+            layout={"flex_flow": "row wrap"},
+        )
+        super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
+        self.share.observe(self._draw, "value")
+        self.mode.observe(self._draw, "value")
+
+    def show_case(self, case: Case, notice: str) -> None:
+        """A new image, not edited yet."""
+        self._before = self._after = view(case.image[0])
+        blank = np.full_like(self._before, 255)
+        self._draw()
+        self.difference.value, self.mask.value = png(blank), png(self._before)
+        self.caption.say(f"{case.title}: not edited yet.", "note")
+        self.warning.say(notice, "warning")
+        self.scores.value, self.candidates.children = "", []
+
+    def show_box(self, case: Case, box: tuple[int, int, int, int] | None) -> None:
+        """The rectangle that a mask would be, on the image at hand."""
+        picture = view(case.image[0])
+        self.mask.value = png(picture if box is None else framed(picture, box))
+
+    def show(self, outcome: Outcome, case: Case) -> None:
+        """One counterfactual."""
+        result = outcome.result
+        self._before, self._after = view(result.factual), view(result.image)
+        self._draw()
+        self.difference.value = png(difference(result.image, result.factual))
+        self.mask.value = png(overlay(result.factual, result.mask))
+        what = outcome.edit.key.replace("_", " ") if not outcome.edit.source else outcome.edit.target
+        steps = f"quick look at {outcome.recipe.steps} steps" if outcome.preview else f"{outcome.recipe.steps} steps"
+        used = _used(outcome)
+        ready = f"{steps}, strength {used.guidance_scale * used.addition_factor:g}"
+        self.caption.say(f"{case.title}: {what} ({ready})", "note")
+        self.warning.say(outcome.notice, "warning")
+        self.scores.value = _score_table(outcome, case)
+
+    def show_candidates(self, outcomes: Sequence[Outcome]) -> None:
+        """Thumbnails to choose from, where there is more than one."""
+        self.candidates.children = [self._thumbnail(outcome) for outcome in outcomes] if len(outcomes) > 1 else []
+
+    def _thumbnail(self, outcome: Outcome) -> widgets.Widget:
+        used = _used(outcome)
+        choose = widgets.Button(
+            description=f"choose {used.guidance_scale:g} / {used.self_replace_steps:g}",
+            tooltip="strength / structure kept: show this candidate", layout={"width": "130px"},
+        )  # fmt: skip
+        choose.on_click(self.guarded(lambda _: self._chosen(outcome)))
+        picture = widgets.Image(value=png(view(outcome.result.image)), format="png", width=130, height=130)
+        return widgets.VBox([picture, choose, widgets.HTML(_short_scores(outcome))], layout={"margin": "4px 8px 0 0"})
+
+    def _draw(self, change: Any = None) -> None:
+        if self._before is not None and self._after is not None:
+            shown = before_after(self._before, self._after, self.share.value, self.mode.value)
+            self.compare.value = png(shown)
+
+
+def _used(outcome: Outcome) -> EditConfig:
+    """The settings that an outcome was made with."""
+    assert isinstance(outcome.result.settings, EditConfig)
+    return outcome.result.settings
+
+
+def _caption(text: str, width: str = "auto") -> widgets.HTML:
+    """Words beside a picture, as wide as they are or wrapped to a width."""
+    return widgets.HTML(f'<span class="prism-note">{text}</span>', layout={"flex": "0 0 auto", "width": width})
+
+
+_NAMES = {
+    "true_error_ratio": ("error against the true counterfactual", "0 is exact, 1 is no edit"),
+    "ssim": ("likeness to the original (SSIM)", "1 is identical"),
+    "mask_area": ("share of pixels in the mask", ""),
+    "change": ("mean change of a pixel", "of the grey range"),
+    "change_outside_mask": ("change that the mask kept out", "of the grey range"),
+}
+
+
+def _score_table(outcome: Outcome, case: Case) -> str:
+    measured = [(*_NAMES[name], outcome.scores[name]) for name in _NAMES if name in outcome.scores]
+    numbers = "".join(f"<tr><td>{name}</td><td>{value:.3f}</td><td>{unit}</td></tr>" for name, unit, value in measured)
+    read = {label: outcome.scores.get(f"reads {label}") for label in case.readings}
+    judged = "".join(
+        f"<tr><td>{html.escape(label)}</td><td>{case.readings[label]:.2f} → {after:.2f}</td><td></td></tr>"
+        for label, after in read.items()
+        if after is not None
+    )
+    head = "<tr><th>judge</th><th>before → after</th><th></th></tr>" if judged else ""
+    return f"<table>{head}{judged}<tr><th>measured</th><th></th><th></th></tr>{numbers}</table>"
+
+
+def _short_scores(outcome: Outcome) -> str:
+    name = "true_error_ratio" if "true_error_ratio" in outcome.scores else "change"
+    label = "error" if name == "true_error_ratio" else "change"
+    return f"{label} {outcome.scores[name]:.3f}<br>SSIM {outcome.scores['ssim']:.3f}"

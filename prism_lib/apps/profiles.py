@@ -113,6 +113,16 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; of pydantic's many lines the field, its value and what is expected."""
+    if isinstance(error, ValueError) and hasattr(error, "errors"):
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        where = ".".join(map(str, first["loc"]))
+        return f"{where} is {first['input']!r}: {said[:1].lower()}{said[1:]}" if where else said
+    return " ".join(str(error).split())
+
+
 def _literal(text: str) -> Any:
     """Text as a Python or YAML literal (`1e-4`, `true`, `[1, 2]`), else as itself."""
     try:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from prism_lib import paths
+from prism_lib.apps.profiles import one_line
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
@@ -30,9 +32,10 @@ from prism_lib.models.schedule import Schedule
 from prism_lib.phantom import patients
 
 Box = tuple[int, int, int, int]
+MASKS = ("auto", "off")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Recipe:
     """One counterfactual.
 
@@ -40,8 +43,9 @@ class Recipe:
         image: "phantom:SEED/INDEX", or "file:PATH" with a path that is absolute or below PRISM_DATA or PRISM_RUNS.
         source, target: the prompts; `source_words` and `target_words` are the phrases that the edit is about.
         mode: PIL's name of the image's colours, "L" or "RGB".
+        method, steps: as in `inversion.invert`.
+        settings: fields of `EditConfig`; the model recommends the others.
         mask: "auto", "off", a rectangle (top, left, bottom, right) in pixels, or "file:PATH" of a mask.
-        others: as in `inversion.invert` and `editing.EditConfig`.
     """
 
     image: str
@@ -53,31 +57,19 @@ class Recipe:
     mode: str = "L"
     method: str = RECOMMENDED
     steps: int = 20
-    guidance_scale: float | None = None
-    guidance_start: float | None = None
-    guidance_end: float | None = None
-    self_replace_steps: float | None = None
-    cross_replace_steps: float | None = None
-    word_weight: float | None = None
-    mask: str | Box = "auto"
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    mask: Box | str = "auto"
 
     def __post_init__(self) -> None:
         method_of(self.method)
-        if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
+        if isinstance(self.mask, str) and self.mask not in MASKS and not self.mask.startswith("file:"):
             raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
-        EditConfig(**self.overrides)  # checks the values
+        EditConfig(**self.settings)
 
     @property
     def pair(self) -> PromptPair:
         """The two prompts as `editing.edit` takes them."""
         return PromptPair(self.source, self.target, self.source_words, self.target_words)
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The editor's settings that are not the model's own."""
-        names = (item.name for item in fields(EditConfig) if hasattr(self, item.name) and item.name != "mask")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**given, "batch_size": 1}
 
     def check_steps(self, pipe: StableDiffusionPipeline) -> None:
         """Raise ValueError if the model's schedule cannot be walked in so many steps."""
@@ -105,7 +97,8 @@ class Recipe:
         if mask is None:
             mask = self.mask_tensor(inversion.images)
         chosen = mask if mask is not None else str(self.mask)
-        return edit(pipe, inversion, [self.pair], self.overrides, mask=chosen, callback=callback)[0]
+        settings = {**self.settings, "batch_size": 1}
+        return edit(pipe, inversion, [self.pair], settings, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
         """Abduction of the image (1, C, H, W) under the source prompt."""
@@ -125,8 +118,8 @@ class Recipe:
 
     def code(self) -> str:
         """Three lines of Python that give the same image in a fresh kernel."""
-        usual = {field.name: field.default for field in fields(self)}
-        given = {name: value for name, value in vars(self).items() if value != usual[name]}
+        usual = asdict(Recipe("", "", "", (), ()))
+        given = {name: value for name, value in vars(self).items() if value != usual.get(name)}
         arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"from prism_lib.apps.recipe import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 
@@ -138,13 +131,9 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """The recipe in a file that `save` wrote."""
         try:
-            raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))["recipe"]
-            given: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
-            }
-            return cls(**given)
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no recipe: {error}") from None
+            raise ValueError(f"{path} is no recipe: {one_line(error)}") from None
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:

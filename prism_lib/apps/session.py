@@ -1,36 +1,42 @@
-"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, history.
+"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, history, saved files.
 
-A `Study` belongs to one person in one kernel. It runs in a thread of its own, one edit at a time, so that the kernel
-stays free; a flag that the callback of every step looks at stops it within one step. What goes wrong is a `Fault`: a
+A `Session` belongs to one person in one kernel. It runs in a thread of its own, one edit at a time, so that the kernel
+stays free; a flag that the callback of every step reads stops it within one step. What goes wrong is a `Fault`: a
 sentence, and the control beside which it should stand.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.apps import outcomes
-from prism_lib.apps.gallery import Case, Fault, Gallery, sentence
-from prism_lib.apps.outcomes import Outcome
+from prism_lib import paths, records
+from prism_lib.apps.gallery import UPLOADS, Case, Fault, Gallery, sentence
 from prism_lib.apps.recipe import Recipe, phantom_patient
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
+from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
+from prism_lib.files import atomic, image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline, told_apart
 from prism_lib.phantom import patients
+from prism_lib.reporting.pictures import difference, gray_or_colour, png
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +53,20 @@ class CancelledError(Exception):
     """The run was cancelled between two steps."""
 
 
-class Study(Gallery):
-    """One session: a model, the image at hand, and every counterfactual made so far."""
+@dataclass(frozen=True)
+class Outcome:
+    """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
+
+    recipe: Recipe
+    edit: Edit
+    result: Counterfactual
+    scores: Mapping[str, float]
+    notice: str
+    preview: bool = False
+
+
+class Session(Gallery):
+    """A model, the image at hand, and every counterfactual made so far."""
 
     def __init__(
         self,
@@ -67,8 +85,8 @@ class Study(Gallery):
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def load(cls, model: str = SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Study:
-        """A study of a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
+    def load(cls, model: str = SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
+        """A session with a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
         pipe = load_pipeline(model)
         return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
 
@@ -90,8 +108,8 @@ class Study(Gallery):
         except ValueError as error:
             raise Fault("edit", sentence(error)) from None
 
-    def recipe(self, edit: Edit, **settings: Any) -> Recipe:
-        """The recipe of an edit of the image at hand; `settings` are fields of `Recipe`."""
+    def recipe(self, edit: Edit, settings: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
+        """The recipe of an edit of the image at hand: fields of `EditConfig`, and `more` of `Recipe`."""
         if self.case is None:
             raise Fault("image", "Choose an image first.")
         try:
@@ -108,8 +126,10 @@ class Study(Gallery):
                 target_words=pair.target_words,
                 model=self.model,
                 mode=self.mode,
-                **settings,
+                settings=dict(settings or {}),
+                **more,
             )
+            recommended(self.pipe, pair, **recipe.settings)  # do they go with what the model recommends?
             recipe.check_steps(self.pipe)
         except ValueError as error:
             raise Fault("settings", sentence(error)) from None
@@ -130,8 +150,9 @@ class Study(Gallery):
     @staticmethod
     def sweep(recipe: Recipe, over: str) -> list[Recipe]:
         """The candidates of a sweep over one setting; the recipe alone if `over` is empty."""
-        candidates: list[dict[str, Any]] = [{over: value} for value in SWEEPS[over]] if over else [{}]
-        return [replace(recipe, **candidate) for candidate in candidates]
+        if not over:
+            return [recipe]
+        return [replace(recipe, settings={**recipe.settings, over: value}) for value in SWEEPS[over]]
 
     # --- runs --------------------------------------------------------------------------------------
 
@@ -244,16 +265,52 @@ class Study(Gallery):
 
     def code(self, outcome: Outcome) -> str:
         """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
-        outcomes.keep_uploads(outcome, self.masks)
+        self._keep_uploads(outcome)
         return outcome.recipe.code()
 
     def save(self, outcome: Outcome) -> Path:
         """Write image, original, mask, difference and record into a folder below PRISM_RUNS, and return it."""
-        outcomes.keep_uploads(outcome, self.masks)
-        return outcomes.save(outcome)
+        self._keep_uploads(outcome)
+        result, recipe = outcome.result, outcome.recipe
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{outcome.edit.key}").strip("-")[:80]
+        folder = paths.runs() / "explorer" / f"{words}-{digest}"
+        pictures = {
+            "image": gray_or_colour(result.image),
+            "original": gray_or_colour(result.factual),
+            "mask": gray_or_colour(result.mask),
+            "difference": difference(result.image, result.factual),
+        }
+        for name, picture in pictures.items():
+            _write_png(folder / f"{name}.png", picture)
+        about = {
+            "scores": {name: float(f"{value:.6g}") for name, value in outcome.scores.items()},
+            "settings": asdict(result.settings) if isinstance(result.settings, EditConfig) else None,
+            "notice": outcome.notice,
+            "image_sha256": image_hash(result.image),
+            "commit": records.commit(),
+            "versions": records.versions(),
+            "device": records.device(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
+        return folder
+
+    def _keep_uploads(self, outcome: Outcome) -> None:
+        """Write what was uploaded and is named in the recipe, once and as it was prepared."""
+        images = {**self.masks, outcome.recipe.image: outcome.result.factual[None]}
+        for name in {outcome.recipe.image, str(outcome.recipe.mask)} & set(images):
+            path = paths.runs() / name.removeprefix("file:")
+            if name.startswith(f"file:{UPLOADS}/") and not path.is_file():
+                _write_png(path, gray_or_colour(images[name][0]))
 
     def undo(self) -> list[Outcome]:
         """Forget the latest run and return the outcomes of the one before it."""
         if self.history:
             self.history.pop()
         return self.history[-1] if self.history else []
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    with atomic(path) as partial:
+        partial.write_bytes(png(picture))

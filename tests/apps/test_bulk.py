@@ -12,21 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from prism_lib.apps import bulk, bulk_launch, bulk_plan, cli
-from prism_lib.apps.bulk_choice import Choice
-from prism_lib.apps.bulk_plan import BulkConfig, configured, load_config, plan
+from prism_lib import paths
+from prism_lib.apps import bulk, bulk_plan, cli
+from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, load_config, plan
+from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.masks import MaskConfig
-from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.editing.settings import FILE, EditConfig, grid
 from prism_lib.evaluation.criteria import Criteria
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
 from prism_lib.files import exclusive
@@ -68,6 +68,10 @@ def with_edits(config, tmp_path, content, suffix="json"):
     path = tmp_path / f"other.{suffix}"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return replace(config, edits=str(path))
+
+
+def outputs(config, tasks, pipe=None):
+    return {task.output for task in bulk.named(config, tasks, pipe or tiny_pipeline())}
 
 
 def manifest(out, name=bulk_plan.MANIFEST):
@@ -120,7 +124,7 @@ def test_the_labels_are_those_of_the_counterfactual(config, done):
         before, label = table.loc[row["source_file"]], "Support Devices" if removes else "Cardiomegaly"
         assert (before[label], float(row[label])) == ((1, 0) if removes else (0, 1))
         assert float(row["Pleural Effusion"]) == before["Pleural Effusion"]
-        scale = EditConfig().guidance_scale if removes else 5.0
+        scale = EditConfig().guidance_scale if removes else 5.0  # a model without recommendations
         assert json.loads(row["settings"])["edit"]["guidance_scale"] == scale
 
 
@@ -131,7 +135,7 @@ def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
     with bulk.threads(config.threads):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
-        results = edit(pipe, inversion, pairs, batch[0].settings.edit)
+        results = edit(pipe, inversion, pairs, {**batch[0].settings.edit, "batch_size": len(batch)})
     rows = {(row["source_file"], row["edit"]): row for row in manifest(done)}
     untouched = 0
     for task, result, image in zip(batch, results, images, strict=True):
@@ -236,9 +240,9 @@ def test_an_image_text_model_may_choose(config, tmp_path, monkeypatch):
         for name in SimilarityScorer.NAMES:
             score = selection.scores[selection.winner][name]
             assert float(rows[task.file_name][f"score_{name}"]) == pytest.approx(score, abs=1e-5)
-    before = set(bulk._names(config, tasks, "model").values())
+    before = outputs(config, tasks)
     clip_model(seed=1).save_pretrained(tmp_path / "runs" / "model" / "clip")
-    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
+    assert before.isdisjoint(outputs(config, tasks))
 
 
 def test_that_no_candidate_passed_is_an_outcome_and_not_tried_again(config, tmp_path):
@@ -268,7 +272,7 @@ def test_two_processes_choose_as_one(config, tmp_path, guide):
     one = with_edits(config, tmp_path, rows)
     two = replace(one, out=str(tmp_path / "two"))
     bulk.generate(one)
-    bulk_launch.launch(two, 2)
+    cli.launch(two, 2)
     assert written(tmp_path / "two") == written(tmp_path / "out")
     assert {row["status"] for row in manifest(tmp_path / "two")} == {"made", "selected"}
 
@@ -302,10 +306,10 @@ def test_a_guide_that_is_missing_or_blind_stops_the_run_before_it_starts(config,
 def test_another_guide_of_the_same_name_makes_other_files(config, tmp_path, guide):
     config = with_edits(config, tmp_path, [{"edit": "remove_support_devices", "sweep": SWEEP, "guide": guide}])
     tasks = plan(config)
-    before = set(bulk._names(config, tasks, "model").values())
+    before = outputs(config, tasks)
     other = ClassifierConfig(blocks=(1,), growth=4, features=4, seed=2)
     save_classifier(build_classifier(other), other, tmp_path / "weights" / guide)
-    assert before.isdisjoint(bulk._names(config, tasks, "model").values())
+    assert before.isdisjoint(outputs(config, tasks))
 
 
 # --- again, and in parts --------------------------------------------------------------------------
@@ -332,7 +336,7 @@ def test_a_row_cut_short_and_a_half_written_file_do_not_count(config, done):
     rows = [json.dumps(row | {"score_mask_area": float(row["score_mask_area"])}) for row in manifest(done)]
     (done / bulk_plan.MANIFEST).unlink()
     (done / "parts" / "000001-0000.jsonl").write_text("\n".join([*rows[:-1], rows[-1][:30]]))
-    (done / "images" / ".half.123.part").write_bytes(b"half")
+    (done / "images" / ".partial-123-half.png").write_bytes(b"half")
     assert 1 <= bulk.generate(config).made <= config.batch_size
     assert_whole(done, len(before) - 1)
 
@@ -351,14 +355,17 @@ def test_other_settings_model_or_bits_never_share_a_name(config):
         {},
         {"bits": 16},
         {"num_inference_steps": 3},
-        {"edit": EditConfig(cross_replace_steps=0.5)},
-        {"edit": EditConfig(mask=MaskConfig(feather=2))},
+        {"method": "direct"},
+        {"edit": {"cross_replace_steps": 0.5}},
+        {"edit": {"mask": {"feather": 2}}},
     ]
     configs = [replace(config, **change) for change in changes]
-    names = [bulk._names(c, [t := plan(c)[0]], "model")[id(t)] for c in configs]
-    names.append(bulk._names(config, [task], "another model")[id(task)])
+    names = [
+        *(outputs(c, plan(c)[:1]).pop() for c in configs),
+        outputs(config, [task], tiny_pipeline("v_prediction")).pop(),
+    ]
     assert len(set(names)) == len(names)
-    assert bulk._names(replace(config, batch_size=2), [task], "model")[id(task)] == names[0]
+    assert outputs(replace(config, batch_size=2), [task]) == {names[0]}
 
 
 def test_the_files_feed_a_training_set(config, done):
@@ -402,70 +409,54 @@ def test_a_batch_without_room_is_halved_with_equal_results(config, tmp_path, mon
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(config, done, tmp_path):
     two = replace(config, out=str(tmp_path / "two"))
-    bulk_launch.launch(two, 2)
+    cli.launch(two, 2)
     assert_whole(tmp_path / "two", len(plan(config)))
     assert written(tmp_path / "two") == written(done)
 
 
-@pytest.mark.slow
-def test_as_many_forked_processes_work_as_were_asked_for(config, tmp_path, monkeypatch):
-    bulk.PartialState()  # as a notebook has, which has generated before: the processes must not take it for their own
-    monkeypatch.setattr(bulk, "_work", lambda *given, show: (tmp_path / f"{given[4].stem}{show}").touch())
-    bulk_launch.launch(config, 3)
-    assert {path.name for path in tmp_path.glob("000001-*")} == {
-        "000001-0000True",
-        "000001-0001False",
-        "000001-0002False",
-    }
-    assert bulk.PartialState().num_processes == 1
+WHO = """
+import os, pathlib, signal, sys
+from prism_lib.apps import bulk, bulk_plan, cli
+
+def work(config, pipe, chooser, own, part, show):
+    if sys.argv[3] == "kill" and not show:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (pathlib.Path(config.out) / f"{part.stem}{show}").touch()
+
+bulk._work = work
+if __name__ == "__main__":
+    cli.launch(bulk_plan.load_config(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def run_who(config, tmp_path, processes, what):
+    """The launcher in a process of its own, whose processes note who they are, or are killed."""
+    (tmp_path / "who.py").write_text(WHO)
+    (tmp_path / "run.json").write_text(bulk_plan.config_json(config))
+    command = [sys.executable, "who.py", "run.json", str(processes), what]
+    environment = os.environ | {"PYTHONPATH": str(paths.root())}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_as_many_processes_of_torchrun_work_as_were_asked_for(config, tmp_path, monkeypatch):
-    calls = []
-    finished = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(subprocess, "run", lambda command, **more: calls.append((command, more)) or finished)
-    bulk_launch.launch(replace(config, threads=2), 2)  # a pool of threads, which a fork would break
-    monkeypatch.undo()
-    (command, more), script = calls[0], tmp_path / "who.py"
-    script.write_text(
-        "import pathlib, sys\nfrom prism_lib import bulk\n"
-        "bulk._work = lambda *given, show: pathlib.Path(__file__).with_suffix('.' + given[4].stem).touch()\n"
-        "bulk.main(sys.argv[1:])\n"
-    )
-    launcher = command[: command.index("prism_lib.apps.bulk") - 1]
-    subprocess.run([*launcher, str(script), command[-1]], check=True, **more)
-    assert {path.suffix for path in tmp_path.glob("who.*")} == {".py", ".000001-0000", ".000001-0001"}
-
-
-def test_what_a_fork_would_break_is_started_by_torchrun(config, monkeypatch):
-    calls, compiled = [], replace(config, compile=True)
-    monkeypatch.setattr(bulk_launch, "_torchrun", lambda *given: calls.append(given))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    bulk_launch.launch(compiled, 3)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    bulk_launch.launch(config, 0)
-    assert calls == [(compiled, 3, {"ACCELERATE_USE_CPU": "true"}), (config, 2, {})]
+def test_as_many_processes_work_as_were_asked_for(config, tmp_path):
+    assert run_who(config, tmp_path, 3, "note").returncode == 0
+    found = {path.name for path in (tmp_path / "out").glob("000001-*")}
+    assert found == {"000001-0000True", "000001-0001False", "000001-0002False"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("threads", "message"), [(1, "is no manifest of a bulk run"), (2, "ended with status")])
-def test_a_process_that_fails_is_reported(config, tmp_path, threads, message):
+def test_a_process_that_is_killed_is_reported(config, tmp_path):
+    error = run_who(config, tmp_path, 2, "kill").stderr.splitlines()[-1]
+    assert "a process of the run failed" in error and "SIGKILL" in error and "goes on where it stopped" in error
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_reported_by_its_message(config, tmp_path):
     (tmp_path / "out" / "images").mkdir(parents=True)
     (tmp_path / "out" / bulk_plan.MANIFEST).write_text("a,b\n1,2\n")
-    with pytest.raises(RuntimeError, match=message):
-        bulk_launch.launch(replace(config, threads=threads), 2)
-
-
-@pytest.mark.slow
-def test_a_forked_process_that_is_killed_is_reported(config, monkeypatch):
-    def killed(*given, show):
-        if not show:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(bulk, "_work", killed)
-    with pytest.raises(RuntimeError, match=r"failed: .*SIGKILL.*goes on where it stopped"):
-        bulk_launch.launch(config, 2)
+    with pytest.raises(RuntimeError, match=r"failed: ValueError: .*is no manifest of a bulk run"):
+        cli.launch(config, 2)
 
 
 @pytest.mark.slow
@@ -519,7 +510,7 @@ def test_the_formats_say_the_same(config, tmp_path, suffix):
     }
     first, second = plan(with_edits(config, tmp_path, texts[suffix], suffix))
     assert (first.pair.source_words, first.pair.target_words) == (("tubes",), ("leads",))
-    assert first.settings.edit == replace(config.edit, word_weight=2.0) and first.settings.method == "direct"
+    assert first.settings.edit == {"word_weight": 2.0} and first.settings.method == "edit_friendly"
     assert second.edit.key == "unchanged" and second.settings.method == "ddim"
 
 
@@ -548,20 +539,29 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "file_name": "test/none.png"}], "row 1: file_name 'test/none.png' is not in"),
         ([{"edit": "unchanged", "gidance": 3}], "row 1: unknown column 'gidance'; known: file_name, edit"),
         ([{"edit": "unchanged", "guidance_scale": "much"}], "row 1: guidance_scale takes float"),
-        ([{"edit": "unchanged", "guidance_scale": -1}], "row 1: guidance_scale is -1"),
-        ([{"edit": "unchanged", "cross_replace_steps": 1.5}], "row 1: cross_replace_steps is 1.5"),
-        ([{"edit": "unchanged", "guidance_start": 0.6}], "row 1: guidance_start is 0.6, after guidance_end, 0.4"),
+        ([{"edit": "unchanged", "guidance_scale": -1}], "row 1: guidance_scale is -1.0: input should be greater"),
+        (
+            [{"edit": "unchanged", "cross_replace_steps": 1.5}],
+            "row 1: cross_replace_steps is 1.5: input should",
+        ),
+        ([{"edit": "unchanged", "guidance_start": 0.6, "guidance_end": 0.4}], "row 1: guidance_start is 0.6, after"),
         ([{"edit": "unchanged", "method": "magic"}], "row 1: unknown inversion method 'magic'"),
-        ([{"edit": "unchanged", "num_inference_steps": 0}], "row 1: num_inference_steps is 0"),
+        ([{"edit": "unchanged", "num_inference_steps": 0}], "row 1: num_inference_steps is 0: input should"),
         ([{"edit": "unchanged", "batch_size": 2}], "row 1: unknown column 'batch_size'"),
-        ([{"edit": "unchanged", "seed": 2}], "row 1: seed is for edit_friendly; the method direct draws no noise"),
+        ([{"edit": "unchanged", "seed": 2, "method": "direct"}], "row 1: seed is for .*, and direct draws none"),
         ([{"edit": "unchanged", "seed": "x", "method": "edit_friendly"}], "row 1: seed takes int"),
         ([{"edit": "unchanged", "sweep": [0.2]}], "row 1: sweep takes dict"),
         ([{"edit": "unchanged", "sweep": {"gidance": [2]}, "best": "ssim"}], "sweep: unknown setting 'gidance'"),
-        ([{"edit": "unchanged", "sweep": {"guidance_scale": 2}, "best": "ssim"}], "guidance_scale takes a list"),
-        ([{"edit": "unchanged", "sweep": {"guidance_scale": []}, "best": "ssim"}], "guidance_scale takes a list"),
+        ([{"edit": "unchanged", "sweep": {"guidance_scale": 2}, "best": "ssim"}], "guidance_scale is 2: .* list"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": []}, "best": "ssim"}],
+            "guidance_scale is .*at least 1",
+        ),
         ([{"edit": "unchanged", "sweep": {"guidance_scale": ["x"]}, "best": "ssim"}], "guidance_scale takes float"),
-        ([{"edit": "unchanged", "sweep": {"guidance_scale": [-1]}, "best": "ssim"}], "row 1: guidance_scale is -1"),
+        (
+            [{"edit": "unchanged", "sweep": {"guidance_scale": [-1]}, "best": "ssim"}],
+            "row 1: guidance_scale is -1.0: input should be greater",
+        ),
         ([{"edit": "unchanged", "sweep": {"guidance_scale": [2] * 300}, "best": "ssim"}], "sweep has 300 candidates"),
         (
             [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}}],
@@ -579,7 +579,7 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "best": "ssim"}], "row 1: best is given, but no sweep"),
         (
             [{"edit": "unchanged", "sweep": {"guidance_scale": [2]}, "best": "ssim", "at_least": {"ssim": "x"}}],
-            "row 1: at_least is 'x' for 'ssim'; expected a number",
+            "row 1: at_least.ssim is 'x': input should be a valid number",
         ),
         ([{"edit": "unchanged", "source": "a"}], "not both: source is given too"),
         ([{"source": "a"}], "row 1: a text edit needs both prompts"),
@@ -650,27 +650,29 @@ def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 12}, "bits is 12"),
-        ({"precision": "half"}, "precision is 'half'"),
-        ({"batch_size": 0}, "need batch_size >= 1"),
+        ({"bits": 12}, "bits is 12: input should be 8 or 16"),
+        ({"precision": "half"}, "precision is 'half': input should be"),
+        ({"batch_size": 0}, "batch_size is 0: input should be greater"),
         ({"method": "magic"}, "unknown inversion method"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0: input"),
+        ({"edit": {"guidance_scale": -1}}, "guidance_scale is -1"),
     ],
 )
 def test_bad_settings_are_named(config, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
         replace(config, **change)
+    assert message in one_line(error.value)
 
 
 def test_a_configuration_survives_its_file(config, tmp_path):
-    changed = replace(config, edit=EditConfig(mask=MaskConfig(feather=3), guidance_scale=7))
+    changed = replace(config, edit={"mask": {"feather": 3}, "guidance_scale": 7.0}, at_least={"ssim": 0.5})
     (tmp_path / "config.json").write_text(bulk_plan.config_json(changed))
     assert load_config(tmp_path / "config.json") == changed
     values = json.loads(bulk_plan.config_json(config))
-    values["edit"]["mask"]["fether"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"config\.json is no configuration .* unknown field fether"):
-        load_config(tmp_path / "config.json")
+    for name, wrong in {"edit": {"mask": {"fether": 1}}, "fether": 1}.items():
+        (tmp_path / "config.json").write_text(json.dumps(values | {name: wrong}))
+        with pytest.raises(ValueError, match=r"config\.json is no configuration .*fether is 1: unexpected keyword"):
+            load_config(tmp_path / "config.json")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -693,7 +695,7 @@ def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
     ("more", "message"),
     [
         (["-p", "gidance", "3"], "unknown setting 'gidance'"),
-        (["-p", "bits", "9"], "bits is 9"),
+        (["-p", "bits", "9"], "bits is 9: input should be 8 or 16"),
         (["-p", "split", "holdout"], "unknown split 'holdout'"),
     ],
 )
@@ -706,7 +708,7 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(config, tmp_path, capsys
 
 def test_settings_are_text_in_the_type_of_their_default(config):
     changed = configured(config, [("bits", "16"), ("guidance_scale", "7"), ("batch_size", "2")])
-    assert (changed.bits, changed.edit.guidance_scale, changed.batch_size) == (16, 7.0, 2)
+    assert (changed.bits, changed.edit, changed.batch_size) == (16, {"guidance_scale": 7.0}, 2)
 
 
 def test_the_module_says_how_to_call_it(capsys):
@@ -715,5 +717,29 @@ def test_the_module_says_how_to_call_it(capsys):
 
 
 def test_a_launcher_plans_without_the_libraries_of_models():
-    code = "import sys, prism_lib.apps.bulk_launch; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    code = "import sys, prism_lib.apps.bulk_plan; assert not {'transformers', 'monai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what the model recommends --------------------------------------------------------------------
+
+
+def test_rows_set_what_the_model_leaves_and_the_manifest_has_all_that_was_used(config, model, tmp_path):
+    folder = tmp_path / "tuned"
+    shutil.copytree(model, folder)
+    rules = [{"when": "add", "settings": {"addition_factor": 1.5}}]
+    (folder / FILE).write_text(json.dumps({"defaults": {"guidance_scale": 3.0, "guidance_end": 0.4}, "rules": rules}))
+    tuned = replace(config, model=str(folder), edit={"self_replace_steps": 0.2})
+    assert outputs(tuned, plan(tuned), load_pipeline(folder)).isdisjoint(outputs(config, plan(config)))
+    bulk.generate(tuned)
+    for row in manifest(tmp_path / "out"):
+        used = json.loads(row["settings"])
+        removes = row["edit"] == "remove_support_devices"
+        assert used["method"] == "edit_friendly" and used["seed"] == 0
+        assert used["edit"].keys() == {item.name for item in fields(EditConfig)} - {"batch_size"}
+        assert used["edit"]["guidance_scale"] == (3.0 if removes else 5.0)
+        assert used["edit"]["addition_factor"] == (1.0 if removes else 1.5)
+        assert (used["edit"]["guidance_end"], used["edit"]["self_replace_steps"]) == (0.4, 0.2)
+    late = with_edits(tuned, tmp_path, [{"edit": "unchanged"}, {"edit": "unchanged", "guidance_start": 0.6}])
+    with pytest.raises(ValueError, match=r"row 2: guidance_start is 0\.6, after guidance_end, 0\.4"):
+        bulk.generate(late)

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from prism_lib import paths
+from prism_lib.apps import session
 from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.gallery import Fault, sentence
 from prism_lib.apps.recipe import Recipe, load_image
-from prism_lib.apps.session import SWEEPS, Study
+from prism_lib.apps.session import SWEEPS, Session
+from prism_lib.editing import settings
+from prism_lib.editing.settings import Recommendation
 from prism_lib.evaluation import novelty
 from prism_lib.files import image_hash
-from prism_lib.models import pipeline
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.phantom import patients
@@ -41,7 +43,7 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def study(runs):
-    return Study(tiny_pipeline())
+    return Session(tiny_pipeline())
 
 
 @pytest.fixture
@@ -64,10 +66,10 @@ def png(levels):
 LEVELS = np.random.default_rng(1).integers(1, 255, (32, 32), dtype=np.uint8)
 
 
-def removal(study, **settings):
-    """The study's present image, and the recipe of a removal of its devices."""
+def removal(study, settings=None, **more):
+    """The removal of the devices of the study's present image, and its recipe."""
     edit = study.edit(remove=[DEVICES])
-    return edit, study.recipe(edit, **{"steps": 3, **settings})
+    return edit, study.recipe(edit, settings, **{"steps": 3, **more})
 
 
 # --- views ----------------------------------------------------------------------------------------
@@ -116,7 +118,9 @@ def test_overlay_and_frame_leave_the_rest_alone():
 
 
 def test_a_recipe_survives_its_file_and_its_code(tmp_path):
-    recipe = Recipe("phantom:0/1", "a b", "a c", ("b",), ("c",), steps=7, mask=(1, 2, 3, 4), guidance_scale=1.5)
+    recipe = Recipe(
+        "phantom:0/1", "a b", "a c", ("b",), ("c",), steps=7, mask=(1, 2, 3, 4), settings={"guidance_scale": 1.5}
+    )
     assert Recipe.load(recipe.save(tmp_path / "record.json", {"scores": {}})) == recipe
     lines = recipe.code().splitlines()
     assert len(lines) == 3
@@ -130,7 +134,9 @@ def test_a_recipe_survives_its_file_and_its_code(tmp_path):
     [
         ({"method": "magic"}, "unknown inversion method 'magic'"),
         ({"mask": "everywhere"}, "mask is 'everywhere'"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
+        ({"settings": {"guidance_scale": -1.0}}, r"guidance_scale\n.*greater than or equal to 0"),
+        ({"settings": {"gidance": 1.0}}, r"gidance\n.*Unexpected keyword"),
+        ({"mask": (1, 2, 3)}, "mask"),
     ],
 )
 def test_a_recipe_refuses(change, reason):
@@ -170,7 +176,7 @@ def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_
     edit, recipe = removal(study, mask=mask)
     made += study.run([recipe], edit)
     for outcome in made:
-        code = study.code(outcome) + "\nfrom prism_lib.apps.outcomes import image_hash\nprint(image_hash(image))"
+        code = study.code(outcome) + "\nfrom prism_lib.files import image_hash\nprint(image_hash(image))"
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(paths.root())},
             capture_output=True, text=True, cwd=tmp_path, timeout=300,
@@ -194,7 +200,7 @@ def test_an_edit_changes_only_what_the_mask_opens(study):
 
 
 def test_what_the_judge_reads_fills_in_what_is_not_known(runs, judge):
-    study = Study(tiny_pipeline(), judge=judge)
+    study = Session(tiny_pipeline(), judge=judge)
     case = study.open_upload("film.png", png(LEVELS))
     assert case.labels == {} and set(case.readings) == set(judge.labels)
     edit, recipe = removal(study)
@@ -227,7 +233,7 @@ def test_a_faulty_edit_is_a_sentence_beside_it(study, edit, control, reason):
     ("settings", "control", "reason"),
     [
         ({"steps": 0}, "settings", "num_inference_steps is 0"),
-        ({"word_weight": float("nan")}, "settings", "Word_weight is nan"),
+        ({"settings": {"word_weight": float("nan")}}, "settings", "word_weight is nan: input should be"),
         ({"mask": (5, 5, 5, 9)}, "mask", "is empty"),
         ({"mask": (0, 0, 33, 9)}, "mask", "leaves the image"),
     ],
@@ -300,7 +306,7 @@ def test_a_sweep_is_as_many_separate_edits(study):
     edit, recipe = removal(study)
     recipes = study.sweep(recipe, "guidance_scale")
     made = study.run(recipes, edit)
-    assert [outcome.recipe.guidance_scale for outcome in made] == list(SWEEPS["guidance_scale"])
+    assert [outcome.result.settings.guidance_scale for outcome in made] == list(SWEEPS["guidance_scale"])
     for outcome in made:
         alone = outcome.recipe.run(study.pipe, image=study.case.image)
         assert torch.equal(outcome.result.image, alone.image)
@@ -310,7 +316,7 @@ def test_undo_returns_to_the_run_before(study):
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
     first = study.run([recipe], edit)
-    study.run([dataclasses.replace(recipe, guidance_scale=5.0)], edit)
+    study.run([dataclasses.replace(recipe, settings={"guidance_scale": 5.0})], edit)
     assert study.undo() == first
     assert study.undo() == [] and study.undo() == []
 
@@ -328,6 +334,7 @@ def test_what_is_saved_reruns(study, runs):
     record = json.loads((folder / "record.json").read_text())
     again = Recipe.load(folder / "record.json").run(study.pipe)
     assert image_hash(again.image) == record["image_sha256"]
+    assert record["settings"]["guidance_scale"] == outcome.result.settings.guidance_scale
     assert str(runs) not in (folder / "record.json").read_text()
 
 
@@ -390,7 +397,7 @@ def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
     inverted = pictures.gray_or_colour(1 - known[0])
     score = reference.scores(novelty.log_errors(pipe, torch.from_numpy(inverted)[None, None] / 255)).item()
     for threshold, unlike in ((0.9 * score, True), (1.1 * score, False)):
-        study = Study(pipe, reference=dataclasses.replace(reference, threshold=threshold))
+        study = Session(pipe, reference=dataclasses.replace(reference, threshold=threshold))
         study.open_upload("inverted.png", png(inverted))
         assert ("unlike those that phantom-sd was trained on" in study.notice) == unlike
         assert ("explore(" in study.notice) == unlike
@@ -399,10 +406,10 @@ def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
 
 
 def test_a_detail_that_the_model_hardly_hears_is_said_with_the_result(runs, monkeypatch):
-    study = Study(tiny_pipeline())
+    study = Session(tiny_pipeline())
     study.open_phantom(0, patient(True))
     for heard, expected in ((0.1, "pacemaker and central venous catheter read almost the same"), (0.5, "")):
-        monkeypatch.setattr(pipeline, "told_apart", lambda *_, heard=heard: heard)
+        monkeypatch.setattr(session, "told_apart", lambda *_, heard=heard: heard)
         edit = study.edit(text="remove the pacemaker")
         (outcome,) = study.run([study.recipe(edit, steps=3)], edit)
         assert expected in outcome.notice and bool(outcome.notice) == bool(expected)
@@ -435,7 +442,7 @@ def explorer(study):
 
 
 def wait(explorer):
-    assert explorer.study.wait(120)
+    assert explorer.session.wait(120)
 
 
 def test_click_remove_and_run(explorer):
@@ -450,7 +457,7 @@ def test_click_remove_and_run(explorer):
     explorer.result.share.value = 0
     assert np.array_equal(
         np.asarray(Image.open(io.BytesIO(explorer.result.compare.value)))[..., 0],
-        pictures.gray_or_colour(explorer.study.case.image[0]),
+        pictures.gray_or_colour(explorer.session.case.image[0]),
     )
     explorer.save.click()
     assert (paths.runs() / "explorer").is_dir() and "Saved in" in explorer.files.value
@@ -469,7 +476,7 @@ def test_candidates_are_chosen_by_a_click(explorer):
     thumbnails = explorer.result.candidates.children
     assert len(thumbnails) == len(SWEEPS["guidance_scale"])
     thumbnails[2].children[1].click()
-    assert explorer.outcome.recipe.guidance_scale == SWEEPS["guidance_scale"][2]
+    assert explorer.outcome.result.settings.guidance_scale == SWEEPS["guidance_scale"][2]
 
 
 def test_an_image_opened_during_a_run_stays_on_the_screen(explorer, monkeypatch):
@@ -501,8 +508,25 @@ def test_complaints_stand_beside_their_control(explorer):
     assert "not a prepared data set" in explorer.source.line.value
 
 
+def test_the_strength_is_that_of_the_settings_used(explorer, monkeypatch):
+    assert "twice" not in explorer.settings.sliders["guidance_scale"].tooltip
+    explorer.source.patient.value = patient(False)
+    explorer.edit.buttons["add", DEVICES].value = True
+    monkeypatch.setattr(settings, "_recommendation", lambda _: Recommendation({"addition_factor": 1.75}))
+    explorer.settings.sliders["guidance_scale"].value = 2.0
+    explorer.run.click()
+    wait(explorer)
+    assert "strength 3.5)" in explorer.result.caption.value
+
+
+def test_a_slider_that_was_not_moved_is_left_to_the_model(explorer):
+    assert explorer.settings.values()["settings"] == {}
+    explorer.settings.sliders["self_replace_steps"].value = 0.95
+    assert explorer.settings.values()["settings"] == {"self_replace_steps": 0.95}
+
+
 def test_a_broken_upload_leaves_the_session_as_it_was(explorer):
-    before = explorer.study.case
+    before = explorer.session.case
     file = {
         "name": "film.png",
         "type": "",
@@ -512,15 +536,15 @@ def test_a_broken_upload_leaves_the_session_as_it_was(explorer):
     }
     explorer.source.upload.set_trait("value", (file,))
     assert "film.png is not an image" in explorer.source.line.value
-    assert explorer.study.case is before
+    assert explorer.session.case is before
     explorer.source.upload.set_trait("value", ({**file, "content": memoryview(png(LEVELS))},))
-    assert explorer.source.line.value == "" and explorer.study.case.title == "film.png"
+    assert explorer.source.line.value == "" and explorer.session.case.title == "film.png"
     assert ("remove", DEVICES) in explorer.edit.buttons and ("add", DEVICES) in explorer.edit.buttons
 
 
 def test_a_label_is_not_removed_and_added_at_once(explorer):
-    explorer.study.open_upload("film.png", png(LEVELS))
-    explorer.edit.show(explorer.study.case)
+    explorer.session.open_upload("film.png", png(LEVELS))
+    explorer.edit.show(explorer.session.case)
     explorer.edit.buttons["remove", DEVICES].value = True
     explorer.edit.buttons["add", DEVICES].value = True
     assert explorer.edit.pressed("remove") == [] and explorer.edit.pressed("add") == [DEVICES]

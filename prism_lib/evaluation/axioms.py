@@ -1,4 +1,4 @@
-"""Composition and reversibility: what any sound counterfactual model must do, whatever the truth is.
+"""Composition and reversibility: axioms of sound counterfactual models.
 
 Two of the axioms of Monteiro et al. ("Measuring axiomatic soundness of counterfactual image models", ICLR 2023), which
 need no true counterfactual and so apply to real images too. Both are L1 distances to the original in units of the
@@ -14,13 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from prism_lib.data.folder import read_images
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import Settings
 from prism_lib.evaluation import metrics
-from prism_lib.evaluation.evaluate import edit_images, interval
+from prism_lib.evaluation.evaluate import Evaluation, edit_jobs, interval
 from prism_lib.language.edits import Edit, PromptPair
 
 # The composite with the input, and the decoded latents without it.
@@ -37,19 +38,22 @@ def composition(
 ) -> pd.DataFrame:
     """Edit nothing, again and again: a row per image, columns `image_k` and `raw_k` after round k.
 
-    Either path goes on from its own result; ``how`` is what `inversion.invert` takes.
+    Either path goes on from its own result; ``how`` is what `evaluate.edit_jobs` takes.
     """
     if rounds < 1:
         raise ValueError(f"composition needs at least one round, got {rounds}")
     original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
-    first = edit_images(pipe, original, pairs, settings, **how)
+    ((first, _),) = edit_jobs(pipe, [(original, pairs)], settings, **how)
     reconstruction, columns = stack(first, "reconstruction"), {}
-    for name in PATHS:
-        before, images = original, stack(first, name)
-        for number in range(1, rounds + 1):
-            if number > 1 and not torch.equal(images, before):  # a fixed point stays one: the composite mostly is
-                before, images = images, stack(edit_images(pipe, images, pairs, settings, **how), name)
-            columns[f"{name}_{number}"] = metrics.relative_l1(images, original, reconstruction).tolist()
+    before, images = dict.fromkeys(PATHS, original), {name: stack(first, name) for name in PATHS}
+    for number in range(1, rounds + 1):
+        # Images that the last round did not change stay as they are; of composites that is most.
+        moving = [name for name in PATHS if number > 1 and not torch.equal(images[name], before[name])]
+        done = edit_jobs(pipe, [(images[name], pairs) for name in moving], settings, **how)
+        for name, (results, _) in zip(moving, done, strict=True):
+            before[name], images[name] = images[name], stack(results, name)
+        for name in PATHS:
+            columns[f"{name}_{number}"] = metrics.relative_l1(images[name], original, reconstruction).tolist()
     return cases[["file_name", "patient_id"]].assign(**columns)
 
 
@@ -57,19 +61,34 @@ def reversibility(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
     cases: pd.DataFrame,
-    change: Edit,
+    evaluation: Evaluation,
     settings: Settings,
     paths: Sequence[str] = PATHS,
     **how: Any,
 ) -> pd.DataFrame:
-    """Edit, and edit back: a row per image, a column for each of the ``paths``, which cost an edit each."""
-    original, there = read_images(folder, cases), prompt_pairs(folder, cases, change)
+    """Edit, and edit back: a row per image, a column for each of the ``paths``, which cost an edit each.
+
+    The first of ``cases`` are those of the ``evaluation``, which has edited them already; the others are edited here.
+    """
+    known = min(len(cases), len(evaluation.table))
+    names = [table["file_name"].tolist()[:known] for table in (cases, evaluation.table)]
+    if names[0] != names[1]:
+        raise ValueError(f"the cases begin with {names[0]}, but the evaluated edit is of {names[1]}")
+    original, there = read_images(folder, cases), prompt_pairs(folder, cases, evaluation.edit)
+    ((more, _),) = edit_jobs(pipe, [(original[known:], there[known:])], settings, **how)
+
+    def edited(name: str) -> Tensor:
+        own = {"image": evaluation.edited}.get(name, getattr(evaluation, name, None))
+        assert isinstance(own, Tensor)
+        return torch.cat([own[:known], stack(more, name)]) if more else own[:known]
+
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
-    edited = edit_images(pipe, original, there, settings, **how)
-    reconstruction, columns = stack(edited, "reconstruction"), {}
-    for name in paths:
-        returned = stack(edit_images(pipe, stack(edited, name), back, settings, **how), name)
-        columns[name] = metrics.relative_l1(returned, original, reconstruction).tolist()
+    returned = edit_jobs(pipe, [(edited(name), back) for name in paths], settings, **how)
+    reconstruction = edited("reconstruction")
+    columns = {
+        name: metrics.relative_l1(stack(results, name), original, reconstruction).tolist()
+        for name, (results, _) in zip(paths, returned, strict=True)
+    }
     return cases[["file_name", "patient_id"]].assign(**columns)
 
 

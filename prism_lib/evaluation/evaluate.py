@@ -76,7 +76,8 @@ def _chunks(folder: str | Path, table: pd.DataFrame) -> Iterator[Tensor]:
 class Evaluation:
     """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
 
-    ``seconds`` is what inversion and edit took, without reading and measuring.
+    ``seconds`` is what inversion and edit took, without reading and measuring; ``settings`` are those of the images,
+    each once.
     """
 
     edit: Edit
@@ -89,6 +90,7 @@ class Evaluation:
     truth: Tensor | None
     truth_mask: Tensor | None
     seconds: float = 0.0
+    settings: tuple[object, ...] = ()
 
     def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The first images for a sheet: factual, edited, and truth where it is known."""
@@ -243,6 +245,7 @@ def evaluate_results(
         raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
+    every = [result.settings for result in edited]
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
@@ -254,6 +257,7 @@ def evaluate_results(
         known and known.images,
         known and known.changed,
         seconds,
+        tuple(settings for n, settings in enumerate(every) if settings not in every[:n]),
     )
     columns = _appearance(evaluation)
     if known is not None:

@@ -7,7 +7,7 @@ from prism_lib.data.folder import read_images
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import axioms
-from prism_lib.evaluation.evaluate import choose_cases, edit_images
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit
 from prism_lib.language.edits import Edit
 from tests.tiny import tiny_pipeline
 
@@ -41,21 +41,27 @@ def test_the_latent_path_of_rounds_is_the_autoencoder_again_and_again(phantom_fo
 
 
 def test_an_edit_that_is_undone_comes_back(phantom_folder, cases, monkeypatch):
+    """What was evaluated is not edited again; the other cases are."""
+    pipe = tiny_pipeline()
+    known = evaluate_edit(pipe, phantom_folder, cases.head(2), REMOVE, EditConfig(), **HOW)
     seen = []
-    real = edit_images
+    real = axioms.edit_jobs
 
-    def spy(pipe, images, pairs, config, **how):
-        seen.append((images, pairs))
-        return real(pipe, images, pairs, config, **how)
+    def spy(pipe, jobs, settings, **how):
+        seen.append(jobs)
+        return real(pipe, jobs, settings, **how)
 
-    monkeypatch.setattr(axioms, "edit_images", spy)
-    table = axioms.reversibility(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), **HOW)
+    monkeypatch.setattr(axioms, "edit_jobs", spy)
+    table = axioms.reversibility(pipe, phantom_folder, cases, known, EditConfig(), **HOW)
     assert table[["image", "raw"]].ge(0).all(axis=None)
-    (_, there), (edited, back), _ = seen
-    assert [pair.source for pair in back] == [pair.target for pair in there]
-    assert [pair.target for pair in back] == [pair.source for pair in there]
-    assert not torch.equal(edited, read_images(phantom_folder, cases))
+    (((rest, there),), ((edited, back), _)) = seen
+    assert torch.equal(rest, read_images(phantom_folder, cases.tail(1)))
+    assert torch.equal(edited[:2], known.edited) and len(edited) == len(back) == 3
+    assert (back[2].source, back[2].target) == (there[0].target, there[0].source)
+    whole = evaluate_edit(pipe, phantom_folder, cases, REMOVE, EditConfig(), **HOW)
     seen.clear()
-    one = axioms.reversibility(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), paths=("image",), **HOW)
-    assert len(seen) == 2 and "raw" not in one
-    assert one["image"].tolist() == table["image"].tolist()
+    one = axioms.reversibility(pipe, phantom_folder, cases, whole, EditConfig(), paths=("image",), **HOW)
+    assert len(seen[1]) == 1 and "raw" not in one
+    assert one["image"].tolist() == pytest.approx(table["image"].tolist(), abs=1e-3)
+    with pytest.raises(ValueError, match="the evaluated edit is of"):
+        axioms.reversibility(pipe, phantom_folder, cases.tail(2), known, EditConfig(), **HOW)

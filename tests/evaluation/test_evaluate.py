@@ -106,6 +106,7 @@ def test_an_edit_is_measured_per_image(evaluated):
     assert expected <= set(evaluated.table.columns)
     assert len(evaluated.table) == 3 and evaluated.table.notna().all(axis=None)
     assert (evaluated.table["changed_outside_mask"] == 0).all()
+    assert evaluated.settings == (EditConfig(batch_size=2),), "one for all images"
 
 
 def test_the_truth_itself_would_be_perfect(evaluated):

@@ -103,9 +103,9 @@ def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, st
             if f"{split}/{path.name}" not in kept:
                 path.unlink()
     metadata.to_csv(folder / "metadata.csv", index=False)
-    for split, rows in metadata.groupby("split"):
-        own = rows.assign(file_name=rows["file_name"].str.removeprefix(f"{split}/"))
-        own.to_csv(folder / str(split) / "metadata.csv", index=False)
+    for name, rows in metadata.groupby("split"):
+        own = rows.assign(file_name=rows["file_name"].str.removeprefix(f"{name}/"))
+        own.to_csv(folder / str(name) / "metadata.csv", index=False)
     text = json.dumps({"format": FORMAT, **info, "content_hash": content_hash(folder, hashes)}, indent=2)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
 

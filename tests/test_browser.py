@@ -71,7 +71,7 @@ def lab(tmp_path_factory):
 def _only_the_explorer(path):
     """00_quickstart up to the explorer: the rest of it runs under papermill elsewhere."""
     notebook = nbformat.read(paths.notebooks() / "00_quickstart.ipynb", as_version=4)
-    last = next(i for i, cell in enumerate(notebook.cells) if "explorer.explore(" in cell.source)
+    last = next(i for i, cell in enumerate(notebook.cells) if "explore(MODEL" in cell.source)
     notebook.cells = notebook.cells[: last + 1]
     nbformat.write(notebook, path)
 

@@ -203,6 +203,11 @@ def execute(notebook, chosen):
             names.update(chosen)
 
 
+def test_the_quickstart_does_not_promise_a_factor():
+    """The factor of additions is the model's, from 1 to 2 by finding."""
+    assert "twice" not in (paths.notebooks() / "00_quickstart.ipynb").read_text()
+
+
 # --- one small run of all -------------------------------------------------------------------------
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from pydantic import FiniteFloat
+from pydantic.dataclasses import dataclass
 
 EDIT = ("mask_area", "change", "change_outside_mask")
 SIMILARITY = ("image_image", "image_text_source", "image_text", "directional", "consistency")
@@ -23,16 +26,11 @@ class Criteria:
     """
 
     best: str = "directional"
-    at_least: Mapping[str, float] = field(default_factory=dict)
-    at_most: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, bound in (*self.at_least.items(), *self.at_most.items()):
-            if not math.isfinite(bound):
-                raise ValueError(f"the bound of {name} is {bound}; expected a finite number")
+    at_least: Mapping[str, FiniteFloat] = field(default_factory=dict)
+    at_most: Mapping[str, FiniteFloat] = field(default_factory=dict)
 
     def failures(self, scores: Mapping[str, float]) -> tuple[str, ...]:
-        """Why a candidate does not pass, () if it does; ValueError for a score that nobody computed."""
+        """Why a candidate does not pass, () if it does; ValueError for a score that is not there."""
         names = {self.best, *self.at_least, *self.at_most}
         if missing := sorted(names - set(scores)):
             raise ValueError(f"no score {', '.join(missing)}; the scorers give {', '.join(scores)}")

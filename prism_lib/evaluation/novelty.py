@@ -1,7 +1,7 @@
 """Is this image like those that a model was trained on? A measured distance, with a measured threshold.
 
-Following Graham et al. (CVPR Workshops, 2023), a diffusion model is asked how well it explains an image: the error of
-its noise prediction at several noise levels, and the error of its autoencoder's round trip. The logarithms of these
+Following Graham et al. (CVPR Workshops, 2023), two errors measure how well a diffusion model explains an image: that of
+its noise prediction at several noise levels, and that of its autoencoder's round trip. The logarithms of these
 errors have a mean and a covariance over held-out images of the training distribution; an image's score is its
 Mahalanobis distance to them, and the threshold is a quantile of the score over further held-out images.
 
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -107,7 +109,7 @@ def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) 
         len(images),
     )
     threshold = torch.quantile(reference.scores(held_out), share).item()
-    return Reference(**{**asdict(reference), "threshold": threshold})
+    return replace(reference, threshold=threshold)
 
 
 def weights(pipe: StableDiffusionPipeline) -> str:
@@ -127,9 +129,7 @@ def load(model: str, pipe: StableDiffusionPipeline) -> Reference | None:
     if path is None:
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        covariance = tuple(tuple(map(float, row)) for row in raw.pop("covariance"))
-        reference = Reference(mean=tuple(map(float, raw.pop("mean"))), covariance=covariance, **raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reference = TypeAdapter(Reference).validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no reference of `evaluation.novelty`: {error}") from None
     return reference if reference.weights == weights(pipe) else None

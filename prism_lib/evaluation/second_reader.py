@@ -1,9 +1,9 @@
 """A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
 
-The paper asks LLaVA-Med and a commercial model whether a device is still there. Here any image-text-to-text model that
-transformers loads may answer (LLaVA, Idefics, Qwen-VL, MedGemma, ...), from a folder or the hub's cache; images never
-leave the machine. It reads like a classifier, so all that a judge measures it measures too. What such a model says of a
-radiograph is an opinion: ask first whether it reads the originals right (`evaluation.judge_auc`).
+The paper questions LLaVA-Med and a commercial model about devices after an edit. Here any image-text-to-text model that
+transformers loads can answer (LLaVA, Idefics, Qwen-VL, MedGemma, ...), from a folder or the hub's cache; images never
+leave the machine. It is wrapped as a classifier, so it gives the same measures as a judge. Its answers may be wrong:
+look first at its AUC on the originals (`evaluation.judge_auc`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class QuestionReader(nn.Module):
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()
         if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{type(processor).__name__} has no chat template: nobody knows how to ask this model")
+            raise ValueError(f"{type(processor).__name__} has no chat template, which a question needs")
         if not questions:
-            raise ValueError("there is no question to ask")
+            raise ValueError("there are no questions")
         self.model, self.processor = model, processor
         self.prompts = [self._prompt(question) for question in questions]
         first = [{_first_token(processor.tokenizer, word) for word in words} for words in (YES, NO)]
@@ -47,8 +47,8 @@ class QuestionReader(nn.Module):
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        asked = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return str(asked)
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return str(prompt)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -67,22 +67,22 @@ class QuestionReader(nn.Module):
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
     """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Classifier`; None for "".
 
-    It is asked for each of `labels` in the vocabulary's words; "No Finding" is no finding to ask for. Safetensors only.
+    One question for each of `labels` that the vocabulary has words for (not "No Finding"). Safetensors only.
     """
     if not name_or_path:
         return None
-    asked = tuple(label for label in labels if label in vocabulary.phrases)
-    if not asked:
+    read = tuple(label for label in labels if label in vocabulary.phrases)
+    if not read:
         raise ValueError(f"vocabulary {vocabulary.name!r} has no words for {', '.join(labels)}")
     name = locate(name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
     model.requires_grad_(False).eval().to(default_device())
-    questions = [question(label, vocabulary) for label in asked]
-    return Classifier(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), asked)
+    questions = [question(label, vocabulary) for label in read]
+    return Classifier(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), read)
 
 
 def question(label: str, vocabulary: Vocabulary) -> str:
-    """What is asked for a label: "Does this chest x-ray show support devices? Answer yes or no."."""
+    """The question for a label: "Does this chest x-ray show support devices? Answer yes or no."."""
     return f"Does this {vocabulary.subject} show {vocabulary.phrase(label)}? Answer yes or no."
 
 

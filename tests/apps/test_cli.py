@@ -231,6 +231,12 @@ def test_running_an_early_notebook_again_makes_later_ones_stale(checkout, monkey
     assert executed[4:] == ["01_second"]
 
 
+def test_a_kernel_that_dies_is_named(checkout, capsys):
+    notebook(checkout / "notebooks" / "00_first.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert cli.main(["run", "tiny", "--only", "00"]) == 1
+    assert "00_first: the kernel died" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "absent"),
     [

@@ -1,7 +1,7 @@
 """How much sooner small classifiers are trained side by side: writes the record `side_by_side`.
 
-The classifiers of 05 in its sizes, first one after the other with every core's thread, then one to a core with one
-thread each, in turns. The processes' start counts: it is part of what a user waits for.
+The classifiers of 06 in its sizes, first one after the other with every core's thread, then one to a core with one
+thread each, in turns. The processes' start counts: a user waits for it.
 
     python -m benchmarks.classifiers [--classifiers 10] [--steps 160] [--processes 0] [--rounds 3]
 """
@@ -11,24 +11,32 @@ from dataclasses import replace
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from prism_lib import records
-from prism_lib.devices import processes_for
+from prism_lib.devices import processes_for, side_by_side
 from prism_lib.models import classifier
 from prism_lib.phantom.patients import render, sample_patients
-from prism_lib.studies import side_by_side
 
 SIZE, TRAIN, READ, SEED = 192, 360, 160, 30_003
 
+Job = tuple[Tensor, Tensor, classifier.ClassifierConfig]
 
-def tasks(count: int, steps: int) -> list[tuple[int, side_by_side.Task]]:
-    """As many classifiers, which differ in their seed."""
+
+def jobs(count: int, steps: int) -> list[Job]:
+    """As many classifiers, which differ in their seed: images, labels of those that they learn from, configuration."""
     config = classifier.named_network("densenet-tiny", classifier.ClassifierConfig(steps=steps))
     patients = sample_patients(TRAIN + READ, SEED)
     images = torch.cat([render(patients[n : n + 64], SIZE) for n in range(0, len(patients), 64)])
     labels = torch.tensor(patients.labels()[list(config.labels)].to_numpy(dtype=float).tolist())
-    task = side_by_side.Task(images[:TRAIN], labels[:TRAIN], labels[:TRAIN, 0].long(), config, images[TRAIN:])
-    return [(seed, replace(task, config=replace(config, seed=seed))) for seed in range(count)]
+    return [(images, labels[:TRAIN], replace(config, seed=seed)) for seed in range(count)]
+
+
+def train(job: Job) -> Tensor:
+    """Train one and read the other images."""
+    images, labels, config = job
+    model = classifier.train_classifier(images[:TRAIN], labels, config, progress=False)
+    return classifier.predict(model, images[TRAIN:])
 
 
 def main() -> None:
@@ -36,21 +44,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifiers", type=int, default=10, help="how many are trained and timed")
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each")
-    parser.add_argument("--processes", type=int, default=0, help="at a time; 0: as many as 05 takes")
+    parser.add_argument("--processes", type=int, default=0, help="at a time; 0: as many as 06 takes")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
     given = parser.parse_args()
     processes = processes_for(given.processes)
     taken: dict[int, list[float]] = {1: [], processes: []}
     difference = 0.0
     with records.Timer() as timer:
-        todo = tasks(given.classifiers, given.steps)
+        todo = jobs(given.classifiers, given.steps)
         for _ in range(given.rounds):
             read = []
             for count in taken:
                 with records.Timer() as turn:
-                    read.append(dict(side_by_side.train(todo, count)))
+                    read.append([train(job) for job in todo] if count == 1 else list(side_by_side(train, todo, count)))
                 taken[count].append(turn.seconds / given.classifiers)
-            apart = [(read[0][key] - read[-1][key]).abs().mean().item() for key, _ in todo]
+            apart = [(one - other).abs().mean().item() for one, other in zip(read[0], read[-1], strict=True)]
             difference = max(difference, *apart)
     one, many = median(taken[1]), median(taken[processes])
     records.record(

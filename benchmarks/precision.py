@@ -28,12 +28,11 @@ from prism_lib.language.labels import vocabulary
 from prism_lib.models import classifier
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
-from prism_lib.studies import ablation, comparison, editors
-from prism_lib.studies.ganterfactual import GanConfig, train_gan
+from prism_lib.studies import GanConfig, PromptToPrompt, comparison, train_gan
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # as accelerate calls them: their dtypes
 SEED, ROWS = 30_004, 8  # rows of a U-Net call: four images, each with two predictions
-IMAGES, READ_AT = 160, 192  # prepared phantoms, and pixels a side that the classifiers of 05 read
+IMAGES, READ_AT = 160, 192  # prepared phantoms, and pixels a side that the classifiers of 06 read
 EDITS = ("remove_support_devices", "remove_cardiomegaly", "add_pleural_effusion")
 
 
@@ -105,16 +104,16 @@ def timed(calls: Sequence[Callable[[], Any]], rounds: int) -> dict[str, float]:
 
 def edited(folder: Path, patients: int, steps: int) -> dict[str, dict[str, Any]]:
     """The editor's default on the same phantoms in both precisions, and how far the second's answers are off."""
-    editor = editors.PromptToPrompt(num_inference_steps=steps)
+    editor = PromptToPrompt(num_inference_steps=steps)
     cases = {}
     for key in EDITS:
         change = Edit.from_key(key, vocabulary("phantom"))
         cases[change] = choose_cases(folder, change, patients, "train")
-    found = {
-        name: comparison.measure(load_pipeline(mixed_precision=name), folder, cases, editor) for name in PRECISIONS
-    }
-    answers = [torch.cat([e.edited for e in found[name].evaluations]) for name in PRECISIONS]
-    summary = ablation.summarise({f"edits_{PRECISIONS[name]}": found[name] for name in PRECISIONS}, SEED)
+    found: dict[str, comparison.Measurement] = {}
+    for name, dtype in PRECISIONS.items():
+        found |= comparison.measure(load_pipeline(mixed_precision=name), folder, cases, {f"edits_{dtype}": editor})
+    answers = [torch.cat([evaluation.edited for evaluation in made.evaluations]) for made in found.values()]
+    summary = comparison.summarise(found, SEED)
     summary["edits_bfloat16"]["l1_to_float32"] = (answers[1] - answers[0]).abs().mean().item()
     return summary
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partialmethod
-from typing import TypeVar
+from functools import cache, lru_cache, partial, partialmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import is_cuda_available
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
+LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
 TRAINED_IN = ("no", "bf16")  # precisions of small networks; gradients in "fp16" would need a scaler
 
 
@@ -102,6 +108,49 @@ def _hide_bars() -> Callable[[], None]:
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
     return hide
+
+
+def copies_for(pipe: DiffusionPipeline, asked: int, jobs: int) -> int:
+    """`processes_for`, but one for a pipeline on a GPU or too large to copy, and no more than there are jobs."""
+    return 1 if _stays(pipe) else min(processes_for(asked), max(1, jobs))
+
+
+def batch_for(pipe: DiffusionPipeline) -> int:
+    """Images that suit one batch: two where pipelines are copied into processes, and eight elsewhere."""
+    return 8 if _stays(pipe) else 2
+
+
+def with_copies(
+    pipe: DiffusionPipeline, work: Callable[[Any, Job], Result], jobs: Iterable[Job], processes: int
+) -> Iterator[Result]:
+    """``work(pipe, job)`` of every job in order, in so many processes (`copies_for`) with a copy of the pipeline each.
+
+    On a CPU each process has one thread, so results do not depend on their number.
+    """
+    if _stays(pipe):
+        yield from (work(pipe, job) for job in jobs)
+    elif processes == 1:
+        yield from side_by_side(partial(work, pipe), jobs, 1)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(pipe, path := Path(folder) / "pipeline.pt")
+            yield from side_by_side(partial(_with_copy, path, work), jobs, processes)
+
+
+def _with_copy(path: Path, work: Callable[[Any, Job], Result], job: Job) -> Result:
+    return work(_loaded(path), job)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> Any:
+    return torch.load(path, weights_only=False)  # written by `with_copies` a moment ago
+
+
+def _stays(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline works in this process alone: on a GPU, or with weights too large to copy."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    size = sum(value.nbytes for network in networks for value in network.state_dict().values())
+    return pipe.device.type != "cpu" or size > LARGEST_COPY
 
 
 @contextmanager

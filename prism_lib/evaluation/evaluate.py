@@ -7,11 +7,9 @@ only reads; it never guides or selects.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,6 @@ from prism_lib.models.classifier import (
     train_classifier,
 )
 from prism_lib.records import Timer
-
-LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
 
 
 def load_judge(name: str) -> Classifier | None:
@@ -146,57 +142,34 @@ def edit_jobs(
     ``processes`` (0: `devices.processes_for`). A GPU, or a model too large to copy, stays in this process. Images of a
     batch: ``batch_size``, or for 0 two on a CPU and eight elsewhere.
     """
-    together = pipe.device.type != "cpu" or _bytes(pipe) > LARGEST_COPY
-    size = batch_size or (8 if together else 2)
+    size = batch_size or devices.batch_for(pipe)
     batches = [
         (number, images[first : first + size], pairs[first : first + size])
         for number, (images, pairs) in enumerate(jobs)
         for first in range(0, len(images), size)
     ]
-    count = 1 if together else min(devices.processes_for(processes), max(1, len(batches)))
+    count = devices.copies_for(pipe, processes, len(batches))
     results: list[list[Counterfactual]] = [[] for _ in jobs]
     seconds = [0.0] * len(jobs)
-    with _shared(pipe, count) as model:
-        work = partial(_edit_batch, model, {"settings": settings, "batch_size": size, **how})
-        done = map(work, batches) if together else devices.side_by_side(work, batches, count)
-        numbers = [number for number, images, _ in batches for _ in range(len(images))]
-        with tqdm(total=len(numbers), desc="edit images", leave=False) as progress:
-            for (number, images, _), (edited, taken) in zip(batches, done, strict=True):
-                results[number] += edited
-                seconds[number] += taken / count
-                progress.update(len(images))
+    work = partial(_edit_batch, {"settings": settings, "batch_size": size, **how})
+    numbers = [number for number, images, _ in batches for _ in range(len(images))]
+    with tqdm(total=len(numbers), desc="edit images", leave=False) as progress:
+        for (number, images, _), (edited, taken) in zip(
+            batches, devices.with_copies(pipe, work, batches, count), strict=True
+        ):
+            results[number] += edited
+            seconds[number] += taken / count
+            progress.update(len(images))
     return list(zip(results, seconds, strict=True))
 
 
-@contextmanager
-def _shared(pipe: StableDiffusionPipeline, processes: int) -> Iterator[StableDiffusionPipeline | Path]:
-    """The pipeline itself for one process, a file of it for several."""
-    if processes == 1:
-        yield pipe
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(pipe, path := Path(folder) / "pipeline.pt")
-        yield path
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: Path) -> StableDiffusionPipeline:
-    return torch.load(path, weights_only=False)  # written by `_shared` a moment ago
-
-
 def _edit_batch(
-    model: StableDiffusionPipeline | Path, how: dict[str, Any], batch: tuple[int, Tensor, Sequence[PromptPair]]
+    how: dict[str, Any], pipe: StableDiffusionPipeline, batch: tuple[int, Tensor, Sequence[PromptPair]]
 ) -> tuple[list[Counterfactual], float]:
     _, images, pairs = batch
-    pipe = _loaded(model) if isinstance(model, Path) else model
     with Timer() as timer:
         edited = edit_images(pipe, images, pairs, **how)
     return edited, timer.seconds
-
-
-def _bytes(pipe: StableDiffusionPipeline) -> int:
-    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
-    return sum(value.nbytes for network in networks for value in network.state_dict().values())
 
 
 def evaluate_edits(

@@ -1,9 +1,19 @@
 """The experiments of the paper.
 
-Editors, prepared folders and budgets enter; comparisons, ablations and trained classifiers leave. Each one resumes
+Editors, prepared folders and budgets enter; comparisons, ablations and trained classifiers leave. Each study resumes
 where it was interrupted.
 """
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["ComparisonConfig", "compare_methods", "vary"],
+        "editors": ["PLAIN", "Edict", "Editor", "LEdits", "PromptToPrompt", "SDEdit", "TwoMasks"],
+        "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_gif", "transition"],
+        "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan", "train_guide"],
+        "imagic": ["Imagic"],
+        "shortcut": ["ShortcutConfig"],
+    },
+)

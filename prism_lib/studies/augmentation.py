@@ -1,15 +1,14 @@
 """Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
 
-A `Source` gives an image for each row of a prepared table under an edit; a study takes sources as arguments and does
-not care where the images come from. `Cached` keeps what a slow source gave as PNG files, image by image, so that a
-study that was interrupted goes on where it stopped and every strength and seed uses the same images.
+A `Source` gives an image for each row of a prepared table under an edit; a study takes any number of sources by name.
+`Cached` keeps what a slow source gave as PNG files, image by image, so an interrupted study continues where it stopped
+and every strength and seed uses the same images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,29 +24,21 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import Folder, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import stack
-from prism_lib.editing.settings import Settings
-from prism_lib.evaluation.evaluate import edit_images
+from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
+from prism_lib.studies.editors import Editor
 
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1].
 Source = Callable[[pd.DataFrame, Edit], Tensor]
 
 
-def counterfactuals(
-    pipe: StableDiffusionPipeline,
-    folder: Folder,
-    config: Settings,
-    *,
-    method: str = "direct",
-    num_inference_steps: int = 50,
-) -> Source:
-    """PRISM's counterfactuals of the rows' own images."""
+def counterfactuals(pipe: StableDiffusionPipeline, folder: Folder, editor: Editor) -> Source:
+    """An editor's counterfactuals of the rows' own images."""
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
-        edited = edit_images(pipe, images, pairs, config, method=method, num_inference_steps=num_inference_steps)
-        return _gray(stack(edited))
+        return _gray(stack(editor(pipe, images, pairs, change)))
 
     return source
 
@@ -60,23 +51,23 @@ def synthetic(
     guidance_scale: float = 3.0,
     seed: int = 0,
 ) -> Source:
-    """Generic samples: the same target prompts, from noise, without the image ("SD synthetic" in the paper)."""
+    """Samples from the same target prompts, from noise, without the image ("SD synthetic" in the paper)."""
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
         embeds = encode_prompts(pipe, [*targets, ""])
-        # The noise follows from the image's name, so that a sample does not depend on the rows beside it.
+        # The noise follows from the image's name, so a sample does not depend on the rows beside it.
         seeds = [_seed(seed, name, change) for name in rows["file_name"]]
         samples = [
             sample_images(
                 pipe,
-                embeds[n : n + 1],
+                embed[None],
                 embeds[-1:],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                seed=seeds[n],
+                seed=own,
             )
-            for n in range(len(targets))
+            for embed, own in zip(embeds[:-1], seeds, strict=True)
         ]
         return _gray(torch.cat(samples).cpu())
 
@@ -98,7 +89,7 @@ def truth(folder: Folder) -> Source:
 class Files:
     """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
 
-    ``settings`` is a digest of all paths, whose names in a bulk run hold all that decides their content.
+    ``settings`` is a digest of all paths, whose names in a bulk run contain all that decides their content.
     """
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
@@ -116,7 +107,7 @@ class Files:
 class Cached:
     """A source whose images are kept below ``folder``, a few at a time; ``settings`` is all that decides them.
 
-    The PNGs have 8 bits, as the prepared images do; they are written under a temporary name and renamed.
+    The PNGs have 8 bits, as the prepared images do.
     """
 
     def __init__(
@@ -132,7 +123,8 @@ class Cached:
             for start in range(0, len(missing), self.chunk):
                 part = missing[start : start + self.chunk]
                 for n, image in zip(part, self.source(rows.iloc[part], change), strict=True):
-                    _write(files[n], image)
+                    with atomic(files[n]) as partial:
+                        Image.fromarray((image[0] * 255).round().byte().numpy()).save(partial, format="PNG")
                 progress.update(len(part))
         return torch.stack([_read(path) for path in files])
 
@@ -147,13 +139,6 @@ def _gray(images: Tensor) -> Tensor:
 
 def _seed(seed: int, name: str, change: Edit) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{change.key}".encode()).digest()[:4], "big")
-
-
-def _write(path: Path, image: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray((image[0] * 255).round().byte().numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
 
 
 def _read(path: Path) -> Tensor:

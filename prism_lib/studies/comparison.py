@@ -1,47 +1,82 @@
-"""All editors on the same images: each tuned within one budget on validation patients, then measured on test patients.
+"""What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
 
-The criterion is one for all: the mean error to the true counterfactual where pixels had to change. The budget is a
-number of settings, the same for each method; ours is tuned with it too.
+`vary` turns a base editor and lists of values into variants, `measure` edits the same images with every editor, and
+`summarise` gives the numbers of a record.
+`compare_methods` tunes every method within one budget on validation patients, by one criterion (the mean error to the
+true counterfactual where pixels had to change), and measures the best of each on test patients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.devices import check_trained_in
-from prism_lib.editing.methods import METHODS, RECOMMENDED
-from prism_lib.evaluation.evaluate import choose_cases, evaluate_results
-from prism_lib.language.edits import Edit
+from prism_lib.devices import batch_for, copies_for, with_copies
+from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.editing.methods import RECOMMENDED
+from prism_lib.editing.settings import EditConfig, grid
+from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
+from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
-from prism_lib.studies.ablation import Measurement, counted_rows, summarise
-from prism_lib.studies.edict import Edict
-from prism_lib.studies.editors import PLAIN, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.studies.editors import PLAIN, Edict, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 from prism_lib.studies.imagic import Imagic
 
 CRITERION = "true_error_ratio"
 BUDGET = 4
-
 GAN = "GANterfactual"
+
+# Columns of `evaluation` that an editor is summarised by, where they are known.
+COLUMNS = (
+    "true_error_ratio",
+    "cpg",
+    "flipped",
+    "side_effect_rate",
+    "identity_l1",
+    "reconstruction_l1",
+    "mask_recall",
+    "latent_outside_l1_ratio",
+)
 
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
+Positive = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Measurement(NamedTuple):
+    """An editor's evaluations, one per edit, and the rows that its U-Net calls had per image."""
+
+    editor: Editor
+    evaluations: tuple[Evaluation, ...]
+    unet_evaluations: float
+
+    @property
+    def images(self) -> int:
+        """How many images were edited, over all edits."""
+        return sum(len(evaluation.table) for evaluation in self.evaluations)
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Seconds of inversion and edit, for one image and one edit."""
+        return sum(evaluation.seconds for evaluation in self.evaluations) / self.images
+
+
+class Tuned(NamedTuple):
     """The settings chosen for one method, and the criterion of each candidate in the order tried."""
 
     editor: Editor
@@ -50,64 +85,219 @@ class Tuned:
 
     def as_record(self) -> dict[str, Any]:
         """Plain values: the chosen settings, and every candidate with its error."""
-        tried = [
-            {"settings": settings(editor), CRITERION: error}
-            for editor, error in zip(self.candidates, self.errors, strict=True)
-        ]
-        return {"chosen": settings(self.editor), "tried": tried}
+        tried = zip(self.candidates, self.errors, strict=True)
+        return {
+            "chosen": plain(self.editor),
+            "tried": [{"settings": plain(editor), CRITERION: error} for editor, error in tried],
+        }
 
 
-@dataclass(frozen=True)
-class StudyConfig:
-    """What `run` compares, and how much work goes into it.
-
-    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit and
-    `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
-    and its guide is a small classifier of its own, never the judge; both are trained in `mixed_precision` ("no" or
-    "bf16"), while the editors' is that of the pipeline.
-    """
-
-    methods: tuple[str, ...] = ()
-    images: int = 3
-    tuning_images: int = 1
-    budget: int = BUDGET
-    steps: int = 25
-    imagic_steps: int = 200
-    gan_steps: int = 2000
-    gan_filters: int = 32
-    guide_steps: int = 200
-    guide_images: int = 512
-    seed: int = 0
-    mixed_precision: str = "no"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "methods", tuple(self.methods))  # notebooks and JSON have lists
-        known = [*candidates(self.steps, self.imagic_steps), GAN]
-        if unknown := [name for name in self.methods if name not in known]:
-            raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
-        check_trained_in(self.mixed_precision)
-        for name in ("images", "tuning_images", "budget"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class Study:
-    """What `run` found: how each method was tuned, what it does on test patients, and what both took in seconds."""
+class Comparison(NamedTuple):
+    """How each method was tuned, how it does on test patients, and what both took in seconds."""
 
     tuned: Mapping[str, Tuned]
     measured: Mapping[str, Measurement]
     seconds: float
 
 
-def run(
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """What `compare_methods` compares, and how much work goes into it.
+
+    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit and
+    `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
+    and its guide is a small classifier of its own, never the judge; both are trained in `mixed_precision`, while the
+    editors use that of the pipeline.
+    """
+
+    methods: tuple[str, ...] = ()
+    images: Positive = 3
+    tuning_images: Positive = 1
+    budget: Positive = BUDGET
+    steps: Positive = 25
+    imagic_steps: Positive = 200
+    gan_steps: Positive = 2000
+    gan_filters: Positive = 32
+    guide_steps: Positive = 200
+    guide_images: Positive = 512
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] = "no"
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        known = [*candidates(), GAN]
+        if unknown := [name for name in methods if name not in known]:
+            raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
+        return methods
+
+
+def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
+    """Every combination of the values of some fields of `PromptToPrompt` or of its settings, by name.
+
+    `vary(base, self_replace_steps=[0, 0.4])` gives "self_replace_steps 0" and "self_replace_steps 0.4".
+    """
+    own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
+    known = own | {item.name for item in fields(EditConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    variants = {}
+    for row in itertools.product(*values.values()):
+        chosen = dict(zip(values, row, strict=True))
+        overrides = {name: value for name, value in chosen.items() if name not in own}
+        EditConfig(**overrides)  # a value out of range is named here, not after hours of work
+        (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})
+        name = ", ".join(
+            f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in chosen.items()
+        )
+        variants[name] = replace(base, settings=settings, **{name: chosen[name] for name in own & set(chosen)})
+    return variants
+
+
+def measure(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: Cases,
+    editors: Mapping[str, Editor],
+    judge: Classifier | None = None,
+    *,
+    share: bool = False,
+    processes: int = 0,
+) -> dict[str, Measurement]:
+    """Edit the images of ``cases`` with every editor, on all cores.
+
+    What comes to the same is measured once: the base, which is in every study, and settings that an edit has anyway or
+    does not use, such as the factor of additions where something is removed. With ``share`` editors share what they
+    invert; their seconds then say nothing. Results do not depend on the number of ``processes``.
+    """
+    if not cases or not editors:
+        raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
+    inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
+    distinct: dict[tuple[Edit, str], Editor] = {}
+    places: dict[str, list[tuple[Edit, str]]] = {name: [] for name in editors}
+    for change, (_, pairs) in inputs.items():
+        for name, editor in editors.items():
+            place = change, editor.effect(pipe, pairs)
+            distinct.setdefault(place, editor)
+            places[name].append(place)
+    groups: dict[Any, list[tuple[Edit, str]]] = {}
+    for (change, effect), editor in distinct.items():
+        shared = (change, type(editor), editor.inverts) if share else (change, effect)
+        groups.setdefault(shared, []).append((change, effect))
+    size = batch_for(pipe)
+    jobs, owners = [], []
+    for group in groups.values():
+        change = group[0][0]
+        images, pairs = inputs[change]
+        for first in range(0, len(images), size):
+            rows = slice(first, first + size)
+            jobs.append(_Job([distinct[place] for place in group], images[rows], pairs[rows], change))
+            owners.append(group)
+    found: dict[tuple[Edit, str], list[_Made]] = {place: [] for place in distinct}
+    count = copies_for(pipe, processes, len(jobs))
+    progress = tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure")
+    for group, made in zip(owners, progress, strict=True):
+        for place, one in zip(group, made, strict=True):
+            found[place].append(one)
+    evaluations = {}
+    for (change, effect), parts in found.items():
+        edited = [result for part in parts for result in part.results]
+        seconds = sum(part.seconds for part in parts) / count
+        evaluations[change, effect] = evaluate_results(folder, cases[change], change, edited, judge, seconds)
+    total = sum(map(len, cases.values()))
+    return {
+        name: Measurement(
+            editors[name],
+            tuple(evaluations[place] for place in own),
+            sum(part.rows for place in own for part in found[place]) / total,
+        )
+        for name, own in places.items()
+    }
+
+
+class _Job(NamedTuple):
+    """A batch of images (N, C, H, W) for editors that share what they invert."""
+
+    editors: list[Editor]
+    images: Tensor
+    pairs: Sequence[PromptPair]
+    change: Edit
+
+
+class _Made(NamedTuple):
+    """What one editor made of a batch, in how many seconds and rows of U-Net calls."""
+
+    results: list[Counterfactual]
+    seconds: float
+    rows: int
+
+
+def _edit(pipe: StableDiffusionPipeline, job: _Job) -> list[_Made]:
+    """Runs in a process of its own; the inversion counts for the first editor."""
+    made: list[_Made] = []
+    inverted: Any = None
+    for editor in job.editors:
+        with counted_rows(pipe.unet) as rows, Timer() as timer:
+            inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
+            results = editor.edit(pipe, inverted, job.pairs, job.change)
+        made.append(_Made(results, timer.seconds, sum(rows)))
+    return made
+
+
+@contextmanager
+def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
+    """Rows of every forward call of a U-Net inside the block: one row is one evaluation; gradients do not count."""
+    rows: list[int] = []
+    handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def summarise(
+    measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Per editor: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations.
+
+    With ``by_edit`` also those of each edit alone, a dictionary by the edit's key.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for name, measurement in measured.items():
+        table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
+        values: dict[str, Any] = {"images": float(len(table))}
+        for column in COLUMNS:
+            if column in table and table[column].notna().all():
+                values |= interval(column, table[column], table["patient_id"], seed)
+        values["seconds_per_image"] = measurement.seconds_per_image
+        values["unet_evaluations"] = measurement.unet_evaluations
+        for evaluation in measurement.evaluations if by_edit else ():
+            alone = measurement._replace(evaluations=(evaluation,))
+            values[evaluation.edit.key] = summarise({name: alone}, seed)[name]
+        summary[name] = values
+    return summary
+
+
+def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:
+    """One image as every editor edits it, with titles: original, truth where it is known, then the editors."""
+    first = next(iter(measured.values())).evaluations[edit]
+    panels = {"original": first.factual[image]}
+    if first.truth is not None:
+        panels["true counterfactual"] = first.truth[image]
+    panels |= {name: found.evaluations[edit].edited[image] for name, found in measured.items()}
+    titles = [name.replace("_replace_steps", "").replace(", ", "\n") for name in panels]
+    return torch.stack(list(panels.values())), titles
+
+
+def compare_methods(
     pipe: StableDiffusionPipeline,
     folder: str | Path,
     edits: Sequence[Edit],
-    config: StudyConfig,
+    config: ComparisonConfig,
     output: Path,
     judge: Classifier | None = None,
-) -> Study:
+    processes: int = 0,
+) -> Comparison:
     """Train the GAN, tune every method on validation patients, compare all on test patients.
 
     GANs are kept below ``output`` and not trained again. ValueError, before any work, for real images: methods are
@@ -119,7 +309,7 @@ def run(
         for split, count in (("val", config.tuning_images), ("test", config.images))
     )
     with Timer() as timer:
-        tried = {
+        tried: dict[str, Sequence[Editor]] = {
             name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
         }
         wanted = config.methods or (*tried, GAN)
@@ -132,33 +322,31 @@ def run(
                 labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
             )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
-        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget)
+        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget, processes)
         editors = {name: result.editor for name, result in tuned.items()}
-        measured = compare(pipe, folder, test, editors, judge)
-    return Study(tuned, measured, timer.seconds)
+        measured = measure(pipe, folder, test, editors, judge, processes=processes)
+    return Comparison(tuned, measured, timer.seconds)
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
-    """`BUDGET` settings per method; those whose inversion is not in `editing.methods.METHODS` are left out.
+    """`BUDGET` settings per method; a smaller budget takes the first of each, ours begin with the editor's default.
 
-    A smaller budget takes the first of each; ours begin with the editor's default. `steps` are the DDIM steps of all,
-    `imagic_steps` the optimizer steps of each of Imagic's two fits.
+    `steps` are the DDIM steps of all, `imagic_steps` the optimizer steps of each of Imagic's two fits.
     """
     scales, windows = (3.0, 7.5), (0.4, 0.8)
-    others = [{"guidance_scale": scale} for scale in (2.8, 1.6)]
-    plain = [replace(PLAIN, guidance_scale=scale, cross_replace_steps=window) for scale in scales for window in windows]
-    grid: dict[str, list[Editor]] = {
+    plain = grid(PLAIN, guidance_scale=scales, cross_replace_steps=windows)
+    return {
         "PRISM (ours)": [
             PromptToPrompt(RECOMMENDED, steps),
             PromptToPrompt("direct", steps),
-            *(PromptToPrompt(RECOMMENDED, steps, config) for config in others),
+            *(PromptToPrompt(RECOMMENDED, steps, {"guidance_scale": scale}) for scale in (2.8, 1.6)),
         ],
         "null-text + prompt-to-prompt": [PromptToPrompt("null_text", steps, config, "off") for config in plain],
         "DDIM + prompt-to-prompt": [PromptToPrompt("ddim", steps, config, "off") for config in plain],
         "EDICT": [Edict(scale, strength, num_inference_steps=steps) for scale in scales for strength in (0.8, 0.5)],
         "two masks, edit-friendly": [TwoMasks(w, steps, margin) for w in scales for margin in (2, 8)],
         "LEDITS++": [
-            LEdits(scale, threshold, num_inference_steps=steps) for scale in (3.0, 7.5) for threshold in (0.8, 0.95)
+            LEdits(scale, threshold, num_inference_steps=steps) for scale in scales for threshold in (0.8, 0.95)
         ],
         "SDEdit": [SDEdit(strength, w, steps) for w in scales for strength in (0.3, 0.6)],
         "Imagic": [
@@ -166,8 +354,6 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
             for eta in (0.7, 0.9, 0.5, 1.0)
         ],
     }
-    known = {name: [e for e in editors if getattr(e, "method", "direct") in METHODS] for name, editors in grid.items()}
-    return {name: editors for name, editors in known.items() if editors}
 
 
 def tune(
@@ -176,11 +362,12 @@ def tune(
     cases: Cases,
     candidates: Mapping[str, Sequence[Editor]],
     budget: int = BUDGET,
+    processes: int = 0,
 ) -> dict[str, Tuned]:
     """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases``.
 
-    ValueError before any work if a method has more settings than the budget or none, if a case is a test patient, or
-    if the true counterfactuals are not known.
+    Settings that differ only in the edit share their inversion. ValueError before any work if a method has more
+    settings than the budget or none, if a case is a test patient, or if the true counterfactuals are not known.
     """
     require_truth(folder)
     for name, editors in candidates.items():
@@ -189,69 +376,17 @@ def tune(
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")
+    tried = {f"{name} {n}": editor for name, editors in candidates.items() for n, editor in enumerate(editors)}
+    found = measure(pipe, folder, cases, tried, share=True, processes=processes)
     tuned = {}
-    with tqdm(total=sum(map(len, candidates.values())), desc="tune") as progress:
-        for name, editors in candidates.items():
-            errors = []
-            for editor in editors:
-                found = measure(pipe, folder, cases, editor)
-                errors.append(float(pd.concat([e.table[CRITERION] for e in found.evaluations]).mean()))
-                progress.update()
-            best = min(range(len(errors)), key=errors.__getitem__)
-            tuned[name] = Tuned(editors[best], tuple(errors), tuple(editors))
+    for name, editors in candidates.items():
+        tables = [[e.table[CRITERION] for e in found[f"{name} {n}"].evaluations] for n in range(len(editors))]
+        errors = [float(pd.concat(columns).mean()) for columns in tables]
+        tuned[name] = Tuned(editors[errors.index(min(errors))], tuple(errors), tuple(editors))
     return tuned
 
 
-def compare(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: Cases,
-    editors: Mapping[str, Editor],
-    judge: Classifier | None = None,
-) -> dict[str, Measurement]:
-    """Measure every editor on the same images; `ablation.summarise` turns the answer into a record's numbers."""
-    if not editors or not cases:
-        raise ValueError(f"need at least one editor and one edit, got {len(editors)} and {len(cases)}")
-    return {
-        name: measure(pipe, folder, cases, editor, judge)
-        for name, editor in tqdm(editors.items(), desc="compare", total=len(editors))
-    }
-
-
-def measure(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, editor: Editor, judge: Classifier | None = None
-) -> Measurement:
-    """One editor on the images of all edits, with seconds and U-Net rows per image."""
-    evaluations = []
-    with counted_rows(pipe.unet) as rows:
-        for change, table in cases.items():
-            images, pairs = read_images(folder, table), prompt_pairs(folder, table, change)
-            with Timer() as timer:
-                edited = editor(pipe, images, pairs, change)
-            evaluations.append(evaluate_results(folder, table, change, edited, judge, timer.seconds))
-    return Measurement(editor, tuple(evaluations), sum(rows) / sum(map(len, cases.values())))
-
-
-def record(measured: Mapping[str, Measurement], tuned: Mapping[str, Tuned], seed: int = 0) -> dict[str, Any]:
-    """The metrics of the record `baselines`: per method, all edits together and each alone; how it was tuned apart."""
-    tuning = {name: result.as_record()["tried"] for name, result in tuned.items()}
-    return {"methods": summarise(measured, seed, by_edit=True), "tuning": tuning}
-
-
-def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:
-    """One image as every method edits it, with titles: original, truth where it is known, then the methods."""
-    first = next(iter(measured.values())).evaluations[edit]
-    panels = {"original": first.factual[image]}
-    if first.truth is not None:
-        panels["true counterfactual"] = first.truth[image]
-    panels |= {name: found.evaluations[edit].edited[image] for name, found in measured.items()}
-    return torch.stack(list(panels.values())), list(panels)
-
-
-def settings(editor: Editor) -> dict[str, Any]:
+def plain(editor: Editor) -> dict[str, Any]:
     """An editor's name and values, for a record."""
-    made: Any = editor  # the protocol does not say that editors are dataclasses
-    return {
-        "editor": type(editor).__name__,
-        **(asdict(made) if is_dataclass(made) and not isinstance(made, type) else {}),
-    }
+    made: Any = editor  # every editor is a dataclass
+    return {"editor": type(editor).__name__, **asdict(made)}

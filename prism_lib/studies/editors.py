@@ -1,10 +1,9 @@
-"""What the paper and its users compare with, as editors: settings that are called with images and prompt pairs.
+"""What the paper and its users compare with, as editors: settings that turn images and prompt pairs into results.
 
 An editor is a frozen dataclass of settings; `editor(pipe, images, pairs, change)` gives a `Counterfactual` per image,
-so that every method is measured by the same functions as ours. Here are those that train nothing: prompt-to-prompt on
-any inversion, SDEdit, LEDITS++ and editing between two masks. `studies.edict` holds one with an
-inversion of its own, `studies.imagic` and `studies.ganterfactual` the two that train; `studies.comparison` tunes
-and compares all of them.
+so every method is measured by the same functions as ours. Here are prompt-to-prompt on any inversion (ours with its
+defaults), editing between two masks, SDEdit, LEDITS++ and EDICT; `studies.imagic` and `studies.ganterfactual` hold the
+two that train, and `studies.comparison` tunes and compares all of them.
 
 The classes of diffusers share the caller's U-Net and autoencoder. The scheduler is always a copy, and attention
 processors are put back.
@@ -12,11 +11,10 @@ processors are put back.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import (
@@ -26,77 +24,132 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
-from prism_lib.editing.inversion import invert
+from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED
-from prism_lib.editing.settings import EditConfig, Settings
-from prism_lib.evaluation.evaluate import edit_images
-from prism_lib.files import stable_seed
+from prism_lib.editing.settings import EditConfig, resolved
+from prism_lib.files import image_hash, stable_seed
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import decode_latents, encode_images, mixed_calls
+from prism_lib.models import schedule as ddim
+from prism_lib.models.pipeline import (
+    decode_latents,
+    encode_images,
+    encode_prompts,
+    full_precision,
+    mixed_calls,
+    predict_noise,
+)
+from prism_lib.models.schedule import Schedule, clean_and_noise
 
-
-class Editor(Protocol):
-    """Images (N, C, H, W) in [0, 1], a prompt pair for each and the edit they stand for -> N results."""
-
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]: ...
-
-
-@dataclass(frozen=True)
-class PromptToPrompt:
-    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
-
-    `mask` is "auto" or "off". `PLAIN` are the settings of the reference implementations.
-    """
-
-    method: str = RECOMMENDED
-    num_inference_steps: int = 50
-    edit: Settings = field(default_factory=dict, hash=False)
-    mask: str = "auto"
-
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
-        steps = self.num_inference_steps
-        return edit_images(
-            pipe, images, pairs, self.edit, mask=self.mask, method=self.method, num_inference_steps=steps
-        )
-
+Share = Annotated[float, Field(gt=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(ge=1)]
+# A mapping stays a mapping: made an `EditConfig`, it would replace what the model recommends for other fields.
+Overrides = Annotated[Mapping[str, Any] | EditConfig, Field(union_mode="left_to_right")]
 
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 
 
-@dataclass(frozen=True)
-class TwoMasks:
-    """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
+class Editor:
+    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
 
-    RadEdit's user draws what to edit and what to keep. So that nobody's knowledge of the truth enters, the edit mask
-    is here the one that our own editor finds, `margin` pixels wider, and everything further away is kept. No attention
-    is injected, and guidance is from the empty prompt.
+    Editors with equal `inverts` may share what `invert` gives, because it does not depend on their other settings.
     """
 
-    guidance_scale: float = 7.5
-    num_inference_steps: int = 50
-    margin: int = 4
-    method: str = "edit_friendly"
-    find: Settings = field(default_factory=dict, hash=False)
+    @property
+    def inverts(self) -> Hashable:
+        """The settings that `invert` depends on."""
+        return None
 
-    def __post_init__(self) -> None:
-        if self.margin < 0:
-            raise ValueError(f"margin is {self.margin}; expected 0 pixels or more")
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> Any:
+        """What follows from images (N, C, H, W) in [0, 1] and prompts before any edit; by default the images."""
+        return images
+
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        """A result per image, from what `invert` gave and the edit that the pairs stand for."""
+        raise NotImplementedError
+
+    def effect(self, pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair]) -> str:
+        """A description of all that decides the results; editors with equal ones are measured once."""
+        return repr(self)
 
     def __call__(
         self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
-        prompts, steps = [pair.source for pair in pairs], self.num_inference_steps
-        inverted = invert(pipe, images, prompts, self.method, steps)  # first, for an unknown method fails here
-        found = stack(edit_images(pipe, images, pairs, self.find, num_inference_steps=steps), "mask")
-        # Soft, not cut off at a threshold: else a rounding error could move the mask's border.
+        return self.edit(pipe, self.invert(pipe, images, pairs), pairs, change)
+
+
+@dataclass(frozen=True)
+class PromptToPrompt(Editor):
+    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
+
+    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask` is
+    "auto" or "off" (the raw decode, nothing put back into the input).
+    """
+
+    method: str = RECOMMENDED
+    num_inference_steps: Steps = 50
+    settings: Overrides = field(default_factory=dict, hash=False)
+    mask: Literal["auto", "off"] = "auto"
+
+    @property
+    def inverts(self) -> Hashable:
+        return self.method, self.num_inference_steps
+
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> Inversion:
+        return invert(pipe, images, [pair.source for pair in pairs], self.method, self.num_inference_steps)
+
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
+
+    def effect(self, pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair]) -> str:
+        return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])
+
+
+@dataclass(frozen=True)
+class TwoMasks(Editor):
+    """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
+
+    In RadEdit the user draws what to edit and what to keep. Drawn masks would give this method the truth, so the edit
+    mask is the one that our own editor finds with the model's recommended settings, `margin` pixels wider, and
+    everything further away is kept. No attention is injected, and guidance is from the empty prompt.
+    """
+
+    guidance_scale: float = 7.5
+    num_inference_steps: Steps = 50
+    margin: Annotated[int, Field(ge=0)] = 4
+
+    @property
+    def inverts(self) -> Hashable:
+        return self.num_inference_steps
+
+    def invert(
+        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]
+    ) -> tuple[Inversion, Tensor]:
+        """The inversion, and the masks (N, 1, H, W) that our editor finds on it."""
+        ours = PromptToPrompt("edit_friendly", self.num_inference_steps)
+        inversion = ours.invert(pipe, images, pairs)
+        return inversion, stack(edit(pipe, inversion, pairs), "mask")
+
+    def edit(
+        self,
+        pipe: StableDiffusionPipeline,
+        inverted: tuple[Inversion, Tensor],
+        pairs: Sequence[PromptPair],
+        change: Edit,
+    ) -> list[Counterfactual]:
+        inversion, found = inverted
+        # Soft, not cut off at a threshold: a rounding error must not move the mask's border.
         wide = torch.nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
         config = EditConfig(
             guidance_scale=self.guidance_scale,
@@ -104,35 +157,30 @@ class TwoMasks:
             self_replace_steps=0.0,
             negative="empty",
             correct_drift=False,
+            local_blend=False,
         )
-        edited = edit(pipe, inverted, pairs, config, mask=wide)
-        return [replace(result, settings=self) for result in edited]
+        return [replace(result, settings=self) for result in edit(pipe, inversion, pairs, config, mask=wide)]
 
 
 @dataclass(frozen=True)
-class SDEdit:
+class SDEdit(Editor):
     """Noise the image to `strength` and denoise it under the target prompt (Meng et al., ICLR 2022).
 
-    diffusers' `StableDiffusionImg2ImgPipeline`. `negative` is "source" or "empty", as in `EditConfig`.
+    diffusers' `StableDiffusionImg2ImgPipeline`.
     """
 
-    strength: float = 0.5
+    strength: Share = 0.5
     guidance_scale: float = 7.5
-    num_inference_steps: int = 50
-    negative: str = "empty"
+    num_inference_steps: Steps = 50
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}; expected a share in (0, 1]")
-        if int(self.num_inference_steps * self.strength) < 1:
-            raise ValueError(f"strength {self.strength} of {self.num_inference_steps} steps leaves none to denoise")
-        if self.negative not in ("source", "empty"):
-            raise ValueError(f"negative is {self.negative!r}; expected source or empty")
+    @model_validator(mode="after")
+    def _has_steps(self) -> SDEdit:
+        return _checked_steps(self, self.strength, self.num_inference_steps)
 
     @torch.no_grad()
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         image_to_image = StableDiffusionImg2ImgPipeline(**_parts(pipe, scheduler))
@@ -140,41 +188,36 @@ class SDEdit:
         with mixed_calls(pipe.unet):
             latents = image_to_image(
                 prompt=[pair.target for pair in pairs],
-                negative_prompt=[pair.source if self.negative == "source" else "" for pair in pairs],
-                image=images.expand(-1, pipe.vae.config.in_channels, -1, -1),
+                image=inverted.expand(-1, pipe.vae.config.in_channels, -1, -1),
                 strength=self.strength,
                 guidance_scale=self.guidance_scale,
                 num_inference_steps=self.num_inference_steps,
-                generator=[generator(image, self.seed) for image in images],
+                generator=[_generator(image, self.seed) for image in inverted],
                 output_type="latent",
             ).images
-        return unmasked(pipe, images, pairs, decode_latents(pipe.vae, latents, images.shape[1]), self)
+        return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, latents, inverted.shape[1]), self)
 
 
 @dataclass(frozen=True)
-class LEdits:
+class LEdits(Editor):
     """LEDITS++ (Brack et al., CVPR 2024), diffusers' `LEditsPPPipelineStableDiffusion`.
 
-    The target prompt is added as one concept and the source prompt taken away as another, because our model was taught
-    absences in words. `threshold` is the quantile that opens the mask; `intersect` also asks the attention, which needs
-    a U-Net that attends at a quarter of the latents' size. One image at a time: concepts are a batch's, not an image's.
+    The target prompt is added as one concept and the source prompt removed as another, because our model was trained
+    with absences in words. `threshold` is the quantile that opens the mask; `intersect` also uses the attention, which
+    needs a U-Net that attends at a quarter of the latents' size. One image at a time: diffusers' concepts belong to a
+    batch, not to an image.
     """
 
     edit_guidance_scale: float = 5.0
-    threshold: float = 0.9
-    skip: float = 0.15
-    num_inference_steps: int = 30
+    threshold: Below1 = 0.9
+    skip: Below1 = 0.15
+    num_inference_steps: Steps = 30
     intersect: bool = True
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("threshold", "skip"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1)")
-
     @torch.no_grad()
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
         scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
@@ -183,8 +226,8 @@ class LEdits:
         ledits.set_progress_bar_config(disable=True)
         latents = []
         with _same_processors(pipe.unet), mixed_calls(pipe.unet):
-            for image, pair in zip(images, pairs, strict=True):
-                noise = generator(image, self.seed)
+            for image, pair in zip(inverted, pairs, strict=True):
+                noise = _generator(image, self.seed)
                 ledits.invert(
                     image=image[None].expand(-1, pipe.vae.config.in_channels, -1, -1),
                     num_inversion_steps=self.num_inference_steps,
@@ -201,7 +244,73 @@ class LEdits:
                     output_type="latent",
                 )
                 latents.append(edited.images)
-        return unmasked(pipe, images, pairs, decode_latents(pipe.vae, torch.cat(latents), images.shape[1]), self)
+        return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, torch.cat(latents), inverted.shape[1]), self)
+
+
+@dataclass(frozen=True)
+class Edict(Editor):
+    """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
+
+    A step makes x from y's noise and then y from the new x's, and mixes the two a little, because they would drift
+    apart. Each part is affine in what it changes and so has an exact inverse, with guidance too. `strength` is the
+    share of the steps that are walked, `mixing` the paper's p: 1 does not mix. Four U-Net rows a step in either
+    direction. Latents are float64, as published: mixing multiplies rounding by 1 / p a step.
+    """
+
+    guidance_scale: float = 3.0
+    strength: Share = 0.8
+    mixing: Share = 0.93
+    num_inference_steps: Steps = 50
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> Edict:
+        return _checked_steps(self, self.strength, self.num_inference_steps)
+
+    @torch.no_grad()
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        clean = encode_images(pipe.vae, inverted)
+        with full_precision(pipe.unet):  # what is rounded on the way up is amplified on the way down
+            noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
+            edited, _ = self.walk(pipe, noised, [pair.target for pair in pairs], up=False)
+        return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, edited.to(clean), inverted.shape[1]), self)
+
+    def walk(
+        self, pipe: StableDiffusionPipeline, pair: tuple[Tensor, Tensor], prompts: Sequence[str], up: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The two latents (N, c, h, w) from clean to noised or back; under the same prompts each undoes the other."""
+        schedule, p = Schedule.from_config(pipe.scheduler.config, self.num_inference_steps), self.mixing
+        embeds = encode_prompts(pipe, [*[""] * len(prompts), *prompts])
+        levels = range(1, int(self.strength * self.num_inference_steps) + 1)
+        for level in tqdm(levels if up else levels[::-1], desc="EDICT", leave=False):
+            # The latents take turns at who goes first, or one of them would always lead.
+            y, x = pair[::-1] if level % 2 else pair
+            y, x = y.double(), x.double()
+            here, below = schedule.alphas[level], schedule.alphas[level - 1]
+            scale = (below / here) ** 0.5  # a DDIM step is scale * sample + shift * noise
+            shift = (1 - below) ** 0.5 - scale * (1 - here) ** 0.5
+            if up:
+                y = (y - (1 - p) * x) / p
+                x = (x - (1 - p) * y) / p
+                y = (y - shift * self._noise(pipe, x, embeds, schedule, level)) / scale
+                x = (x - shift * self._noise(pipe, y, embeds, schedule, level)) / scale
+            else:
+                x = scale * x + shift * self._noise(pipe, y, embeds, schedule, level)
+                y = scale * y + shift * self._noise(pipe, x, embeds, schedule, level)
+                x = p * x + (1 - p) * y
+                y = p * y + (1 - p) * x
+            pair = (x, y) if level % 2 else (y, x)
+        return pair
+
+    def _noise(
+        self, pipe: StableDiffusionPipeline, latents: Tensor, embeds: Tensor, schedule: Schedule, level: int
+    ) -> Tensor:
+        """The guided prediction of the noise in latents at a level."""
+        prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
+        unconditional, conditional = prediction.chunk(2)
+        guided = ddim.guided(unconditional, conditional, self.guidance_scale)
+        return clean_and_noise(schedule, latents, guided, level)[1]
 
 
 def unmasked(
@@ -232,25 +341,26 @@ def unmasked(
     ]
 
 
-def generator(image: Tensor, seed: int) -> torch.Generator:
-    """A generator for one image, (C, H, W), which its pixels and the seed decide: no result depends on the batch."""
+def seed_of(image: Tensor, seed: int) -> int:
+    """A seed for one image, (C, H, W), from its pixels and ``seed``: no result depends on the batch."""
+    return stable_seed(seed, image_hash(image))
+
+
+def _generator(image: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(image, seed))
 
 
-def seed_of(image: Tensor, seed: int) -> int:
-    """The seed of `generator`."""
-    return stable_seed(seed, hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).hexdigest())
+def _checked_steps(editor: Any, strength: float, steps: int) -> Any:
+    if int(steps * strength) < 1:
+        raise ValueError(f"strength {strength} of {steps} steps leaves none to denoise")
+    return editor
 
 
 def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:
     """The same networks for another of diffusers' pipelines, with a scheduler of its own."""
     parts: dict[str, Any] = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
-    return parts | {
-        "scheduler": scheduler,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return parts | {"scheduler": scheduler} | absent
 
 
 @contextmanager

@@ -1,16 +1,10 @@
-"""What an edit changed and where it looked: statistics by region, signed differences, transitions, attention maps.
-
-A signed difference is counterfactual minus original, positive where it is brighter, in units of the [0, 1] gray range;
-the other direction is its negative. Stored differences keep every 8-bit step of both signs.
-"""
+"""What an edit changed and where its words looked: statistics by region, attention maps, and a film of the change."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -22,11 +16,10 @@ from tqdm.auto import tqdm
 from prism_lib.editing.denoising import EditTask, denoise, edit_controller
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import Settings, resolved
+from prism_lib.editing.settings import EditConfig
+from prism_lib.files import atomic
 from prism_lib.language.edits import PromptPair
-
-# In a stored difference this value means "no change", and one more is one 8-bit gray level brighter.
-_ZERO = 2**15
+from prism_lib.models.schedule import Schedule
 
 
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -74,7 +67,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def attention_maps(
-    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: Settings
+    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig
 ) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
@@ -83,7 +76,7 @@ def attention_maps(
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-    tasks = [EditTask(n, pair, resolved(pipe, pair, config)) for n, pair in enumerate(pairs)]
+    tasks = [EditTask(n, pair, config) for n, pair in enumerate(pairs)]
     areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
     with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
         outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)
@@ -93,24 +86,24 @@ def attention_maps(
     return source, target
 
 
-def save_difference(edited: Tensor, original: Tensor, path: Path) -> Path:
-    """Write the signed difference of two images (1, H, W) on 8-bit levels as a 16-bit PNG, without loss."""
-    if edited.shape != original.shape or edited.ndim != 3 or len(edited) != 1:
-        raise ValueError(
-            f"need two images (1, H, W) of one size, got {tuple(edited.shape)} and {tuple(original.shape)}"
-        )
-    levels = [(image * 255).round().int() for image in (edited, original)]
-    stored = (levels[0] - levels[1] + _ZERO)[0].cpu().numpy().astype(np.uint16)
-    return _write(Image.fromarray(stored), path)
+def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
+    """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
-
-def load_difference(path: Path) -> Tensor:
-    """What `save_difference` wrote, (1, H, W) in [-1, 1]."""
-    with Image.open(path) as file:
-        stored = torch.from_numpy(np.array(file).astype(np.int32))
-    if int((stored - _ZERO).abs().max()) > 255:
-        raise ValueError(f"{path} is no signed difference: its values are not within 255 of {_ZERO}")
-    return (stored - _ZERO)[None] / 255
+    Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
+    "source" or "own", except for words with a window of their own; `local_blend`, whether latents far from the edit's
+    words return to the source.
+    """
+    levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
+    windows = {"cross": config.cross_replace_steps, "self": config.self_replace_steps}
+    steps = range(num_inference_steps)
+    table = pd.DataFrame(
+        {"timestep": [levels.timesteps[num_inference_steps - step] for step in steps]},
+        index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
+    )
+    for name, share in windows.items():
+        table[name] = ["source" if step < round(share * num_inference_steps) else "own" for step in steps]
+    blends = [config.local_blend and step / num_inference_steps >= config.local_blend_start for step in steps]
+    return table.assign(local_blend=blends)
 
 
 def transition(original: Tensor, edited: Tensor, frames: int = 12) -> Tensor:
@@ -134,12 +127,6 @@ def save_gif(frames: Tensor, path: Path, seconds: float = 2.0) -> Path:
     pixels = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
     first, *rest = [Image.fromarray(frame) for frame in pixels]
     more = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds / len(frames)), "loop": 0}
-    return _write(first, path, **more)
-
-
-def _write(image: Image.Image, path: Path, **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    image.save(partial, format=path.suffix[1:], **options)
-    partial.replace(path)
+    with atomic(path) as partial:
+        first.save(partial, format="GIF", **more)
     return path

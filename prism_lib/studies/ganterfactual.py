@@ -1,41 +1,43 @@
 """GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
 
-Two generators translate in both directions and a discriminator judges each; besides the CycleGAN's losses, a frozen
-classifier has to read the translation as its target. It knows one label, no text and no mask. The classifier that
-guides must not be the judge that measures. Weights are safetensors, and a run that was stopped goes on bit for bit:
-the images of a step follow from seed and step alone.
+Two generators translate in both directions, with a discriminator for each; besides the CycleGAN's losses, a frozen
+classifier has to read the translation as its target. There is a GAN for each label, without text and without a mask.
+The classifier that guides must not be the judge that measures. Weights are safetensors, and a run that was stopped
+continues bit for bit: the images of a step follow from seed and step alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from monai.networks.nets import PatchDiscriminator, UNet
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
-from prism_lib.devices import autocast, check_trained_in, default_device
+from prism_lib.devices import autocast, default_device
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.evaluation.evaluate import train_judge
-from prism_lib.files import stable_seed
+from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig, load_classifier
-from prism_lib.studies.editors import unmasked
+from prism_lib.studies.editors import Editor, unmasked
 
 DIRECTIONS = ("remove", "add")
+Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -43,31 +45,25 @@ class GanConfig:
     """Recipe for one label; weights of the losses and the rates are the paper's."""
 
     label: str
-    steps: int = 2000
-    batch_size: int = 2
+    steps: Positive = 2000
+    batch_size: Positive = 2
     learning_rate: float = 2e-4
-    filters: int = 32
+    filters: Positive = 32
     cycle_weight: float = 10.0
     identity_weight: float = 1.0
     classifier_weight: float = 1.0
-    checkpoint_every: int = 250
+    checkpoint_every: Positive = 250
     seed: int = 0
-    mixed_precision: str = "no"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "filters", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        check_trained_in(self.mixed_precision)
+    mixed_precision: Literal["no", "bf16"] = "no"
 
 
 @dataclass(frozen=True)
-class Ganterfactual:
+class Ganterfactual(Editor):
     """The trained generators below `folder` as an editor: one folder per label, named by it in snake case."""
 
     folder: Path
 
-    def __call__(
+    def edit(
         self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
     ) -> list[Counterfactual]:
         """Translate; the reconstruction is the way back. ValueError for an edit of other than one label."""
@@ -116,13 +112,13 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
 
 
 def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Classifier:
-    """The classifier that pulls the GAN, trained on the first ``images`` of the train split.
+    """The classifier that guides the GAN, trained on the first ``images`` of the train split.
 
     One at ``output`` with the same configuration is reused; ValueError for one with another.
     """
     if not (output / "config.json").is_file():
         train_judge(Path(folder), output, config, images)
-    # Read back even if just trained: stored weights are float16, and a run that goes on must be pulled by the same.
+    # Read back even if just trained: stored weights are float16, and a run that continues needs the same guide.
     model, found = load_classifier(output)
     if found != config:
         raise ValueError(f"{output} holds a classifier with other settings; choose another output folder")
@@ -172,14 +168,10 @@ class _Training:
             self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
-        for part in self._parts():
-            part.to(self.device)
+        self.parts = [self.generators.to(self.device), self.discriminators.to(self.device)]
         self.optimizers = [
-            torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self._parts()
+            torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self.parts
         ]
-
-    def _parts(self) -> list[nn.ModuleDict]:
-        return [self.generators, self.discriminators]
 
     def step(self, negative: Tensor, positive: Tensor) -> None:
         """One step of the generators, then one of the discriminators."""
@@ -205,7 +197,7 @@ class _Training:
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
             score = self._judged(name, fake)
-            with self._autocast():
+            with autocast(self.device, config.mixed_precision):  # networks only; losses are float32
                 logits = self.classifier((fake + 1) / 2)
             read = logits[:, self.column].float().sigmoid()
             intended = torch.full_like(read, float(name == "add"))
@@ -218,18 +210,14 @@ class _Training:
         return total, fakes
 
     def _translated(self, name: str, images: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self.device, self.config.mixed_precision):
             output = self.generators[name](images)
         return output.float().tanh()
 
     def _judged(self, name: str, images: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self.device, self.config.mixed_precision):
             scores = self.discriminators[name](images)
         return scores[-1].float()
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Networks are called in mixed precision; losses are float32."""
-        return autocast(self.device, self.config.mixed_precision)
 
     def _optimise(self, index: int, loss: Tensor) -> None:
         self.optimizers[index].zero_grad()
@@ -239,7 +227,7 @@ class _Training:
     def save(self, path: Path, step: int) -> None:
         """Weights and Adam's moments after ``step`` steps."""
         tensors = {"step": torch.tensor(step)}
-        for n, (part, optimizer) in enumerate(zip(self._parts(), self.optimizers, strict=True)):
+        for n, (part, optimizer) in enumerate(zip(self.parts, self.optimizers, strict=True)):
             tensors |= {f"{n}/weight/{name}": value for name, value in part.state_dict().items()}
             for key, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"{n}/adam/{key}/{name}": value for name, value in moments.items()}
@@ -248,7 +236,7 @@ class _Training:
     def load(self, path: Path) -> int:
         """Continue from what `save` wrote; returns the steps done."""
         tensors = load_file(path)
-        for n, (part, optimizer) in enumerate(zip(self._parts(), self.optimizers, strict=True)):
+        for n, (part, optimizer) in enumerate(zip(self.parts, self.optimizers, strict=True)):
             weights, adam = f"{n}/weight/", f"{n}/adam/"
             part.load_state_dict({k.removeprefix(weights): v for k, v in tensors.items() if k.startswith(weights)})
             moments: dict[int, dict[str, Tensor]] = {}
@@ -288,15 +276,11 @@ def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
 def _claim(target: Path, config: GanConfig) -> None:
     """Write the configuration, or check that the folder was made with it."""
     path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{target} holds a run with other settings; choose another output folder")
-    target.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    write_text(path, text)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)
-    partial.replace(path)
+    with atomic(path) as partial:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)

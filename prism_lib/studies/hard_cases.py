@@ -1,14 +1,13 @@
-"""Which images are hard to edit (the paper's App. H), and what becomes of small text (its App. I).
+"""Which images are hard to edit (the paper's App. H), and what happens to small text (its App. I).
 
-Both read an `evaluation.Evaluation` of phantoms, where the truth is known: `strata` says what makes an image hard,
-`by_stratum` how far the edits of such images are from the truth, `corner_text` what happened to the burnt-in marker.
+Both read an `Evaluation` of phantoms, where the truth is known: `strata` says what makes an image hard, `by_stratum`
+how far the edits of such images are from the truth, `corner_text` what happened to the burnt-in marker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
@@ -16,23 +15,15 @@ from torch import Tensor
 
 from prism_lib.data.folder import load_info, require_truth
 from prism_lib.data.rows import marker_masks
-from prism_lib.editing.methods import RECOMMENDED
-from prism_lib.editing.settings import Settings
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_edit, interval
+from prism_lib.evaluation.evaluate import Evaluation, choose_cases, interval
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.edits import Edit
-
-CRITERION = "true_error_ratio"
+from prism_lib.studies.comparison import CRITERION, measure
+from prism_lib.studies.editors import Editor
 
 
 def study(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    change: Edit,
-    count: int,
-    config: Settings = MappingProxyType({}),
-    num_inference_steps: int = 50,
-    seed: int = 0,
+    pipe: StableDiffusionPipeline, folder: str | Path, change: Edit, count: int, editor: Editor, seed: int = 0
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}.
 
@@ -40,9 +31,7 @@ def study(
     """
     require_truth(folder)
     cases = choose_cases(folder, change, count)
-    evaluation = evaluate_edit(
-        pipe, folder, cases, change, config, method=RECOMMENDED, num_inference_steps=num_inference_steps
-    )
+    (evaluation,) = measure(pipe, folder, {change: cases}, {"hard": editor})["hard"].evaluations
     marker = marker_masks(folder, cases)
     assert marker is not None  # of a phantom it is always known
     labels = [label for label in load_info(folder)["labels"] if label != "No Finding"]
@@ -55,12 +44,12 @@ def study(
 def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
     """What makes each image hard, a bool column per stratum; ``cases`` are the rows that were edited, in their order.
 
-    Device kinds as the phantom tells them; "with LABEL" for the findings that stay; "over bone and heart", where most
-    of the true change lies on pixels brighter than the image's median; "faint", where the true change is weaker than
-    that of half of these images. ValueError where the truth is not known or ``cases`` are others.
+    Device kinds of the phantom's table; "with LABEL" for the findings that stay; "over bone and heart", where most of
+    the true change lies on pixels brighter than the image's median; "faint", where the true change is weaker than that
+    of half of these images. ValueError where the truth is not known or ``cases`` are others.
     """
     if evaluation.truth is None or evaluation.truth_mask is None:
-        raise ValueError("the true counterfactual is not known, so nothing tells which images are hard")
+        raise ValueError("the true counterfactual is not known, so it is unknown which images are hard")
     if cases["file_name"].tolist() != evaluation.table["file_name"].tolist():
         raise ValueError("the cases are not the images that were evaluated, or in another order")
     changed, truth = evaluation.truth_mask, evaluation.truth

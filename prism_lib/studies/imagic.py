@@ -2,96 +2,104 @@
 
 (A) the target's text embedding is optimised until it explains the image; (B) the U-Net is tuned to the image under that
 embedding, here by LoRA adapters, which are removed again; (C) an image is sampled from noise under a mixture of target
-and optimised embedding. Nothing ties pixels to the input but what the U-Net remembers.
+and optimised embedding. Only the tuned U-Net ties the result to the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import encode_images, encode_prompts, predict_noise, sample_images
-from prism_lib.studies.editors import seed_of, unmasked
+from prism_lib.studies.editors import Editor, Steps, seed_of, unmasked
 from prism_lib.training.loop import LORA_LAYERS
 
 _ADAPTER = "imagic"
 
 
+class Fit(NamedTuple):
+    """One image (C, H, W) with its optimised embedding (1, L, D) and the weights of its adapters."""
+
+    image: Tensor
+    embedding: Tensor
+    adapters: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
-class Imagic:
+class Imagic(Editor):
     """Settings; `eta` is the share of the target's embedding in the mixture: 0 is the image, 1 is the prompt."""
 
     eta: float = 0.8
-    embedding_steps: int = 200
+    embedding_steps: Steps = 200
     embedding_learning_rate: float = 2e-3
-    unet_steps: int = 300
+    unet_steps: Steps = 300
     unet_learning_rate: float = 1e-3
-    rank: int = 4
-    batch_size: int = 4
+    rank: Steps = 4
+    batch_size: Steps = 4
     guidance_scale: float = 3.0
-    num_inference_steps: int = 50
+    num_inference_steps: Steps = 50
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("embedding_steps", "unet_steps", "rank", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+    @property
+    def inverts(self) -> Hashable:
+        return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
 
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
-        needed_grad = {name: value.requires_grad for name, value in pipe.unet.named_parameters()}
-        pipe.unet.requires_grad_(False)
-        try:
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> list[Fit]:
+        """Steps A and B for every image."""
+        with _frozen(pipe.unet):
             progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
-            edited = torch.cat([self._edit(pipe, image, pair) for image, pair in progress])
-        finally:
-            for name, value in pipe.unet.named_parameters():
-                value.requires_grad_(needed_grad[name])
+            return [self._tuned(pipe, image, pair) for image, pair in progress]
+
+    def edit(
+        self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Sequence[PromptPair], change: Edit
+    ) -> list[Counterfactual]:
+        """Step C."""
+        images = torch.stack([fit.image for fit in inverted])
+        with _frozen(pipe.unet):
+            edited = torch.cat([self._sampled(pipe, fit, pair) for fit, pair in zip(inverted, pairs, strict=True)])
         return unmasked(pipe, images, pairs, edited, self)
 
-    def _edit(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Tensor:
-        """One image (1, C, H, W)."""
-        seed = seed_of(image, self.seed)
+    def _sampled(self, pipe: StableDiffusionPipeline, fit: Fit, pair: PromptPair) -> Tensor:
+        seed = seed_of(fit.image, self.seed)
         target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
-        optimised, adapters = self._tune(pipe, image, target, seed)
         with self._adapted(pipe, seed), torch.no_grad():
-            set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
-            mixed = self.eta * target + (1 - self.eta) * optimised
-            return sample_images(
+            set_peft_model_state_dict(pipe.unet, fit.adapters, _ADAPTER)
+            mixed = self.eta * target + (1 - self.eta) * fit.embedding
+            samples = sample_images(
                 pipe,
                 mixed,
                 empty,
-                channels=len(image),
+                channels=len(fit.image),
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 seed=seed % 2**32,
-            ).cpu()
+            )
+            return samples.cpu()
 
-    def _tune(
-        self, pipe: StableDiffusionPipeline, image: Tensor, target: Tensor, seed: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Steps A and B: the optimised embedding, and the adapters' weights."""
+    def _tuned(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Fit:
+        seed = seed_of(image, self.seed)
         noise = torch.Generator().manual_seed(seed)
         clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype)
-        embedding = nn.Parameter(target.clone())
+        embedding = nn.Parameter(encode_prompts(pipe, [pair.target]).to(pipe.unet.dtype))
         self._fit(pipe, clean, embedding, [embedding], self.embedding_steps, self.embedding_learning_rate, noise)
         optimised = embedding.detach()
         with self._adapted(pipe, seed):
             weights = [value for value in pipe.unet.parameters() if value.requires_grad]
             self._fit(pipe, clean, optimised, weights, self.unet_steps, self.unet_learning_rate, noise)
             tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
-            return optimised, {name: value.detach().clone() for name, value in tuned.items()}
+            return Fit(image, optimised, {name: value.detach().clone() for name, value in tuned.items()})
 
     @contextmanager
     def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
@@ -132,3 +140,15 @@ class Imagic:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+@contextmanager
+def _frozen(unet: UNet2DConditionModel) -> Iterator[None]:
+    """The U-Net without gradients of its own weights; each weight then gets back what it had."""
+    before = {name: value.requires_grad for name, value in unet.named_parameters()}
+    unet.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, value in unet.named_parameters():
+            value.requires_grad_(before[name])

@@ -6,34 +6,50 @@ A classifier that reads the other attribute instead fails on the combinations th
 sets with the same images, and the same number of optimizer steps, are compared: as they are, with groups reweighted, by
 Group-DRO, and with images added that fill the missing combinations (`studies.augmentation`).
 
-A group is 2 target + shortcut: `GROUPS`.
+A group is 2 target + shortcut: `GROUPS`. The readings of every classifier are kept under a key of all that decides
+them, so an interrupted study continues where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple, cast
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, load_table, read_images
+from prism_lib.data.folder import Folder, load_info, load_table, read_images
+from prism_lib.devices import processes_for, side_by_side
+from prism_lib.evaluation import metrics
+from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig
+from prism_lib.models.classifier import ClassifierConfig, auc, predict, train_classifier
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
+OBJECTIVES = {"as_is": "erm", "reweighted": "reweighted", "group_dro": "group_dro"}
+
+Key = tuple[float, str, int]  # strength, training set, seed
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class ShortcutConfig:
     """What is compared.
 
     Args:
-        target, shortcut: the label that is asked for, and the one that goes with it in training.
+        target, shortcut: the label that the classifiers are judged by, and the one that goes with it in training.
         strengths: k as a fraction, 1 for D_100; 0.5 is balanced.
         images: images of the training set, half of them with the target; the same for every seed.
         added: images that a source adds, a quarter for each of four edits: shortcut removed and added with the target
@@ -45,45 +61,53 @@ class StudyConfig:
 
     target: str
     shortcut: str
-    strengths: tuple[float, ...] = (1.0, 0.75, 0.5)
-    images: int = 240
-    added: int = 120
-    size: int = 128
+    strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0, 0.75, 0.5)
+    images: Annotated[int, Field(ge=4, multiple_of=2)] = 240
+    added: Annotated[int, Field(ge=4, multiple_of=4)] = 120
+    size: Annotated[int, Field(ge=32)] = 128
     test_splits: tuple[str, ...] = ("val", "test")
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     draw_seed: int = 0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _fits(self) -> ShortcutConfig:
         if self.target == self.shortcut:
             raise ValueError(f"target and shortcut are both {self.target!r}")
         for label in (self.target, self.shortcut):
             if label not in self.classifier.labels:
                 raise ValueError(f"the classifier has no label {label!r}; it has {', '.join(self.classifier.labels)}")
-        if not self.strengths or not all(0 <= strength <= 1 for strength in self.strengths):
-            raise ValueError(f"strengths must lie in [0, 1], got {self.strengths}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must be one or more, each once, got {self.seeds}")
-        if self.images < 4 or self.images % 2 or self.added < 4 or self.added % 4:
-            raise ValueError(f"images must be even and added a multiple of 4, got {self.images} and {self.added}")
-        if self.size < 32 or not self.classifier.steps:
-            raise ValueError(f"need size >= 32 and a number of optimizer steps, got {self.size}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ, got {self.seeds}")
+        if not self.classifier.steps:
+            raise ValueError("the classifier needs a number of optimizer steps, the same for every training set")
+        return self
 
 
-@dataclass(frozen=True)
-class TrainingSet:
+class TrainingSet(NamedTuple):
     """Images (N, 1, H, W) in [0, 1], labels (N, L) with NaN for unknown, and groups (N,)."""
 
     images: Tensor
     labels: Tensor
     groups: Tensor
 
-    def __add__(self, other: TrainingSet) -> TrainingSet:
-        return TrainingSet(
-            torch.cat([self.images, other.images]),
-            torch.cat([self.labels, other.labels]),
-            torch.cat([self.groups, other.groups]),
-        )
+
+class Readings(NamedTuple):
+    """What every trained classifier reads on the test set: (strength, training set, seed) -> probabilities (N, L)."""
+
+    table: pd.DataFrame
+    labels: Tensor
+    groups: Tensor
+    probabilities: Mapping[Key, Tensor]
+
+
+class _Job(NamedTuple):
+    """One classifier: its training set, the images that it reads afterwards, and the file for its readings."""
+
+    data: TrainingSet
+    config: ClassifierConfig
+    test: Tensor
+    file: Path
 
 
 def groups(table: pd.DataFrame, target: str, shortcut: str) -> pd.Series:
@@ -95,7 +119,13 @@ def groups(table: pd.DataFrame, target: str, shortcut: str) -> pd.Series:
     return (2 * table[target] + table[shortcut]).where(known, -1).astype(int)
 
 
-def training_rows(table: pd.DataFrame, config: StudyConfig, strength: float) -> pd.DataFrame:
+def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
+    """How many rows each group has."""
+    member = groups(rows, config.target, config.shortcut)
+    return {name: int((member == group).sum()) for group, name in enumerate(GROUPS)}
+
+
+def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) -> pd.DataFrame:
     """The rows of D_k, drawn from a split; a smaller k keeps the larger one's rows as far as it has them."""
     half = config.images // 2
     together = round(half * strength)
@@ -114,7 +144,7 @@ def training_rows(table: pd.DataFrame, config: StudyConfig, strength: float) -> 
     return pd.concat(parts, ignore_index=True)
 
 
-def balanced_rows(folder: Folder, config: StudyConfig) -> pd.DataFrame:
+def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
     """The balanced test set: as many rows of each group as the smallest has."""
     table = pd.concat([load_table(folder, split) for split in config.test_splits], ignore_index=True)
     member = groups(table, config.target, config.shortcut)
@@ -124,9 +154,9 @@ def balanced_rows(folder: Folder, config: StudyConfig) -> pd.DataFrame:
     return pd.concat([table[member == group].head(min(sizes)) for group in range(4)], ignore_index=True)
 
 
-def additions(rows: pd.DataFrame, config: StudyConfig) -> list[tuple[pd.DataFrame, Edit]]:
-    """What a source is asked for: training rows in which the two go together, and edits that part them."""
-    member, asked = groups(rows, config.target, config.shortcut), []
+def additions(rows: pd.DataFrame, config: ShortcutConfig) -> list[tuple[pd.DataFrame, Edit]]:
+    """The edits that a source makes: training rows in which the two go together, and edits that separate them."""
+    member, wanted = groups(rows, config.target, config.shortcut), []
     for group, verb in ((3, "remove"), (0, "add")):
         sources = rows[member == group]
         for label in (config.shortcut, config.target):
@@ -135,19 +165,14 @@ def additions(rows: pd.DataFrame, config: StudyConfig) -> list[tuple[pd.DataFram
                     f"{config.added} added images need {config.added // 4} training images of group "
                     f"{GROUPS[group]!r}, there are {len(sources)}"
                 )
-            edit = Edit(remove=(label,)) if verb == "remove" else Edit(add=(label,))
-            asked.append((sources.head(config.added // 4), edit))
-    return asked
-
-
-def group_counts(rows: pd.DataFrame, config: StudyConfig) -> dict[str, int]:
-    """How many rows each group has."""
-    member = groups(rows, config.target, config.shortcut)
-    return {name: int((member == group).sum()) for group, name in enumerate(GROUPS)}
+            wanted.append(
+                (sources.head(config.added // 4), Edit(remove=(label,)) if verb == "remove" else Edit(add=(label,)))
+            )
+    return wanted
 
 
 def examples(
-    folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: StudyConfig, count: int = 1
+    folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: ShortcutConfig, count: int = 1
 ) -> tuple[Tensor, list[str]]:
     """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles.
 
@@ -162,27 +187,174 @@ def examples(
     return torch.cat(panels), titles
 
 
-def load_images(folder: Folder, rows: pd.DataFrame, config: StudyConfig) -> TrainingSet:
+def load_images(folder: Folder, rows: pd.DataFrame, config: ShortcutConfig) -> TrainingSet:
     """The rows as they are."""
     chunks = [read_images(folder, rows.iloc[start : start + 64]) for start in range(0, len(rows), 64)]
     return _training_set(torch.cat([_resized(chunk, config.size) for chunk in chunks]), rows, config)
 
 
-def added_images(rows: pd.DataFrame, source: Source, config: StudyConfig) -> TrainingSet:
+def added_images(rows: pd.DataFrame, source: Source, config: ShortcutConfig) -> TrainingSet:
     """What a source adds to the rows of a training set, with the labels that the edits give."""
     parts = []
     for chosen, edit in additions(rows, config):
-        labels = pd.DataFrame(
-            [edit.apply(cast(dict[str, Any], row)) for row in chosen[list(config.classifier.labels)].to_dict("records")]
-        )
+        states = chosen[list(config.classifier.labels)].to_dict("records")
+        labels = pd.DataFrame([edit.apply(cast(dict[str, Any], row)) for row in states])
         parts.append(_training_set(_resized(source(chosen, edit), config.size), labels, config))
-    return parts[0] + parts[1] + parts[2] + parts[3]
+    return _joined(*parts)
 
 
-def _training_set(images: Tensor, rows: pd.DataFrame, config: StudyConfig) -> TrainingSet:
+def run(
+    folder: Folder,
+    config: ShortcutConfig,
+    sources: Mapping[str, Source],
+    cache: Path,
+    objectives: Sequence[str] = tuple(OBJECTIVES),
+    processes: int = 1,
+) -> Readings:
+    """Train every classifier whose readings are not in ``cache`` yet, and read the test set with it.
+
+    A source with an attribute `settings` is identified by that, any other by its name. ``processes`` classifiers are
+    trained at a time, each with one thread; 0 stands for as many as suit (`devices.processes_for`).
+    """
+    train = load_table(folder, "train")
+    drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
+    for rows in drawn.values() if sources else ():
+        additions(rows, config)  # raises for too few images before anything is trained
+    table = balanced_rows(folder, config)
+    content = load_info(folder)["content_hash"]
+    files = {
+        (strength, name, seed): cache / f"{_digest(config, strength, name, seed, content, sources)}.safetensors"
+        for strength in config.strengths
+        for name in (*objectives, *sources)
+        for seed in config.seeds
+    }
+    test = load_images(folder, table, config)
+    missing = [key for key, path in files.items() if not path.is_file()]
+    for strength, name in dict.fromkeys((strength, name) for strength, name, _ in missing):
+        if hasattr(sources.get(name), "settings"):  # images that are kept are made before classifiers need the cores
+            for rows, edit in additions(drawn[strength], config):
+                sources[name](rows, edit)
+
+    def jobs() -> Iterator[_Job]:
+        prepared: dict[tuple[float, str], TrainingSet] = {}
+        for strength, name, seed in missing:
+            if (strength, name) not in prepared:
+                data = load_images(folder, drawn[strength], config)
+                if name in sources:
+                    data = _joined(data, added_images(drawn[strength], sources[name], config))
+                prepared = {(strength, name): data}
+            classifier = replace(config.classifier, seed=seed, objective=OBJECTIVES.get(name, "erm"))
+            yield _Job(prepared[strength, name], classifier, test.images, files[strength, name, seed])
+
+    trained = side_by_side(_train, jobs(), processes_for(processes))
+    for _ in tqdm(trained, total=len(missing), desc="classifiers"):
+        pass
+    read = {key: load_file(path)["probabilities"] for key, path in files.items()}
+    return Readings(table, test.labels, test.groups, read)
+
+
+def _train(job: _Job) -> None:
+    """Train one classifier and keep what it reads; runs in a process of its own."""
+    data = job.data
+    model = train_classifier(data.images, data.labels, job.config, groups=data.groups, progress=False)
+    with atomic(job.file) as partial:
+        save_file({"probabilities": predict(model, job.test).contiguous()}, partial)
+
+
+def summarise(readings: Readings, config: ShortcutConfig, baseline: str = "as_is") -> dict[str, Any]:
+    """The numbers of the record `classifiers`: per strength and training set, means over seeds.
+
+    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to ``baseline`` at the
+    greatest strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
+    """
+    summary: dict[str, Any] = {}
+    names = list(dict.fromkeys(name for _, name, _ in readings.probabilities))
+    for strength in config.strengths:
+        block = {name: _measures(readings, config, strength, name) for name in names}
+        for name in names:
+            if name != baseline and baseline in names:
+                gain = _interval(readings, config, strength, (baseline, name), lambda worst: worst[1] - worst[0])
+                block[name] |= gain.named("worst_group_gain")
+        summary[f"strength_{round(100 * strength)}"] = block
+    strongest = max(config.strengths)
+    strong = summary[f"strength_{round(100 * strongest)}"]
+    if {"prism", baseline} <= set(names):
+        summary |= {key: value for key, value in strong["prism"].items() if key.startswith("worst_group_gain")}
+    # A share of a gap is left out where the interval of the gap includes 0.
+    if {"prism", "true", baseline} <= set(names) and strong["true"]["worst_group_gain_low"] > 0:
+        sets = (baseline, "prism", "true")
+        share = _interval(
+            readings, config, strongest, sets, lambda worst: (worst[1] - worst[0]) / (worst[2] - worst[0])
+        )
+        summary |= share.named("gap_closed")
+    return summary
+
+
+def _measures(readings: Readings, config: ShortcutConfig, strength: float, name: str) -> dict[str, Any]:
+    """Means over seeds of one training set's classifiers, and every seed's worst group."""
+    column = config.classifier.labels.index(config.target)
+    labels, group = readings.labels[:, column], readings.groups
+    read = [readings.probabilities[strength, name, seed] for seed in config.seeds]
+    targets = [probabilities[:, column] for probabilities in read]
+    by_group = [metrics.group_accuracy(values, labels, group, range(4)) for values in targets]
+    areas = [auc(probabilities, readings.labels, config.classifier.labels) for probabilities in read]
+    odds = [metrics.equalised_odds_difference(values, labels, group % 2) for values in targets]
+    worst = _interval(readings, config, strength, (name,), lambda values: values[0])
+    return {
+        **worst.named("worst_group_accuracy"),
+        "accuracy": fmean(fmean(accuracies.values()) for accuracies in by_group),
+        "equalised_odds_difference": fmean(odds),
+        "calibration_error": fmean(metrics.calibration_error(values, labels) for values in targets),
+        "group_accuracy": {GROUPS[g]: fmean(accuracies[g] for accuracies in by_group) for g in range(4)},
+        "auc": {label: fmean(area[label] for area in areas) for label in config.classifier.labels},
+        "worst_group_accuracy_by_seed": [min(accuracies.values()) for accuracies in by_group],
+    }
+
+
+def _interval(
+    readings: Readings,
+    config: ShortcutConfig,
+    strength: float,
+    names: Sequence[str],
+    statistic: Callable[[Tensor], Tensor],
+) -> metrics.Interval:
+    """Bootstrap over test patients and seeds of a statistic of the training sets' worst-group accuracies."""
+    column = config.classifier.labels.index(config.target)
+    read = [readings.probabilities[strength, name, seed][:, column] for name in names for seed in config.seeds]
+    right = (torch.stack(read) >= 0.5) == (readings.labels[:, column] == 1)  # (names x seeds, N)
+    right = right.double().reshape(len(names), len(config.seeds), -1).permute(2, 0, 1)  # (N, names, seeds)
+    group = readings.groups.double()[:, None, None].expand(-1, 1, len(config.seeds))
+    rows = torch.cat([group, right], dim=1)  # (N, 1 + names, seeds)
+
+    def of_worst(drawn: Tensor) -> Tensor:
+        member = F.one_hot(drawn[:, 0, 0].long(), 4).double()
+        present = member.sum(0) > 0  # a small test set can lose a group in a draw
+        accuracy = torch.einsum("ng,nks->gks", member, drawn[:, 1:])[present] / member.sum(0)[present, None, None]
+        return statistic(accuracy.amin(0).mean(1))
+
+    return metrics.bootstrap_ci(rows, readings.table["patient_id"].tolist(), of_worst)
+
+
+def _digest(
+    config: ShortcutConfig, strength: float, name: str, seed: int, content: str, sources: Mapping[str, Source]
+) -> str:
+    """A name for one classifier's readings, of all that decides them."""
+    settings = asdict(config) | {"strengths": strength, "seeds": seed, "set": name, "content": content}
+    if name in sources:
+        settings["source"] = getattr(sources[name], "settings", name)
+    else:
+        settings["added"] = 0
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _training_set(images: Tensor, rows: pd.DataFrame, config: ShortcutConfig) -> TrainingSet:
     labels = torch.tensor(rows[list(config.classifier.labels)].astype(float).to_numpy().tolist())
     member = torch.tensor(groups(rows, config.target, config.shortcut).to_numpy())
     return TrainingSet(images, torch.where((labels == 0) | (labels == 1), labels, torch.nan), member)
+
+
+def _joined(*parts: TrainingSet) -> TrainingSet:
+    return TrainingSet(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

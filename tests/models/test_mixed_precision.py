@@ -23,8 +23,7 @@ from prism_lib.models.pipeline import (
     predict_noise,
 )
 from prism_lib.studies import ganterfactual
-from prism_lib.studies.edict import Edict
-from prism_lib.studies.editors import LEdits, SDEdit
+from prism_lib.studies.editors import Edict, LEdits, SDEdit
 from prism_lib.studies.imagic import Imagic
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 

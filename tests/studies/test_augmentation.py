@@ -6,9 +6,9 @@ from PIL import Image
 
 from prism_lib.data.folder import load_table
 from prism_lib.data.rows import editable, true_counterfactual
-from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import Edit
 from prism_lib.studies import augmentation
+from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_pipeline
 
 REMOVE = Edit(remove=("Support Devices",))
@@ -25,7 +25,7 @@ def test_the_truth_is_the_phantoms(phantom_folder, rows):
 
 
 def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):
-    source = augmentation.counterfactuals(tiny_pipeline(), phantom_folder, EditConfig(), num_inference_steps=2)
+    source = augmentation.counterfactuals(tiny_pipeline(), phantom_folder, PromptToPrompt(num_inference_steps=2))
     images = source(rows, REMOVE)
     assert images.shape == (3, 1, 32, 32)
     single = source(rows.iloc[1:2], REMOVE)

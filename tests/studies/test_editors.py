@@ -7,13 +7,10 @@ import torch
 
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.methods import RECOMMENDED
-from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
 from prism_lib.models.schedule import Schedule, step
-from prism_lib.studies.edict import Edict
-from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
+from prism_lib.studies.editors import PLAIN, Edict, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
 from prism_lib.studies.imagic import Imagic
 from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
 
@@ -21,7 +18,7 @@ CHANGE = Edit(remove=("Support Devices",))
 EDITORS = {
     "ours": PromptToPrompt(num_inference_steps=2),
     "ddim": PromptToPrompt("ddim", 2, PLAIN, "off"),
-    "two masks": TwoMasks(num_inference_steps=3, margin=1, method="direct"),
+    "two masks": TwoMasks(num_inference_steps=3, margin=1),
     "sdedit": SDEdit(num_inference_steps=4),
     "ledits": LEdits(num_inference_steps=4, intersect=False),
     "edict": Edict(num_inference_steps=4),
@@ -51,9 +48,21 @@ def test_an_editor_answers_each_image_alone_and_leaves_no_trace(name):
 
 def test_ours_is_the_editor_itself():
     pipe, images = tiny_pipeline(), tiny_images(1)
-    inversion = invert(pipe, images, [REMOVE.source], RECOMMENDED, num_inference_steps=2)
-    plain = edit(pipe, inversion, [REMOVE], EditConfig())
-    assert torch.equal(stack(EDITORS["ours"](pipe, images, [REMOVE], CHANGE)), stack(plain))
+    inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
+    expected = edit(pipe, inversion, [REMOVE])
+    assert torch.equal(stack(EDITORS["ours"](pipe, images, [REMOVE], CHANGE)), stack(expected))
+
+
+@pytest.mark.parametrize("name", ["ours", "imagic", "two masks"])
+def test_settings_that_differ_only_in_the_edit_share_what_was_inverted(name):
+    other = {"ours": {"settings": {"guidance_scale": 5.0}}, "imagic": {"eta": 0.3}, "two masks": {"margin": 3}}[name]
+    pipe, images, first = tiny_pipeline(), tiny_images(1), EDITORS[name]
+    second = replace(first, **other)
+    assert first.inverts == second.inverts != replace(first, num_inference_steps=5).inverts or name == "imagic"
+    inverted = first.invert(pipe, images, [REMOVE])
+    first.edit(pipe, inverted, [REMOVE], CHANGE)
+    (shared,), (alone,) = second.edit(pipe, inverted, [REMOVE], CHANGE), second(pipe, images, [REMOVE], CHANGE)
+    assert torch.equal(shared.image, alone.image)
 
 
 def test_a_weaker_sdedit_stays_closer_to_the_decoded_input():
@@ -62,6 +71,14 @@ def test_a_weaker_sdedit_stays_closer_to_the_decoded_input():
         SDEdit(strength, 1.0, num_inference_steps=50)(pipe, images, [REMOVE], CHANGE)[0] for strength in (0.02, 1.0)
     )
     assert (weak.image - weak.reconstruction).abs().mean() < (strong.image - strong.reconstruction).abs().mean()
+
+
+def test_two_masks_start_from_the_mask_that_our_editor_finds():
+    pipe, images = tiny_pipeline(), tiny_images(1)
+    (ours,) = PromptToPrompt(num_inference_steps=4)(pipe, images, [REMOVE], CHANGE)
+    (result,) = TwoMasks(num_inference_steps=4, margin=0)(pipe, images, [REMOVE], CHANGE)
+    assert 0 < float(ours.mask.mean()) < 1
+    assert torch.equal(result.mask, ours.mask)
 
 
 def test_two_masks_keep_every_pixel_far_from_the_edit():
@@ -89,9 +106,9 @@ def test_edict_undoes_itself_with_guidance(prediction_type, mixing):
     pipe, editor = tiny_pipeline(prediction_type), Edict(7.5, 1.0, mixing, num_inference_steps=20)
     clean = encode_images(pipe.vae, tiny_images(2))
     with torch.no_grad():
-        noised = editor.up(pipe, clean, [REMOVE.source] * 2)
-        back = editor.down(pipe, noised, [REMOVE.source] * 2)
-        elsewhere = editor.down(pipe, noised, [REMOVE.target] * 2)
+        noised = editor.walk(pipe, (clean, clean), [REMOVE.source] * 2, up=True)
+        back = editor.walk(pipe, noised, [REMOVE.source] * 2, up=False)
+        elsewhere = editor.walk(pipe, noised, [REMOVE.target] * 2, up=False)
     for latents, other in zip(back, elsewhere, strict=True):
         assert (latents - clean).abs().max() <= 1e-4
         assert (other - clean).abs().max() > 1e-2
@@ -103,7 +120,7 @@ def test_a_first_half_step_of_edict_is_ddim():
     schedule, prompts = Schedule.from_config(pipe.scheduler.config, 1), [REMOVE.source] * 2
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first, second = editor.down(pipe, (latents.double(), latents.double()), prompts)
+        first, second = editor.walk(pipe, (latents, latents), prompts, up=False)
         prediction = predict_noise(pipe, latents, schedule.timesteps[1], encode_prompts(pipe, prompts))
     expected = step(schedule, latents, prediction, 1)
     torch.testing.assert_close(first.float(), expected, atol=3e-6, rtol=0)  # a last step is a short one
@@ -113,9 +130,9 @@ def test_a_first_half_step_of_edict_is_ddim():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixing": 0.0}, "mixing is 0.0"),
-        ({"strength": 1.5}, "strength is 1.5"),
-        ({"strength": 0.1, "num_inference_steps": 5}, "leaves none to walk"),
+        ({"mixing": 0.0}, r"mixing\n.*greater than 0"),
+        ({"strength": 1.5}, r"strength\n.*less than or equal to 1"),
+        ({"strength": 0.1, "num_inference_steps": 5}, "strength 0.1 of 5 steps leaves none"),
     ],
 )
 def test_edict_says_what_it_cannot_do(settings, message):
@@ -152,13 +169,13 @@ def test_results_without_a_mask_are_measured_against_the_decoded_input():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SDEdit(strength=0.0), "strength is 0.0"),
+        (lambda: SDEdit(strength=0.0), r"strength\n.*input_value=0.0"),
         (lambda: SDEdit(strength=0.1, num_inference_steps=5), "leaves none to denoise"),
-        (lambda: SDEdit(negative="none"), "negative is 'none'"),
-        (lambda: LEdits(threshold=1.0), "threshold is 1.0"),
-        (lambda: LEdits(skip=-0.1), "skip is -0.1"),
-        (lambda: TwoMasks(margin=-1), "margin is -1"),
-        (lambda: Imagic(unet_steps=0), "unet_steps is 0"),
+        (lambda: PromptToPrompt(mask="none"), r"mask\n.*'auto' or 'off'.*input_value='none'"),
+        (lambda: LEdits(threshold=1.0), r"threshold\n.*input_value=1.0"),
+        (lambda: LEdits(skip=-0.1), r"skip\n.*input_value=-0.1"),
+        (lambda: TwoMasks(margin=-1), r"margin\n.*input_value=-1"),
+        (lambda: Imagic(unet_steps=0), r"unet_steps\n.*input_value=0"),
     ],
 )
 def test_a_bad_setting_is_named(make, message):
@@ -167,5 +184,5 @@ def test_a_bad_setting_is_named(make, message):
 
 
 def test_an_unknown_inversion_is_an_error_before_any_work():
-    with pytest.raises(ValueError, match="unknown inversion method 'nothing'"):
-        TwoMasks(method="nothing")(tiny_pipeline(), tiny_images(1), [REMOVE], CHANGE)
+    with pytest.raises(ValueError, match="'nothing'"):
+        PromptToPrompt("nothing")(tiny_pipeline(), tiny_images(1), [REMOVE], CHANGE)

@@ -18,7 +18,7 @@ EDITOR = PromptToPrompt(num_inference_steps=2)
 
 @pytest.fixture(scope="module")
 def cases(phantom_folder):
-    return entanglement.choose_cases(phantom_folder, HEART, DEVICES, 2)
+    return entanglement.cases_with_both(phantom_folder, HEART, DEVICES, 2)
 
 
 def test_nothing_half_and_all_of_it():
@@ -59,18 +59,10 @@ def test_prism_is_silent_about_what_is_absent(phantom_folder, cases):
         assert "without" not in pair.target and DEVICES in pair.target
 
 
-def test_the_study_has_a_row_for_each_condition(phantom_folder):
-    models = {0.0: (tiny_pipeline(), phantom_folder)}
-    numbers = entanglement.study(models, HEART, DEVICES, 2, EDITOR)
+def test_the_study_has_a_row_for_each_condition(phantom_folder, cases):
+    numbers = entanglement.study(tiny_pipeline(), phantom_folder, HEART, DEVICES, 2, EDITOR)
     assert list(numbers) == [f"confounding 0, {w}, mask {m}" for w in ("negated", "prism") for m in ("auto", "off")]
-    alone = entanglement.measure(
-        tiny_pipeline(),
-        phantom_folder,
-        entanglement.choose_cases(phantom_folder, HEART, DEVICES, 2),
-        HEART,
-        DEVICES,
-        EDITOR,
-    )
+    alone = entanglement.measure(tiny_pipeline(), phantom_folder, cases, HEART, DEVICES, EDITOR)
     assert numbers["confounding 0, negated, mask auto"]["carried_along"] == pytest.approx(alone["carried_along"].mean())
 
 
@@ -81,19 +73,15 @@ def test_bad_input_is_named(phantom_folder, cases):
     with pytest.raises(ValueError, match="shapes differ"):
         carried_along(image, image, image[..., :2], image == 0)
     with pytest.raises(ValueError, match="'Cardiomegaly' is no other label"):
-        entanglement.choose_cases(phantom_folder, HEART, "Cardiomegaly", 2)
-    with pytest.raises(ValueError, match="500 asked for"):
-        entanglement.choose_cases(phantom_folder, HEART, DEVICES, 500)
+        entanglement.cases_with_both(phantom_folder, HEART, "Cardiomegaly", 2)
+    with pytest.raises(ValueError, match="500 are needed"):
+        entanglement.cases_with_both(phantom_folder, HEART, DEVICES, 500)
     with pytest.raises(ValueError, match="unknown wording 'loud'"):
         entanglement.measure(tiny_pipeline(), phantom_folder, cases, HEART, DEVICES, EDITOR, "loud")
-    with pytest.raises(ValueError, match="at least one model"):
-        entanglement.study({}, HEART, DEVICES, 2)
 
 
-def test_one_model_is_studied_at_its_own_confounding(phantom_folder, monkeypatch):
-    here = entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1, EDITOR)
-    assert here == entanglement.study({0.0: (tiny_pipeline(), phantom_folder)}, HEART, DEVICES, 1, EDITOR)
+def test_real_images_are_not_studied(phantom_folder, monkeypatch):
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
     with pytest.raises(ValueError, match="holds real images"):
-        entanglement.study_here(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1)
+        entanglement.study(tiny_pipeline(), phantom_folder, HEART, DEVICES, 1, EDITOR)

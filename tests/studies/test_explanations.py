@@ -1,18 +1,20 @@
-"""Differences keep their sign and every level; regions and films are worked out by hand."""
+"""Regions and films by hand; the schedule is what the editor does; attention maps are each image's own."""
 
 import pytest
 import torch
 from PIL import Image
 
+from prism_lib.editing.attention import Controller
+from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
+from prism_lib.reporting import plots
 from prism_lib.studies.explanations import (
     attention_maps,
-    load_difference,
     mask_regions,
     region_statistics,
-    save_difference,
     save_gif,
+    schedule,
     transition,
 )
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
@@ -43,13 +45,6 @@ def test_identical_images_have_no_share_of_change():
     assert table["mean_absolute_change"].item() == 0 and table["share_of_change"].isna().all()
 
 
-def test_a_stored_difference_loses_nothing(tmp_path):
-    levels = torch.arange(256).reshape(1, 16, 16) / 255
-    path = save_difference(levels, levels.flip(1, 2), tmp_path / "difference.png")
-    assert torch.allclose(load_difference(path), levels - levels.flip(1, 2), atol=1e-7)
-    assert [file.name for file in tmp_path.iterdir()] == ["difference.png"]
-
-
 def test_a_transition_goes_there_and_back(tmp_path):
     original, edited = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
     frames = transition(original, edited, 3)
@@ -66,16 +61,10 @@ def test_bad_input_is_named(tmp_path):
         region_statistics(image, image, {"lung": region.float()})
     with pytest.raises(ValueError, match="edited has shape"):
         region_statistics(image, image[..., :2], {})
-    with pytest.raises(ValueError, match="of one size"):
-        save_difference(image[0], image[0, :, :2], tmp_path / "x.png")
     with pytest.raises(ValueError, match="at least 2 frames"):
         transition(image, image, 1)
     with pytest.raises(ValueError, match="frames must be"):
         save_gif(image[0], tmp_path / "x.gif")
-    path = tmp_path / "other.png"
-    Image.new("L", (4, 4)).save(path)
-    with pytest.raises(ValueError, match="is no signed difference"):
-        load_difference(path)
 
 
 def test_attention_maps_are_each_images_own():
@@ -96,3 +85,42 @@ def test_regions_of_a_mask_that_hold_a_pixel():
     regions = mask_regions(mask)
     assert [int(region.sum()) for region in regions.values()] == [2, 2]
     assert list(mask_regions(torch.ones(1, 1, 2, 2))) == ["inside the mask"]
+
+
+@pytest.mark.parametrize(("cross", "own"), [(0.0, 0.0), (0.3, 0.7), (1.0, 0.5), (0.25, 0.1)])
+def test_the_schedule_is_what_the_editor_does(monkeypatch, cross, own):
+    steps, pipe = 5, tiny_pipeline()
+    config = EditConfig(cross_replace_steps=cross, self_replace_steps=own)
+    seen = {}
+    original = Controller.edits_cross, Controller.injects_self
+
+    def edits_cross(self):
+        seen.setdefault(self.step, {})["cross"] = original[0](self)
+        return original[0](self)
+
+    def injects_self(self, queries):
+        (seen.setdefault(self.step, {})["self"],) = original[1](self, queries)
+        return original[1](self, queries)
+
+    monkeypatch.setattr(Controller, "edits_cross", edits_cross)
+    monkeypatch.setattr(Controller, "injects_self", injects_self)
+    timesteps = []
+    inversion = invert(pipe, tiny_images(1), [REMOVE.source], num_inference_steps=steps)
+    edit(pipe, inversion, [REMOVE], config, callback=lambda index, timestep, latents: timesteps.append(timestep))
+    table = schedule(config, pipe, steps)
+    assert table["timestep"].tolist() == timesteps
+    for name in ("cross", "self"):
+        assert [state == "source" for state in table[name]] == [seen[step][name] for step in range(steps)]
+
+
+def test_the_schedule_says_when_blending_starts():
+    table = schedule(EditConfig(local_blend=True, local_blend_start=0.4), tiny_pipeline(), 5)
+    assert table["local_blend"].tolist() == [False, False, True, True, True]
+    assert not schedule(EditConfig(), tiny_pipeline(), 5)["local_blend"].any()
+
+
+def test_a_timeline_has_a_cell_for_each_step():
+    (axis,) = plots.timeline({"cross": ["source", "own"], "self": ["own", "own"]}, xlabel="step").axes
+    assert len(axis.patches) == 4
+    colors = [patch.get_facecolor() for patch in axis.patches]
+    assert colors[0] != colors[1] == colors[2] == colors[3]

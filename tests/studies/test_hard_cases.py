@@ -12,6 +12,7 @@ from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.evaluation.evaluate import choose_cases, evaluate_results
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.studies import hard_cases
+from prism_lib.studies.editors import PromptToPrompt
 from prism_lib.studies.hard_cases import by_stratum, corner_text, strata
 from tests.tiny import tiny_pipeline
 
@@ -19,6 +20,7 @@ DEVICES = Edit(remove=("Support Devices",))
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
 COUNT = 6
 PAIR = PromptPair("a", "b", (), ())
+EDITOR = PromptToPrompt(num_inference_steps=2)
 
 
 def off(image, by):
@@ -85,7 +87,7 @@ def test_what_does_not_belong_together_is_refused(halved, cases, phantom_folder)
 
 
 def test_the_study_edits_and_reads(phantom_folder):
-    found = hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3, num_inference_steps=2)
+    found = hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3, EDITOR)
     assert found["hard_cases"]["all"]["images"] == 3
     assert set(found["corner_text"]) == {"autoencoder", "latent path", "composite"}
 
@@ -94,4 +96,4 @@ def test_images_without_truth_are_not_studied(phantom_folder, monkeypatch):
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
     with pytest.raises(ValueError, match="holds real images"):
-        hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3)
+        hard_cases.study(tiny_pipeline(), phantom_folder, DEVICES, 3, EDITOR)

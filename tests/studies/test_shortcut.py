@@ -1,14 +1,19 @@
-"""The training sets D_k, the balanced test set, and what is added to fill the missing combinations."""
+"""Training sets D_k, the balanced test set, what is added, and a study that resumes, with numbers worked out alone."""
+
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
+from prism_lib import records
 from prism_lib.data.folder import load_table
 from prism_lib.models.classifier import ClassifierConfig
 from prism_lib.phantom.patients import render, sample_patients
+from prism_lib.studies import augmentation, shortcut
 from prism_lib.studies.shortcut import (
-    StudyConfig,
+    Readings,
+    ShortcutConfig,
     added_images,
     additions,
     balanced_rows,
@@ -19,7 +24,7 @@ from prism_lib.studies.shortcut import (
 
 TARGET, SHORTCUT = "Support Devices", "Pleural Effusion"
 CLASSIFIER = ClassifierConfig(labels=(TARGET, SHORTCUT), blocks=(2, 2), growth=4, features=8, batch_size=4, steps=2)
-CONFIG = StudyConfig(TARGET, SHORTCUT, images=8, added=4, size=32, classifier=CLASSIFIER)
+CONFIG = ShortcutConfig(TARGET, SHORTCUT, images=8, added=4, size=32, classifier=CLASSIFIER)
 
 
 def table(per_group=20):
@@ -63,7 +68,7 @@ def test_additions_part_what_goes_together():
     ]  # fmt: skip
     assert [len(chosen) for chosen, _ in asked] == [1] * 4
     with pytest.raises(ValueError, match="need 10 training images of group 'both', there are 4"):
-        additions(rows, StudyConfig(TARGET, SHORTCUT, images=8, added=40, classifier=CLASSIFIER))
+        additions(rows, ShortcutConfig(TARGET, SHORTCUT, images=8, added=40, classifier=CLASSIFIER))
 
 
 def test_added_images_have_the_edits_labels_and_the_missing_groups(phantom_folder):
@@ -77,8 +82,8 @@ def test_added_images_have_the_edits_labels_and_the_missing_groups(phantom_folde
     assert added.images.mean((1, 2, 3)).tolist() == pytest.approx([0.25, 0.25, 0.75, 0.75])
     assert added.groups.tolist() == [2, 1, 1, 2], "target only, shortcut only, shortcut only, target only"
     assert added.labels.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
-    whole = load_images(phantom_folder, rows, CONFIG) + added
-    assert len(whole.images) == len(whole.labels) == len(whole.groups) == 12
+    own = load_images(phantom_folder, rows, CONFIG)
+    assert len(own.images) == len(own.labels) == len(own.groups) == 8
 
 
 def test_images_are_those_of_the_rows(phantom_folder):
@@ -103,11 +108,125 @@ def test_the_test_set_is_balanced_and_held_out(phantom_folder):
         ({"target": "Fracture"}, "no label 'Fracture'"),
         ({"strengths": (1.5,)}, "strengths"),
         ({"seeds": (1, 1)}, "seeds"),
-        ({"images": 7}, "images must be even"),
-        ({"added": 6}, "multiple of 4"),
+        ({"images": 7}, r"images\n.*multiple of 2.*input_value=7"),
+        ({"added": 6}, r"added\n.*multiple of 4.*input_value=6"),
         ({"classifier": ClassifierConfig(labels=(TARGET, SHORTCUT))}, "optimizer steps"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        StudyConfig(**{"target": TARGET, "shortcut": SHORTCUT, "classifier": CLASSIFIER} | values)
+        ShortcutConfig(**{"target": TARGET, "shortcut": SHORTCUT, "classifier": CLASSIFIER} | values)
+
+
+SMALL = ShortcutConfig(
+    TARGET, SHORTCUT, strengths=(1.0, 0.5), images=8, added=4, size=32, seeds=(0, 1), classifier=CLASSIFIER
+)
+
+
+def never(rows, edit):
+    raise AssertionError("nothing had to be made")
+
+
+def test_a_study_trains_each_classifier_once(phantom_folder, tmp_path):
+    sources = {"true": augmentation.truth(phantom_folder)}
+    readings = shortcut.run(phantom_folder, SMALL, sources, tmp_path)
+    assert set(readings.probabilities) == {
+        (strength, name, seed)
+        for strength in (1.0, 0.5)
+        for name in ("as_is", "reweighted", "group_dro", "true")
+        for seed in (0, 1)
+    }
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == 16
+    gone = next(iter(files))
+    gone.unlink()
+    again = shortcut.run(phantom_folder, SMALL, {"true": augmentation.truth(phantom_folder)}, tmp_path)
+    assert all(torch.equal(again.probabilities[key], value) for key, value in readings.probabilities.items())
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {path for path in files if files[path] != kept[path]} == {gone}, "only what was missing is trained"
+    assert shortcut.run(phantom_folder, SMALL, {"true": never}, tmp_path).table.equals(readings.table)
+    metrics = shortcut.summarise(readings, SMALL)
+    assert {"strength_100", "strength_50"} <= set(metrics)
+    records.record(
+        "classifiers", "phantom", "06_classifiers", {"study": SMALL}, 0, metrics, tmp_path, model="m", seconds=1
+    )
+
+
+def test_too_few_images_stop_before_anything_is_trained(phantom_folder, tmp_path):
+    much = ShortcutConfig(TARGET, SHORTCUT, images=400, classifier=CLASSIFIER)
+    with pytest.raises(ValueError, match="400 images at strength 1 need 200"):
+        shortcut.run(phantom_folder, much, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def readings_of(**right):
+    """Forty images, ten a group; a set's classifiers are right on the given share of each group."""
+    groups = torch.arange(4).repeat_interleave(10)
+    labels = torch.stack([groups // 2, groups % 2], 1).double()
+    rank = torch.arange(40) % 10
+    read = {}
+    for name, shares in right.items():
+        correct = rank < torch.tensor(shares)[groups] * 10
+        target = torch.where(correct, labels[:, 0], 1 - labels[:, 0]) * 0.8 + 0.1
+        for seed in CONFIG.seeds:
+            read[1.0, name, seed] = torch.stack([target, labels[:, 1] * 0.8 + 0.1], 1)
+    return Readings(pd.DataFrame({"patient_id": range(40)}), labels, groups, read)
+
+
+ONE = ShortcutConfig(TARGET, SHORTCUT, strengths=(1.0,), images=8, added=4, classifier=CLASSIFIER)
+
+
+def test_the_summary_by_hand():
+    shares = {"as_is": [1.0, 0.1, 0.2, 1.0], "prism": [1.0, 0.7, 0.8, 1.0], "true": [1.0, 0.9, 0.9, 1.0]}
+    summary = shortcut.summarise(readings_of(**shares), ONE)
+    as_is = summary["strength_100"]["as_is"]
+    assert as_is["worst_group_accuracy"] == pytest.approx(0.1)
+    assert as_is["worst_group_accuracy_by_seed"] == pytest.approx([0.1] * 5)
+    assert as_is["accuracy"] == pytest.approx(2.3 / 4)
+    # of those with the target: all with the shortcut, 0.2 without; of those without it: 0.9 and none
+    assert as_is["equalised_odds_difference"] == pytest.approx(0.9)
+    assert as_is["group_accuracy"] == pytest.approx({"neither": 1, "shortcut_only": 0.1, "target_only": 0.2, "both": 1})
+    assert as_is["auc"][SHORTCUT] == 1.0
+    assert summary["worst_group_gain"] == pytest.approx(0.6)
+    assert summary["worst_group_gain_low"] > 0.2
+    assert summary["gap_closed"] == pytest.approx(0.6 / 0.8)
+
+
+def test_intervals_hold_what_another_training_would_change():
+    shares = {"as_is": [1.0, 0.0, 0.0, 1.0], "prism": [1.0, 1.0, 1.0, 1.0]}
+    steady = shortcut.summarise(readings_of(**shares), ONE)
+    assert steady["worst_group_gain_low"] == steady["worst_group_gain"] == 1
+    readings = readings_of(**shares)
+    failed = readings.probabilities[1.0, "as_is", CONFIG.seeds[0]]
+    uneven = readings._replace(probabilities={**readings.probabilities, (1.0, "prism", CONFIG.seeds[0]): failed})
+    summary = shortcut.summarise(uneven, ONE)
+    assert summary["worst_group_gain"] == pytest.approx(0.8), "one training of five did not learn"
+    assert summary["worst_group_gain_low"] == pytest.approx(0.4), "in one draw of twenty it comes three times or more"
+
+
+def test_no_gap_is_no_share_of_a_gap():
+    shares = {"as_is": [1.0, 0.9, 0.9, 1.0], "prism": [1.0, 0.9, 0.9, 1.0], "true": [1.0, 0.9, 0.9, 1.0]}
+    summary = shortcut.summarise(readings_of(**shares), ONE)
+    assert summary["worst_group_gain"] == 0
+    assert "gap_closed" not in summary
+    without_truth = shortcut.summarise(readings_of(as_is=[1, 0.1, 0.1, 1], prism=[1, 0.5, 0.5, 1]), ONE)
+    assert without_truth["worst_group_gain"] == pytest.approx(0.4) and "gap_closed" not in without_truth
+
+
+def test_classifiers_side_by_side_are_those_of_one_process(phantom_folder, tmp_path):
+    few = replace(SMALL, strengths=(1.0,), seeds=(0, 1))
+    made = []
+
+    class Kept:
+        settings = "true"
+
+        def __call__(self, rows, edit):
+            made.append(edit.key)
+            return augmentation.truth(phantom_folder)(rows, edit)
+
+    alone, together = (
+        shortcut.run(phantom_folder, few, {"true": Kept()}, tmp_path / str(n), ("as_is",), processes=n) for n in (1, 2)
+    )
+    assert made == made[:4] * 4, "images are made before anything is trained, and then only read"
+    for key, value in alone.probabilities.items():
+        assert torch.equal(together.probabilities[key], value)

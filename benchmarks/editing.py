@@ -33,7 +33,7 @@ from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import SHIPPED, encode_prompts, image_factor, load_pipeline, predict_noise
 from prism_lib.phantom.patients import counterfactual, render, sample_patients
-from prism_lib.studies import PLAIN
+from prism_lib.studies.editors import PLAIN
 
 STEPS, IMAGES, BATCH, SEED = 50, 1, 8, 0
 NULL_TEXTS = 4

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "comparison": ["ComparisonConfig", "compare_methods", "vary"],
-        "editors": ["PLAIN", "Edict", "Editor", "LEdits", "PromptToPrompt", "SDEdit", "TwoMasks"],
+        "editors": ["Edict", "Editor", "LEdits", "PromptToPrompt", "SDEdit", "TwoMasks"],
         "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_gif", "transition"],
         "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan", "train_guide"],
         "imagic": ["Imagic"],

@@ -71,7 +71,7 @@ def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evalua
 
 def test_a_large_model_is_not_copied(phantom_folder, monkeypatch):
     """It is edited with all threads of this process, eight images at a time."""
-    monkeypatch.setattr(evaluate, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(evaluate.devices, "LARGEST_COPY", 1000)
     monkeypatch.setattr(evaluate.devices, "side_by_side", lambda *_: pytest.fail("copied"))
     cases = choose_cases(phantom_folder, REMOVE, 3)
     large = evaluate_edit(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), num_inference_steps=2)

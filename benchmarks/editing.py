@@ -31,7 +31,8 @@ from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import InversionConfig, Source, optimise_null_text
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import SHIPPED, encode_prompts, image_factor, load_pipeline, predict_noise
+from prism_lib.models.pipeline import encode_prompts, image_factor, load_pipeline, predict_noise
+from prism_lib.paths import SHIPPED
 from prism_lib.phantom.patients import counterfactual, render, sample_patients
 from prism_lib.studies.editors import PLAIN
 

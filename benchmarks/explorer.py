@@ -25,7 +25,8 @@ from prism_lib import paths, records
 from prism_lib.apps import Session, recipe
 from prism_lib.data.uploads import UploadError, read_upload
 from prism_lib.evaluation import novelty
-from prism_lib.models.pipeline import SHIPPED, load_pipeline
+from prism_lib.models.pipeline import load_pipeline
+from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
 
 IMAGES, OTHERS, ROUNDS = 256, 64, 5

@@ -24,7 +24,7 @@ from prism_lib.editing.counterfactuals import sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import (
+from prism_lib.models import (
     PipelineConfig,
     build_pipeline,
     compile_blocks,
@@ -33,7 +33,7 @@ from prism_lib.models.pipeline import (
     image_factor,
     tiny_config,
 )
-from prism_lib.training.batches import diffusion_loss
+from prism_lib.training import diffusion_loss
 
 SD_V1_5 = PipelineConfig(
     image_size=512,

@@ -27,7 +27,8 @@ from prism_lib.evaluation import metrics
 from prism_lib.evaluation.evaluate import interval
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case, vocabulary
-from prism_lib.models.pipeline import SHIPPED, decode_latents, encode_images, load_pipeline
+from prism_lib.models.pipeline import decode_latents, encode_images, load_pipeline
+from prism_lib.paths import SHIPPED
 from prism_lib.phantom.patients import Patients, counterfactual, render, sample_patients
 
 SIZE, SEED, POOL = 256, 2030, 400

@@ -1,8 +1,8 @@
-"""What mixed precision is worth on this machine, and what it changes: writes the record `mixed_precision`.
+"""The gain of mixed precision on this machine, and its effect on edits: writes the record `mixed_precision`.
 
-Notebooks 04 and 05 in their own sizes, in float32 and in bfloat16 arithmetic, in turns: a call of the U-Net, a few
-optimizer steps of a classifier and of a GAN (start included). Then the same phantoms are edited in both: the error to
-the true counterfactual, and how far the two answers differ.
+Work of notebooks 04 to 06 in float32 and in bfloat16 arithmetic, in turns: a call of the U-Net, and a few optimizer
+steps of a classifier and of a GAN (start included). Then the same phantoms are edited in both: the error to the true
+counterfactual, and the distance of the two answers.
 
     python -m benchmarks.precision [--patients 8] [--edit-steps 20] [--train-steps 10] [--rounds 5]
 """
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,15 @@ from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.evaluation.evaluate import choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
-from prism_lib.models import classifier
+from prism_lib.models import classifier, encode_prompts, load_pipeline, predict_noise
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
+from prism_lib.paths import SHIPPED
 from prism_lib.studies import GanConfig, PromptToPrompt, comparison, train_gan
 
-PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # as accelerate calls them: their dtypes
+PRECISIONS: dict[Literal["no", "bf16"], str] = {
+    "no": "float32",
+    "bf16": "bfloat16",
+}  # as accelerate calls them: their dtypes
 SEED, ROWS = 30_004, 8  # rows of a U-Net call: four images, each with two predictions
 IMAGES, READ_AT = 160, 192  # prepared phantoms, and pixels a side that the classifiers of 06 read
 EDITS = ("remove_support_devices", "remove_cardiomegaly", "add_pleural_effusion")
@@ -61,7 +64,7 @@ def main() -> None:
     )
 
 
-def tasks(folder: Path, precision: str, steps: int) -> dict[str, Callable[[], Any]]:
+def tasks(folder: Path, precision: Literal["no", "bf16"], steps: int) -> dict[str, Callable[[], Any]]:
     """What is timed in one precision, by name."""
     pipe, draw = load_pipeline(mixed_precision=precision), torch.Generator().manual_seed(SEED)
     size = pipe.unet.config.sample_size
@@ -78,7 +81,7 @@ def tasks(folder: Path, precision: str, steps: int) -> dict[str, Callable[[], An
 
     def unet() -> Tensor:
         with torch.no_grad():
-            return pipe.unet(latents, 500, encoder_hidden_states=states).sample.cpu()
+            return predict_noise(pipe, latents, 500, states).cpu()
 
     def train() -> None:
         classifier.train_classifier(images, labels, config, progress=False)

@@ -33,11 +33,18 @@ from prism_lib import paths, records
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import sample_captions
-from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline
-from prism_lib.training.batches import DrawConfig, Order, diffusion_loss, draw_batch
-from prism_lib.training.cache import build_cache
-from prism_lib.training.config import FinetuneConfig, save_config
-from prism_lib.training.log import read_log
+from prism_lib.models import encode_prompts, load_pipeline
+from prism_lib.paths import SHIPPED
+from prism_lib.training import (
+    DrawConfig,
+    FinetuneConfig,
+    Order,
+    build_cache,
+    diffusion_loss,
+    draw_batch,
+    read_log,
+    save_config,
+)
 
 BATCH, ROUNDS = 8, 5
 

@@ -45,12 +45,6 @@ def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> 
     return asked
 
 
-def check_trained_in(precision: str) -> None:
-    """ValueError for a name that is not in `TRAINED_IN`."""
-    if precision not in TRAINED_IN:
-        raise ValueError(f"mixed_precision is {precision!r}; expected one of {', '.join(TRAINED_IN)}")
-
-
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision for what is called inside; "no" asks nothing of the device, which may know no other."""
     return nullcontext() if precision == "no" else torch.autocast(torch.device(device).type, dtype_of(precision))

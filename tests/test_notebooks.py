@@ -13,10 +13,9 @@ import sys
 import nbformat
 import pytest
 
-from prism_lib import paths
+from prism_lib import paths, training
 from prism_lib.apps.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
 from prism_lib.records import load_record
-from prism_lib.training import autoencoder
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 MAX_LINES = 25
@@ -187,7 +186,7 @@ def test_smoke_profile_runs_every_notebook_and_writes_no_figures():
 @pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)
 def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
-    monkeypatch.setattr(autoencoder, "start_from", lambda *_: pytest.fail("hours of work had begun"))
+    monkeypatch.setattr(training, "start_from", lambda *_: pytest.fail("hours of work had begun"))
     (notebook,) = (path for path in NOTEBOOKS if path.stem.startswith("02"))
     chosen = {"MODEL": "scratch", "DATA": str(phantom_folder), "OPTIONS": options}
     with pytest.raises((TypeError, ValueError), match="|".join(map(str, (*options, *options.values())))):

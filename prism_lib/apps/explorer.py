@@ -19,7 +19,7 @@ from prism_lib import records
 from prism_lib.apps.gallery import Case, Fault, sentence
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
 from prism_lib.apps.session import Outcome, Session
-from prism_lib.models.pipeline import SHIPPED
+from prism_lib.paths import SHIPPED
 from prism_lib.reporting import pictures, plots
 
 STYLE = """<style>

@@ -27,8 +27,9 @@ from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
 from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import SHIPPED, image_factor, load_pipeline
+from prism_lib.models.pipeline import image_factor, load_pipeline
 from prism_lib.models.schedule import Schedule
+from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
 
 Box = tuple[int, int, int, int]

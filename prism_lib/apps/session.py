@@ -34,7 +34,8 @@ from prism_lib.files import atomic, image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import SHIPPED, encode_prompts, load_pipeline, told_apart
+from prism_lib.models.pipeline import encode_prompts, load_pipeline, told_apart
+from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
 from prism_lib.reporting.pictures import difference, gray_or_colour, png
 

@@ -1,32 +1,43 @@
 """Multi-label image classifiers: the judge that reads counterfactuals, and the downstream models.
 
 A MONAI network reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in the
-loss. Two ways of using groups (such as disease with device) are built in, because counterfactual training sets have to
-be compared with them. The judge never guides or selects an edit. Weights are safetensors beside a small JSON.
+loss. Training can use groups (such as disease with device) in two ways, with which counterfactual training sets are
+compared. Weights are safetensors beside a small JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+)
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.devices import autocast, check_trained_in, default_device
+from prism_lib.devices import autocast, default_device
 from prism_lib.files import atomic
 
-OBJECTIVES = ("erm", "reweighted", "group_dro")
+Objective = Literal["erm", "reweighted", "group_dro"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ClassifierConfig:
     """Architecture and recipe.
 
@@ -42,27 +53,18 @@ class ClassifierConfig:
 
     labels: tuple[str, ...] = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
     blocks: tuple[int, ...] = (4, 8, 12, 8)
-    growth: int = 16
-    features: int = 32
-    epochs: int = 4
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-2
+    growth: PositiveInt = 16
+    features: PositiveInt = 32
+    epochs: PositiveInt = 4
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 1e-2
     seed: int = 0
     network: str = "densenet"
-    steps: int = 0
-    objective: str = "erm"
-    group_step: float = 0.1
-    mixed_precision: str = "no"
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        check_trained_in(self.mixed_precision)
-        if self.batch_size < 1 or self.steps < 0 or self.epochs < 1:
-            raise ValueError(
-                f"need batch_size and epochs >= 1 and steps >= 0, got {self.batch_size}, {self.epochs}, {self.steps}"
-            )
+    steps: NonNegativeInt = 0
+    objective: Objective = "erm"
+    group_step: PositiveFloat = 0.1
+    mixed_precision: Literal["no", "bf16"] = "no"
 
 
 # Networks by name; the two small ones are for processors and images of about 128 pixels.
@@ -218,7 +220,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Classifier:
     """A network and the labels of its outputs: a judge, which measures edits, or a guide, which may choose them."""
 
@@ -268,9 +270,7 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
-    raw = json.loads(path.read_text())
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    config = ClassifierConfig(**values)
+    config = TypeAdapter(ClassifierConfig).validate_json(path.read_bytes())
     model = build_classifier(config)
     model.load_state_dict(
         {

@@ -1,14 +1,14 @@
 """Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers.
 
-`pretraining.train_clip` leaves such a model in `clip/`, made of the very images and captions that the diffusion model
-knows; BiomedCLIP-like hub models in transformers' layout load the same way. A general CLIP tells chest X-rays apart
-poorly, so thresholds never carry over from one model to another.
+`training.clip.train_clip` makes such a model from the images and captions of the diffusion model; hub models in
+transformers' layout load the same way. A general CLIP separates chest X-rays poorly, so a threshold is for one model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from transformers.utils import cached_file
 
 from prism_lib import paths
 from prism_lib.devices import default_device
+from prism_lib.models.published import without_bars
 
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A model with `get_image_features` and `get_text_features`, its tokenizer, and how it wants its pixels.
+    """A model with `get_image_features` and `get_text_features`, its tokenizer and its normalisation of pixels.
 
     `mean` and `std` are per channel, of images in [0, 1].
     """
@@ -63,16 +64,16 @@ class ImageTextModel:
 def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> ImageTextModel:
     """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
 
-    It runs on `devices.default_device`.
-    `tokenizer` is for a folder without one; one in `tokenizer/` beside the folder is found without.
+    It runs on `devices.default_device`. `tokenizer` is for a folder without one, here and in `tokenizer/` beside it.
     """
     name = locate(str(name_or_path))
-    model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
+    with without_bars() if Path(name).is_dir() else nullcontext():
+        model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
     model.to(default_device())
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
     if tokenizer is None:
-        beside = Path(name).parent / "tokenizer"  # as `pretraining` leaves it
+        beside = Path(name).parent / "tokenizer"  # as `pretrain` writes it
         alone = (beside / "tokenizer_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(beside if alone else name)
     preprocessing = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)

@@ -31,8 +31,6 @@ from prism_lib.devices import default_device, dtype_of
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate, replace_part
 
-SHIPPED = paths.SHIPPED
-
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
 
 
@@ -79,7 +77,7 @@ def tiny_config() -> PipelineConfig:
 def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
     """A complete, untrained pipeline with weights drawn from ``seed`` and a tokenizer trained on ``captions``.
 
-    Without captions the tokenizer learns the chest vocabulary of `language.captions`.
+    Without captions the tokenizer learns the chest vocabulary.
     """
     tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -144,8 +142,7 @@ def _build_unet(config: PipelineConfig) -> UNet2DConditionModel:
         up_block_types=tuple(up),
         layers_per_block=config.unet_layers,
         cross_attention_dim=config.text_width,
-        # diffusers calls the number of heads attention_head_dim for the SD 1.x family.
-        attention_head_dim=config.attention_heads,
+        attention_head_dim=config.attention_heads,  # diffusers' name of the number of heads
         norm_num_groups=min(16, *config.unet_channels),
     )
 
@@ -168,8 +165,7 @@ def text_config(config: PipelineConfig, tokenizer: CLIPTokenizer) -> CLIPTextCon
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
     """A byte-level BPE tokenizer in CLIP's format, trained on the captions given; the same ones give the same one."""
-    # An empty CLIPTokenizer brings CLIP's own normalisation and word splitting.
-    backend = CLIPTokenizer().backend_tokenizer
+    backend = CLIPTokenizer().backend_tokenizer  # CLIP's own normalisation and word splitting
     # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
     texts = [*captions, " ".join(string.ascii_lowercase + string.digits)]
     suffix = "</w>"
@@ -193,7 +189,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
 
 
 def load_pipeline(
-    name_or_path: str | Path = SHIPPED,
+    name_or_path: str | Path = paths.SHIPPED,
     dtype: torch.dtype | str = torch.float32,
     *,
     unet: str | Path = "",
@@ -254,8 +250,7 @@ def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
     if (dtype := getattr(unet, _ARITHMETIC, None)) is None:
         yield
         return
-    mixed = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(unet.forward))  # as accelerate does
-    unet.forward = mixed
+    unet.forward = convert_outputs_to_fp32(torch.autocast(unet.device.type, dtype)(unet.forward))  # as accelerate does
     try:
         yield
     finally:
@@ -263,13 +258,10 @@ def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 @contextmanager
-def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[None]:
-    """Inside, a U-Net of mixed precision computes in that of its weights; any other one does so anyway."""
+def full_precision(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside, a U-Net of mixed precision computes in the precision of its weights."""
     mixed = getattr(unet, _ARITHMETIC, None)
-    if mixed is None or not needed:
-        yield
-        return
-    delattr(unet, _ARITHMETIC)
+    setattr(unet, _ARITHMETIC, None)
     try:
         yield
     finally:
@@ -279,7 +271,7 @@ def full_precision(unet: UNet2DConditionModel, needed: bool = True) -> Iterator[
 def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
     """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
 
-    Attention stays as it is: the processors that steer it change with every edit, and each change would compile anew.
+    Attention is left out: its processors change with every edit, and each change would compile anew.
     """
     blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
     # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
@@ -291,11 +283,8 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
-    """A hash of all weights: images are only those of *this* model, whatever its folder is called.
-
-    The U-Net's arithmetic counts too, where it is not that of its weights.
-    """
-    content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, "")).encode())
+    """A hash of all weights, and of the U-Net's arithmetic where it is not that of its weights."""
+    content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, None) or "").encode())
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         for name, value in part.state_dict().items():
             values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -342,8 +331,8 @@ def sample_images(
     seed: int = 0,
 ) -> Tensor:
     """Text-to-image samples (N, channels, H, W) in [0, 1]; row k starts from the noise of ``seed + k``."""
-    unet = pipe.unet
-    own = assembled(pipe.vae, None, None, unet, copy.deepcopy(pipe.scheduler))  # sampling sets a scheduler's steps
+    unet, scheduler = pipe.unet, copy.deepcopy(pipe.scheduler)  # sampling sets a scheduler's steps
+    own = assembled(pipe.vae, None, None, unet, scheduler)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompt_embeds))]
     with mixed_calls(unet):
@@ -401,9 +390,9 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
 
 
 def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
-    """How far the text encoder holds two phrases apart, as a share of what lies between "with" and "without" the first.
+    """Distance of two phrases in the text encoder, as a share of that between "with" and "without" the first.
 
-    Where it is near 0 the U-Net reads the same of both, and an edit that names one may show the other.
+    Near 0 the U-Net reads the same of both, and an edit that names one may show the other.
     """
     texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
     one, two, without = encode_prompts(pipeline, texts).mean(1)

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_SCRIPT = (
+    "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
+    "{options} --to_safetensors --dump_path FOLDER, then load FOLDER"
+)
 _UNREACHABLE = "{name} is no folder here, is not cached, and cannot be downloaded: {error}"
 
 
@@ -126,14 +130,10 @@ def refuse_pickles(path: Path) -> None:
 
 def _conversion(file: Path) -> str:
     if file.suffix == ".ckpt":
-        return (
-            "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
-            f"--checkpoint_path {file} --to_safetensors --dump_path FOLDER, then load FOLDER"
-        )
-    return (
-        "import torch, safetensors.torch; "
-        f'safetensors.torch.save_file(torch.load("{file}", weights_only=True), "{file.with_suffix(".safetensors")}")'
-    )
+        return _SCRIPT.format(options=f"--checkpoint_path {file}")
+    target = file.with_suffix(".safetensors")
+    loaded = f'torch.load("{file}", weights_only=True)'
+    return f'import torch, safetensors.torch; safetensors.torch.save_file({loaded}, "{target}")'
 
 
 def _place(source: str, slot: str) -> Path:
@@ -188,9 +188,8 @@ def _from_state_dict(current: Any, file: Path) -> Any:
     tensors = load_file(file)
     if any(key.startswith("model.diffusion_model.") for key in tensors):
         raise ValueError(
-            f"{file} is a checkpoint in the original layout of Stable Diffusion. Convert it once: python "
-            "convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) --from_safetensors "
-            f"--checkpoint_path {file} --to_safetensors --dump_path FOLDER, then load FOLDER"
+            f"{file} is a checkpoint in the original layout of Stable Diffusion. Convert it once: "
+            + _SCRIPT.format(options=f"--from_safetensors --checkpoint_path {file}")
         )
     for prefix in ("module.", "unet.", "vae."):  # as trainers wrap it
         if tensors and all(key.startswith(prefix) for key in tensors):

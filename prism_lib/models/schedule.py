@@ -1,12 +1,8 @@
-"""DDIM as pure tensor functions: the schedule, one step in either direction, and guidance (Song et al., ICLR
-2021).
+"""DDIM as pure tensor functions: schedule, steps in either direction, guidance (Song et al., ICLR 2021).
 
-A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at
-`timesteps[k]`, and a step leads from level k to k - 1. Inverting and denoising walk the same ladder, so the
-level is the one index that the inversion, the stored trajectory and the edit share: `trajectory[k]` is the
-latent at level k. No U-Net is known here.
-
-All coefficients are Python floats computed in double precision, so a step costs no device synchronisation.
+A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at `timesteps[k]`, and a
+step leads from level k to k - 1. Inversion, stored trajectory and edit share the level as their one index. All
+coefficients are Python floats in double precision, so a step costs no device synchronisation.
 """
 
 from __future__ import annotations
@@ -25,8 +21,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Schedule:
     """The noise levels of a DDIM trajectory, level 0 (clean) to `num_steps` (noise).
 
-    `timesteps[k]` is what the U-Net is told at level k (level 0 is never evaluated and holds -1); `alphas[k]`
-    is the cumulative product abar there. What a step predicts is named by `prediction_type`.
+    `timesteps[k]` is the U-Net's timestep at level k (level 0 is never evaluated and holds -1); `alphas[k]` is the
+    cumulative product abar there. `prediction_type` is that of the U-Net's output.
     """
 
     timesteps: tuple[int, ...]
@@ -46,8 +42,7 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
         """The schedule that a diffusers scheduler of this configuration follows, as DDIM.
 
-        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding of the predicted
-        image are ignored, because they make no sense for latents.
+        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding are for pixels and ignored.
         """
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
@@ -58,7 +53,7 @@ class Schedule:
         if ascending[0] < 0 or ascending[-1] >= len(abar):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}, "
-                f"but the model knows 0 to {len(abar) - 1}"
+                f"but the model has 0 to {len(abar) - 1}"
             )
         return cls(
             timesteps=(-1, *ascending),
@@ -83,14 +78,9 @@ def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> 
 def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
     """One DDIM inversion step from `level - 1` up to `level`; the U-Net saw `sample` at `timesteps[level]`.
 
-    The U-Net is told the *destination*, as in null-text inversion and diffusers' DDIMInverseScheduler.
+    That is the timestep of the destination, as in null-text inversion and diffusers' DDIMInverseScheduler.
     """
     return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level - 1), level)
-
-
-def move(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, to: int) -> Tensor:
-    """A DDIM move from `level` to any other, in one go; the U-Net saw `sample` at `level`."""
-    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level), to)
 
 
 def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:

@@ -34,11 +34,11 @@ from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig, auc, predict, train_classifier
+from prism_lib.models.classifier import ClassifierConfig, Objective, auc, predict, train_classifier
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
-OBJECTIVES = {"as_is": "erm", "reweighted": "reweighted", "group_dro": "group_dro"}
+OBJECTIVES: dict[str, Objective] = {"as_is": "erm", "reweighted": "reweighted", "group_dro": "group_dro"}
 
 Key = tuple[float, str, int]  # strength, training set, seed
 Share = Annotated[float, Field(ge=0, le=1)]

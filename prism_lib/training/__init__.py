@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "cache": ["build_cache"],
         "clip": ["ClipConfig"],
         "config": ["FinetuneConfig", "load_config", "save_config"],
-        "finetuning": ["check", "finetune", "launch"],
+        "finetuning": ["check_run", "finetune", "launch"],
         "log": ["curve", "curves_by_timestep", "read_log", "summary", "text_samples"],
     },
 )

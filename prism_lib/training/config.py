@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from prism_lib.data.folder import load_info
 from prism_lib.files import write_text
-from prism_lib.models.pipeline import SHIPPED
 from prism_lib.models.published import weights_hash
+from prism_lib.paths import SHIPPED
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         accelerator.wait_for_everyone()
         if final.is_dir():
             return final
-        check(config)
+        check_run(config)
         # `Run.prepare` moves each part to the device of its process.
         pipeline = pipeline or load_pipeline(
             config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
@@ -78,7 +78,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     return final
 
 
-def check(config: FinetuneConfig) -> None:
+def check_run(config: FinetuneConfig) -> None:
     """Raise at once, by name, the faults that would stop a run only after long work.
 
     These are: weights that `accelerate` splits, a data set without one of its splits or without the label to balance

@@ -96,22 +96,22 @@ def test_a_model_of_full_size_needs_a_gpu(monkeypatch, capsys):
 def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    build, pipes = full_size.models.build_pipeline, []
-    monkeypatch.setattr(full_size.models, "build_pipeline", lambda *args: pipes.append(build(*args)) or pipes[0])
-    monkeypatch.setattr(full_size.models, "compile_blocks", lambda pipe: pipe)  # a minute, and tested elsewhere
+    build, pipes = full_size.build_pipeline, []
+    monkeypatch.setattr(full_size, "build_pipeline", lambda *args: pipes.append(build(*args)) or pipes[0])
+    monkeypatch.setattr(full_size, "compile_blocks", lambda pipe: pipe)  # a minute, and tested elsewhere
     given = ["--size", "tiny", "--steps", "4", "--edited", "1", "2", "--trained", "2"]
     monkeypatch.setattr(sys, "argv", ["full_size", *given])
     full_size.main()
     metrics = records.load_record("full_size", "phantom", tmp_path / "benchmarks")["metrics"]
     assert set(metrics["editing"]) == set(metrics["editing_compiled"]) == {"batch_1", "batch_2"}
     for made in metrics["editing"].values():
-        # Four steps up; four down with source and target, and a row more in the two that are guided.
-        assert made["unet_evaluations_per_counterfactual"] == 4 + 4 * 2 + 2 * 1
+        # Four steps up; four down with source, target and the negative: neutral settings guide all steps.
+        assert made["unet_evaluations_per_counterfactual"] == 4 + 4 * 3
         assert made["seconds_per_counterfactual"] > 0
     trained = metrics["training"]["batch_2"]
     expected = trained["images_per_second_cached"] / trained["images_per_second_uncached"]
     assert trained["speedup_cached"] == pytest.approx(expected, rel=1e-3)
-    fresh = build(*[full_size.models.tiny_config(), full_size.SEED]).unet.bfloat16().state_dict()
+    fresh = build(*[full_size.tiny_config(), full_size.SEED]).unet.bfloat16().state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in pipes[0].unet.state_dict().items())
 
 

@@ -263,14 +263,14 @@ def _process(index: int, processes: int, port: int, config: BulkConfig) -> None:
 
 def _check_figures(datasets: Sequence[str]) -> int:
     """Report which figures, tables and pages do not follow from the records; 1 if there are any."""
-    from prism_lib.reporting.pages import check  # it imports pandas
+    from prism_lib.reporting.pages import check_figures  # it imports pandas
 
     folder = paths.root() / "figures"
     found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
     problems = []
     for dataset in found:
         try:
-            problems += check(dataset, pages=dataset == "phantom")
+            problems += check_figures(dataset, pages=dataset == "phantom")
         except ValueError as error:
             problems.append(str(error))
     for problem in problems:

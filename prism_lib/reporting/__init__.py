@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["plots"],
     submod_attrs={
-        "pages": ["check", "update_pages"],
+        "pages": ["check_figures", "update_pages"],
         "tables": [
             "CLASSIFIERS", "HEADLINES", "absent", "as_tables", "by_strength", "drawings", "intervals", "load_all",
             "table", "tradeoff", "write_tables",

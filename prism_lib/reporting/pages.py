@@ -138,7 +138,7 @@ def _around(path: Path) -> tuple[str, str, str]:
     return before + markers[0], section, markers[1] + after
 
 
-def check(dataset: str, figures_dir: str | os.PathLike[str] = "", *, pages: bool = False) -> list[str]:
+def check_figures(dataset: str, figures_dir: str | os.PathLike[str] = "", *, pages: bool = False) -> list[str]:
     """What in a figures folder, and in the `PAGES`, does not follow from the records; empty if everything does."""
     folder, records = paths.figures(dataset, figures_dir), load_all(dataset, figures_dir)
     expected = expected_files(records)

@@ -71,7 +71,7 @@ def test_rows_stand_where_the_record_has_them(folder):
 
 def test_what_07_writes_passes_the_check(folder, tmp_path):
     draw_all(folder)
-    assert pages.check("phantom", pages=True) == []
+    assert pages.check_figures("phantom", pages=True) == []
     drawn = json.loads((folder / "plots" / "classifiers.json").read_text())
     assert drawn["record"] == "classifiers" and drawn["commit"] == "c0ffee"
     assert drawn["values"]["100 %"]["prism"] == pytest.approx([0.7, 0.6, 0.7])
@@ -143,7 +143,7 @@ def test_baselines_and_entanglement_are_drawn_from_their_records(folder):
     assert drawn["entanglement"] == {"confounding 0, prism, mask off": (0.2, 0.2, 0.2)}
     assert list(tables.frame(records["baselines"]).index) == ["ours", "ours / remove_x"]
     assert not {"baselines", "entanglement"} & tables.absent(records).keys()
-    assert pages.check("phantom") == []
+    assert pages.check_figures("phantom") == []
 
 
 def test_an_unknown_kind_of_drawing_is_refused():

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     NonNegativeFloat,
     NonNegativeInt,

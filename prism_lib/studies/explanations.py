@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from prism_lib.editing.denoising import EditTask, denoise, edit_controller
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig
+from prism_lib.editing.settings import EditConfig, Settings, resolved
 from prism_lib.files import atomic
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.schedule import Schedule
@@ -67,7 +67,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def attention_maps(
-    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], config: EditConfig
+    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
@@ -76,7 +76,7 @@ def attention_maps(
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-    tasks = [EditTask(n, pair, config) for n, pair in enumerate(pairs)]
+    tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]
     areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
     with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
         outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)

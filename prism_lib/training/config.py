@@ -59,7 +59,7 @@ class FinetuneConfig:
     draw_workers: NonNegativeInt = 4  # threads that draw batches ahead for a GPU; a CPU has none
     validation_every: PositiveInt = 250
     early_stop: NonNegativeInt = 0  # validations in a row without a lower loss that end a run; 0 is off
-    sample_every: PositiveInt = 500
+    sample_every: NonNegativeInt = 500  # steps between samples on the way; 0: none
     checkpoint_every: PositiveInt = 250
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ()  # of accelerate, such as "tensorboard", beside log.jsonl

@@ -227,7 +227,7 @@ class Run:
         stop = (done % config.validation_every == 0 or last) and self._validate(done)
         if not self.accelerator.is_main_process:
             return stop
-        if done % config.sample_every == 0 or last or stop:
+        if config.sample_every and done % config.sample_every == 0:
             self.save_samples(done)
         if done % config.checkpoint_every == 0 or last or stop:
             scaler = self.accelerator.scaler

@@ -185,7 +185,7 @@ def test_samples_have_the_colours_of_the_data(config, phantom_folder, tmp_path, 
         Image.merge("RGB", [Image.open(path).convert("L").point(lambda v, k=k: v // k) for k in (1, 2, 3)]).convert(
             mode
         ).save(path)
-    result = finetune(replace(config, dataset=str(folder), steps=2, learning_rate=1e-5))
+    result = finetune(replace(config, dataset=str(folder), steps=2, sample_every=2, learning_rate=1e-5))
     strip = Image.open(result.parent / "samples" / "step-00000002.png")
     images, _ = text_samples(result, folder, count=2)
     assert strip.mode == mode and images.shape[1] == len(mode)

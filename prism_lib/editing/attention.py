@@ -235,12 +235,6 @@ class PromptToPromptProcessor:
     ) -> Tensor:
         """Attention as in diffusers' AttnProcessor2_0, except for the rows of an edit."""
         self.seen.add(id(attn))
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
-        if spatial is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
         parts = self.controller.images, len(self.controller.guided), self.controller.edits
         if len(hidden_states) != sum(parts):
             raise ValueError(
@@ -249,36 +243,30 @@ class PromptToPromptProcessor:
             )
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-
         if encoder_hidden_states is None:
             attended = self._self_attention(attn, hidden_states)
         else:
             attended = self._cross_attention(attn, hidden_states, encoder_hidden_states)
 
         attended = attended.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        attended = attn.to_out[1](attn.to_out[0](attended))
-        if spatial is not None:
-            attended = attended.transpose(1, 2).unflatten(2, spatial)
-        if attn.residual_connection:
-            attended = attended + residual
-        return attended / attn.rescale_output_factor
+        return attn.to_out[1](attn.to_out[0](attended))
 
     def _self_attention(self, attn: Attention, hidden_states: Tensor) -> Tensor:
         """(rows, queries, C) -> (rows, heads, queries, C / heads)."""
-        value = _value(attn, hidden_states)
+        value = _heads(attn, attn.to_v(hidden_states))
         if not any(self.controller.injects_self(hidden_states.shape[1])):
-            return _attend(attn, _query(attn, hidden_states), _key(attn, hidden_states), value)
+            query, key = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_k(hidden_states))
+            return _attend(attn, query, key, value)
         looking, eyes = self.controller.looking(hidden_states.shape[1])
         seen = hidden_states[looking]
-        return _attend(attn, _query(attn, seen)[eyes], _key(attn, seen)[eyes], value)
+        query, key = _heads(attn, attn.to_q(seen))[eyes], _heads(attn, attn.to_k(seen))[eyes]
+        return _attend(attn, query, key, value)
 
     def _cross_attention(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> Tensor:
         """(rows, queries, C), (rows, L, D) -> (rows, heads, queries, C / heads)."""
-        if attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
-        query, key, value = _query(attn, hidden_states), _key(attn, text), _value(attn, text)
+        query, key, value = (
+            _heads(attn, part) for part in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        )
         control = self.controller
         record = control.maps is not None and control.maps.wants(hidden_states.shape[1])
         if not (record or control.edits_cross()):
@@ -302,12 +290,11 @@ def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[P
 
     The processor that this yields takes another `controller` where edits fork.
 
-    Raises ValueError for layers whose processor has weights of its own (an IP-Adapter, say), and RuntimeError
-    on leaving if the U-Net ran without passing through all of its attention layers: then the edit was not
-    what it seems.
+    Raises ValueError for layers that are not those of Stable Diffusion 1.x or 2.x, or whose processor has weights of
+    its own (an IP-Adapter, say), and RuntimeError on leaving if the U-Net did not pass through all attention layers.
     """
     before = dict(unet.attn_processors)
-    _check_replaceable(before)
+    _check_replaceable(unet)
     processor = PromptToPromptProcessor(controller)
     unet.set_attn_processor(processor)
     try:
@@ -332,12 +319,16 @@ def _each(setting: Any, edits: int) -> tuple[Any, ...]:
     return tuple(setting) if isinstance(setting, Sequence) else (setting,) * edits
 
 
-def _check_replaceable(processors: dict[str, object]) -> None:
-    if not processors:
+def _check_replaceable(unet: UNet2DConditionModel) -> None:
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+    if not layers:
         raise ValueError("this U-Net has no attention layer that could be controlled")
-    for name, processor in processors.items():
-        if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
-            raise ValueError(f"{name} ({type(processor).__name__}) has weights of its own and cannot be replaced")
+    for name, layer in layers.items():
+        if isinstance(layer.processor, nn.Module) and any(True for _ in layer.processor.parameters()):
+            raise ValueError(f"{name} ({type(layer.processor).__name__}) has weights of its own and cannot be replaced")
+        norms = (layer.spatial_norm, layer.group_norm, layer.norm_cross, layer.norm_q, layer.norm_k)
+        if layer.residual_connection or layer.rescale_output_factor != 1 or any(norm is not None for norm in norms):
+            raise ValueError(f"{name} is not an attention layer of Stable Diffusion 1.x or 2.x")
 
 
 def _check_all_seen(unet: UNet2DConditionModel, processor: PromptToPromptProcessor) -> None:
@@ -353,20 +344,6 @@ def _check_all_seen(unet: UNet2DConditionModel, processor: PromptToPromptProcess
 def _heads(attn: Attention, projected: Tensor) -> Tensor:
     """(B, tokens, C) -> (B, heads, tokens, C / heads)."""
     return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-
-
-def _query(attn: Attention, hidden_states: Tensor) -> Tensor:
-    query = _heads(attn, attn.to_q(hidden_states))
-    return query if attn.norm_q is None else attn.norm_q(query)
-
-
-def _key(attn: Attention, hidden_states: Tensor) -> Tensor:
-    key = _heads(attn, attn.to_k(hidden_states))
-    return key if attn.norm_k is None else attn.norm_k(key)
-
-
-def _value(attn: Attention, hidden_states: Tensor) -> Tensor:
-    return _heads(attn, attn.to_v(hidden_states))
 
 
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

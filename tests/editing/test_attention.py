@@ -146,14 +146,14 @@ def test_a_layer_that_was_passed_by_is_an_error(unet):
     assert unet.attn_processors == before
 
 
-def fake_unet(**processors):
-    model = nn.Module()
-    model.attn_processors = processors
+def model_of(layer):
+    model = nn.ModuleDict({} if layer is None else {"up": layer})
+    model.attn_processors = {}
     return model
 
 
 def test_processors_with_weights_of_their_own_are_refused():
-    model = fake_unet(up=IPAdapterAttnProcessor2_0(8, cross_attention_dim=8))
+    model = model_of(Attention(8, processor=IPAdapterAttnProcessor2_0(8, cross_attention_dim=8)))
     with (
         pytest.raises(ValueError, match=r"up \(IPAdapter.* has weights of its own"),
         controlled(model, controller()),
@@ -161,8 +161,14 @@ def test_processors_with_weights_of_their_own_are_refused():
         pass
 
 
+def test_layers_of_other_families_are_refused():
+    model = model_of(Attention(8, qk_norm="layer_norm"))
+    with pytest.raises(ValueError, match=r"up is not an attention layer of"), controlled(model, controller()):
+        pass
+
+
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match="no attention layer"), controlled(fake_unet(), controller()):
+    with pytest.raises(ValueError, match="no attention layer"), controlled(model_of(None), controller()):
         pass
 
 

@@ -425,6 +425,7 @@ def work(config, pipe, chooser, own, part, show):
 
 bulk._work = work
 if __name__ == "__main__":
+    bulk.PartialState()  # as in a notebook that has generated before
     cli.launch(bulk_plan.load_config(sys.argv[1]), int(sys.argv[2]))
 """
 
@@ -439,8 +440,9 @@ def run_who(config, tmp_path, processes, what):
 
 
 @pytest.mark.slow
-def test_as_many_processes_work_as_were_asked_for(config, tmp_path):
-    assert run_who(config, tmp_path, 3, "note").returncode == 0
+@pytest.mark.parametrize("threads", [1, 2], ids=["forked", "spawned"])
+def test_as_many_processes_work_as_were_asked_for(config, tmp_path, threads):
+    assert run_who(replace(config, threads=threads), tmp_path, 3, "note").returncode == 0
     found = {path.name for path in (tmp_path / "out").glob("000001-*")}
     assert found == {"000001-0000True", "000001-0001False", "000001-0002False"}
 

@@ -1,17 +1,18 @@
-"""Chest X-rays in the published formats: CheXpert (Irvin et al., AAAI 2019), ChestX-ray14 (Wang et al., CVPR 2017)."""
+"""Chest X-rays: CheXpert (Irvin et al., AAAI 2019), ChestX-ray14 (Wang et al., CVPR 2017) and the phantom."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
 from prism_lib.data import tables
-from prism_lib.data.images import ImageFiles
-from prism_lib.data.sources import Source, draw_patients
-from prism_lib.data.tables import refuse
-from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING
+from prism_lib.data.images import ImageFiles, Picture, Rejection
+from prism_lib.data.tables import Source, draw_patients, refuse
+from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING, PHANTOM_LABELS
 
 _ABOUT = {"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"}
 CHEXPERT_COLUMNS = _ABOUT | {label: label for label in CHEXPERT_LABELS}
@@ -66,7 +67,6 @@ def _read_chexpert(data_root: Path, name: str, view: View) -> tuple[pd.DataFrame
     return table, path
 
 
-NIH_TABLES = ("Data_Entry_2017*.csv", "labels.csv")
 NIH_COLUMNS = {
     "Image Index": "source_file",
     "Finding Labels": "findings",
@@ -82,26 +82,18 @@ NIH_POLICY = (
 
 
 def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) -> Source:
-    """At most `num_images` radiographs in the format of NIH ChestX-ray14.
-
-    The folder holds NIH's own table, and the images anywhere below it. Whole patients are drawn by `seed`,
-    the last of them perhaps cut short.
-    """
-    path = tables.find_table(data_root, NIH_TABLES)
-    table = _read_nih_table(path)
-    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root), data_root)
-    labels = (NO_FINDING, *NIH_LABELS.values(), "Support Devices")
-    return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
-
-
-def _read_nih_table(path: Path) -> pd.DataFrame:
+    """At most `num_images` images of NIH ChestX-ray14: NIH's own table, and the images anywhere below its folder."""
+    path = tables.find_table(data_root, ["Data_Entry_2017*.csv", "labels.csv"])
     table = tables.read_table(path, NIH_COLUMNS)
     tables.refuse_names(table, path, "Image Index")
     refuse(table["patient_id"] == "", table["patient_id"], path, "empty Patient ID")
     table.insert(0, "name", tables.stems(table["source_file"]))
     refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
     table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
-    return pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
+    table = pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
+    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root), data_root)
+    labels = (NO_FINDING, *NIH_LABELS.values(), "Support Devices")
+    return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
 
 
 def _nih_labels(findings: pd.Series, path: Path) -> pd.DataFrame:
@@ -113,3 +105,35 @@ def _nih_labels(findings: pd.Series, path: Path) -> pd.DataFrame:
     refuse(listed.map(lambda parts: NO_FINDING in parts and len(parts) > 1), findings, path, "contradiction")
     columns = {label: listed.map(lambda parts, n=name: float(n in parts)) for name, label in names.items()}
     return pd.DataFrame({**columns, "Support Devices": float("nan")}, index=findings.index)
+
+
+NOT_THERE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
+
+
+@dataclass(frozen=True)
+class Phantoms:
+    """Renders the phantom patients of a table's rows (see `phantom.patients`)."""
+
+    seed: int
+    confounding: float
+    size: int
+
+    def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
+        """The pictures in the rows' order."""
+        from prism_lib.phantom.patients import render, sample_patients  # torch: only in a process that renders
+
+        patients = sample_patients(rows["phantom_index"].tolist(), self.seed, self.confounding)
+        for image in (render(patients, self.size)[:, 0] * 255).round().byte().numpy():
+            yield Picture(image)
+
+
+def phantom_source(num_images: int, seed: int, confounding: float, size: int) -> Source:
+    """`num_images` phantom patients, rendered at `size` x `size`."""
+    from prism_lib.phantom.patients import sample_patients
+
+    patients = sample_patients(num_images, seed, confounding)
+    table = patients.labels().replace({"devices": {"": NOT_THERE}, "effusion_side": {"": NOT_THERE}})
+    table.insert(0, "name", table["patient_id"])
+    table["phantom_index"] = patients.index
+    policy = "every label is known, 1 or 0: the phantom's causal model set it"
+    return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size))

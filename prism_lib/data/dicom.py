@@ -1,7 +1,7 @@
-"""Radiographs from DICOM files: gray levels as a viewer shows them, pixel spacing, and nothing else unasked.
+"""Radiographs from DICOM files: gray levels as a viewer shows them, pixel spacing, and header fields by name.
 
 The order of the standard (PS3.4, N.2): stored values, modality LUT or rescale, VOI LUT or window, MONOCHROME1 inverted.
-A header holds names, dates of birth and numbers of patients; only the fields that the caller names leave this module.
+A header holds names and birth dates of patients; only the fields that the caller names leave this module.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ import numpy as np
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_SIGNATURE = b"DICM"
-_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-
 
 @dataclass(frozen=True)
 class Film:
@@ -35,7 +32,7 @@ def is_dicom(path: Path) -> bool:
     """Whether a file bears DICOM's signature behind its preamble of 128 bytes."""
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == _SIGNATURE
+            return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
 
@@ -87,7 +84,12 @@ def _levels(data: Dataset) -> np.ndarray:
     """Gray levels in [0, 255] as the window, the VOI LUT or, where there is neither, the film's own range has them."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    values = np.asarray(apply_modality_lut(_stored(data), data), dtype=np.float64)
+    try:
+        stored = data.pixel_array
+    except RuntimeError as error:  # its message lists the plugins that would decode the pixels
+        syntax = data.file_meta.TransferSyntaxUID
+        raise ValueError(f"transfer syntax {syntax.name} needs a plugin: {' '.join(str(error).split())}") from None
+    values = np.asarray(apply_modality_lut(stored, data), dtype=np.float64)
     if data.get("VOILUTSequence"):
         low, high = 0.0, 2.0 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
         shown = apply_voi_lut(values.round().astype(np.int64), data)
@@ -105,17 +107,8 @@ def _levels(data: Dataset) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def _stored(data: Dataset) -> np.ndarray:
-    try:
-        return data.pixel_array
-    except RuntimeError as error:
-        # pydicom's message lists the plugins that would decode it.
-        syntax = data.file_meta.TransferSyntaxUID
-        raise ValueError(f"transfer syntax {syntax.name} needs a plugin: {' '.join(str(error).split())}") from None
-
-
 def _spacing(data: Dataset) -> float:
-    for name in _SPACINGS:
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         if value := data.get(name):
             row, column = map(float, value)
             if not math.isclose(row, column, rel_tol=0.01):

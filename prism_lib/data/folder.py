@@ -1,14 +1,7 @@
-"""The prepared folder: how it is written and read.
+"""The prepared folder, in Hugging Face's *imagefolder* convention: how it is written and read.
 
-It follows Hugging Face's *imagefolder* convention, so other programs can read it:
-
-    train/*.png  val/*.png  test/*.png   the images
-    metadata.csv                         a row per image: file_name, patient_id, split, text, labels
-    train/metadata.csv ...               the same rows by split: `load_dataset` looks for them beside the
-                                         images and ignores a table above the split folders
-    dataset.json                         the origin: configuration, counts, rejected files, hash
-
-One process at a time builds a folder under a hidden name beside its place and renames it when it is complete.
+train/*.png, val/*.png, test/*.png; metadata.csv, a row per image (file_name, patient_id, split, text, labels), and
+beside the images its rows of the split, where `load_dataset` looks for them; dataset.json, the origin of it all.
 """
 
 from __future__ import annotations
@@ -80,10 +73,11 @@ def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
     """The images of a table's rows, float32 (N, C, H, W) in [0, 1]; C is 1 for gray and 3 for colour."""
     if table.empty:
         raise ValueError(f"no images to read from {folder}: the table has no rows")
-    images = [_read_image(Path(folder).resolve(), name) for name in table["file_name"]]
-    for name, image in zip(table["file_name"], images, strict=True):
-        if image.shape != images[0].shape:
-            raise ValueError(f"{name} is {image.shape}, but the images before it are {images[0].shape}")
+    images: list[np.ndarray] = []
+    for name in table["file_name"]:
+        images.append(_read_image(Path(folder).resolve(), name))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{name} is {images[-1].shape}, but the images before it are {images[0].shape}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -112,9 +106,9 @@ def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, st
 
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A hidden sibling with the split folders, which becomes `output` when the block ends.
+    """A hidden sibling with the split folders, which becomes `output` when the block ends, and is kept if it raises.
 
-    If the block raises, finished images are kept for the next attempt. RuntimeError if another process writes there.
+    RuntimeError if another process writes there.
     """
     folder = output.with_name(f".{output.name}.partial")
     try:

@@ -1,19 +1,15 @@
 """From an image file of any kind to the pixels of a prepared image: square, eight bits, gray or colour.
 
 Pixels become what a viewer shows: EXIF orientation is applied, palettes and CMYK are looked up, and transparent pixels
-become black, as padding is. Pixels are read at the file's full depth, reduced with antialiasing, and rounded once; no
-image is stretched. DICOM files are recognised by their signature.
-
-An image that cannot be used gives a `Rejection` with the reason and no exception: one truncated file among 100,000 must
-not end the work. This module and `data.dicom` do not import torch, because every process that prepares images loads
-them.
+become black. They are read at full depth, reduced with antialiasing, and rounded once; no image is stretched. This
+module and `data.dicom` do not import torch, because every process that prepares images loads them.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +29,7 @@ _DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Im
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file that could not be used, and why."""
+    """A file that could not be used, and why: one such file among 100,000 does not end the work."""
 
     file: str
     reason: str
@@ -47,22 +43,19 @@ class Picture:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+# The picture of each row, in order, the same however the rows are batched; picklable, for other processes call it.
+Reader = Callable[[pd.DataFrame], Iterator[Picture | Rejection]]
+
+
 @dataclass(frozen=True)
 class ImageFiles:
-    """Reads the images of a table's rows from "path"; a rejected one is named by its "source_file".
-
-    Args:
-        mode: "L" or "RGB"; colour is reduced to gray, and gray is repeated to colour.
-        fit: "letterbox" keeps the whole image and pads with black, "crop" keeps its centre.
-        max_upscale: how many times an image may be enlarged to reach `size`.
-        header: None for image files; for DICOM the header fields to copy, by keyword, and no others.
-    """
+    """A `Reader` of the files in "path"; a rejected one is named by its "source_file"."""
 
     size: int
-    fit: Fit = "letterbox"
-    mode: Mode = "L"
-    max_upscale: float = 1.0
-    header: tuple[str, ...] | None = None
+    fit: Fit = "letterbox"  # keeps the whole image and pads with black; "crop" keeps its centre
+    mode: Mode = "L"  # colour is reduced to gray, and gray is repeated to colour
+    max_upscale: float = 1.0  # how many times an image may be enlarged to reach `size`
+    header: tuple[str, ...] | None = None  # of DICOM files the header fields to copy, by keyword; None for image files
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
         """The pictures in the rows' order."""
@@ -86,10 +79,7 @@ class ImageFiles:
 def read_image(
     path: Path, size: int, fit: Fit = "letterbox", mode: str = "L", max_upscale: float = 1.0
 ) -> np.ndarray:
-    """An image or DICOM file as (size, size) or, in mode "RGB", (size, size, 3) uint8; see `ImageFiles`.
-
-    ValueError with the reason if the file cannot be used.
-    """
+    """A file as (size, size) or (size, size, 3) uint8 (see `ImageFiles`); ValueError with the reason if unusable."""
     if dicom.is_dicom(path):
         bands = [Image.fromarray(dicom.read(path).levels)]
     else:
@@ -155,7 +145,5 @@ def _fit(band: Image.Image, size: int, fit: Fit) -> np.ndarray:
     if fit == "crop":
         top, left = (height - size) // 2, (width - size) // 2
         return levels[top : top + size, left : left + size]
-    canvas = np.zeros((size, size), np.uint8)
     top, left = (size - height) // 2, (size - width) // 2
-    canvas[top : top + height, left : left + width] = levels
-    return canvas
+    return np.pad(levels, ((top, size - height - top), (left, size - width - left)))

@@ -1,7 +1,6 @@
 """Prepare a data set once: choose images, split by patient, write captions, and record what was done.
 
-`prepare` turns a source (the phantom, or a folder of real images; see `data.sources`) into the folder that
-`data.folder` describes. `PrepareConfig` decides its content; `dataset.json` reports what happened.
+`prepare` turns a source (the phantom, or a folder of real images) into the folder that `data.folder` describes.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from prism_lib.data.any_table import Columns, table_source
-from prism_lib.data.chest import View, chexpert_source, nih_source
+from prism_lib.data.chest import View, chexpert_source, nih_source, phantom_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
-from prism_lib.data.sources import Source, phantom_source, seeded_order
+from prism_lib.data.tables import Source, seeded_order
 from prism_lib.data.writing import Outcome, Written, write_images
 from prism_lib.language.labels import vocabulary
 
@@ -34,61 +33,40 @@ logger = logging.getLogger(__name__)
 
 # After the error is certain, so many more unusable files are collected, so that its message shows several.
 LOOK_AHEAD = 20
-LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1}
-UNCERTAIN_VALUES = {"ignore": -1.0, "zeros": 0.0, "ones": 1.0}
-BLANK_VALUES = {"ignore": float("nan"), "zeros": 0.0}
+LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
+POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PrepareConfig:
-    """What to prepare and how.
-
-    Args:
-        dataset: "table" is any images with a table, "dicom" the same with DICOM files. All but the phantom lie below
-            `data_root`.
-        output: the prepared folder; an existing one is reused if it was made with the same configuration.
-        num_images: how many phantoms; of real images at most as many, drawn by patient.
-        split: shares of the patients for train, val and test. CheXpert with a share of 0 for test has its published
-            validation set as the test split; otherwise that set is left out. Splits given by a table are kept.
-        confounding: how strongly devices follow disease in the phantom.
-        vocabulary: whose labels captions name; all label columns are kept.
-        explicit_share: share of captions in the explicit template, which edits use.
-        uncertain: what -1 becomes, by label; "*" is every other label. "ignore", the default, leaves it.
-        blank: what a label that is not mentioned becomes, likewise.
-        fit: "letterbox" keeps the whole image and pads, "crop" keeps its centre.
-        max_rejected: the greatest share of files that may be unusable.
-        mode: "L" (gray) or "RGB"; empty is the data set's own. "table" has none of its own.
-        max_upscale: how many times an image smaller than `size` may be enlarged.
-        view: of CheXpert.
-        table: the table's file name for "table" and "dicom".
-        columns: for the same two, which columns are labels and which others are copied.
-        duplicates: what happens to an image with the same pixels as one of another split: "reject" keeps the one in
-            test, else in val; "keep" keeps both. Within a split both are kept.
-        processes: how many read and write; the result does not depend on it.
-    """
+    """What to prepare and how. The dataset "table" is any images with a table, "dicom" the same with DICOM files."""
 
     dataset: Literal["phantom", "chexpert", "nih", "isic2019", "isic2020", "ham10000", "table", "dicom"]
-    output: Path
-    data_root: Path | None = None
+    output: Path  # the prepared folder; an existing one is reused if it was made with the same configuration
+    data_root: Path | None = None  # the folder with the table and the images; the phantom has none
     size: Annotated[int, Field(ge=32)] = 256
-    num_images: Annotated[int, Field(ge=1)] = 1000
+    num_images: Annotated[int, Field(ge=1)] = 1000  # of real images at most as many, by whole patients
     seed: int = 0
+    # Shares of the patients for train, val and test; splits in a table are kept. With a share of 0 for test, CheXpert
+    # has its published validation set as the test split; otherwise that set is left out.
     split: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
-    confounding: Share = 0.0
-    vocabulary: Literal["chest", "phantom", "skin"] = "chest"
-    explicit_share: Share = 0.5
+    confounding: Share = 0.0  # how strongly devices follow disease in the phantom
+    vocabulary: Literal["chest", "phantom", "skin"] = "chest"  # whose labels captions name; all label columns are kept
+    explicit_share: Share = 0.5  # of captions in the explicit template, which edits use
+    # What -1 becomes, by label, and what a label that is not mentioned becomes; "*" is every other label.
     uncertain: Mapping[str, Literal["ignore", "zeros", "ones"]] = field(default_factory=dict)
-    fit: Fit = "letterbox"
-    max_rejected: Share = 0.0
+    fit: Fit = "letterbox"  # keeps the whole image and pads; "crop" keeps its centre
+    max_rejected: Share = 0.0  # of the files may be unusable
     blank: Mapping[str, Literal["ignore", "zeros"]] = field(default_factory=dict)
-    mode: Literal["", Mode] = ""
-    max_upscale: Annotated[float, Field(ge=1)] = 1.0
-    view: View = "frontal"
-    table: str = "metadata.csv"
-    columns: Columns = field(default_factory=Columns)
+    mode: Literal["", Mode] = ""  # empty is the data set's own; "table" has none of its own
+    max_upscale: Annotated[float, Field(ge=1)] = 1.0  # how many times an image smaller than `size` may be enlarged
+    view: View = "frontal"  # of CheXpert
+    table: str = "metadata.csv"  # its file name, for "table" and "dicom"
+    columns: Columns = field(default_factory=Columns)  # for the same two
+    # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
-    processes: Annotated[int, Field(ge=1)] = 1
+    processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
         if abs(sum(self.split) - 1) > 1e-6:
@@ -139,9 +117,8 @@ def prepare(config: PrepareConfig) -> Path:
     """Write the prepared folder and return its path; at once if it is already there, whole and the same.
 
     Raises before any long work if the configuration, the table or the output is at fault, and later if more than
-    `config.max_rejected` of the files cannot be used. Images that were finished by then, or when the process was
-    killed, are kept beside the output, and the same configuration continues from there. An image in two splits is not
-    counted as unusable: it is dropped from one of them and listed.
+    `config.max_rejected` of the files cannot be used (an image in two splits does not count). After an error or a kill
+    the same configuration continues with the images that were finished.
     """
     output = config.output
     if _already_prepared(config):
@@ -158,7 +135,9 @@ def prepare(config: PrepareConfig) -> Path:
         if config.duplicates == "reject":
             rejected += duplicates
             usable = usable[~usable["file_name"].isin([item.file for item in duplicates])]
-        metadata = _metadata(_with_columns(usable, written), source.labels, config, set(plan["split"]))
+        # Columns that come from the image files, such as their pixel spacing.
+        more = pd.DataFrame([written[name].columns for name in usable["file_name"]], index=usable.index)
+        metadata = _metadata(usable.join(more), source.labels, config, set(plan["split"]))
         info = {
             "source": config.dataset,
             "config": settings(config),
@@ -187,10 +166,11 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
     shares = split_patients(drawn, config.split, config.seed) if len(drawn) else {}
     table["split"] = table["patient_id"].map(shares).where(given == "", given)
     table["file_name"] = table["split"] + "/" + table["name"] + ".png"
-    captions = draw_captions(
-        _resolved(table, labels, config), labels, config.dataset, vocab.name, config.seed, 1, config.explicit_share
-    )
+    known = _resolved(table, labels, config)
+    captions = draw_captions(known, labels, config.dataset, vocab, config.seed, 1, config.explicit_share)
     return table.assign(text=[texts[0] for texts in captions])
+
+
 def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> dict[str, str]:
     """Patient -> split. Shares are exact to one patient, and a split that is asked for gets at least one."""
     order = seeded_order(patients, seed)
@@ -208,11 +188,11 @@ def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> d
 
 def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig) -> pd.DataFrame:
     """The table with its uncertain and blank labels replaced as the policies say."""
-    uncertain, blank = ({"*": "ignore"} | dict(policy) for policy in (config.uncertain, config.blank))
     columns = {}
     for label in labels:
-        values = table[label].fillna(BLANK_VALUES[blank.get(label, blank["*"])])
-        columns[label] = values.mask(values == -1, UNCERTAIN_VALUES[uncertain.get(label, uncertain["*"])])
+        uncertain, blank = (policy.get(label, policy.get("*", "ignore")) for policy in (config.uncertain, config.blank))
+        values = table[label].fillna(POLICIES.get(blank, float("nan")))
+        columns[label] = values.mask(values == -1, POLICIES.get(uncertain, -1.0))
     return table.assign(**columns)
 
 
@@ -253,23 +233,13 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
 
     Patients are not merged: two patients may share an image by a mistake of the archive.
     """
-    hashes = usable["file_name"].map(lambda name: written[name].pixel_hash)
-    repeated = usable[["file_name", "patient_id", "split"]].assign(pixels=hashes)[hashes.duplicated(keep=False)]
-    order = repeated.sort_values("split", key=lambda split: split.map(SPLITS.index), ascending=False, kind="stable")
-    kept = {row["pixels"]: row for row in order.drop_duplicates("pixels").to_dict("records")}
-    rejected = []
-    for row in order.to_dict("records"):
-        other = kept[row["pixels"]]
-        if row["split"] != other["split"]:
-            reason = f"same pixels as {other['file_name']} of patient {other['patient_id']}, which is held out"
-            rejected.append(Rejection(row["file_name"], reason))
-    return rejected, len(order) - len(kept) - len(rejected)
-
-
-def _with_columns(usable: pd.DataFrame, written: Mapping[str, Written]) -> pd.DataFrame:
-    """The table with the columns that come from the image files, such as their pixel spacing."""
-    names = next((list(item.columns) for item in written.values()), [])
-    return usable.assign(**{name: [written[file].columns[name] for file in usable["file_name"]] for name in names})
+    order = usable.sort_values("split", key=lambda split: split.map(SPLITS.index), ascending=False, kind="stable")
+    pixels = order["file_name"].map(lambda name: written[name].pixel_hash)
+    kept = order[["file_name", "patient_id", "split"]].groupby(pixels).transform("first")
+    across = order["split"] != kept["split"]
+    reasons = "same pixels as " + kept["file_name"] + " of patient " + kept["patient_id"] + ", which is held out"
+    rejected = list(map(Rejection, order.loc[across, "file_name"], reasons[across]))
+    return rejected, len(order) - pixels.nunique() - len(rejected)
 
 
 def _check_rejected(rejected: Sequence[Rejection], total: int, max_rejected: float) -> None:
@@ -282,10 +252,9 @@ def _check_rejected(rejected: Sequence[Rejection], total: int, max_rejected: flo
 
 
 def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig, planned: set[str]) -> pd.DataFrame:
-    """The rows as they are stored.
+    """The rows as they are stored: a column has one type in all splits, or `load_dataset` refuses the folder.
 
-    Labels and ages stay floats and no text is empty, so that a column has one type in all splits: `load_dataset`
-    refuses a folder whose splits differ.
+    Labels and ages therefore stay floats, and no text is empty.
     """
     if empty := planned - set(table["split"]):
         raise ValueError(f"no usable image is left for {', '.join(sorted(empty))}: prepare more images")
@@ -302,15 +271,13 @@ def _counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
         str(split): {
             "images": len(rows),
             "patients": int(rows["patient_id"].nunique()),
-            "labels": {label: _label_counts(rows[label]) for label in labels},
+            "labels": {
+                label: {name: int(rows[label].isin([value]).sum()) for name, value in LABEL_STATES.items()}
+                for label in labels
+            },
         }
         for split, rows in table.groupby("split")
     }
-
-
-def _label_counts(values: pd.Series) -> dict[str, int]:
-    counts = {name: int((values == value).sum()) for name, value in LABEL_STATES.items()}
-    return counts | {"not mentioned": int(values.isna().sum())}
 
 
 def _already_prepared(config: PrepareConfig) -> bool:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from prism_lib.data.chest import NOT_THERE
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
-from prism_lib.data.sources import DETAIL_COLUMNS, details
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import CHEST, vocabulary
+from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
 from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
+
+
+DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 
 def sample_captions(
@@ -27,30 +31,41 @@ def sample_captions(
     The first one is the column `text` of the folder's own seed and explicit share.
     """
     info = load_info(folder)
-    about = (info["labels"], info["source"], info["config"]["vocabulary"])
-    return draw_captions(table, *about, seed, count, explicit_share)
+    vocab = vocabulary(info["config"]["vocabulary"])
+    return draw_captions(table, info["labels"], info["source"], vocab, seed, count, explicit_share)
 
 
 def draw_captions(
     table: pd.DataFrame,
     labels: Sequence[str],
     source: str,
-    vocabulary_name: str,
+    vocab: Vocabulary,
     seed: int | str,
     count: int,
     explicit_share: float,
 ) -> list[list[str]]:
     """`sample_captions` of a table that is not on disk yet."""
-    vocab = vocabulary(vocabulary_name)
     columns = ["file_name", *labels, *(name for name in DETAIL_COLUMNS if name in table)]
     captions = []
-    for values in table[columns].itertuples(index=False, name=None):
-        row = dict(zip(columns, values, strict=True))
+    for row in table[columns].to_dict("records"):
         rng = random.Random(f"{seed}:{row['file_name']}")
         known = {label: row[label] for label in labels}
-        more = details(source, row)
+        more = _details(row) if source == "phantom" else {}
         captions.append([sample_caption(known, rng, vocab, explicit_share, more) for _ in range(count)])
     return captions
+
+
+def _details(row: Mapping[Any, Any]) -> dict[str, str]:
+    """Phrases of a phantom's row that are more precise than its labels.
+
+    {"Support Devices": "pacemaker and ecg leads", "Pleural Effusion": "left pleural effusion"}
+    """
+    phrases = {}
+    if row["devices"] != NOT_THERE:
+        phrases["Support Devices"] = str(row["devices"]).replace("|", " and ")
+    if row["effusion_side"] != NOT_THERE:
+        phrases["Pleural Effusion"] = f"{row['effusion_side']} pleural effusion"
+    return phrases
 
 
 def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[PromptPair]:
@@ -73,15 +88,11 @@ def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
                 raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             suits &= table[label].eq(state)
             if state and name != label:
-                suits &= _has_detail(table, label, name)
+                if not set(DETAIL_COLUMNS) <= set(table.columns):
+                    raise ValueError(f"the data set does not say which rows have {name!r}; edit {label!r} instead")
+                phrases = [_details(row).get(label, "") for row in table.to_dict("records")]
+                suits &= np.array([name in phrase.split(" and ") for phrase in phrases], dtype=bool)
     return table[suits].reset_index(drop=True)
-
-
-def _has_detail(table: pd.DataFrame, label: str, detail: str) -> pd.Series:
-    """Which rows have this detail of a label."""
-    if not set(DETAIL_COLUMNS) <= set(table.columns):
-        raise ValueError(f"the data set does not say which rows have {detail!r}; edit {label!r} instead")
-    return table.apply(lambda row: detail in details("phantom", row).get(label, "").split(" and "), axis=1)
 
 
 class Truth(NamedTuple):
@@ -94,31 +105,31 @@ class Truth(NamedTuple):
 
 def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth | None:
     """The truth about an edit of a table's rows; None for real images, whose counterfactuals are not known."""
-    info = load_info(folder)
-    if info["source"] != "phantom":
+    if (phantoms := _phantoms(folder, table)) is None:
         return None
-    patients, size = _patients(table, info["config"]), info["config"]["size"]
-    images, changed = counterfactual(patients, size, **edit.attributes)
-    return Truth(images, changed, marker_mask(patients, size))
+    patients, size = phantoms
+    return Truth(*counterfactual(patients, size, **edit.attributes), marker_mask(patients, size))
 
 
 def marker_masks(folder: Folder, table: pd.DataFrame) -> Tensor | None:
     """Pixels of the burnt-in side marker, bool (N, 1, H, W); None for real images, which have no outline of it."""
+    phantoms = _phantoms(folder, table)
+    return None if phantoms is None else marker_mask(*phantoms)
+
+
+def _phantoms(folder: Folder, table: pd.DataFrame) -> tuple[Patients, int] | None:
+    """The patients of a table's rows and the size of their images, if they are phantoms."""
     info = load_info(folder)
     if info["source"] != "phantom":
         return None
-    return marker_mask(_patients(table, info["config"]), info["config"]["size"])
-
-
-def _patients(table: pd.DataFrame, config: dict[str, float]) -> Patients:
-    return sample_patients(table["phantom_index"].tolist(), int(config["seed"]), config["confounding"])
+    config = info["config"]
+    return sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"]), config["size"]
 
 
 def label_counts(folder: Folder, when: str = "after", split: str = "train") -> pd.DataFrame:
-    """How often each label of a split is present, absent, uncertain and not mentioned, from `dataset.json`.
+    """How often each label of a split is present, absent, uncertain and not mentioned, "before" or "after" preparation.
 
-    "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned. `when` is
-    "before" (as in the source) or "after" (as stored).
+    "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned.
     """
     splits = load_info(folder)["counts"][when]
     if split not in splits:

@@ -1,14 +1,12 @@
 """Dermoscopic images in the published formats: ISIC 2019, ISIC 2020 and HAM10000.
 
-All three name one diagnosis per image, so each diagnosis is known to be present or absent. Images of one lesion, and
-lesions of one patient, stay together: the "patient" here is the patient where the table names one, else the lesion,
-else the image. Rulers, ink and the like are labels too, for the images that a table of artefacts covers
-(isic_bias.csv of Bissoto et al., CVPR Workshops 2020); for all others they are not mentioned.
+Each image has one diagnosis, so all other diagnoses are known to be absent. A split never parts images of one lesion or
+lesions of one patient. Artefacts (rulers, ink) are labels of the images in isic_bias.csv (Bissoto et al., CVPRW 2020).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,7 @@ import pandas as pd
 
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles
-from prism_lib.data.sources import Source, draw_patients
-from prism_lib.data.tables import refuse
+from prism_lib.data.tables import Source, draw_patients, refuse
 from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
 
 ARTEFACT_TABLE = "isic_bias.csv"
@@ -43,8 +40,8 @@ class Format:
     tables: tuple[str, ...]
     image: str
     columns: dict[str, str]
-    optional: dict[str, str]
     diagnoses: dict[str, str]
+    optional: dict[str, str] = field(default_factory=dict)
     unknown: str = "no diagnosis is unknown"
 
 
@@ -71,25 +68,24 @@ HAM10000 = Format(
     image="image_id",
     columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
     | {"age": "age", "sex": "sex", "localization": "site"},
-    optional={},
     diagnoses=HAM10000_CODES,
 )
 FORMATS = {"isic2019": ISIC2019, "isic2020": ISIC2020, "ham10000": HAM10000}
 
 
 def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, archive: str) -> Source:
-    """At most `num_images` dermoscopic images of "isic2019", "isic2020" or "ham10000", by whole patients.
+    """At most `num_images` dermoscopic images of one of `FORMATS`, by whole patients.
 
-    The folder holds the archive's own table, for ISIC 2019 its metadata table too, perhaps `ARTEFACT_TABLE`, and the
-    images anywhere below it.
+    The folder holds the archive's own tables, perhaps `ARTEFACT_TABLE`, and the images anywhere below it.
     """
     form = FORMATS[archive]
     path = tables.find_table(data_root, form.tables)
     table = tables.read_table(path, form.columns, form.optional)
     tables.refuse_names(table, path, form.image)
-    diagnoses = _one_hot(table, path) if archive == "isic2019" else _diagnosis(table, path, form)
-    table = _with_metadata(table, data_root) if archive == "isic2019" else table
-    artefacts = _artefacts(table["source_file"], data_root)
+    if archive == "isic2019":
+        diagnoses, table = _one_hot(table, path), _with_metadata(table, data_root)
+    else:
+        diagnoses = _diagnosis(table, path, form)
     about = pd.DataFrame(
         {
             "name": table["source_file"],
@@ -101,7 +97,7 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
             "site": table["site"],
         }
     )
-    table = pd.concat([about, diagnoses, artefacts], axis=1)
+    table = pd.concat([about, diagnoses, _artefacts(table["source_file"], data_root)], axis=1)
     table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root, by_stem=True), data_root)
     labels = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())
     policy = _POLICY.format(unknown=form.unknown)

@@ -1,20 +1,49 @@
 """Tables that come with images: read whole, checked row by row before any work, and kept inside their folder.
 
-Every message names the file, the line (the header is line 1), and the value.
+Every message names the file, the line (the header is line 1), and the value. The result is a `Source`, which
+`data.chest`, `data.skin` and `data.any_table` make.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
 import pandas as pd
 
-from prism_lib.data.images import IMAGE_SUFFIXES, Rejection
+from prism_lib.data.images import IMAGE_SUFFIXES, Reader, Rejection
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images with labels, before they are prepared.
+
+    `table` has a row per image: "name" (unique, becomes the file name), "patient_id", the columns `labels` with values
+    1, 0, -1 or missing, and any others; a "split" that is not empty is given. `rejected` are files without a row.
+    """
+
+    table: pd.DataFrame
+    labels: tuple[str, ...]
+    label_policy: str
+    images: Reader
+    rejected: tuple[Rejection, ...] = ()
+
+
+def seeded_order(names: Iterable[object], seed: int) -> list[str]:
+    """The distinct names in an order drawn from `seed` by a hash, whatever order they come in."""
+    return sorted(sorted(set(map(str, names))), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+
+
+def draw_patients(table: pd.DataFrame, num_images: int, seed: int) -> pd.DataFrame:
+    """At most `num_images` rows: whole patients in an order drawn from `seed`, the last perhaps cut short."""
+    rank = {patient: place for place, patient in enumerate(seeded_order(table["patient_id"], seed))}
+    order = table.assign(_rank=table["patient_id"].map(rank)).sort_values(["_rank", "name"])
+    return order.drop(columns="_rank").head(num_images)
 
 
 def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
@@ -29,10 +58,9 @@ def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
 
 
 def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """The named columns of a CSV file as stripped text, under our names; row i stands in line i + 2 of the file.
+    """The named columns of a CSV file, and those `optional` ones that are there, as stripped text under our names.
 
-    An optional column that is not there is left out; all other columns are not read at all. Columns may be separated
-    by commas, semicolons or tabs.
+    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns.
     """
     header = read_header(path)
     if absent := [column for column in columns if column not in header]:
@@ -72,26 +100,21 @@ def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
         raise ValueError(f"{path}, line {row + 2}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
 
 
-def refuse_names(table: pd.DataFrame, path: Path, column: str, key: str = "source_file") -> None:
-    """Refuse file names that are empty, leave the data root, or occur twice; `column` is what the file calls them."""
-    refuse(table[key] == "", table[key], path, f"empty {column}")
-    refuse(table[key].map(leaves_root), table[key], path, "path outside the data root")
-    refuse(table[key].duplicated(), table[key], path, f"repeated {column}")
+def refuse_names(table: pd.DataFrame, path: Path, column: str) -> None:
+    """Refuse names in "source_file" that are empty, leave the data root, or occur twice; the file calls them `column`."""
+    names = table["source_file"]
+    refuse(names == "", names, path, f"empty {column}")
+    paths = names.map(PureWindowsPath)  # also finds drives and backslashes
+    outside = paths.map(lambda name: bool(name.anchor) or ".." in name.parts)
+    refuse(outside, names, path, "path outside the data root")
+    refuse(names.duplicated(), names, path, f"repeated {column}")
 
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
     """Text as 1, 0, -1 (uncertain) or NaN (blank); any other value is an error."""
-    known = {"": np.nan} | {text: _number(text) for text in column.unique() if text}
-    values = column.map(known).astype(float)
+    values = pd.to_numeric(column, errors="coerce").astype(float)
     refuse(~values.isin((1, 0, -1)) & (column != ""), column, path, f"label {label!r} is not 1, 0, -1 or blank")
     return values
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return np.inf
 
 
 def ages(column: pd.Series) -> pd.Series:
@@ -110,11 +133,6 @@ def stems(column: pd.Series) -> pd.Series:
     return column.map(lambda file: PurePosixPath(file).stem)
 
 
-def leaves_root(name: str) -> bool:
-    """Whether a path in a table is absolute or climbs, on any system."""
-    return bool(PureWindowsPath(name).anchor) or ".." in PureWindowsPath(name).parts
-
-
 def listed_images(names: Iterable[str], data_root: Path) -> list[str | None]:
     """Each image's path, exactly where its name says below `data_root`; None if it is not there."""
     paths = (f"{data_root}{os.sep}{name}" for name in names)
@@ -122,10 +140,7 @@ def listed_images(names: Iterable[str], data_root: Path) -> list[str | None]:
 
 
 def find_images(names: Iterable[str], data_root: Path, *, by_stem: bool = False) -> list[str | None]:
-    """Each image's path, where its name says or anywhere below `data_root`; None if it is not there.
-
-    Two files of one name are an error. With `by_stem`, the names have no suffix.
-    """
+    """`listed_images`, else a file of that name (`by_stem`: without suffix) anywhere below; two of one name are an error."""
     below: dict[str, str] = {}
     for folder, _, files in os.walk(data_root):
         for file in files:

@@ -1,7 +1,6 @@
-"""Read an uploaded image file of any content in bounded memory.
+"""Read an uploaded image file of any content in bounded memory; every refusal is one plain sentence for the user.
 
-The header is checked before the pixels are decoded, because a few kilobytes can declare gigabytes of pixels. Every
-refusal is one plain sentence for the person at the upload button. `data.images` reads the files that pass.
+The header is checked before the pixels are decoded, because a few kilobytes can declare gigabytes of pixels.
 """
 
 from __future__ import annotations
@@ -34,11 +33,12 @@ class UploadError(ValueError):
 def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
     """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 1 in mode "L" and 3 in mode "RGB".
 
-    PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are read, padded to a square. Raises
-    UploadError.
+    PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are padded to a square. Raises UploadError.
     """
     _check_length(name, len(content))
-    _check_archive(name, content)
+    for magic, kind in _ARCHIVES.items():
+        if content.startswith(magic):
+            raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         path = Path(folder) / "upload"
@@ -69,17 +69,10 @@ def _check_length(name: str, length: int) -> None:
         raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
 
 
-def _check_archive(name: str, content: bytes) -> None:
-    for magic, kind in _ARCHIVES.items():
-        if content.startswith(magic):
-            raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")
-
-
 def _check_pixels(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UploadError(
-            f"{name} claims {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are decoded."
-        )
+        most = f"at most {MAX_PIXELS // 10**6} million are decoded"
+        raise UploadError(f"{name} claims {width} x {height} pixels; {most}.")
 
 
 def _check_image(name: str, path: Path) -> None:

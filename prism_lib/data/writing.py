@@ -1,8 +1,7 @@
 """The long part of preparing a data set: read, reduce and write every image, in several processes if asked.
 
-Rows go out in batches of fixed size and come back in order, so the result does not depend on the number of processes.
-Every finished batch is a line in a journal. A run that was stopped, even by kill -9, continues after the batches whose
-files are all there, byte for byte. A process that only reads image files does not load torch.
+Batches come back in order, so the result does not depend on the number of processes. Every finished batch is a line in
+a journal: a run that was stopped, even by kill -9, continues after the batches whose files are all there, byte for byte.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from prism_lib.data.images import Rejection
-from prism_lib.data.sources import BATCH, Reader
+from prism_lib.data.images import Reader, Rejection
 from prism_lib.files import file_hash, write_text
 
 JOURNAL = "journal.jsonl"
+BATCH = 32  # rows that a reader gets at once
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,14 @@ def write_images(
 ) -> Generator[list[Outcome]]:
     """Write the images of `plan` to its "file_name"s below `folder`; yields the outcomes of every batch, in order.
 
-    Args:
-        key: a journal in `folder` is continued if it has the same key, and begun again if not.
-        processes: how many processes read and write; 1 is this one. RuntimeError if one of them dies.
+    A journal in `folder` with the same `key` is continued. RuntimeError if one of the processes dies.
     """
     from prism_lib.devices import side_by_side  # late: it loads torch, which the reading processes do not need
 
-    starts = range(0, len(plan), BATCH)
-    done = _resume(folder, key)
+    starts, done = range(0, len(plan), BATCH), _resume(folder, key)
     head = [json.dumps({"key": key}), *(_line(start, outcome) for start, outcome in done.items())]
     write_text(folder / JOURNAL, "\n".join(head) + "\n")
-    missing = (plan.iloc[start : start + BATCH] for start in [start for start in starts if start not in done])
+    missing = [plan.iloc[start : start + BATCH] for start in starts if start not in done]
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
         fresh = side_by_side(partial(_write_batch, images, folder), missing, processes)
         for start in starts:
@@ -74,7 +70,6 @@ def write_images(
 
 
 def _write_batch(images: Reader, folder: Path, rows: pd.DataFrame) -> list[Outcome]:
-    """Write one batch; runs in any process."""
     outcomes: list[Outcome] = []
     for file_name, image in zip(rows["file_name"], images(rows), strict=True):
         if isinstance(image, Rejection):
@@ -100,23 +95,18 @@ def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
 
     A batch with a rejected file is read again, because the file may have been repaired since.
     """
-    try:
-        lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-        if not lines or json.loads(lines[0]) != {"key": key}:
-            return {}
-    except (FileNotFoundError, ValueError):
+    path, done = folder / JOURNAL, dict[int, list[Outcome]]()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if lines[:1] != [json.dumps({"key": key})]:
         return {}
-    done: dict[int, list[Outcome]] = {}
     for line in lines[1:]:
         try:
             entry = json.loads(line)
         except ValueError:
             break  # the line at which the run was killed
-        if all("file_hash" in item and _is_whole(folder, item) for item in entry["outcome"]):
-            done[entry["start"]] = [Written(**item) for item in entry["outcome"]]
+        if all("file_hash" in item for item in entry["outcome"]):
+            batch = [Written(**item) for item in entry["outcome"]]
+            files = [(folder / item.file_name, item.file_hash) for item in batch]
+            if all(file.is_file() and file_hash(file) == digest for file, digest in files):
+                done[entry["start"]] = [*batch]
     return done
-
-
-def _is_whole(folder: Path, item: Mapping[str, Any]) -> bool:
-    path = folder / item["file_name"]
-    return path.is_file() and file_hash(path) == item["file_hash"]

@@ -21,9 +21,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.folder import load_info, load_table, truth_is_known
 from prism_lib.data.rows import sample_captions
-from prism_lib.data.sources import has_details
 from prism_lib.devices import default_device
 from prism_lib.files import atomic, write_text
 from prism_lib.language.captions import corpus
@@ -260,7 +259,7 @@ def pretrain(config: PretrainConfig) -> Path:
         history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     info = load_info(config.dataset)
-    if config.details is not None and has_details(info["source"]):
+    if config.details is not None and truth_is_known(config.dataset):
         teach_details(pipeline, vocabulary(info["config"]["vocabulary"]), config.details)
     write_text(output / "vae" / "history.json", json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):

@@ -23,7 +23,7 @@ from prism_lib.data.images import ImageFiles, read_image
 from prism_lib.data.preparation import prepare, split_patients
 from prism_lib.data.preparation import PrepareConfig, SOURCES
 from prism_lib.data.rows import edit_examples, editable, marker_masks, sample_captions, true_counterfactual
-from prism_lib.data.sources import seeded_order
+from prism_lib.data.tables import seeded_order
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import CHEST, PHANTOM, PHANTOM_LABELS

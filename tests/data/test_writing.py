@@ -19,8 +19,7 @@ from prism_lib.data import preparation, writing
 from prism_lib.data.folder import building, load_info, load_table, read_images
 from prism_lib.data.preparation import prepare
 from prism_lib.data.preparation import PrepareConfig
-from prism_lib.data.sources import BATCH
-from prism_lib.data.writing import JOURNAL
+from prism_lib.data.writing import BATCH, JOURNAL
 
 COUNT = 5 * BATCH + 3
 RUN = """

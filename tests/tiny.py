@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import build_pipeline, text_config, tiny_config
+from prism_lib.models.pipeline import build_pipeline, tiny_config
 
 SOURCE = "chest x-ray with cardiomegaly, with support devices"
 TARGET = "chest x-ray with cardiomegaly, without support devices"
@@ -44,7 +44,7 @@ SMALL_ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers"
 
 def clip_model(seed: int = 0) -> CLIPModel:
     """An untrained CLIP of images of 16 pixels that reads the tiny pipeline's tokens."""
-    text = text_config(tiny_config(), tiny_pipeline().tokenizer).to_dict()
+    text = tiny_pipeline().text_encoder.config.to_dict()
     vision = SMALL_ENCODER | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from prism_lib.devices import default_device
 from prism_lib.language.labels import Vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.image_text import locate
+from prism_lib.models.image_text import IMAGE_TEXT
+from prism_lib.models.published import locate
 
 YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO")
 
@@ -74,7 +75,7 @@ def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary
     read = tuple(label for label in labels if label in vocabulary.phrases)
     if not read:
         raise ValueError(f"vocabulary {vocabulary.name!r} has no words for {', '.join(labels)}")
-    name = locate(name_or_path)
+    name = locate(name_or_path, *IMAGE_TEXT)
     model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
     model.requires_grad_(False).eval().to(default_device())
     questions = [question(label, vocabulary) for label in read]

@@ -9,16 +9,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "classifier": [
-            "ClassifierConfig",
-            "auc",
-            "build_classifier",
-            "load_classifier",
-            "named_network",
-            "predict",
-            "save_classifier",
-            "train_classifier",
-        ],
+        "classifier": ["ClassifierConfig", "load_classifier", "named_network", "predict", "train_classifier"],
         "image_text": ["load_image_text_model"],
         "pipeline": [
             "PipelineConfig",
@@ -33,7 +24,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "predict_noise",
             "sample_images",
             "tiny_config",
-            "told_apart",
         ],
     },
 )

@@ -1,8 +1,7 @@
 """Multi-label image classifiers: the judge that reads counterfactuals, and the downstream models.
 
 A MONAI network reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in the
-loss. Training can use groups (such as disease with device) in two ways, with which counterfactual training sets are
-compared. Weights are safetensors beside a small JSON.
+loss. Weights are safetensors beside a small JSON.
 """
 
 from __future__ import annotations
@@ -33,18 +32,12 @@ Objective = Literal["erm", "reweighted", "group_dro"]
 class ClassifierConfig:
     """Architecture and recipe.
 
-    Args:
-        network: "densenet", built of `blocks`, `growth` and `features`, or "resnet18" or the name of a MONAI
-            EfficientNet such as "efficientnet-b0", which ignore these three.
-        steps: optimizer steps; 0 for as many as `epochs` come to. Sets of different size compare at equal steps.
-        objective: "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR
-            2022); "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
-        group_step: step size of Group-DRO's weights.
-        mixed_precision: of training, "no" or "bf16", see `devices.mixed_precision`; reading is always in float32.
+    `objective` "erm" averages over images; "reweighted" draws every group equally often (Idrissi et al., CLeaR 2022);
+    "group_dro" does so too and minimises the worst group's loss (Sagawa et al., ICLR 2020).
     """
 
     labels: tuple[str, ...] = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
-    blocks: tuple[int, ...] = (4, 8, 12, 8)
+    blocks: tuple[int, ...] = (4, 8, 12, 8)  # this, growth and features are of "densenet" alone
     growth: PositiveInt = 16
     features: PositiveInt = 32
     epochs: PositiveInt = 4
@@ -52,11 +45,11 @@ class ClassifierConfig:
     learning_rate: PositiveFloat = 2e-3
     weight_decay: NonNegativeFloat = 1e-2
     seed: int = 0
-    network: str = "densenet"
-    steps: NonNegativeInt = 0
+    network: str = "densenet"  # or "resnet18", or a MONAI EfficientNet such as "efficientnet-b0"
+    steps: NonNegativeInt = 0  # of the optimizer; 0: as many as `epochs` come to
     objective: Objective = "erm"
-    group_step: PositiveFloat = 0.1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    group_step: PositiveFloat = 0.1  # of Group-DRO's weights
+    mixed_precision: Literal["no", "bf16"] = "no"  # of training; predictions are always in float32
 
 
 # Networks by name; the two small ones are for processors and images of about 128 pixels.
@@ -80,25 +73,17 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
     """A MONAI DenseNet, ResNet or EfficientNet with one logit per label, weights drawn from the config's seed."""
     from monai.networks.nets import DenseNet, EfficientNetBN, resnet18  # three seconds: only where one is built
 
+    outputs = len(config.labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.network == "resnet18":
             # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
             return resnet18(
-                spatial_dims=2, n_input_channels=1, num_classes=len(config.labels), conv1_t_stride=2, feed_forward=True
+                spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2, feed_forward=True
             )
         if config.network != "densenet":
-            return EfficientNetBN(
-                config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=len(config.labels)
-            )
-        return DenseNet(
-            spatial_dims=2,
-            in_channels=1,
-            out_channels=len(config.labels),
-            init_features=config.features,
-            growth_rate=config.growth,
-            block_config=config.blocks,
-        )
+            return EfficientNetBN(config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=outputs)
+        return DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
 
 
 def train_classifier(
@@ -111,9 +96,8 @@ def train_classifier(
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
-    Runs on ``device``, by default a GPU where there is one (`devices.default_device`).
-    Small shifts and changes of contrast augment; chests are never mirrored. One-cycle AdamW, deterministic in the seed.
-    ``groups`` (N,), whole numbers, are what the objectives "reweighted" and "group_dro" need.
+    Deterministic in the seed, on ``device`` (None: `devices.default_device`). Images are shifted and change contrast;
+    chests are never mirrored. The objectives "reweighted" and "group_dro" need ``groups`` (N,), whole numbers.
     """
     known = _check_training(images, labels, config, groups)
     device = default_device() if device is None else device
@@ -132,10 +116,10 @@ def train_classifier(
         with autocast(device, config.mixed_precision):
             logits = model(batch)
         loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none") * mask
-        if worst is not None:
-            objective = worst(loss.sum(1) / mask.sum(1).clamp(min=1), rows)
-        else:
+        if worst is None:
             objective = loss.sum() / mask.sum().clamp(min=1)
+        else:
+            objective = worst(loss.sum(1) / mask.sum(1).clamp(min=1), rows)
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()
@@ -214,7 +198,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A network and the labels of its outputs: a judge, which measures edits, or a guide, which may choose them."""
+    """A network and the labels of its outputs."""
 
     network: nn.Module
     labels: tuple[str, ...]
@@ -231,11 +215,8 @@ class Classifier:
 
 
 def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Area under the ROC curve per label; rows whose label is unknown are left out.
-
-    Raises ValueError naming a label of which only one class occurs.
-    """
-    from sklearn.metrics import roc_auc_score  # half a second: only where it is asked
+    """Area under the ROC curve per label, over rows whose label is known; ValueError names a label of one class."""
+    from sklearn.metrics import roc_auc_score  # half a second: only where it is needed
 
     areas = {}
     for column, name in enumerate(names):
@@ -249,10 +230,11 @@ def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str
 
 def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:
     """Write ``model.safetensors`` (float16) and ``config.json`` into a folder that appears whole."""
-    tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     with atomic(folder) as partial:
         partial.mkdir()
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors")
+        save_file(halved, partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     return folder
 
@@ -264,10 +246,5 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
     config = TypeAdapter(ClassifierConfig).validate_json(path.read_bytes())
     model = build_classifier(config)
-    model.load_state_dict(
-        {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in load_file(folder / "model.safetensors").items()
-        }
-    )
+    model.load_state_dict(load_file(folder / "model.safetensors"))  # copied into the model's float32
     return model.eval().to(default_device()), config

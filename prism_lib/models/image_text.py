@@ -1,7 +1,7 @@
 """Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers.
 
-`training.clip.train_clip` makes such a model from the images and captions of the diffusion model; hub models in
-transformers' layout load the same way. A general CLIP separates chest X-rays poorly, so a threshold is for one model.
+`training.clip.train_clip` makes such a model; hub models in transformers' layout load the same way. A general CLIP
+separates chest X-rays poorly, so a threshold is for one model.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from prism_lib import paths
 from prism_lib.devices import default_device
-from prism_lib.models.published import without_bars
+from prism_lib.models.published import locate, without_bars
+
+IMAGE_TEXT = ("config.json", "image-text model")  # what `locate` looks for
 
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A model with `get_image_features` and `get_text_features`, its tokenizer and its normalisation of pixels.
-
-    `mean` and `std` are per channel, of images in [0, 1].
-    """
+    """A model, its tokenizer, and mean and deviation per channel that normalise images in [0, 1]."""
 
     model: Any
     tokenizer: Any
@@ -43,11 +41,11 @@ class ImageTextModel:
         pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         pixels = (pixels.clamp(0, 1).expand(-1, 3, -1, -1).cpu() - mean) / std
-        chunks = [
-            _features(self.model.get_image_features(pixel_values=chunk.to(self.model.device, self.model.dtype)))
+        features = [
+            self.model.get_image_features(pixel_values=chunk.to(self.model.device, self.model.dtype)).pooler_output
             for chunk in pixels.split(batch_size)
         ]
-        return torch.cat(chunks)
+        return F.normalize(torch.cat(features).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -58,48 +56,29 @@ class ImageTextModel:
                 raise ValueError(f"text has {length} tokens, the image-text model reads {longest}: {text!r}")
         # SigLIP was trained on padded texts without a mask; CLIP reads its last token and ignores what follows.
         ids = self.tokenizer(list(texts), padding="max_length", max_length=longest, return_tensors="pt").input_ids
-        return _features(self.model.get_text_features(input_ids=ids.to(self.model.device)))
+        features = self.model.get_text_features(input_ids=ids.to(self.model.device)).pooler_output
+        return F.normalize(features.float(), dim=-1).cpu()
 
 
-def load_image_text_model(name_or_path: str | Path, tokenizer: Any = None) -> ImageTextModel:
-    """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id, safetensors only, frozen.
-
-    It runs on `devices.default_device`. `tokenizer` is for a folder without one, here and in `tokenizer/` beside it.
-    """
-    name = locate(str(name_or_path))
+def load_image_text_model(name_or_path: str | Path) -> ImageTextModel:
+    """Load a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id onto `devices.default_device`, frozen."""
+    name = locate(str(name_or_path), *IMAGE_TEXT)
     with without_bars() if Path(name).is_dir() else nullcontext():
         model = AutoModel.from_pretrained(name, use_safetensors=True).requires_grad_(False).eval()
     model.to(default_device())
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
-    if tokenizer is None:
-        beside = Path(name).parent / "tokenizer"  # as `pretrain` writes it
-        alone = (beside / "tokenizer_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(beside if alone else name)
+    own, beside = Path(name) / "tokenizer_config.json", Path(name).parent / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() and not own.is_file() else name)
     preprocessing = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     stated = json.loads(Path(preprocessing).read_text(encoding="utf-8")) if preprocessing else {}
     normal = {"mean": "image_mean", "std": "image_std"}
     return ImageTextModel(model, tokenizer, **{key: tuple(stated[n]) for key, n in normal.items() if n in stated})
 
 
-def locate(name: str) -> str:
-    """The folder that a name stands for, or the name itself where it can be a hub id; FileNotFoundError otherwise."""
-    places = (Path(name).expanduser(), paths.runs() / name, paths.weights() / name)
-    folder = next((place for place in places if (place / "config.json").is_file()), None)
-    if folder is None and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name} is no image-text model: no config.json, here or below {paths.runs()}")
-    return name if folder is None else str(folder)
-
-
 def weight_files(name: str) -> list[Path]:
     """The safetensors of a model that `load_image_text_model` has loaded, in a folder or in the hub's cache."""
-    name = locate(name)
+    name = locate(name, *IMAGE_TEXT)
     if Path(name).is_dir():
         return sorted(Path(name).glob("*.safetensors"))
     return [Path(str(cached_file(name, "model.safetensors")))]
-
-
-def _features(output: Any) -> Tensor:
-    """Unit vectors (N, D) in float32, from the tensor or the output object that versions of transformers return."""
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1).cpu()

@@ -1,7 +1,7 @@
 """Build, load and call a `StableDiffusionPipeline`.
 
-All parts are classes of diffusers and transformers. A pipeline built here differs from SD v1.5 in size alone. No
-function assumes four latent channels or a factor of eight.
+All parts are classes of diffusers and transformers; one built here differs from SD v1.5 in size alone. No function
+assumes four latent channels or a factor of eight.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate, replace_part
 
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
-
-
 # What every inversion here needs of a scheduler.
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
@@ -54,11 +52,6 @@ class PipelineConfig:
     vocab_size: PositiveInt = 1024
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
-    @property
-    def vae_factor(self) -> int:
-        """Pixels per latent cell, along each axis."""
-        return 2 ** (len(self.vae_channels) - 1)
-
 
 def tiny_config() -> PipelineConfig:
     """A few thousand parameters on 32-pixel images, for tests."""
@@ -75,16 +68,50 @@ def tiny_config() -> PipelineConfig:
 
 
 def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
-    """A complete, untrained pipeline with weights drawn from ``seed`` and a tokenizer trained on ``captions``.
-
-    Without captions the tokenizer learns the chest vocabulary.
-    """
+    """An untrained pipeline, weights drawn from ``seed``, tokenizer trained on ``captions`` (or the chest corpus)."""
     tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
+    depth = len(config.vae_channels)
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.unet_attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.unet_attention)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = _build_vae(config)
-        text_encoder = CLIPTextModel(text_config(config, tokenizer))
-        unet = _build_unet(config)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            block_out_channels=config.vae_channels,
+            latent_channels=config.latent_channels,
+            layers_per_block=1,
+            norm_num_groups=min(8, *config.vae_channels),
+            mid_block_add_attention=False,
+            sample_size=config.image_size,
+            scaling_factor=1.0,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.attention_heads,
+                projection_dim=config.text_width,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=config.image_size // image_factor(vae),
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.unet_channels,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            layers_per_block=config.unet_layers,
+            cross_attention_dim=config.text_width,
+            attention_head_dim=config.attention_heads,  # diffusers' name of the number of heads
+            norm_num_groups=min(16, *config.unet_channels),
+        )
     return assembled(vae, text_encoder, tokenizer, unet, ddim_scheduler(config.prediction_type))
 
 
@@ -115,56 +142,8 @@ def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
-def _build_vae(config: PipelineConfig) -> AutoencoderKL:
-    depth = len(config.vae_channels)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * depth,
-        up_block_types=("UpDecoderBlock2D",) * depth,
-        block_out_channels=config.vae_channels,
-        latent_channels=config.latent_channels,
-        layers_per_block=1,
-        norm_num_groups=min(8, *config.vae_channels),
-        mid_block_add_attention=False,
-        sample_size=config.image_size,
-        scaling_factor=1.0,
-    )
-
-
-def _build_unet(config: PipelineConfig) -> UNet2DConditionModel:
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.unet_attention]
-    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.unet_attention)]
-    return UNet2DConditionModel(
-        sample_size=config.image_size // config.vae_factor,
-        in_channels=config.latent_channels,
-        out_channels=config.latent_channels,
-        block_out_channels=config.unet_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        layers_per_block=config.unet_layers,
-        cross_attention_dim=config.text_width,
-        attention_head_dim=config.attention_heads,  # diffusers' name of the number of heads
-        norm_num_groups=min(16, *config.unet_channels),
-    )
-
-
-def text_config(config: PipelineConfig, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """The text tower's sizes; shared with the CLIP that trains it."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.text_width,
-        intermediate_size=4 * config.text_width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.attention_heads,
-        projection_dim=config.text_width,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's format, trained on the captions given; the same ones give the same one."""
+    """A byte-level BPE tokenizer in CLIP's format; equal captions give equal tokenizers."""
     backend = CLIPTokenizer().backend_tokenizer  # CLIP's own normalisation and word splitting
     # Single letters and digits keep every word spellable: one that no caption has would become "<|endoftext|>".
     texts = [*captions, " ".join(string.ascii_lowercase + string.digits)]
@@ -201,16 +180,13 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
 
-    Only safetensors are read; a hub id is downloaded once. A missing folder raises before anything is loaded.
-
     Args:
         dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
         unet, vae: published weights in place of these parts, in any layout that `published` reads.
         channels_last: memory layout of the convolutions, by default on CPUs and in half precision, where it is faster.
-        compile: compile the U-Net's blocks, for long runs, see `compile_blocks`.
+        compile: `compile_blocks`, for long runs.
         device: by default `devices.default_device`.
-        mixed_precision: a name of `devices.mixed_precision`, the precision of the U-Net's arithmetic in
-            `predict_noise` and `mixed_calls`; weights, latents and all that is optimised stay float32.
+        mixed_precision: of the U-Net's arithmetic (`devices.mixed_precision`); weights and latents stay float32.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     device = torch.device(default_device() if device is None else device)
@@ -223,13 +199,11 @@ def load_pipeline(
             replace_part(pipeline, slot, source)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **_DDIM)
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval()
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
-    if channels_last:
-        for part in (pipeline.vae, pipeline.unet):
-            part.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval().to(memory_format=layout)
     pipeline.to(device)
     if arithmetic != torch.float32:
         setattr(pipeline.unet, _ARITHMETIC, arithmetic)
@@ -283,7 +257,7 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
-    """A hash of all weights, and of the U-Net's arithmetic where it is not that of its weights."""
+    """A hash of all weights and of the U-Net's mixed precision."""
     content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, None) or "").encode())
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         for name, value in part.state_dict().items():
@@ -299,10 +273,7 @@ def image_factor(vae: AutoencoderKL) -> int:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W) in [0, 1] to scaled latents (N, c, h, w): the posterior's mean, in float32.
-
-    Raises ValueError when the images are not what the autoencoder can take.
-    """
+    """Images (N, 1 or 3, H, W) in [0, 1], checked, to scaled latents (N, c, h, w): the posterior's mean, float32."""
     check_images(images, image_factor(vae))
     parameter = next(vae.parameters())
     pixels = (images.to(parameter.device, parameter.dtype) * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
@@ -331,8 +302,8 @@ def sample_images(
     seed: int = 0,
 ) -> Tensor:
     """Text-to-image samples (N, channels, H, W) in [0, 1]; row k starts from the noise of ``seed + k``."""
-    unet, scheduler = pipe.unet, copy.deepcopy(pipe.scheduler)  # sampling sets a scheduler's steps
-    own = assembled(pipe.vae, None, None, unet, scheduler)
+    unet = pipe.unet
+    own = assembled(pipe.vae, None, None, unet, copy.deepcopy(pipe.scheduler))  # sampling sets a scheduler's steps
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompt_embeds))]
     with mixed_calls(unet):
@@ -364,7 +335,7 @@ def check_images(images: Tensor, factor: int = 1) -> None:
 
 
 def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """The texts with more tokens than the model reads, start and end counted, with how many they have."""
+    """Number of tokens of each text with more than the model reads, start and end counted."""
     texts = list(texts)
     rows = tokenizer(texts, verbose=False).input_ids if texts else []
     lengths = {text: len(row) for text, row in zip(texts, rows, strict=True)}
@@ -373,26 +344,21 @@ def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Prompt embeddings (N, tokens, width) in float32; each distinct text is encoded once.
-
-    A prompt longer than the tokenizer allows raises ValueError: it is never cut in silence.
-    """
+    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut."""
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     distinct = list(dict.fromkeys(texts))
     for text, length in too_long(tokenizer, distinct).items():
         raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
-    ids = tokenizer(
-        distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
-    embeddings = encoder(ids.to(encoder.device))[0].float()
+    tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    embeddings = encoder(tokens.input_ids.to(encoder.device))[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
 
 
 def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
-    """Distance of two phrases in the text encoder, as a share of that between "with" and "without" the first.
+    """Distance of two phrases in the text encoder, in units of that between "with" and "without" the first.
 
-    Near 0 the U-Net reads the same of both, and an edit that names one may show the other.
+    Near 0 an edit that names one may show the other.
     """
     texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
     one, two, without = encode_prompts(pipeline, texts).mean(1)

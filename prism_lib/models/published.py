@@ -1,19 +1,17 @@
-"""Weights that others published: a whole pipeline, or a U-Net or an autoencoder in one of these layouts.
+"""Published weights: a whole pipeline, or a U-Net or an autoencoder in one of these layouts (or a hub id of one).
 
-- a component folder: ``config.json`` beside ``diffusion_pytorch_model.safetensors``;
-- a folder with such components as ``unet/`` or ``vae/``, a whole pipeline or not (RoentGen, RadEdit);
-- a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part;
-- a Hugging Face hub id of any of these.
+- a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, itself or below ``unet/`` or ``vae/``;
+- a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -33,30 +31,27 @@ _SCRIPT = (
     "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
     "{options} --to_safetensors --dump_path FOLDER, then load FOLDER"
 )
-_UNREACHABLE = "{name} is no folder here, is not cached, and cannot be downloaded: {error}"
+Result = TypeVar("Result")
 
 
-def locate(name: str) -> str:
-    """The folder that a name stands for, or the name itself where it can be a hub id (one word, or owner/name)."""
+def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
+    """The folder with a ``marker`` that a name stands for, or the name itself where it can be a hub id."""
+    shipped = paths.weights() / name
+    places = [shipped] if name == paths.SHIPPED else [Path(name).expanduser(), paths.runs() / name, shipped]
+    for place in places:
+        if (place / marker).is_file():
+            return str(place)
     if name == paths.SHIPPED:
-        folder = paths.weights() / name
-    else:
-        folder = next((path for path in (Path(name).expanduser(), paths.runs() / name) if path.exists()), Path(name))
-    if (folder / "model_index.json").is_file():
-        return str(folder)
-    if name == paths.SHIPPED:
-        raise FileNotFoundError(f"the shipped weights are missing: {folder} has no model_index.json")
+        raise FileNotFoundError(f"the shipped weights are missing: {shipped} has no {marker}")
+    folder = next((place for place in places if place.exists()), Path(name))
     refuse_pickles(folder)
-    alone = [slot for slot in PARTS if (folder / slot).is_dir()]
-    if alone:
+    if alone := [slot for slot in PARTS if (folder / slot).is_dir()]:
         raise FileNotFoundError(
-            f"{folder} is no whole pipeline (no model_index.json) but has {' and '.join(alone)}: load the pipeline it "
+            f"{folder} is no whole pipeline (no {marker}) but has {' and '.join(alone)}: load the pipeline it "
             f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
         )
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name} is no diffusers pipeline folder, here or below {paths.runs()}: no model_index.json"
-        )
+        raise FileNotFoundError(f"{name} is no {kind}: no {marker}, here or below {paths.runs()}")
     return name
 
 
@@ -64,17 +59,24 @@ def load_whole(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The pipeline of a folder or hub id as it is; only a download shows progress bars."""
     wanted = {"dtype": dtype, "use_safetensors": True}
     wanted |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    def load(local: bool) -> StableDiffusionPipeline:
+        with without_bars() if local else nullcontext():
+            return StableDiffusionPipeline.from_pretrained(name, local_files_only=local, **wanted)
+
+    return load(True) if Path(name).is_dir() else _from_hub(name, load)
+
+
+def _from_hub(name: str, load: Callable[[bool], Result]) -> Result:
+    """``load(True)``, of the cache alone, and if something is missing there ``load(False)``, which downloads."""
     try:
-        with without_bars():
-            return StableDiffusionPipeline.from_pretrained(name, local_files_only=True, **wanted)
+        return load(True)
     except OSError as absent:
-        if Path(name).is_dir():
-            raise
         logger.info("%s is not cached whole (%s): downloading", name, absent)
     try:
-        return StableDiffusionPipeline.from_pretrained(name, **wanted)
+        return load(False)
     except OSError as error:
-        raise FileNotFoundError(_UNREACHABLE.format(name=name, error=error)) from None
+        raise FileNotFoundError(f"{name} is no folder here, is not cached, and cannot be downloaded: {error}") from None
 
 
 @contextmanager
@@ -93,24 +95,29 @@ def without_bars() -> Iterator[None]:
 def weights_hash(name_or_path: str | Path) -> str:
     """SHA-256 over the weight files of a pipeline that `locate` finds on this disk; "" for a hub id."""
     place = Path(locate(str(name_or_path)))
+    if not place.is_dir():
+        return ""
     digest = hashlib.sha256()
-    for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else []:
+    for path in sorted(place.rglob("*.safetensors")):
         digest.update(path.relative_to(place).as_posix().encode() + bytes.fromhex(file_hash(path)))
-    return digest.hexdigest() if place.is_dir() else ""
+    return digest.hexdigest()
 
 
 def replace_part(pipeline: StableDiffusionPipeline, slot: str, source: str | Path) -> None:
     """Put the "unet" or "vae" that ``source`` names into the pipeline.
 
-    Raises FileNotFoundError when nothing is there, ValueError for a pickle, for missing, unexpected or misshapen
-    tensors (all counted, the first few named), and for a part that does not fit the others of the pipeline.
+    Raises FileNotFoundError when nothing is there, ValueError for a pickle and for tensors or sizes that do not fit.
     """
     place = _place(str(source), slot)
     current = getattr(pipeline, slot)
     if (place / "config.json").is_file():
         part = _from_folder(PARTS[slot], place)
     else:
-        part = _from_state_dict(current, place if place.is_file() else _only_file(place))
+        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise FileNotFoundError(f"{place} has no config.json and not one .safetensors file (it has: {found})")
+        part = _from_state_dict(current, files[0])
     setattr(pipeline, slot, part.to(current.device, current.dtype))
     _check_fit(pipeline, source)
 
@@ -121,52 +128,31 @@ def refuse_pickles(path: Path) -> None:
     if any(file.suffix == ".safetensors" or file.name == "model_index.json" for file in files):
         return
     for file in files:
-        if file.suffix in PICKLES:
-            raise ValueError(
-                f"{file} is a pickle, which can run code when it is read, and is never loaded. Convert it once: "
-                + _conversion(file)
-            )
-
-
-def _conversion(file: Path) -> str:
-    if file.suffix == ".ckpt":
-        return _SCRIPT.format(options=f"--checkpoint_path {file}")
-    target = file.with_suffix(".safetensors")
-    loaded = f'torch.load("{file}", weights_only=True)'
-    return f'import torch, safetensors.torch; safetensors.torch.save_file({loaded}, "{target}")'
+        if file.suffix not in PICKLES:
+            continue
+        way = _SCRIPT.format(options=f"--checkpoint_path {file}")
+        if file.suffix != ".ckpt":
+            saved = f'torch.load("{file}", weights_only=True), "{file.with_suffix(".safetensors")}"'
+            way = f"import torch, safetensors.torch; safetensors.torch.save_file({saved})"
+        raise ValueError(
+            f"{file} is a pickle, which can run code when it is read, and is never loaded. Convert it once: {way}"
+        )
 
 
 def _place(source: str, slot: str) -> Path:
-    """The component folder, plain folder or file that a source means, downloaded if it is nowhere yet."""
+    """The folder or file of a part, downloaded if it is nowhere yet."""
     path = Path(source).expanduser()
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
             raise FileNotFoundError(f"{slot}: {source} does not exist")
-        path = Path(hub_folder(source, [f"{slot}/*", "*.safetensors", "config.json"]))
+        patterns = [f"{slot}/*", "*.safetensors", "config.json"]
+        path = Path(
+            _from_hub(source, lambda local: snapshot_download(source, allow_patterns=patterns, local_files_only=local))
+        )
     if path.is_dir() and (path / slot).is_dir():
         path = path / slot
     refuse_pickles(path)
     return path
-
-
-def hub_folder(name: str, patterns: list[str]) -> str:
-    """The files of a hub id that match: from the cache where they are, else downloaded."""
-    try:
-        return str(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except OSError:
-        pass
-    try:
-        return str(snapshot_download(name, allow_patterns=patterns))
-    except OSError as error:
-        raise FileNotFoundError(_UNREACHABLE.format(name=name, error=error)) from None
-
-
-def _only_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise FileNotFoundError(f"{folder} has no config.json and not one .safetensors file (it has: {found})")
-    return files[0]
 
 
 def _from_folder(kind: Any, folder: Path) -> Any:

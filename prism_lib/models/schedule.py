@@ -1,37 +1,26 @@
 """DDIM as pure tensor functions: schedule, steps in either direction, guidance (Song et al., ICLR 2021).
 
-A schedule of T steps has levels 0..T. Level 0 is the clean latent, level k = 1..T the latent at `timesteps[k]`, and a
-step leads from level k to k - 1. Inversion, stored trajectory and edit share the level as their one index. All
+A schedule of T steps has levels 0 (the clean latent) to T (noise), and a step leads from level k to k - 1. All
 coefficients are Python floats in double precision, so a step costs no device synchronisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from pydantic.dataclasses import dataclass
 from torch import Tensor
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a DDIM trajectory, level 0 (clean) to `num_steps` (noise).
-
-    `timesteps[k]` is the U-Net's timestep at level k (level 0 is never evaluated and holds -1); `alphas[k]` is the
-    cumulative product abar there. `prediction_type` is that of the U-Net's output.
-    """
+    """The U-Net's timestep (-1 at level 0, which it never sees) and the cumulative product abar of each level."""
 
     timesteps: tuple[int, ...]
     alphas: tuple[float, ...]
-    prediction_type: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the U-Net's output
 
     @property
     def num_steps(self) -> int:
@@ -40,10 +29,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-        """The schedule that a diffusers scheduler of this configuration follows, as DDIM.
-
-        `config` is any Stable Diffusion scheduler's `.config`; clipping and thresholding are for pixels and ignored.
-        """
+        """The DDIM schedule of any Stable Diffusion scheduler's `.config`; clipping and thresholding are ignored."""
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
         scheduler = DDIMScheduler.from_config(dict(config))
@@ -72,7 +58,7 @@ def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, leve
 
 def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
     """One deterministic DDIM step from `level` down to `level - 1`; the U-Net saw this `sample`."""
-    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level), level - 1)
+    return _moved(schedule, sample, prediction, level, level - 1)
 
 
 def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
@@ -80,7 +66,7 @@ def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: 
 
     That is the timestep of the destination, as in null-text inversion and diffusers' DDIMInverseScheduler.
     """
-    return _noised(schedule, *clean_and_noise(schedule, sample, prediction, level - 1), level)
+    return _moved(schedule, sample, prediction, level - 1, level)
 
 
 def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -88,8 +74,9 @@ def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) ->
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _noised(schedule: Schedule, clean: Tensor, noise: Tensor, level: int) -> Tensor:
-    signal_scale, noise_scale = _scales(schedule, level)
+def _moved(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, to: int) -> Tensor:
+    clean, noise = clean_and_noise(schedule, sample, prediction, level)
+    signal_scale, noise_scale = _scales(schedule, to)
     return signal_scale * clean + noise_scale * noise
 
 

@@ -110,7 +110,8 @@ def test_embeddings_agree_with_transformers():
 def test_a_folder_loads_with_its_normalisation(tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
     clip_model().save_pretrained(tmp_path / "clip")
-    encoder = load_image_text_model("clip", tiny_pipeline().tokenizer)
+    tiny_pipeline().tokenizer.save_pretrained(tmp_path / "tokenizer")  # beside it, as in a pipeline folder
+    encoder = load_image_text_model("clip")
     assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)
     (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     tiny_pipeline().tokenizer.save_pretrained(tmp_path / "clip")
@@ -128,7 +129,7 @@ def test_a_folder_that_is_none_is_named(name):
 def test_a_model_of_images_alone_is_refused(tmp_path):
     clip_model().vision_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not embed both"):
-        load_image_text_model(tmp_path, tiny_pipeline().tokenizer)
+        load_image_text_model(tmp_path)
 
 
 def test_a_text_that_would_be_cut_is_refused(encoder):

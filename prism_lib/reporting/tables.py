@@ -143,6 +143,7 @@ KINDS: dict[str, Kind] = {
     "judges": Kind("benchmarks/judges.py", ("agreement",)),
     "mixed_precision": Kind("benchmarks/precision.py"),
     "side_by_side": Kind("benchmarks/classifiers.py", ("speedup",)),
+    "threads": Kind("benchmarks/threads.py", ("share_of_alone_passive",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where models run, and in which precision: one place that decides, so that a notebook says nothing about it."""
+"""Where models run, in which precision and in how many processes: one place that decides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,20 @@ Result = TypeVar("Result")
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
 LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
-TRAINED_IN = ("no", "bf16")  # precisions of small networks; gradients in "fp16" would need a scaler
+
+
+def default_device() -> torch.device:
+    """`PRISM_DEVICE` ("cpu", "cuda:1", "mps") where it is set, else the first GPU, else the CPU.
+
+    CUDA is not initialised, because training processes could not be forked afterwards.
+    """
+    name = os.environ.get("PRISM_DEVICE", "").strip()
+    if not name:
+        return torch.device("cuda" if is_cuda_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"PRISM_DEVICE={name!r} is no device of PyTorch; expected cpu, cuda, cuda:1 or mps") from None
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -33,35 +46,31 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> str:
-    """The one of `TRAINED_IN` that mixed precision has here: "auto" is "bf16" where the device multiplies in bfloat16.
+    """ "no" or "bf16" as given; "auto" is "bf16" where the device (`default_device`) multiplies in bfloat16, else "no".
 
-    Elsewhere it is "no", for a device that only imitates bfloat16 is slower with it. ``device`` is by default
-    `default_device`. ValueError for a name that is neither "auto" nor in `TRAINED_IN`.
+    "fp16" is refused: gradients of small networks would need a scaler.
     """
     if asked == "auto":
         return "bf16" if _multiplies_in_bfloat16(device or default_device()) else "no"
-    if asked not in TRAINED_IN:
-        raise ValueError(f"mixed_precision is {asked!r}; expected one of auto, {', '.join(TRAINED_IN)}")
+    if asked not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision is {asked!r}; expected one of auto, no, bf16")
     return asked
-
-
-def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision for what is called inside; "no" asks nothing of the device, which may know no other."""
-    return nullcontext() if precision == "no" else torch.autocast(torch.device(device).type, dtype_of(precision))
 
 
 def _multiplies_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    # Newer than the oldest torch that the project takes.
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision for what is called inside; "no" changes nothing, on devices without autocast too."""
+    return nullcontext() if precision == "no" else torch.autocast(torch.device(device).type, dtype_of(precision))
 
 
 def processes_for(asked: int = 0) -> int:
-    """``asked``, or for 0 one process per core of a CPU, four at most, for each holds torch, and one with a GPU.
+    """``asked``, or for 0 one process with a GPU, else one per core, at most four because each loads torch.
 
     ValueError for a number below 0.
     """
@@ -76,8 +85,8 @@ def processes_for(asked: int = 0) -> int:
 def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
     """``work(job)`` of every job in order, in so many processes; on a CPU each has one thread.
 
-    Two processes of one thread do more than one of two threads, and results do not depend on how many there are. Jobs
-    are drawn as they are needed. With one process the work is done in this one, without start-up cost.
+    Two processes of one thread do more than one of two threads, and results do not depend on their number. Jobs are
+    drawn as they are needed. With one process the work is done in this one, without start-up cost.
     """
     if processes == 1:
         for job in jobs:
@@ -91,9 +100,19 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
         yield from Parallel(return_as="generator", pre_dispatch="n_jobs + 1")(delayed(work)(job) for job in jobs)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if default_device().type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @cache
 def _hide_bars() -> Callable[[], None]:
-    """Progress bars of processes that work side by side would write over each other; their caller has one for all.
+    """Progress bars of processes would write over each other; their caller shows one for all.
 
     A nested function travels by value, so a process loads this module, and torch with it, only if its work does.
     """
@@ -105,12 +124,12 @@ def _hide_bars() -> Callable[[], None]:
 
 
 def copies_for(pipe: DiffusionPipeline, asked: int, jobs: int) -> int:
-    """`processes_for`, but one for a pipeline on a GPU or too large to copy, and no more than there are jobs."""
+    """`processes_for`, but one for a pipeline that is not copied, and no more than there are jobs."""
     return 1 if _stays(pipe) else min(processes_for(asked), max(1, jobs))
 
 
 def batch_for(pipe: DiffusionPipeline) -> int:
-    """Images that suit one batch: two where pipelines are copied into processes, and eight elsewhere."""
+    """Images of one batch: two where pipelines are copied into processes, and eight elsewhere."""
     return 8 if _stays(pipe) else 2
 
 
@@ -128,11 +147,7 @@ def with_copies(
     else:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(pipe, path := Path(folder) / "pipeline.pt")
-            yield from side_by_side(partial(_with_copy, path, work), jobs, processes)
-
-
-def _with_copy(path: Path, work: Callable[[Any, Job], Result], job: Job) -> Result:
-    return work(_loaded(path), job)
+            yield from side_by_side(lambda job: work(_loaded(path), job), jobs, processes)
 
 
 @lru_cache(maxsize=1)
@@ -145,27 +160,3 @@ def _stays(pipe: DiffusionPipeline) -> bool:
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     size = sum(value.nbytes for network in networks for value in network.state_dict().values())
     return pipe.device.type != "cpu" or size > LARGEST_COPY
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if default_device().type == "cpu" else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def default_device() -> torch.device:
-    """`PRISM_DEVICE` ("cpu", "cuda:1", "mps") where it is set, else the first GPU, else the CPU.
-
-    Asking does not initialise CUDA, which would forbid to fork training processes later.
-    """
-    name = os.environ.get("PRISM_DEVICE", "").strip()
-    if not name:
-        return torch.device("cuda" if is_cuda_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"PRISM_DEVICE={name!r} is no device of PyTorch; expected cpu, cuda, cuda:1 or mps") from None

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders with one writer, and what equality is decided by: hashes and seeds."""
+"""Files and folders that are written whole, folders with one writer, hashes, and seeds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, for a file or a folder, that takes its place when the block ends.
+    """A temporary path, for a file or a folder, that replaces ``path`` when the block ends.
 
-    Readers find the old content or the new one, never half of it. If the block raises, the old content stays and what
-    was written goes.
+    Readers find the old content or the new one. If the block raises, the old content stays.
     """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def _remove(path: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder/.lock`` while the block runs; RuntimeError names the process that already holds it.
 
-    The operating system frees the lock of a process that ends, however it ends.
+    The operating system frees the lock of a process that was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".lock-holder"

@@ -1,8 +1,6 @@
 """The named folders, each an absolute path, so that no code depends on the working directory.
 
-Three of them follow an environment variable: `PRISM_DATA` (data root), `PRISM_RUNS` (what runs leave
-behind) and `PRISM_WEIGHTS` (pipelines by name, such as `phantom-sd`). Each has a default inside the
-checkout.
+`PRISM_DATA`, `PRISM_RUNS` and `PRISM_WEIGHTS` replace three of them; the defaults lie inside the checkout.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def notebooks() -> Path:
 
 
 def profiles() -> Path:
-    """What `prism run` injects into them, one YAML file per profile."""
+    """Where the profiles of `prism run` lie, one YAML file each."""
     return notebooks() / "profiles"
 
 

@@ -1,7 +1,6 @@
-"""Records: the numbers of an experiment as JSON, with all it takes to make them again.
+"""Records: the numbers of an experiment as JSON, `figures/<dataset>/<name>.json`, with what reproduces them.
 
-A record is `figures/<dataset>/<name>.json`. Tables, curves and the README are redrawn from records alone,
-so a record refuses what would not survive it, such as a number that is not finite.
+Tables, plots and the README are redrawn from records alone; a number that is not finite is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,14 +36,10 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "monai", "numpy
 
 
 class Timer:
-    """Seconds of a `with` block; `seconds` can also be read while it runs."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-        self._stop: float | None = None
+    """Wall-clock seconds of a `with` block; `seconds` can also be read while it runs."""
 
     def __enter__(self) -> Timer:
-        self._start, self._stop = time.perf_counter(), None
+        self._start, self._stop = time.perf_counter(), 0.0
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -52,10 +47,8 @@ class Timer:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds since the block was entered, until it was left."""
-        if self._start is None:
-            raise RuntimeError("the timer has not been started: use it as `with Timer() as timer:`")
-        return (time.perf_counter() if self._stop is None else self._stop) - self._start
+        """Seconds since the block was entered, until it was left."""
+        return (self._stop or time.perf_counter()) - self._start
 
 
 def record(
@@ -72,25 +65,23 @@ def record(
 ) -> Path:
     """Write a record and return its path; `figures_dir` replaces `figures/<dataset>/`.
 
-    Args:
-        parameters: what the numbers depend on; frozen configs and paths are turned into plain JSON.
-        metrics: finite numbers, lists of them or further mappings, kept to six significant digits.
+    ``parameters``, configs and paths among them, become plain JSON. ``metrics`` are finite numbers, lists of them or
+    further mappings, kept to six significant digits.
     """
     if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
         raise ValueError(f"record name {name!r} must be snake_case")
-    plain = {str(key): _numbers(value, str(key)) for key, value in metrics.items()}
     content = {
         "name": name,
         "notebook": notebook,
         "dataset": dataset,
         "model": model,
-        "parameters": {str(key): _plain(value, str(key)) for key, value in parameters.items()},
+        "parameters": _json(parameters, "", _parameter),
         "seed": int(seed),
-        "metrics": plain,
+        "metrics": _json(metrics, "", _number),
         "commit": commit(),
         "versions": versions(),
         "device": device(),
-        "seconds": _numbers(round(float(seconds), 2), "seconds"),
+        "seconds": _number(round(float(seconds), 2), "seconds"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return write_text(paths.figures(dataset, figures_dir) / f"{name}.json", json.dumps(content, indent=2) + "\n")
@@ -123,13 +114,7 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {package: metadata.version(package) for package in _PACKAGES}
 
 
 def device() -> str:
@@ -147,15 +132,23 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def _numbers(value: Any, key: str) -> Any:
-    """Finite plain numbers, or the dotted key of the first thing that is none."""
-    if isinstance(value, Mapping):
-        return {str(name): _numbers(item, f"{key}.{name}") for name, item in value.items()}
+def _json(value: Any, key: str, leaf: Callable[[Any, str], Any]) -> Any:
+    """Nested values as JSON; ``leaf`` turns a single value, with its dotted key, into what a record holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if hasattr(value, "tolist"):  # numpy and torch, scalars included
         value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_numbers(item, f"{key}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, bool | numbers.Integral):
+    if isinstance(value, Mapping):
+        return {str(name): _json(item, f"{key}.{name}" if key else str(name), leaf) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [_json(item, f"{key}[{index}]", leaf) for index, item in enumerate(items)]
+    return leaf(value, key)
+
+
+def _number(value: Any, key: str) -> int | float:
+    """A finite number, to six significant digits."""
+    if isinstance(value, numbers.Integral):  # bool too
         return int(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"metric {key!r} is no number: {value!r}")
@@ -164,26 +157,13 @@ def _numbers(value: Any, key: str) -> Any:
     return float(f"{float(value):.6g}")
 
 
-def _plain(value: Any, key: str) -> Any:
-    """A parameter as JSON; absolute paths are shortened, so that a record names no one's machine."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item, f"{key}.{name}") for name, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value) if isinstance(value, set | frozenset) else value
-        return [_plain(item, f"{key}[{index}]") for index, item in enumerate(items)]
+def _parameter(value: Any, key: str) -> Any:
+    """A parameter; of an absolute path outside the checkout only the name is kept."""
     if isinstance(value, str | Path):
-        return _relative(value)
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
+        path = Path(value)
+        if not path.is_absolute():
+            return str(value)
+        return path.relative_to(paths.root()).as_posix() if path.is_relative_to(paths.root()) else path.name
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise TypeError(f"parameter {key!r} cannot be recorded: {value!r}")
-
-
-def _relative(value: str | Path) -> str:
-    path = Path(value)
-    if path.is_absolute():
-        return path.relative_to(paths.root()).as_posix() if path.is_relative_to(paths.root()) else path.name
-    return str(value)

@@ -117,8 +117,6 @@ def test_auto_is_what_the_device_computes_in(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known)
         assert devices.mixed_precision("auto", cpu) == expected
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert devices.mixed_precision("auto", cpu) == "no"
     for capability, expected in (((7, 5), "no"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, known=capability: known)
         assert devices.mixed_precision("auto", gpu) == expected
@@ -155,7 +153,7 @@ def test_a_gan_takes_the_same_step_but_for_rounding():
     labels = ClassifierConfig(blocks=(1, 1), growth=4, features=8)
     guide = Classifier(classifier.build_classifier(labels).eval(), labels.labels)
     images, trained, losses = tiny_images(4) * 2 - 1, {}, {}
-    for name in devices.TRAINED_IN:
+    for name in ("no", "bf16"):
         config = ganterfactual.GanConfig("Support Devices", filters=4, mixed_precision=name)
         training = ganterfactual._Training(config, guide, 32)
         given, wanted = {"remove": images[:2], "add": images[2:]}, {"remove": images[2:], "add": images[:2]}

@@ -15,7 +15,7 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import METHODS, InversionConfig
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import novelty
-from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit, load_judge, summarise
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, load_judge, summarise
 from prism_lib.evaluation.selection import GuideScorer, SimilarityScorer
 from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
@@ -177,8 +177,8 @@ def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
 def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):
     judge = Classifier(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
     cases = choose_cases(phantom_folder, CHANGE, 2)
-    result = evaluate_edit(
-        moved(double=False), phantom_folder, cases, CHANGE, EditConfig(), num_inference_steps=2, judge=judge
+    (result,) = evaluate_edits(
+        moved(double=False), phantom_folder, {CHANGE: cases}, EditConfig(), num_inference_steps=2, judge=judge
     )
     assert summarise(result)["changed_outside_mask"] == 0
 

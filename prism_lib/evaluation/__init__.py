@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submodules=["axioms", "metrics", "novelty"],
     submod_attrs={
         "evaluate": [
-            "Evaluation", "batch_difference", "choose_cases", "edit_images", "evaluate_edit", "evaluate_edits",
-            "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "reread", "summarise", "train_judge",
+            "Evaluation", "batch_difference", "choose_cases", "evaluate_edits", "evaluate_results", "interval",
+            "judge_auc", "load_judge", "notes", "reread", "summarise", "summarise_rows", "train_judge",
         ],
-        "criteria": ["PRISM_CRITERIA", "Criteria"],
+        "criteria": ["Criteria"],
         "second_reader": ["load_reader"],
         "selection": [
             "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select", "select_each",

@@ -1,27 +1,24 @@
-"""Composition and reversibility: axioms of sound counterfactual models.
+"""Composition and reversibility of edits, which need no true counterfactual and so apply to real images too.
 
-Two of the axioms of Monteiro et al. ("Measuring axiomatic soundness of counterfactual image models", ICLR 2023), which
-need no true counterfactual and so apply to real images too. Both are L1 distances to the original in units of the
-autoencoder's own error, 1 being as close as the model can decode; images are inverted and edited in full every time.
+Axioms of Monteiro et al. ("Measuring axiomatic soundness of counterfactual image models", ICLR 2023). Values are L1
+distances to the original in units of the autoencoder's own error; images are inverted and edited in full every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
 from prism_lib.data.folder import read_images
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import Settings
 from prism_lib.evaluation import metrics
-from prism_lib.evaluation.evaluate import Evaluation, edit_jobs, interval
+from prism_lib.evaluation.evaluate import Evaluation, edit_jobs
 from prism_lib.language.edits import Edit, PromptPair
 
 # The composite with the input, and the decoded latents without it.
@@ -63,12 +60,11 @@ def reversibility(
     cases: pd.DataFrame,
     evaluation: Evaluation,
     settings: Settings,
-    paths: Sequence[str] = PATHS,
     **how: Any,
 ) -> pd.DataFrame:
-    """Edit, and edit back: a row per image, a column for each of the ``paths``, which cost an edit each.
+    """Edit, and edit back: a row per image, with the distance in column `image`.
 
-    The first of ``cases`` are those of the ``evaluation``, which has edited them already; the others are edited here.
+    The first of ``cases`` are those of the ``evaluation``, already edited; the others are edited here.
     """
     known = min(len(cases), len(evaluation.table))
     names = [table["file_name"].tolist()[:known] for table in (cases, evaluation.table)]
@@ -76,25 +72,11 @@ def reversibility(
         raise ValueError(f"the cases begin with {names[0]}, but the evaluated edit is of {names[1]}")
     original, there = read_images(folder, cases), prompt_pairs(folder, cases, evaluation.edit)
     ((more, _),) = edit_jobs(pipe, [(original[known:], there[known:])], settings, **how)
-
-    def edited(name: str) -> Tensor:
-        own = {"image": evaluation.edited}.get(name, getattr(evaluation, name, None))
-        assert isinstance(own, Tensor)
-        return torch.cat([own[:known], stack(more, name)]) if more else own[:known]
-
+    edited, reconstruction = evaluation.edited[:known], evaluation.reconstruction[:known]
+    if more:
+        edited = torch.cat([edited, stack(more)])
+        reconstruction = torch.cat([reconstruction, stack(more, "reconstruction")])
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
-    returned = edit_jobs(pipe, [(edited(name), back) for name in paths], settings, **how)
-    reconstruction = edited("reconstruction")
-    columns = {
-        name: metrics.relative_l1(stack(results, name), original, reconstruction).tolist()
-        for name, (results, _) in zip(paths, returned, strict=True)
-    }
-    return cases[["file_name", "patient_id"]].assign(**columns)
-
-
-def summarise(table: pd.DataFrame, seed: int = 0) -> dict[str, float]:
-    """Means of the columns with 95 % intervals over patients, as a record keeps them."""
-    summary: dict[str, float] = {"images": float(len(table))}
-    for name in table.columns.drop(["file_name", "patient_id"]):
-        summary |= interval(name, table[name], table["patient_id"], seed)
-    return summary
+    ((returned, _),) = edit_jobs(pipe, [(edited, back)], settings, **how)
+    distances = metrics.relative_l1(stack(returned), original, reconstruction)
+    return cases[["file_name", "patient_id"]].assign(image=distances.tolist())

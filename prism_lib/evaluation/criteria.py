@@ -1,7 +1,4 @@
-"""What a candidate has to satisfy: the names of all scores, and bounds on them.
-
-Apart from what computes scores (`evaluation.selection`), so that a choice is planned and checked without loading it.
-"""
+"""The names of all scores, and bounds on them; apart from `selection`, so that a plan is checked without torch."""
 
 from __future__ import annotations
 
@@ -20,10 +17,7 @@ GUIDE = ("guide", "guide_gain")
 
 @dataclass(frozen=True)
 class Criteria:
-    """The score to maximise, and bounds that a candidate has to keep; a bound is kept by equality too.
-
-    Bounds depend on the model behind the scores. `PRISM_CRITERIA` are those that PRISM's code runs with.
-    """
+    """The score to maximise, and bounds (inclusive) that a candidate has to keep; they depend on the scoring model."""
 
     best: str = "directional"
     at_least: Mapping[str, FiniteFloat] = field(default_factory=dict)
@@ -38,9 +32,3 @@ class Criteria:
         found += [f"{n} {scores[n]:.4g} < {bound:g}" for n, bound in self.at_least.items() if scores[n] < bound]
         found += [f"{n} {scores[n]:.4g} > {bound:g}" for n, bound in self.at_most.items() if scores[n] > bound]
         return tuple(found)
-
-
-PRISM_CRITERIA = Criteria(
-    best="directional",
-    at_least={"image_image": 0.6, "image_text_source": 0.1, "image_text": 0.1, "directional": -0.5, "consistency": 0.0},
-)

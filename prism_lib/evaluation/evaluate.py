@@ -1,8 +1,7 @@
-"""Edit held-out images and measure the result: on phantoms against the truth, on real images as far as they allow.
+"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge.
 
-`choose_cases` picks held-out images that an edit applies to, `evaluate_edit` runs abduction, action and prediction on
-them and measures each image, `summarise` turns the rows into means with bootstrap intervals over patients. The judge
-only reads; it never guides or selects.
+`choose_cases` picks images that an edit applies to, `evaluate_edits` edits and measures each of them, `summarise` gives
+means with bootstrap intervals over patients. The judge only reads; it never guides or selects.
 """
 
 from __future__ import annotations
@@ -28,13 +27,7 @@ from prism_lib.editing.settings import Settings, grid, resolved
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST
-from prism_lib.models.classifier import (
-    Classifier,
-    ClassifierConfig,
-    auc,
-    save_classifier,
-    train_classifier,
-)
+from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
 from prism_lib.records import Timer
 
 
@@ -72,8 +65,7 @@ def _chunks(folder: str | Path, table: pd.DataFrame) -> Iterator[Tensor]:
 class Evaluation:
     """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
 
-    ``seconds`` is what inversion and edit took, without reading and measuring; ``settings`` are those of the images,
-    each once.
+    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
     """
 
     edit: Edit
@@ -94,37 +86,13 @@ class Evaluation:
 
 
 def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
-    """The first ``count`` images of a split that the edit applies to; one per patient.
-
-    Raises ValueError when the split has too few.
-    """
+    """The first ``count`` images of a split that the edit applies to, one per patient; ValueError for too few."""
     rows = editable(load_table(folder, split), edit).drop_duplicates("patient_id")
     if len(rows) < count:
         raise ValueError(
             f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for"
         )
     return rows.head(count).reset_index(drop=True)
-
-
-def edit_images(
-    pipe: StableDiffusionPipeline,
-    images: Tensor,
-    pairs: Sequence[PromptPair],
-    settings: Settings,
-    *,
-    mask: str = "auto",
-    batch_size: int = 8,
-    **how: Any,
-) -> list[Counterfactual]:
-    """Abduction, action and prediction: invert images under their source prompts and edit them by their pairs.
-
-    ``batch_size`` images go through the model together, ``how`` is what else `inversion.invert` takes (method,
-    num_inference_steps).
-    """
-    for pair in pairs:
-        resolved(pipe, pair, settings)  # what does not go with an edit is refused before the inversion
-    inversion = invert(pipe, images, [pair.source for pair in pairs], batch_size=batch_size, **how)
-    return edit(pipe, inversion, pairs, *grid(settings, batch_size=[batch_size]), mask=mask)
 
 
 def edit_jobs(
@@ -136,11 +104,11 @@ def edit_jobs(
     batch_size: int = 0,
     **how: Any,
 ) -> list[tuple[list[Counterfactual], float]]:
-    """`edit_images` for each job, images and their pairs, on all cores: results and seconds of each job, in order.
+    """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
 
-    Jobs are cut into batches that processes of one thread share, so results do not depend on the number of
-    ``processes`` (0: `devices.processes_for`). A GPU, or a model too large to copy, stays in this process. Images of a
-    batch: ``batch_size``, or for 0 two on a CPU and eight elsewhere.
+    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
+    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
+    `inversion.invert` takes (method, num_inference_steps).
     """
     size = batch_size or devices.batch_for(pipe)
     batches = [
@@ -149,26 +117,28 @@ def edit_jobs(
         for first in range(0, len(images), size)
     ]
     count = devices.copies_for(pipe, processes, len(batches))
+    work = partial(_edit_batch, settings, how | {"batch_size": size})
+    edits = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
     results: list[list[Counterfactual]] = [[] for _ in jobs]
     seconds = [0.0] * len(jobs)
-    work = partial(_edit_batch, {"settings": settings, "batch_size": size, **how})
-    numbers = [number for number, images, _ in batches for _ in range(len(images))]
-    with tqdm(total=len(numbers), desc="edit images", leave=False) as progress:
-        for (number, images, _), (edited, taken) in zip(
-            batches, devices.with_copies(pipe, work, batches, count), strict=True
-        ):
-            results[number] += edited
-            seconds[number] += taken / count
-            progress.update(len(images))
+    for (number, _, _), (edited, taken) in zip(batches, edits, strict=True):
+        results[number] += edited
+        seconds[number] += taken / count
     return list(zip(results, seconds, strict=True))
 
 
 def _edit_batch(
-    how: dict[str, Any], pipe: StableDiffusionPipeline, batch: tuple[int, Tensor, Sequence[PromptPair]]
+    settings: Settings,
+    how: Mapping[str, Any],
+    pipe: StableDiffusionPipeline,
+    batch: tuple[int, Tensor, Sequence[PromptPair]],
 ) -> tuple[list[Counterfactual], float]:
     _, images, pairs = batch
     with Timer() as timer:
-        edited = edit_images(pipe, images, pairs, **how)
+        for pair in pairs:
+            resolved(pipe, pair, settings)  # settings that do not suit an edit are refused before the inversion
+        inversion = invert(pipe, images, [pair.source for pair in pairs], **how)
+        edited = edit(pipe, inversion, pairs, *grid(settings, batch_size=[how["batch_size"]]))
     return edited, timer.seconds
 
 
@@ -181,28 +151,15 @@ def evaluate_edits(
     judge: Classifier | None = None,
     **how: Any,
 ) -> list[Evaluation]:
-    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table), in processes.
+    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table).
 
-    ``how``: method, num_inference_steps, mask ("auto" or "off"), processes and batch_size, see `edit_jobs`.
+    ``how``: method, num_inference_steps, processes and batch_size, see `edit_jobs`.
     """
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
         evaluate_results(folder, rows, change, edited, judge, seconds)
         for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
     ]
-
-
-def evaluate_edit(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    change: Edit,
-    settings: Settings,
-    **how: Any,
-) -> Evaluation:
-    """`evaluate_edits` of one edit."""
-    (evaluation,) = evaluate_edits(pipe, folder, {change: cases}, settings, **how)
-    return evaluation
 
 
 def evaluate_results(
@@ -237,7 +194,7 @@ def evaluate_results(
         columns |= _against_truth(evaluation, known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
-    return Evaluation(**{**vars(evaluation), "table": evaluation.table.assign(**columns)})
+    return replace(evaluation, table=evaluation.table.assign(**columns))
 
 
 def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
@@ -256,15 +213,14 @@ def batch_difference(
 ) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
     some = cases.head(4)
-    alone = evaluate_edit(pipe, folder, some, evaluation.edit, settings, batch_size=1, **how)
+    (alone,) = evaluate_edits(pipe, folder, {evaluation.edit: some}, settings, batch_size=1, **how)
     return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:
     """What needs neither truth nor judge."""
     open_pixels = e.mask > 0
-    # Where every pixel is open to the edit, none lies outside.
-    bounded = ~open_pixels.flatten(1).all(1)
+    bounded = ~open_pixels.flatten(1).all(1)  # elsewhere no pixel lies outside the mask
     outside = torch.zeros(len(bounded))
     if bounded.any():
         outside[bounded] = metrics.changed_fraction_outside(e.edited[bounded], e.factual[bounded], open_pixels[bounded])
@@ -301,33 +257,39 @@ def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:
     changed = [owners.get(name, name) for name in (*e.edit.remove, *e.edit.add)]
     others = [k for k, label in enumerate(judge.labels) if label not in changed]
     columns: dict[str, Any] = {}
-    # With one of its details removed a label may still be present, by another: then nothing is expected of the judge.
+    # A label of which one detail is removed may still be present by another, so no reading is expected.
     decided = not any(name in owners for name in e.edit.remove)
     if len(changed) == 1 and changed[0] in judge.labels and decided:
         column, target = judge.labels.index(changed[0]), int(bool(e.edit.add))
-        columns["p_before"] = before[:, column].tolist()
-        columns["p_after"] = after[:, column].tolist()
-        gain = metrics.counterfactual_prediction_gain(before[:, column], after[:, column], target)
-        columns["cpg"] = gain.tolist()
-        columns["flipped"] = ((after[:, column] >= 0.5) == bool(target)).float().tolist()
+        p_before, p_after = before[:, column], after[:, column]
+        columns |= {
+            "p_before": p_before.tolist(),
+            "p_after": p_after.tolist(),
+            "cpg": metrics.counterfactual_prediction_gain(p_before, p_after, target).tolist(),
+            "flipped": ((p_after >= 0.5) == bool(target)).float().tolist(),
+        }
     if others:
         columns["side_effect_rate"] = metrics.side_effect_rate(before[:, others], after[:, others]).tolist()
     return columns
 
 
 def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, float]:
-    """Means with 95 % bootstrap intervals over patients: ``{metric, metric_low, metric_high}`` for each column.
-
-    The flip rate counts only images that the judge did not already read as the target.
-    """
-    table, summary = evaluation.table, {"images": float(len(evaluation.table))}
-    for name in table.columns.drop(["file_name", "patient_id", "p_before", "p_after", "flipped"], errors="ignore"):
-        summary |= interval(name, table[name], table["patient_id"], seed)
+    """`summarise_rows` of an evaluation; the flip rate is of images that the judge did not first read as the target."""
+    table = evaluation.table
+    summary = summarise_rows(table.drop(columns=["p_before", "p_after", "flipped"], errors="ignore"), seed)
     if "flipped" in table:
-        can_flip = (table["p_before"] < 0.5) == bool(evaluation.edit.add)
-        summary["flip_denominator"] = float(can_flip.sum())
-        if can_flip.any():
-            summary |= interval("flip_rate", table.loc[can_flip, "flipped"], table.loc[can_flip, "patient_id"], seed)
+        can_flip = table[(table["p_before"] < 0.5) == bool(evaluation.edit.add)]
+        summary["flip_denominator"] = float(len(can_flip))
+        if len(can_flip):
+            summary |= interval("flip_rate", can_flip["flipped"], can_flip["patient_id"], seed)
+    return summary
+
+
+def summarise_rows(table: pd.DataFrame, seed: int = 0) -> dict[str, float]:
+    """Means with 95 % bootstrap intervals over patients: ``{metric, metric_low, metric_high}`` for each column."""
+    summary = {"images": float(len(table))}
+    for name in table.columns.drop(["file_name", "patient_id"]):
+        summary |= interval(name, table[name], table["patient_id"], seed)
     return summary
 
 
@@ -339,17 +301,9 @@ def interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> di
     return metrics.bootstrap_ci(rows, patients.tolist(), seed=seed).named(name)
 
 
-def notes(evaluation: Evaluation, columns: Sequence[str] = ("true_error_ratio", "cpg", "mask_recall")) -> list[str]:
+def notes(evaluation: Evaluation) -> list[str]:
     """A short text per image for the margin of a sheet."""
-    words = {
-        "true_error_ratio": "error",
-        "cpg": "CPG",
-        "mask_recall": "recall",
-        "identity_l1": "L1",
-        "mask_share": "mask",
-    }
-    present = [name for name in columns if name in evaluation.table]
-    return [
-        "\n".join(f"{words.get(name, name)} {row[name]:.2f}" for name in present)
-        for row in evaluation.table.to_dict("records")
-    ]
+    words = {"true_error_ratio": "error", "cpg": "CPG", "mask_recall": "recall"}
+    shown = [name for name in words if name in evaluation.table]
+    rows = evaluation.table.to_dict("records")
+    return ["\n".join(f"{words[name]} {row[name]:.2f}" for name in shown) for row in rows]

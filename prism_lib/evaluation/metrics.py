@@ -1,9 +1,7 @@
-"""Metrics of edits and of classifiers, and their intervals.
+"""Metrics of edits and of classifiers, and their intervals: pure functions of tensors.
 
-Pure functions of tensors. Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or
-(N, L) in [0, 1], labels (0 or 1) and groups (whole numbers) (N,). A metric of images returns one value per image,
-(N,), so that `bootstrap_ci` can put an interval around its mean. Nothing is clipped or repaired: a wrong shape or
-range, a NaN or an empty region or group is an error that names it.
+Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or (N, L), labels (0 or 1)
+and groups (N,). A metric of images has one value per image. Wrong shapes or ranges, NaN and empty regions are errors.
 """
 
 from __future__ import annotations
@@ -46,18 +44,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"SSIM's window needs 11 x 11 pixels, got {tuple(images.shape[-2:])}")
     pairs = zip(images.double().cpu().numpy(), others.double().cpu().numpy(), strict=True)
-    values = [
-        structural_similarity(
-            a,
-            b,
-            data_range=1.0,
-            channel_axis=0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in pairs
-    ]
+    how = {"data_range": 1.0, "channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    values = [structural_similarity(a, b, **how) for a, b in pairs]
     return torch.tensor(values, dtype=torch.float32, device=images.device)
 
 
@@ -78,18 +66,14 @@ def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tens
 
     L1_mask(edited, truth) / L1_mask(original, truth): 0 is the truth, 1 is no edit at all, above 1 is harm.
     """
-    return _ratio(
-        masked_l1(edited, truth, mask),
-        masked_l1(original, truth, mask),
-        "the original already equals the true counterfactual inside the mask",
-    )
+    empty = "the original already equals the true counterfactual inside the mask"
+    return _ratio(masked_l1(edited, truth, mask), masked_l1(original, truth, mask), empty)
 
 
 def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """What an edit costs where nothing had to change, in units of the autoencoder's own error there, (N,).
 
-    L1 outside the mask of (edited, original) over that of (reconstruction, original); ``edited`` is the
-    decoded image before the pixel composite, ``reconstruction`` the decoded latents of the original.
+    ``edited`` is the decoded image before the pixel composite, ``reconstruction`` the decoded latents of the original.
     """
     return _ratio(
         masked_l1(edited, original, mask, outside=True),
@@ -122,24 +106,23 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
 
 
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
-    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target; at most 1.
+    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1.
 
-    p_after - p_before for target 1, p_before - p_after for target 0. It equals the |difference| of two
-    predictions for an edit in the intended direction, and counts against the method in the other, where
-    |difference| would not.
+    It equals PRISM's |p_after - p_before| for an edit in the intended direction and is negative in the other.
     """
     _check_probabilities(1, before=before, after=after)
-    gain = after - before
-    return gain if _check_target(target) == 1 else -gain
+    if target not in (0, 1):
+        raise ValueError(f"target must be 0 or 1, got {target!r}")
+    return after - before if target == 1 else before - after
 
 
-def side_effect_rate(before: Tensor, after: Tensor, threshold: float = 0.5) -> Tensor:
+def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
     """Share of the other labels that the edit flipped, (N,); probabilities (N, L) of the labels not edited.
 
     Leave out labels that follow from the edited one by definition, such as "No Finding".
     """
     _check_probabilities(2, before=before, after=after)
-    return (_reads(before, threshold) != _reads(after, threshold)).float().mean(1)
+    return ((before >= 0.5) != (after >= 0.5)).float().mean(1)
 
 
 # --- in the space of an image-text model ---------------------------------------------------------
@@ -155,8 +138,10 @@ def directional_similarity(
     embeddings = (image_before, image_after, text_before, text_after)
     if len({embedding.shape for embedding in embeddings}) != 1:
         raise ValueError(f"embeddings differ in shape: {[tuple(embedding.shape) for embedding in embeddings]}")
-    for embedding in embeddings:
-        _check_embedding(embedding)
+    if image_before.ndim != 2 or len(image_before) == 0:
+        raise ValueError(f"embeddings must be (N, D), got shape {tuple(image_before.shape)}")
+    if bad := (~torch.cat(embeddings, 1).isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"embeddings of images {bad} are not finite")
     before, after, source, target = (embedding / embedding.norm(dim=-1, keepdim=True) for embedding in embeddings)
     return cosine_similarity(after - before, target - source, dim=-1)
 
@@ -165,26 +150,17 @@ def directional_similarity(
 
 
 def group_accuracy(
-    probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = (), threshold: float = 0.5
+    probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = ()
 ) -> dict[int, float]:
     """Accuracy in each group; one of the ``expected`` groups without an image is an error."""
     _check_groups(probabilities, labels, groups)
     if empty := sorted(set(expected) - set(groups.unique().tolist())):
         raise ValueError(f"no image in groups {empty}")
-    right = ((probabilities >= threshold) == (labels == 1)).double()
+    right = ((probabilities >= 0.5) == (labels == 1)).double()
     return {int(group): float(right[groups == group].mean()) for group in groups.unique()}
 
 
-def worst_group_accuracy(
-    probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = (), threshold: float = 0.5
-) -> float:
-    """The lowest of the groups' accuracies (Sagawa et al., ICLR 2020)."""
-    return min(group_accuracy(probabilities, labels, groups, expected, threshold).values())
-
-
-def equalised_odds_difference(
-    probabilities: Tensor, labels: Tensor, attribute: Tensor, threshold: float = 0.5
-) -> float:
+def equalised_odds_difference(probabilities: Tensor, labels: Tensor, attribute: Tensor) -> float:
     """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair.
 
     ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute must occur.
@@ -197,7 +173,7 @@ def equalised_odds_difference(
             chosen = (labels == value) & (attribute == side)
             if not chosen.any():
                 raise ValueError(f"no image has label {value} and attribute {side}")
-            rates.append((probabilities[chosen] >= threshold).double().mean())
+            rates.append((probabilities[chosen] >= 0.5).double().mean())
         gaps.append(abs(float(rates[1] - rates[0])))
     return max(gaps)
 
@@ -210,13 +186,16 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
     return float(binary_calibration_error(probabilities.float().contiguous(), labels.long(), n_bins=bins, norm="l1"))
 
 
-def agreement(probabilities: Tensor, others: Tensor, threshold: float = 0.5) -> float:
+def agreement(probabilities: Tensor, others: Tensor) -> float:
     """Share of readings, over images and labels (N, L), on which two judges agree; 1 is always."""
     _check_probabilities(2, probabilities=probabilities, others=others)
-    return float(((probabilities >= threshold) == (others >= threshold)).double().mean())
+    return float(((probabilities >= 0.5) == (others >= 0.5)).double().mean())
 
 
 # --- uncertainty ----------------------------------------------------------------------------------
+
+
+LEVEL, RESAMPLES = 0.95, 2000
 
 
 class Interval(NamedTuple):
@@ -236,16 +215,13 @@ def bootstrap_ci(
     patients: Sequence[Hashable] | None = None,
     statistic: Callable[[Tensor], float | Tensor] = torch.mean,
     *,
-    level: float = 0.95,
-    resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over patients (Efron 1979): images of one patient are drawn together.
+    """95 % percentile bootstrap over patients (Efron 1979): images of one patient are drawn together.
 
     Args:
-        values: (N,) or (N, K), a row per image; rows are resampled, columns stay together. (N, K, R) holds R runs of
-            the same, such as models trained from other seeds: then they are resampled too, independently of patients
-            (the pigeonhole bootstrap, Owen 2007), so that the interval also holds what a new training would change.
+        values: (N,) or (N, K), a row per image; columns stay together. (N, K, R) holds R runs, such as models of other
+            seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007).
         patients: the patient of each row; without it every row is its own patient.
         statistic: of the resampled rows, their mean by default.
     """
@@ -254,8 +230,6 @@ def bootstrap_ci(
     owners = list(range(len(values)) if patients is None else patients)
     if len(owners) != len(values):
         raise ValueError(f"{len(values)} values but {len(owners)} patients")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
     rows: dict[Hashable, list[int]] = {}
     for index, owner in enumerate(owners):
         rows.setdefault(owner, []).append(index)
@@ -264,13 +238,13 @@ def bootstrap_ci(
         raise ValueError(f"an interval needs at least 2 patients, got {len(groups)}")
     values = values.double().cpu()
     generator = np.random.default_rng(seed)
-    draws = generator.integers(len(groups), size=(resamples, len(groups)))
+    draws = generator.integers(len(groups), size=(RESAMPLES, len(groups)))
     drawn = (values[torch.from_numpy(np.concatenate([groups[g] for g in draw]))] for draw in draws)
     if values.ndim == 3:
-        runs = torch.from_numpy(generator.integers(values.shape[2], size=(resamples, values.shape[2])))
+        runs = torch.from_numpy(generator.integers(values.shape[2], size=(RESAMPLES, values.shape[2])))
         drawn = (rows[:, :, run] for rows, run in zip(drawn, runs, strict=True))
     estimates = [float(statistic(rows)) for rows in drawn]
-    low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(estimates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
 
 
@@ -301,8 +275,7 @@ def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
     if mask.shape[0] != images.shape[0] or mask.shape[-2:] != images.shape[-2:]:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for images of shape {tuple(images.shape)}")
     region = ~mask if outside else mask
-    empty = (~region.flatten(1).any(1)).nonzero().flatten().tolist()
-    if empty:
+    if empty := (~region.flatten(1).any(1)).nonzero().flatten().tolist():
         raise ValueError(f"the region {'outside' if outside else 'inside'} the mask is empty for images {empty}")
     return region
 
@@ -319,14 +292,12 @@ def _true_area(mask: Tensor, true_mask: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
-    zero = (denominator == 0).nonzero().flatten().tolist()
-    if zero:
+    if zero := (denominator == 0).nonzero().flatten().tolist():
         raise ValueError(f"{empty}: images {zero}")
     return numerator / denominator
 
 
 def _check_probabilities(ndim: int, **probabilities: Tensor) -> None:
-    """Raise ValueError, by name, for what is not probabilities (N,) or (N, L) of one shape."""
     shapes = {name: tuple(values.shape) for name, values in probabilities.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"probabilities differ in shape: {shapes}")
@@ -337,16 +308,6 @@ def _check_probabilities(ndim: int, **probabilities: Tensor) -> None:
             raise ValueError(f"{name} must be probabilities in [0, 1], without NaN")
 
 
-def _check_target(target: int) -> int:
-    if target not in (0, 1):
-        raise ValueError(f"target must be 0 or 1, got {target!r}")
-    return target
-
-
-def _reads(probabilities: Tensor, threshold: float) -> Tensor:
-    return probabilities >= threshold
-
-
 def _check_groups(probabilities: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
     _check_probabilities(1, probabilities=probabilities)
     for name, values in (("labels", labels), ("groups", groups)):
@@ -354,10 +315,3 @@ def _check_groups(probabilities: Tensor, labels: Tensor, groups: Tensor | None =
             raise ValueError(f"{name} of shape {tuple(values.shape)} for {len(probabilities)} probabilities")
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError(f"labels must be 0 or 1, got {sorted(set(torch.unique(labels).tolist()) - {0, 1})}")
-
-
-def _check_embedding(embedding: Tensor) -> None:
-    if embedding.ndim != 2 or len(embedding) == 0:
-        raise ValueError(f"embeddings must be (N, D), got shape {tuple(embedding.shape)}")
-    if bad := (~embedding.isfinite()).any(1).nonzero().flatten().tolist():
-        raise ValueError(f"embeddings of images {bad} are not finite")

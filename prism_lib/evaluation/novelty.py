@@ -1,11 +1,8 @@
-"""Is this image like those that a model was trained on? A measured distance, with a measured threshold.
+"""Is an image like those that a model was trained on? A distance, and the threshold from which it is new.
 
-Following Graham et al. (CVPR Workshops, 2023), two errors measure how well a diffusion model explains an image: that of
-its noise prediction at several noise levels, and that of its autoencoder's round trip. The logarithms of these
-errors have a mean and a covariance over held-out images of the training distribution; an image's score is its
-Mahalanobis distance to them, and the threshold is a quantile of the score over further held-out images.
-
-The reference is a small JSON file beside the weights (`novelty.json`) and holds for exactly these weights.
+After Graham et al. (CVPR Workshops, 2023): logarithms of the errors of noise prediction at several noise levels and of
+the autoencoder's round trip; the score is their Mahalanobis distance to those of images like the training images. The
+reference is `novelty.json` beside the weights and holds for exactly these weights.
 """
 
 from __future__ import annotations
@@ -57,21 +54,21 @@ class Reference:
 
 
 @torch.no_grad()
-def log_errors(pipe: StableDiffusionPipeline, images: Tensor, batch_size: int = 8) -> Tensor:
+def log_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
     """Log errors (N, 1 + len(TIMESTEPS)) of images (N, C, H, W): autoencoder, then noise prediction without words.
 
     All images meet the same noise, so that a row does not depend on the others.
     """
-    noises = _noises(encode_images(pipe.vae, images[:1]))
-    rows = [_batch_errors(pipe, batch, noises) for batch in tqdm(images.split(batch_size), "novelty", leave=False)]
-    return torch.cat(rows)
+    return torch.cat([_batch_errors(pipe, batch) for batch in tqdm(images.split(8), "novelty", leave=False)])
 
 
-def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor, noises: Tensor) -> Tensor:
+def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
     latents = encode_images(pipe.vae, images)
     decoded = decode_latents(pipe.vae, latents, images.shape[1]).to(images)
     columns = [(decoded - images).abs().mean((1, 2, 3)).cpu()]
     embeds = encode_prompts(pipe, [""]).expand(len(images), -1, -1)
+    generator = torch.Generator().manual_seed(0)  # of the CPU: the same noise on every machine
+    noises = torch.randn(len(TIMESTEPS), 1, *latents.shape[1:], generator=generator)
     for timestep, noise in zip(TIMESTEPS, noises, strict=True):
         at = torch.full((len(images),), timestep, device=latents.device)
         noise = noise.to(latents).expand_as(latents)
@@ -81,12 +78,6 @@ def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor, noises: Tensor)
         prediction = predict_noise(pipe, noisy, timestep, embeds)
         columns.append((prediction - target).square().mean((1, 2, 3)).cpu())
     return torch.stack(columns, dim=1).double().clamp(min=_FLOOR).log()
-
-
-def _noises(latents: Tensor) -> Tensor:
-    """One noise (1, c, h, w) a timestep, the same on every machine."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(TIMESTEPS), 1, *latents.shape[1:], generator=generator)
 
 
 def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) -> Reference:
@@ -100,16 +91,9 @@ def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) 
         raise ValueError(f"share is {share}; expected a value in [0.5, 1)")
     errors = log_errors(pipe, images)
     fitted, held_out = errors[::2], errors[1::2]
-    reference = Reference(
-        weights(pipe),
-        tuple(fitted.mean(0).tolist()),
-        tuple(map(tuple, torch.cov(fitted.T).tolist())),
-        math.inf,
-        share,
-        len(images),
-    )
-    threshold = torch.quantile(reference.scores(held_out), share).item()
-    return replace(reference, threshold=threshold)
+    mean, covariance = tuple(fitted.mean(0).tolist()), tuple(map(tuple, torch.cov(fitted.T).tolist()))
+    reference = Reference(weights(pipe), mean, covariance, math.inf, share, len(images))
+    return replace(reference, threshold=torch.quantile(reference.scores(held_out), share).item())
 
 
 def weights(pipe: StableDiffusionPipeline) -> str:

@@ -1,9 +1,7 @@
 """A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
 
-The paper questions LLaVA-Med and a commercial model about devices after an edit. Here any image-text-to-text model that
-transformers loads can answer (LLaVA, Idefics, Qwen-VL, MedGemma, ...), from a folder or the hub's cache; images never
-leave the machine. It is wrapped as a classifier, so it gives the same measures as a judge. Its answers may be wrong:
-look first at its AUC on the originals (`evaluation.judge_auc`).
+An image-text-to-text model that transformers loads (LLaVA, Idefics, Qwen-VL, MedGemma, ...) becomes a classifier, so
+it gives the measures of a judge. Its answers may be wrong: look first at its `judge_auc` on the originals.
 """
 
 from __future__ import annotations
@@ -26,10 +24,9 @@ YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO"
 
 
 class QuestionReader(nn.Module):
-    """A vision-language model as a classifier: one question per label, one logit per answer.
+    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token.
 
-    The logit is log P(yes) - log P(no) of the answer's first token, so that its sigmoid is the share of yes between the
-    two. Nothing is sampled: the same image and question give the same number.
+    Nothing is sampled: the same image and question give the same number.
     """
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
@@ -40,24 +37,25 @@ class QuestionReader(nn.Module):
             raise ValueError("there are no questions")
         self.model, self.processor = model, processor
         self.prompts = [self._prompt(question) for question in questions]
-        first = [{_first_token(processor.tokenizer, word) for word in words} for words in (YES, NO)]
-        # A tokenizer that splits " Yes" and " No" after the space gives both the same first token, which says nothing.
+        tokens = [
+            [processor.tokenizer(word, add_special_tokens=False).input_ids for word in words] for words in (YES, NO)
+        ]
+        first = [{int(ids[0]) for ids in words} for words in tokens]
+        # A tokenizer that splits " Yes" and " No" after the space gives both the same first token.
         self.yes, self.no = sorted(first[0] - first[1]), sorted(first[1] - first[0])
         if not self.yes or not self.no:
             raise ValueError("yes and no begin with the same token in this model's tokenizer")
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return str(prompt)
+        chat = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, H, W) in [0, 1] to log-odds of yes (N, questions), in float32."""
-        given = pictures(images)
-        # Images of one size and one question make rows of one length: no row is padded.
-        answers = [self._log_odds(given, prompt) for prompt in self.prompts]
-        return torch.stack(answers, dim=1).to(images.device)
+        given = pictures(images)  # of one size, so with one question no row is padded
+        return torch.stack([self._log_odds(given, prompt) for prompt in self.prompts], dim=1).to(images.device)
 
     def _log_odds(self, given: list[Image.Image], prompt: str) -> Tensor:
         inputs = self.processor(images=given, text=[prompt] * len(given), return_tensors="pt")
@@ -91,7 +89,3 @@ def pictures(images: Tensor) -> list[Image.Image]:
     """Images (N, C, H, W) in [0, 1] as gray pictures in RGB, which is what processors expect."""
     gray = (images.mean(1).clamp(0, 1) * 255).round().byte().cpu()
     return [Image.fromarray(pixels.numpy()).convert("RGB") for pixels in gray]
-
-
-def _first_token(tokenizer: Any, word: str) -> int:
-    return int(tokenizer(word, add_special_tokens=False).input_ids[0])

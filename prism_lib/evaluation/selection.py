@@ -1,19 +1,15 @@
 """Choose among the candidates of a sweep: score all of them, filter, take the best that passes.
 
-A `Scorer` turns counterfactuals into named numbers. Three are here: similarity in an image-text model (the filters of
-InstructPix2Pix, LANCE and PRISM), identity, and a guide classifier. `select` merges the scores, applies the criteria to
-every candidate and takes the best of all that pass. (PRISM's code resets its best within the sweep, so that a later,
-worse edit can win.) An image of which no candidate passes gets the reasons instead of a winner.
-
-The judge measures counterfactuals and must not choose them, or its numbers would prove nothing: `load_guide` refuses it
-under every name.
+A `Scorer` turns counterfactuals into named numbers; `select` applies the criteria to the numbers of every candidate.
+The judge, which measures counterfactuals, must not choose them: `load_guide` refuses it under every name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +17,7 @@ from torch import Tensor
 from prism_lib import paths
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
-from prism_lib.evaluation.criteria import GUIDE, IDENTITY, SIMILARITY, Criteria
+from prism_lib.evaluation.criteria import Criteria
 from prism_lib.files import file_hash, image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier
@@ -31,7 +27,7 @@ Scores = dict[str, float]
 
 
 class Scorer(Protocol):
-    """Names and computes scores of counterfactuals, each from its own image, prompts and mask alone."""
+    """Scores of counterfactuals, each from its own image, prompts and mask alone."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
         """One mapping per candidate, all with the same names."""
@@ -40,15 +36,12 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class SimilarityScorer:
-    """How image and words agree, by an image-text model; cosines in [-1, 1].
+    """How image and words agree, by an image-text model; cosines in [-1, 1] (the filters of LANCE and PRISM).
 
     `image_image`: cos(I_source, I_edit). `image_text_source` and `image_text`: each image with its own prompt.
     `directional`: cos(I_edit - I_source, T_target - T_source) (Gal et al., 2022), 0 where either stands still.
-    `consistency`: cos(I_edit, T_target) - cos(I_edit, T_source), positive where the edit reads as its target: the
-    prediction consistency of LANCE as a margin.
+    `consistency`: cos(I_edit, T_target) - cos(I_edit, T_source), the prediction consistency of LANCE as a margin.
     """
-
-    NAMES: ClassVar = SIMILARITY
 
     model: ImageTextModel
 
@@ -56,37 +49,33 @@ class SimilarityScorer:
         """Every distinct image and text is encoded once, however many candidates share it."""
         before, after = self._images([c.factual for c in candidates]), self._images([c.image for c in candidates])
         source, target = (self._texts([getattr(c.pair, side) for c in candidates]) for side in ("source", "target"))
-        columns = {
-            "image_image": (before * after).sum(1),
-            "image_text_source": (before * source).sum(1),
-            "image_text": (after * target).sum(1),
-            "directional": metrics.directional_similarity(before, after, source, target),
-            "consistency": (after * target).sum(1) - (after * source).sum(1),
-        }
-        return _rows(columns)
+        return _rows(
+            {
+                "image_image": (before * after).sum(1),
+                "image_text_source": (before * source).sum(1),
+                "image_text": (after * target).sum(1),
+                "directional": metrics.directional_similarity(before, after, source, target),
+                "consistency": (after * target).sum(1) - (after * source).sum(1),
+            }
+        )
 
     def _images(self, images: Sequence[Tensor]) -> Tensor:
         keys = [image_hash(image) for image in images]
         distinct = dict(zip(keys, images, strict=True))
-        place = {key: row for row, key in enumerate(distinct)}
-        return self.model.embed_images(torch.stack(list(distinct.values())))[[place[key] for key in keys]]
+        embeddings = self.model.embed_images(torch.stack(list(distinct.values())))
+        return embeddings[[list(distinct).index(key) for key in keys]]
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
-        place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        return self.model.embed_texts(list(place))[[place[text] for text in texts]]
+        distinct = list(dict.fromkeys(texts))
+        return self.model.embed_texts(distinct)[[distinct.index(text) for text in texts]]
 
 
 @dataclass(frozen=True)
 class IdentityScorer:
-    """How much of the input is left: `ssim` (1 is all) and `identity_l1` (0 is all) to the input image.
-
-    What the edit changed outside its mask before the composite, `change_outside_mask`, is with every candidate.
-    """
-
-    NAMES: ClassVar = IDENTITY
+    """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        """SSIM and mean absolute difference of counterfactual and input."""
+        """Both of counterfactual and input."""
         images, factual = stack(candidates), stack(candidates, "factual")
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
@@ -94,8 +83,6 @@ class IdentityScorer:
 @dataclass(frozen=True)
 class GuideScorer:
     """What a guide reads: `guide`, the least probability of the edit's own targets, and `guide_gain` over the input."""
-
-    NAMES: ClassVar = GUIDE
 
     guide: Classifier
     edit: Edit
@@ -114,9 +101,8 @@ class GuideScorer:
     def _towards(self, images: Tensor) -> Tensor:
         """Probability of the target value of each label that the edit changes, (N, changes)."""
         probabilities = self.guide.read(images)
-        targets = [(name, 0) for name in self.edit.remove] + [(name, 1) for name in self.edit.add]
-        columns = [probabilities[:, self.guide.labels.index(name)] for name, _ in targets]
-        return torch.stack([p if target else 1 - p for p, (_, target) in zip(columns, targets, strict=True)], 1)
+        of = dict(zip(self.guide.labels, probabilities.unbind(1), strict=True))
+        return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 
 
 def load_guide(name: str, judge: str = "phantom-judge") -> Classifier:
@@ -130,23 +116,12 @@ def load_guide(name: str, judge: str = "phantom-judge") -> Classifier:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of the candidates of one image: every one's scores, why it failed (() if it passed), the winner.
-
-    `winner` is its place among the candidates and `best` the candidate itself; both None if nothing passed.
-    """
+    """Scores of all candidates, why each failed (() if it passed), the winner and its place (None if none passed)."""
 
     scores: tuple[Scores, ...]
     failures: tuple[tuple[str, ...], ...]
     winner: int | None
     best: Counterfactual | None
-
-    def summary(self) -> str:
-        """One line: which candidate won, or why none did."""
-        passed = sum(not reasons for reasons in self.failures)
-        if self.winner is not None:
-            return f"candidate {self.winner} of {len(self.scores)}, {passed} passed"
-        reasons = "; ".join(f"{place}: {', '.join(found)}" for place, found in enumerate(self.failures))
-        return f"none of {len(self.scores)} candidates passed ({reasons})"
 
 
 def select(candidates: Sequence[Counterfactual], scorers: Sequence[Scorer], criteria: Criteria) -> Selection:
@@ -169,18 +144,15 @@ def select_each(
             if twice := scores.keys() & more.keys():
                 raise ValueError(f"two scorers give {', '.join(sorted(twice))}")
             scores |= more
-    selections, start = [], 0
-    for group in groups:
-        selections.append(_choose(group, merged[start : start + len(group)], criteria))
-        start += len(group)
-    return selections
+    remaining = iter(merged)
+    return [_choose(group, tuple(islice(remaining, len(group))), criteria) for group in groups]
 
 
-def _choose(candidates: Sequence[Counterfactual], scores: Sequence[Scores], criteria: Criteria) -> Selection:
+def _choose(candidates: Sequence[Counterfactual], scores: tuple[Scores, ...], criteria: Criteria) -> Selection:
     failures = tuple(criteria.failures(values) for values in scores)
     passed = [place for place, reasons in enumerate(failures) if not reasons]
     winner = max(passed, key=lambda place: scores[place][criteria.best], default=None)
-    return Selection(tuple(scores), failures, winner, None if winner is None else candidates[winner])
+    return Selection(scores, failures, winner, None if winner is None else candidates[winner])
 
 
 def _rows(columns: Mapping[str, Tensor]) -> list[Scores]:

@@ -28,6 +28,7 @@ from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import FILE, EditConfig, grid
 from prism_lib.evaluation.criteria import Criteria
+from prism_lib.evaluation.criteria import SIMILARITY
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
 from prism_lib.files import exclusive
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
@@ -237,7 +238,7 @@ def test_an_image_text_model_may_choose(config, tmp_path, monkeypatch):
     chosen = by_hand(config, tasks, lambda _: scorers, Criteria("directional"))
     for task, selection in zip(tasks, chosen, strict=True):
         assert int(rows[task.file_name]["winner"]) == selection.winner
-        for name in SimilarityScorer.NAMES:
+        for name in SIMILARITY:
             score = selection.scores[selection.winner][name]
             assert float(rows[task.file_name][f"score_{name}"]) == pytest.approx(score, abs=1e-5)
     before = outputs(config, tasks)

@@ -13,7 +13,6 @@ from prism_lib.evaluation.evaluate import (
     Evaluation,
     batch_difference,
     choose_cases,
-    evaluate_edit,
     evaluate_edits,
     judge_auc,
     load_judge,
@@ -43,15 +42,8 @@ class Oracle(torch.nn.Module):
 @pytest.fixture(scope="module")
 def evaluated(phantom_folder):
     chosen = choose_cases(phantom_folder, REMOVE, 3)
-    return evaluate_edit(
-        tiny_pipeline(),
-        phantom_folder,
-        chosen,
-        REMOVE,
-        EditConfig(),
-        num_inference_steps=2,
-        judge=Classifier(Oracle(), LABELS),
-    )
+    how = {"num_inference_steps": 2, "judge": Classifier(Oracle(), LABELS)}
+    return evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: chosen}, EditConfig(), **how)[0]
 
 
 def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated):
@@ -74,7 +66,7 @@ def test_a_large_model_is_not_copied(phantom_folder, monkeypatch):
     monkeypatch.setattr(evaluate.devices, "LARGEST_COPY", 1000)
     monkeypatch.setattr(evaluate.devices, "side_by_side", lambda *_: pytest.fail("copied"))
     cases = choose_cases(phantom_folder, REMOVE, 3)
-    large = evaluate_edit(tiny_pipeline(), phantom_folder, cases, REMOVE, EditConfig(), num_inference_steps=2)
+    (large,) = evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: cases}, EditConfig(), num_inference_steps=2)
     assert len(large.table) == 3
 
 

@@ -184,13 +184,13 @@ READ = torch.tensor([0.1, 0.2, 0.9, 0.8, 0.1, 0.7, 0.6, 0.3])  # half right wher
 
 def test_group_accuracy_by_hand():
     assert metrics.group_accuracy(READ, LABELS, GROUPS, range(4)) == {0: 1.0, 1: 0.5, 2: 1.0, 3: 0.5}
-    assert metrics.worst_group_accuracy(READ, LABELS, GROUPS) == 0.5
-    assert metrics.worst_group_accuracy(LABELS.float(), LABELS, GROUPS) == 1.0
-    assert metrics.worst_group_accuracy(1 - LABELS.float(), LABELS, GROUPS) == 0.0
+    assert min(metrics.group_accuracy(READ, LABELS, GROUPS).values()) == 0.5
+    assert min(metrics.group_accuracy(LABELS.float(), LABELS, GROUPS).values()) == 1.0
+    assert min(metrics.group_accuracy(1 - LABELS.float(), LABELS, GROUPS).values()) == 0.0
 
 
 def test_a_constant_classifier_has_a_group_that_it_never_gets_right():
-    assert metrics.worst_group_accuracy(torch.full((8,), 0.9), LABELS, GROUPS) == 0.0
+    assert min(metrics.group_accuracy(torch.full((8,), 0.9), LABELS, GROUPS).values()) == 0.0
     assert metrics.equalised_odds_difference(torch.full((8,), 0.9), LABELS, ATTRIBUTE) == 0.0
 
 
@@ -241,7 +241,6 @@ def test_agreement_counts_readings():
         (lambda: metrics.bootstrap_ci(BEFORE, ["a"]), "4 values but 1 patients"),
         (lambda: metrics.bootstrap_ci(BEFORE * math.inf), "finite"),
         (lambda: metrics.bootstrap_ci(BEFORE[:, None, None, None]), r"\(N, K, R\)"),
-        (lambda: metrics.bootstrap_ci(BEFORE, level=95), "level"),
         (lambda: metrics.group_accuracy(READ, LABELS, GROUPS * 0, range(4)), r"no image in groups \[1, 2, 3\]"),
         (lambda: metrics.group_accuracy(READ * math.nan, LABELS, GROUPS), "without NaN"),
         (lambda: metrics.group_accuracy(READ, LABELS[:4], GROUPS), "labels of shape"),

@@ -16,7 +16,7 @@ from transformers import (
 
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import second_reader
-from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit, judge_auc, reread, summarise
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, judge_auc, reread, summarise
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
 from prism_lib.models.classifier import predict
@@ -97,7 +97,7 @@ def test_the_answer_is_the_models_own_next_word(judge):
 def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
     change = Edit(remove=("Support Devices",))
     cases = choose_cases(phantom_folder, change, 2)
-    measured = evaluate_edit(tiny_pipeline(), phantom_folder, cases, change, EditConfig(), num_inference_steps=2)
+    (measured,) = evaluate_edits(tiny_pipeline(), phantom_folder, {change: cases}, EditConfig(), num_inference_steps=2)
     read = reread(measured, judge)
     before, after = predict(judge.network, measured.factual)[:, 0], predict(judge.network, measured.edited)[:, 0]
     assert read.table["cpg"].tolist() == pytest.approx((before - after).tolist())

@@ -11,7 +11,7 @@ from prism_lib.data import folder
 from prism_lib.data.folder import load_info
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.settings import EditConfig, recommended
-from prism_lib.evaluation.evaluate import choose_cases, evaluate_edit, evaluate_results
+from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, evaluate_results
 from prism_lib.language.edits import Edit
 from prism_lib.reporting import plots
 from prism_lib.studies import comparison
@@ -79,8 +79,8 @@ def test_an_unknown_setting_or_a_bad_value_is_named():
 
 
 def test_a_variant_is_its_own_evaluation(phantom_folder, cases, measured):
-    alone = evaluate_edit(
-        tiny_pipeline(), phantom_folder, cases[ADD], ADD, {}, method="ddim", num_inference_steps=2, processes=1
+    (alone,) = evaluate_edits(
+        tiny_pipeline(), phantom_folder, {ADD: cases[ADD]}, {}, method="ddim", num_inference_steps=2, processes=1
     )
     (_, found) = measured["method ddim"].evaluations
     assert torch.equal(found.edited, alone.edited)

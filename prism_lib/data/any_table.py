@@ -17,7 +17,7 @@ from prism_lib.data import dicom, tables
 from prism_lib.data.folder import SPLITS
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.tables import Source, draw_patients, refuse
-from prism_lib.language.labels import Vocabulary
+from prism_lib.language.labels import vocabulary
 
 REQUIRED = {"file_name": "source_file", "patient_id": "patient_id"}
 POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the table"
@@ -35,7 +35,7 @@ class Columns:
 
 
 def table_source(
-    data_root: Path, num_images: int, seed: int, reader: ImageFiles, name: str, columns: Columns, vocab: Vocabulary
+    data_root: Path, num_images: int, seed: int, reader: ImageFiles, name: str, columns: Columns, vocab: str
 ) -> Source:
     """At most `num_images` images of a table in `data_root`, by whole patients drawn from `seed`."""
     path = tables.find_table(data_root, [name])
@@ -58,23 +58,23 @@ def table_source(
         refuse(~table["split"].isin(SPLITS), table["split"], path, f"split is none of {', '.join(SPLITS)}")
         crossing = table.groupby("patient_id")["split"].transform("nunique") > 1
         refuse(crossing, table["patient_id"], path, "one patient in two given splits")
-    table, rejected = tables.found(table, tables.listed_images(table["source_file"], data_root), data_root)
+    table, rejected = tables.found(table, table["source_file"], data_root)
     return Source(draw_patients(table, num_images, seed), labels, POLICY, reader, rejected=rejected)
 
 
-def _labels(header: Sequence[str], path: Path, columns: Columns, vocab: Vocabulary) -> tuple[str, ...]:
+def _labels(header: Sequence[str], path: Path, columns: Columns, name: str) -> tuple[str, ...]:
     """The label columns; ValueError for one outside the vocabulary, because a label without words cannot be edited."""
+    known = vocabulary(name).labels
     others = {*REQUIRED, "split", *columns.extra}
     labels = columns.labels or tuple(name for name in header if name not in others)
     if not labels:
         raise ValueError(f"{path} has no label column beside {', '.join(header)}")
     for label in labels:
-        if label not in vocab.labels:
-            close = difflib.get_close_matches(label, vocab.labels, n=1, cutoff=0.5)
+        if label not in known:
+            close = difflib.get_close_matches(label, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"{path}: vocabulary {vocab.name!r} lacks the label {label!r}; {hint}It has {', '.join(vocab.labels)}. "
+                f"{path}: vocabulary {name!r} lacks the label {label!r}; {hint}It has {', '.join(known)}. "
                 f"Columns that are no labels are left out where the labels are named, or carried along by name"
             )
     return labels
-

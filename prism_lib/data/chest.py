@@ -14,8 +14,10 @@ from prism_lib.data.images import ImageFiles, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse
 from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING, PHANTOM_LABELS
 
-_ABOUT = {"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"}
-CHEXPERT_COLUMNS = _ABOUT | {label: label for label in CHEXPERT_LABELS}
+CHEXPERT_COLUMNS = {
+    **{"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"},
+    **{label: label for label in CHEXPERT_LABELS},
+}
 CHEXPERT_POLICY = (
     "1 mentioned as present, 0 as absent, -1 as uncertain, blank not mentioned (CheXpert's labeller read the reports); "
     "nearly all reports of films without devices do not mention devices: a blank is not an absence"
@@ -27,17 +29,16 @@ _CHEXPERT_PATH = r"^CheXpert-v1\.0[^/]*/(?P<file>(?:train|valid)/(?P<patient>pat
 def chexpert_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, view: View, test: bool) -> Source:
     """At most `num_images` images of CheXpert v1.0 or v1.0-small, the folder with train.csv and valid.csv.
 
-    The published validation set is kept apart. With `test` it is the whole test split, beside and not among the
-    `num_images`, and the patients of train.csv are to be split between train and val; otherwise it is left out.
+    With `test`, the published validation set is the test split, beside the `num_images`; otherwise it is left out.
     """
     table, path = _read_chexpert(data_root, "train.csv", view)
-    table, rejected = tables.found(table, tables.listed_images(table.pop("_file"), data_root), data_root)
+    table, rejected = tables.found(table, table.pop("_file"), data_root)
     table = draw_patients(table, num_images, seed)
     if test:
         kept, _ = _read_chexpert(data_root, "valid.csv", view)
         if both := set(kept["patient_id"]) & set(table["patient_id"]):
             raise ValueError(f"{path}: patient {min(both)} is in valid.csv too: one patient in two given splits")
-        kept, more = tables.found(kept, tables.listed_images(kept.pop("_file"), data_root), data_root)
+        kept, more = tables.found(kept, kept.pop("_file"), data_root)
         table, rejected = pd.concat([table.assign(split=""), kept.assign(split="test")]), rejected + more
     return Source(table, CHEXPERT_LABELS, CHEXPERT_POLICY, reader, rejected=rejected)
 
@@ -68,12 +69,8 @@ def _read_chexpert(data_root: Path, name: str, view: View) -> tuple[pd.DataFrame
 
 
 NIH_COLUMNS = {
-    "Image Index": "source_file",
-    "Finding Labels": "findings",
-    "Patient ID": "patient_id",
-    "Patient Age": "age",
-    "Patient Gender": "sex",
-    "View Position": "view",
+    **{"Image Index": "source_file", "Finding Labels": "findings", "Patient ID": "patient_id"},
+    **{"Patient Age": "age", "Patient Gender": "sex", "View Position": "view"},
 }
 NIH_POLICY = (
     "1 where the finding is listed, 0 where it is not (NIH's text mining looked for all 14); "
@@ -91,7 +88,7 @@ def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) 
     refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
     table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
     table = pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
-    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root), data_root)
+    table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root))
     labels = (NO_FINDING, *NIH_LABELS.values(), "Support Devices")
     return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
 

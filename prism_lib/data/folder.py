@@ -82,7 +82,7 @@ def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
 
 
 def content_hash(folder: Path, hashes: Mapping[str, str]) -> str:
-    """SHA-256 over metadata.csv and every image: `hashes` maps file name to SHA-256 of the file, in the table's order."""
+    """SHA-256 over metadata.csv and the images, given the SHA-256 of each file by name in the order of the table."""
     content = hashlib.sha256((folder / "metadata.csv").read_bytes())
     for name, digest in hashes.items():
         content.update(name.encode() + bytes.fromhex(digest))

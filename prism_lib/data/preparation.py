@@ -97,7 +97,7 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "chexpert": lambda c: chexpert_source(*_files(c), view=c.view, test=c.split[SPLITS.index("test")] == 0),
     "nih": lambda c: nih_source(*_files(c)),
     **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
-    **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, vocabulary(c.vocabulary))),
+    **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 
 
@@ -288,7 +288,8 @@ def _already_prepared(config: PrepareConfig) -> bool:
     if not (output / "dataset.json").is_file():
         raise FileExistsError(f"output {output} exists and is not a prepared data set: choose another place")
     asked = settings(config)
-    there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]  # older folders lack newer settings
+    # Folders of an older version lack newer settings.
+    there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]
     if differing := [name for name in asked if there[name] != asked[name]]:
         changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)
         raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")

@@ -19,7 +19,6 @@ from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
 from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
 
-
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 

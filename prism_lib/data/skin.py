@@ -38,8 +38,7 @@ class Format:
     """One archive's tables: file names, the meaning of columns, and the label of every diagnosis."""
 
     tables: tuple[str, ...]
-    image: str
-    columns: dict[str, str]
+    columns: dict[str, str]  # the first one names the image
     diagnoses: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
     unknown: str = "no diagnosis is unknown"
@@ -47,7 +46,6 @@ class Format:
 
 ISIC2019 = Format(
     tables=("ISIC_2019_*GroundTruth.csv",),
-    image="image",
     columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
     optional={"UNK": "UNK"},
     diagnoses=ISIC2019_CODES,
@@ -56,7 +54,6 @@ ISIC2019 = Format(
 ISIC2019_METADATA = {"image": "source_file", "age_approx": "age", "anatom_site_general": "site", "sex": "sex"}
 ISIC2020 = Format(
     tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
-    image="image_name",
     columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
     | {"anatom_site_general_challenge": "site", "diagnosis": "diagnosis", "target": "target"},
     optional={"lesion_id": "lesion"},
@@ -65,7 +62,6 @@ ISIC2020 = Format(
 )
 HAM10000 = Format(
     tables=("HAM10000_metadata*",),
-    image="image_id",
     columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
     | {"age": "age", "sex": "sex", "localization": "site"},
     diagnoses=HAM10000_CODES,
@@ -81,24 +77,20 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
     form = FORMATS[archive]
     path = tables.find_table(data_root, form.tables)
     table = tables.read_table(path, form.columns, form.optional)
-    tables.refuse_names(table, path, form.image)
+    tables.refuse_names(table, path, next(iter(form.columns)))
     if archive == "isic2019":
         diagnoses, table = _one_hot(table, path), _with_metadata(table, data_root)
     else:
         diagnoses = _diagnosis(table, path, form)
-    about = pd.DataFrame(
-        {
-            "name": table["source_file"],
-            "source_file": table["source_file"],
-            "patient_id": _patients(table, path),
-            "lesion_id": table.get("lesion", ""),
-            "sex": tables.sexes(table["sex"]),
-            "age": tables.ages(table["age"]),
-            "site": table["site"],
-        }
-    )
+    about = table.assign(
+        name=table["source_file"],
+        patient_id=_patients(table, path),
+        lesion_id=table.get("lesion", ""),
+        sex=tables.sexes(table["sex"]),
+        age=tables.ages(table["age"]),
+    )[["name", "source_file", "patient_id", "lesion_id", "sex", "age", "site"]]
     table = pd.concat([about, diagnoses, _artefacts(table["source_file"], data_root)], axis=1)
-    table, rejected = tables.found(table, tables.find_images(table["source_file"], data_root, by_stem=True), data_root)
+    table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root, by_stem=True))
     labels = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())
     policy = _POLICY.format(unknown=form.unknown)
     return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
@@ -106,7 +98,7 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
 
 def _one_hot(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """ISIC 2019: exactly one of the columns is 1; where that is UNK nothing is known."""
-    codes = [*ISIC2019_CODES, *(["UNK"] if "UNK" in table else [])]
+    codes = [code for code in (*ISIC2019_CODES, "UNK") if code in table]
     values = pd.DataFrame({code: tables.label_values(table[code], path, code) for code in codes})
     refuse((values == 1).sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
     unknown = values.pop("UNK") == 1 if "UNK" in values else pd.Series(False, index=table.index)
@@ -116,11 +108,10 @@ def _one_hot(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
     """A column of words: each label is 1 where the word means it and 0 where another one stands."""
     words = table["diagnosis"]
-    known = {**form.diagnoses, **({UNKNOWN: ""} if "target" in table else {})}
+    known = form.diagnoses | ({UNKNOWN: ""} if "target" in table else {})
     refuse(~words.isin(list(known)), words, path, f"unknown diagnosis (known: {', '.join(known)})")
     meaning = words.map(known)
-    columns = {label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}
-    labels = pd.DataFrame(columns).mask(words == UNKNOWN)
+    labels = pd.DataFrame({label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}).mask(words == UNKNOWN)
     if "target" in table:
         target = tables.label_values(table["target"], path, "target")
         contradiction = (words != UNKNOWN) & (target != labels["Melanoma"])

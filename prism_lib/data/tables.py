@@ -58,7 +58,7 @@ def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
 
 
 def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """The named columns of a CSV file, and those `optional` ones that are there, as stripped text under our names.
+    """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
     Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns.
     """
@@ -101,7 +101,7 @@ def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
 
 
 def refuse_names(table: pd.DataFrame, path: Path, column: str) -> None:
-    """Refuse names in "source_file" that are empty, leave the data root, or occur twice; the file calls them `column`."""
+    """Refuse values of "source_file" (the file's `column`) that are empty, leave the data root, or occur twice."""
     names = table["source_file"]
     refuse(names == "", names, path, f"empty {column}")
     paths = names.map(PureWindowsPath)  # also finds drives and backslashes
@@ -133,32 +133,29 @@ def stems(column: pd.Series) -> pd.Series:
     return column.map(lambda file: PurePosixPath(file).stem)
 
 
-def listed_images(names: Iterable[str], data_root: Path) -> list[str | None]:
-    """Each image's path, exactly where its name says below `data_root`; None if it is not there."""
-    paths = (f"{data_root}{os.sep}{name}" for name in names)
-    return [path if os.path.isfile(path) else None for path in paths]  # noqa: PTH113
-
-
-def find_images(names: Iterable[str], data_root: Path, *, by_stem: bool = False) -> list[str | None]:
-    """`listed_images`, else a file of that name (`by_stem`: without suffix) anywhere below; two of one name are an error."""
+def images_below(root: Path, *, by_stem: bool = False) -> dict[str, str]:
+    """File name (or stem) -> path of every image anywhere below a folder; two images of one name are an error."""
     below: dict[str, str] = {}
-    for folder, _, files in os.walk(data_root):
+    for folder, _, files in os.walk(root):
         for file in files:
             stem, suffix = os.path.splitext(file)  # noqa: PTH122 - a Path for each of 100,000 files takes seconds
             if suffix.lower() in IMAGE_SUFFIXES:
                 path, key = os.path.join(folder, file), stem if by_stem else file  # noqa: PTH118
                 if below.setdefault(key, path) != path:
-                    raise ValueError(f"two images below {data_root} have one name: {below[key]} and {path}")
-    names = list(names)
-    direct = listed_images(names, data_root)
-    return [path or below.get(PurePosixPath(name).name) for name, path in zip(names, direct, strict=True)]
+                    raise ValueError(f"two images below {root} have one name: {below[key]} and {path}")
+    return below
 
 
-def found(table: pd.DataFrame, paths: Sequence[str | None], root: Path) -> tuple[pd.DataFrame, tuple[Rejection, ...]]:
-    """The rows whose image was found, with its "path", and a rejection for every other row.
+def found(
+    table: pd.DataFrame, files: pd.Series, root: Path, below: Mapping[str, str] | None = None
+) -> tuple[pd.DataFrame, tuple[Rejection, ...]]:
+    """The rows whose file lies where its name says or in `below`, with its "path", and a rejection for every other row.
 
     ValueError for a link that leads out of the data root: a table must not open other files of the machine.
     """
+    listed = ((name, f"{root}{os.sep}{name}") for name in files)
+    elsewhere = below or {}
+    paths = [p if os.path.isfile(p) else elsewhere.get(PurePosixPath(name).name) for name, p in listed]  # noqa: PTH113
     table = table.assign(path=pd.Series(paths, index=table.index, dtype="str"))
     missing = table["path"].isna()
     rejected = tuple(Rejection(name, f"not found below {root}") for name in table.loc[missing, "source_file"])

@@ -17,7 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
 from prism_lib.data import dicom
-from prism_lib.data.images import read_image
+from prism_lib.data.images import ImageFiles
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
@@ -45,7 +45,7 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
         path.write_bytes(content)
         try:
             (_check_dicom if dicom.is_dicom(path) else _check_image)(name, path)
-            levels = read_image(path, size, "letterbox", mode)
+            levels = ImageFiles(size, mode=mode).read(path).pixels
         except UploadError:
             raise
         except MemoryError:

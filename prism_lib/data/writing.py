@@ -1,7 +1,7 @@
 """The long part of preparing a data set: read, reduce and write every image, in several processes if asked.
 
 Batches come back in order, so the result does not depend on the number of processes. Every finished batch is a line in
-a journal: a run that was stopped, even by kill -9, continues after the batches whose files are all there, byte for byte.
+a journal: a run that was stopped, even by kill -9, continues after the batches whose files are there, byte for byte.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Generator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Written:
     file_name: str
     file_hash: str
     pixel_hash: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any]
 
 
 Outcome = Written | Rejection

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from tests import formats
 import numpy as np
 import pytest
 
 from prism_lib.data.any_table import Columns
 from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.preparation import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
+from tests import formats
 
 COUNT = 10
 

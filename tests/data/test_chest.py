@@ -2,16 +2,15 @@
 
 import dataclasses
 
-from tests import formats
 import numpy as np
 import pytest
 
 from prism_lib.data.chest import CHEXPERT_COLUMNS
 from prism_lib.data.folder import load_info, load_table
-from prism_lib.data.preparation import prepare
-from prism_lib.data.preparation import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import label_counts
 from prism_lib.language.labels import CHEXPERT_LABELS
+from tests import formats
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import struct
 
 import numpy as np
 import pytest
-from tests.formats import dicom as write
-from tests.formats import noise
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless
 
 from prism_lib.data import dicom
+from tests.formats import dicom as write
+from tests.formats import noise
 
 RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
 

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
-from tests.formats import dicom, noise
 from PIL import Image
 
-from prism_lib.data.images import ImageFiles, Picture, read_image, read_image
+from prism_lib.data.images import ImageFiles, Picture
+from tests.formats import dicom, noise
+
+
+def read_image(path, *settings, **more):
+    return ImageFiles(*settings, **more).read(path).pixels
 
 
 def save(tmp_path, pixels):

@@ -12,22 +12,21 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tests import formats
 
 from prism_lib import paths
 from prism_lib.data import preparation
 from prism_lib.data.any_table import Columns
 from prism_lib.data.chest import NIH_COLUMNS, nih_source
 from prism_lib.data.folder import SPLITS, load_info, load_table, read_images
-from prism_lib.data.images import ImageFiles, read_image
-from prism_lib.data.preparation import prepare, split_patients
-from prism_lib.data.preparation import PrepareConfig, SOURCES
+from prism_lib.data.images import ImageFiles
+from prism_lib.data.preparation import SOURCES, PrepareConfig, prepare, split_patients
 from prism_lib.data.rows import edit_examples, editable, marker_masks, sample_captions, true_counterfactual
 from prism_lib.data.tables import seeded_order
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import CHEST, PHANTOM, PHANTOM_LABELS
 from prism_lib.phantom.patients import render, sample_patients
+from tests import formats
 
 SIZE = 32
 NIH_SAMPLE = paths.data() / "nih-sample"
@@ -310,7 +309,7 @@ def test_no_damage_to_a_file_stops_the_preparation(nih):
         broken[rng.randrange(len(broken))] ^= rng.randrange(1, 256)
         path.write_bytes(bytes(broken))
         with contextlib.suppress(ValueError):  # either a reason or an image, and nothing else
-            assert read_image(path, SIZE).shape == (SIZE, SIZE)
+            assert ImageFiles(SIZE).read(path).pixels.shape == (SIZE, SIZE)
 
 
 def test_one_error_names_several_files(nih):

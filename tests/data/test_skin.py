@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from tests import formats
 import numpy as np
 import pytest
 
 from prism_lib.data.folder import load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.preparation import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
+from tests import formats
 
 ISIC2020 = (
     "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"

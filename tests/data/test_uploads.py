@@ -20,7 +20,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from prism_lib.data import images
+from prism_lib.data.images import ImageFiles
 from prism_lib.data.uploads import MAX_BYTES, UploadError, read_file, read_upload
 
 SIZE = 32
@@ -125,7 +125,7 @@ def test_a_bad_upload_is_one_sentence_in_bounded_memory(what):
     "what", ["huge header", "large header", "cmyk", "animated", "dicom of frames", "deflated dicom", "zip bomb"]
 )
 def test_what_the_header_forbids_is_never_decoded(what, monkeypatch):
-    monkeypatch.setattr(images, "read_image", lambda *arguments: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFiles, "read", lambda *arguments: pytest.fail("decoded"))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     content, reason = BAD[what]
     with pytest.raises(UploadError, match=re.escape(reason)):

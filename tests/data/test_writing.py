@@ -11,15 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests import formats
 import pytest
 
 from prism_lib import paths
 from prism_lib.data import preparation, writing
 from prism_lib.data.folder import building, load_info, load_table, read_images
-from prism_lib.data.preparation import prepare
-from prism_lib.data.preparation import PrepareConfig
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.writing import BATCH, JOURNAL
+from tests import formats
 
 COUNT = 5 * BATCH + 3
 RUN = """
@@ -155,7 +154,7 @@ def test_a_process_that_dies_is_told_and_the_work_can_go_on(images, expected, tm
     with monkeypatch.context() as patch:
         deadly = lambda config: dataclasses.replace(source(config), images=Deadly())  # noqa: E731
         patch.setitem(preparation.SOURCES, "table", deadly)
-        with pytest.raises(RuntimeError, match="a process that reads images died.*processes=1 needs less"):
+        with pytest.raises(RuntimeError, match=r"a process that reads images died.*processes=1 needs less"):
             prepare(config_for(images, tmp_path / "out", processes=2))
     assert content(prepare(config_for(images, tmp_path / "out", processes=2))) == expected
 

@@ -1,8 +1,7 @@
 """Labels become captions: the text that a model is trained on, and that an edit's prompts have to look like.
 
-Several templates say the same labels in different words, some of which also *negate* ("without support devices"), and
-a fixed share of captions follows the "explicit" template word for word. Only what is known is said: neither an
-uncertain nor a missing label is ever written as an absence.
+Several templates say the same labels in different words, some of which also *negate* ("without support devices"). An
+uncertain or missing label is never written as an absence.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from dataclasses import dataclass, replace
 
 from prism_lib.language.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state
 
-# What a free caption says at most: more would overflow CLIP's 77 tokens in the wordier templates.
-MOST_CLAUSES = 7
-# How many of the explicit captions say details where they are known: an edit may name a side or a kind of device.
-DETAILED_SHARE = 0.4
+MOST_CLAUSES = 7  # of a free caption: more would overflow CLIP's 77 tokens in the wordier templates
+DETAILED_SHARE = 0.4  # of the explicit captions say details where they are known, as an edit may
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,6 @@ class Statement:
     normal: bool
     title: str = CHEST.title
 
-    def phrases(self, present: bool) -> list[str]:
-        """The phrases of all present, or of all absent, labels."""
-        return [clause.phrase for clause in self.clauses if clause.present == present]
-
 
 def explicit(said: Statement) -> str:
     """chest x-ray with cardiomegaly, without pleural effusion, with support devices"""
@@ -61,13 +54,13 @@ def _prism(said: Statement) -> str:
 
 def _present(said: Statement) -> str:
     """chest x-ray with cardiomegaly and support devices"""
-    phrases = said.phrases(present=True)
+    phrases = [clause.phrase for clause in said.clauses if clause.present]
     return f"{said.subject} with {_enumerate(phrases, 'and')}" if phrases else said.subject
 
 
 def _absent(said: Statement) -> str:
     """chest x-ray without pleural effusion or support devices"""
-    phrases = said.phrases(present=False)
+    phrases = [clause.phrase for clause in said.clauses if not clause.present]
     return f"{said.subject} without {_enumerate(phrases, 'or')}" if phrases else said.subject
 
 
@@ -116,15 +109,20 @@ def sample_caption(
     """A training caption: the explicit one with probability `explicit_share`, else any other template.
 
     The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
-    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}. Of the
-    explicit ones `DETAILED_SHARE` say all details that are known, as the prompts of an edit do that names one.
+    label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
     """
     if not 0 <= explicit_share <= 1:
         raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
-    said = statement(labels, vocab)
+    said, details = statement(labels, vocab), details or {}
+    detailed = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
     if rng.random() < explicit_share:
-        return explicit(_detailed(said, details) if details and rng.random() < DETAILED_SHARE else said)
-    clauses = [_reworded(clause, rng, vocab, details or {}) for clause in said.clauses]
+        return explicit(replace(said, clauses=tuple(detailed)) if details and rng.random() < DETAILED_SHARE else said)
+    clauses = []
+    for clause in said.clauses:
+        phrases = [clause.phrase, *vocab.synonyms.get(clause.label, ())]
+        if clause.present and clause.label in details:
+            phrases.append(details[clause.label])
+        clauses.append(replace(clause, phrase=rng.choice(phrases)))
     rng.shuffle(clauses)
     if len(clauses) > MOST_CLAUSES:
         clauses = sorted(clauses, key=lambda clause: not clause.present)[:MOST_CLAUSES]
@@ -164,20 +162,6 @@ def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> St
                 clauses.append(Clause(label, vocab.phrase(name), state))
     normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
     return Statement(vocab.subject, tuple(clauses), normal, vocab.title)
-
-
-def _detailed(said: Statement, details: Mapping[str, str]) -> Statement:
-    """The same with all known details of what is present in place of the labels' plain phrases."""
-    clauses = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
-    return replace(said, clauses=tuple(clauses))
-
-
-def _reworded(clause: Clause, rng: random.Random, vocab: Vocabulary, details: Mapping[str, str]) -> Clause:
-    """The same clause in a phrase drawn from its plain one, its synonyms and, where present, its detail."""
-    phrases = [clause.phrase, *vocab.synonyms.get(clause.label, ())]
-    if clause.present and clause.label in details:
-        phrases.append(details[clause.label])
-    return Clause(clause.label, rng.choice(phrases), clause.present)
 
 
 def _enumerate(phrases: Sequence[str], conjunction: str) -> str:

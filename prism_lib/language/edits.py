@@ -1,12 +1,7 @@
-"""An edit of labels becomes a pair of prompts.
+"""An edit of labels becomes a pair of prompts for prompt-to-prompt.
 
-Prompt-to-prompt edits an image by the difference of two prompts, so both must be text that the model was trained on,
-and the pair should differ as little as possible. An edit therefore writes both prompts with the "explicit" template of
-`language.captions`. They differ only in "with" -> "without" and have equal length, so that no padding token of the
-target inherits the attention map of a removed word.
-
-An edit is built from labels, from a key (`Edit.from_key`), from plain language (`Edit.parse`), or from two prompts in
-the user's own words (`Edit.text`).
+Both prompts are captions in the "explicit" template. They differ only in "with" -> "without" and have equal length, so
+that no padding token of the target inherits the attention map of a removed word.
 """
 
 from __future__ import annotations
@@ -56,8 +51,7 @@ NO_EDIT = PromptPair("", "", (), ())
 class Edit:
     """An intervention: labels to remove and labels to add, or a pair of free texts (`Edit.text`).
 
-    A detail ("pacemaker", "left pleural effusion") may stand for its label; the prompts then say the detail. Labels in
-    `keep` are present and must stay: both prompts say so.
+    A detail ("pacemaker") may stand for its label. Labels in `keep` are present and must stay: both prompts say so.
     """
 
     remove: tuple[str, ...] = ()
@@ -83,13 +77,10 @@ class Edit:
 
     @classmethod
     def text(cls, source: str, target: str, words: Sequence[str] = ()) -> Edit:
-        """An edit between two prompts in the user's own words.
-
-        `words` are the edited phrases ("medical devices"); by default those that differ.
-        """
-        if not source.strip() or not target.strip():
-            raise ValueError(f"a text edit needs both prompts, got {source!r} and {target!r}")
+        """An edit between two prompts; `words` are the edited phrases, by default those that differ."""
         source, target = " ".join(source.split()), " ".join(target.split())
+        if not source or not target:
+            raise ValueError(f"a text edit needs both prompts, got {source!r} and {target!r}")
         for phrase in words:
             if not (_says(source, phrase) or _says(target, phrase)):
                 raise ValueError(f"{phrase!r} is in neither prompt: {source!r}, {target!r}")
@@ -97,13 +88,10 @@ class Edit:
 
     @classmethod
     def parse(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
-        """The edit of a sentence: "remove the pacemaker, keep the effusion" (see `language.grammar`).
-
-        ValueError names every word that is not understood, and every contradiction.
-        """
+        """The edit of a sentence: "remove the pacemaker, keep the effusion" (see `language.grammar`)."""
         asked = grammar.parse(text, vocab)
-        named = {verb: tuple(name for name in asked if asked[name] == verb) for verb in _VERBS}
-        edit = cls(named["remove"], named["add"], keep=named["keep"])
+        remove, add, keep = (tuple(name for name in asked if asked[name] == verb) for verb in _VERBS)
+        edit = cls(remove, add, keep=keep)
         edit._check_names(vocab)
         return edit
 
@@ -131,10 +119,8 @@ class Edit:
         if self.source:
             digest = hashlib.sha256(f"{self.source}\n{self.target}".encode()).hexdigest()[:8]
             return f"text_{snake_case(self.target)[:48]}_{digest}"
-        parts = [f"remove_{snake_case(label)}" for label in self.remove]
-        parts += [f"add_{snake_case(label)}" for label in self.add]
-        parts += [f"keep_{snake_case(label)}" for label in self.keep]
-        return "_and_".join(parts) or "unchanged"
+        named = zip(_VERBS, (self.remove, self.add, self.keep), strict=True)
+        return "_and_".join(f"{verb}_{snake_case(name)}" for verb, names in named for name in names) or "unchanged"
 
     @property
     def attributes(self) -> dict[str, float]:
@@ -181,7 +167,10 @@ class Edit:
         """Source and target prompt for an image with `labels`, equal but for "with" <-> "without"."""
         self.check(labels, vocab)
         if self.source:
-            return PromptPair(self.source, self.target, *self._text_words())
+            if not self.words:
+                return PromptPair(self.source, self.target, *_differing_phrases(self.source, self.target))
+            theirs = (tuple(word for word in self.words if _says(text, word)) for text in (self.source, self.target))
+            return PromptPair(self.source, self.target, *theirs)
         changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
         before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
         after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
@@ -195,12 +184,6 @@ class Edit:
         target = explicit(statement(after, vocab, (*changed, *self.keep)))
         words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
         return PromptPair(source, target, *words)
-
-    def _text_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if not self.words:
-            return _differing_phrases(self.source, self.target)
-        source, target = (tuple(w for w in self.words if _says(p, w)) for p in (self.source, self.target))
-        return source, target
 
 
 def _no_finding(labels: Labels) -> float | None:

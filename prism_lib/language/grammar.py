@@ -1,6 +1,4 @@
-"""What a sentence asks to change: "remove the pacemaker and the leads, keep the effusion".
-
-The grammar is small, so that it can be known by heart and never guesses:
+"""What a sentence changes: "remove the pacemaker and the leads, keep the effusion".
 
     sentence  ::=  clause (("," | ";" | "." | "and" | "but" | "then") clause)*
     clause    ::=  verb finding (("," | "and" | "or") finding)*      the verb holds until the next one
@@ -10,9 +8,8 @@ The grammar is small, so that it can be known by heart and never guesses:
     verb      ::=  remove, without, no, ... | add, with, ... | keep, do not change, ...  (`VERBS`)
     finding   ::=  a label, phrase, synonym, detail or alias of the vocabulary, singular or plural
 
-Case, hyphens, articles and "please" make no difference. A side or a kind of device is understood where the vocabulary
-has it as a detail ("left pleural effusion", "pacemaker"). Anything else is named in a ValueError, with the nearest
-known word; so are a verb without a finding, a finding without a verb, and what is asked in two ways.
+Case, hyphens, articles and "please" make no difference. Anything else is named in a ValueError, with the nearest known
+word; so are a verb without a finding, a finding without a verb, and a contradiction.
 """
 
 from __future__ import annotations
@@ -38,10 +35,7 @@ VERBS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 STATES: dict[str, dict[str, tuple[str, ...]]] = {
     "Cardiomegaly": {
-        "add": (
-            "enlarge heart", "make heart bigger", "make heart larger", "make heart big", "make heart large",
-            "make heart enlarged",
-        ),
+        "add": ("enlarge heart", *(f"make heart {size}" for size in ("bigger", "larger", "big", "large", "enlarged"))),
         "remove": (
             "make heart normal", "make heart smaller", "make heart normal size", "make heart normal in size",
             "make heart normal sized", "shrink heart", "normalize heart", "normalise heart", "normal heart",
@@ -132,15 +126,12 @@ def _lexicon(vocab: Vocabulary) -> dict[tuple[str, ...], _Sign]:
             lexicon |= {tuple(words.split()): _Sign("state", change, label) for words in phrases}
     for name in (*vocab.phrases, *vocab.owners):
         for words in (name, vocab.phrase(name), *vocab.synonyms.get(name, ()), *vocab.aliases.get(name, ())):
-            run = tuple(_words(words))
-            lexicon[run] = _Sign("finding", finding=name)
-            lexicon.setdefault((*run[:-1], _other_number(run[-1])), lexicon[run])
+            *first, noun = _words(words)
+            lexicon[*first, noun] = sign = _Sign("finding", finding=name)
+            # The plural of a singular noun and the other way round.
+            other = noun[:-1] if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
+            lexicon.setdefault((*first, other), sign)
     return lexicon
-
-
-def _other_number(noun: str) -> str:
-    """The plural of a singular noun and the other way round; what is no word does no harm."""
-    return noun[:-1] if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
 
 
 def _not_understood(word: str, lexicon: dict[tuple[str, ...], _Sign]) -> str:

@@ -1,15 +1,13 @@
-"""The labels of medical images: their names, their states, and the words that captions use for them.
+"""The labels of medical images: CheXpert's or ISIC's names, their states, and the words that captions use for them.
 
-Labels of chest X-rays have CheXpert's names, and labels of other data sets that mean the same are mapped onto them.
-Labels of dermoscopic images are ISIC's diagnoses in words. A label is 1 (present), 0 (absent), -1 (uncertain) or
-missing (not mentioned); the last two never count as 0.
+A label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); the last two never count as 0.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Labels = Mapping[str, float | None]
 
@@ -20,20 +18,15 @@ NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words for a set of labels: `phrases` maps label to phrase, in the order of the clauses.
-
-    `stated` names the labels whose absence the explicit template says; a present label is always said. Saying
-    every absence would overflow CLIP's 77 tokens. `synonyms` say the same as a label, `details` say more; captions use
-    both. `aliases` are words of users for a label or a detail, which `language.grammar` reads and no caption says.
-    """
+    """The words for a set of labels."""
 
     name: str
     subject: str
-    phrases: Mapping[str, str]
-    stated: tuple[str, ...]
-    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    phrases: Mapping[str, str]  # by label, in the order of the clauses
+    stated: tuple[str, ...]  # labels whose absence the explicit template says: all would overflow CLIP's 77 tokens
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label, for captions
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that say more than the label, for captions
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label or detail, for sentences of users
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     @property
@@ -70,19 +63,10 @@ _NIH = (
 NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
 PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
 
-_SYNONYMS = {
-    "Cardiomegaly": ("enlarged heart",),
-    "Pleural Effusion": ("pleural fluid",),
-    "Support Devices": ("medical devices",),
-}
 _FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
 _CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 SIDES = ("left", "right", "bilateral")
-_DETAILS = {
-    "Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES),
-    "Support Devices": DEVICE_KINDS,
-}
 # Words of users; words for a side or a kind of device are aliases of the detail.
 _ALIASES = {
     "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
@@ -118,33 +102,29 @@ CHEST = Vocabulary(
     subject="chest x-ray",
     phrases=_CHEST_PHRASES,
     stated=_STATED,
-    synonyms=_SYNONYMS,
-    details=_DETAILS,
+    synonyms={
+        "Cardiomegaly": ("enlarged heart",),
+        "Pleural Effusion": ("pleural fluid",),
+        "Support Devices": ("medical devices",),
+    },
+    details={
+        "Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES),
+        "Support Devices": DEVICE_KINDS,
+    },
     aliases=_ALIASES,
 )
-PHANTOM = Vocabulary(
+PHANTOM = replace(
+    CHEST,
     name="phantom",
-    subject="chest x-ray",
     phrases={label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]},
     stated=PHANTOM_LABELS[1:],
-    synonyms=_SYNONYMS,
-    details=_DETAILS,
-    aliases=_ALIASES,
 )
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
     "Vascular Lesion", "Squamous Cell Carcinoma",
 )  # fmt: skip
-_ARTEFACTS = (
-    "ruler",
-    "ink",
-    "hair",
-    "dark_corner",
-    "gel_border",
-    "gel_bubble",
-    "patches",
-)  # the columns of their table
+_ARTEFACTS = ("ruler", "ink", "hair", "dark_corner", "gel_border", "gel_bubble", "patches")  # columns of their table
 SKIN_ARTEFACTS = {code: code.replace("_", " ").title() for code in _ARTEFACTS}
 _SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
 SKIN = Vocabulary(

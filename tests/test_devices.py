@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from prism_lib import devices
-from prism_lib.apps import bulk
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import METHODS, InversionConfig
@@ -21,7 +20,14 @@ from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.image_text import ImageTextModel
-from prism_lib.models.pipeline import build_pipeline, encode_prompts, load_pipeline, sample_images, tiny_config
+from prism_lib.models.pipeline import (
+    build_pipeline,
+    encode_prompts,
+    fingerprint,
+    load_pipeline,
+    sample_images,
+    tiny_config,
+)
 from prism_lib.studies import ganterfactual
 from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.imagic import Imagic
@@ -218,7 +224,7 @@ def test_half_precision_is_the_models_alone(precision):
 def test_a_pipeline_is_loaded_in_the_precision_asked_for_and_known_by_it():
     full, half = load_pipeline(), load_pipeline(dtype="bf16")
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
-    assert bulk._model(full) != bulk._model(half), "files of both never share a name"
+    assert fingerprint(full) != fingerprint(half), "files of both never share a name"
     states = encode_prompts(half, ["chest x-ray"] * 2)
     sample = sample_images(half, states[:1], states[1:], num_inference_steps=2)
     assert sample.dtype == torch.float32 and bool(sample.isfinite().all())

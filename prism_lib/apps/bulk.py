@@ -1,33 +1,22 @@
-"""Counterfactuals by the thousand: over processes, resumable, with one manifest row each.
+"""Counterfactuals by the thousand: over processes, resumable, each as a PNG file with a row of a manifest.
 
-    prism generate --data FOLDER --edits FILE --out FOLDER
-    accelerate launch -m prism_lib.apps.bulk CONFIG.json
-
-The plan (`apps.bulk_plan`) is cut into batches that depend on the plan alone, and processes share out whole batches. So
-a file is the same, bit for bit, whatever the number of processes. Its name holds image, edit and a digest of all that
-decides its content. Every file appears whole, then its row is appended to the process's own part of the manifest. A run
-may be killed at any moment: started again, it goes on where it stopped.
-
-`out/` holds `images/`, the files as the prepared folder names them, and `metadata.csv`, the manifest in the Hugging
-Face *imagefolder* convention: the caption and labels that the counterfactual should have, where it came from, all
-settings it was made with, its status, its scores and its SHA-256. PNG only, of 8 or 16 bits; pixels that an edit left
-alone equal the input's. Where a row sweeps settings (`bulk_plan.Choice`), the scores of all candidates are there too.
-An image of which no candidate passed has no file, so its row stands apart, with the same columns, in `rejected.csv`.
+Batches depend on the plan (`apps.bulk_plan`) alone and processes share out whole batches, so a file is the same, bit
+for bit, whatever their number. `out/` holds `images/`, `metadata.csv` (the manifest, an *imagefolder* table) and
+`rejected.csv` (the same columns for images of which no candidate passed). `prism generate` is the command.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
 import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,28 +30,37 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.apps.bulk_choice import REJECTED, Chooser, record, weights
-from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Settings, Task, batches, load_config, plan
+from prism_lib import paths
+from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
-from prism_lib.editing.settings import recommended
+from prism_lib.editing.settings import EditConfig, recommended
+from prism_lib.evaluation.selection import (
+    GuideScorer,
+    IdentityScorer,
+    Scorer,
+    SimilarityScorer,
+    load_guide,
+    select,
+)
 from prism_lib.files import atomic, exclusive, file_hash, write_text
-from prism_lib.models.pipeline import fingerprint, load_pipeline
+from prism_lib.language.edits import Edit
+from prism_lib.models.image_text import load_image_text_model, weight_files
+from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
 
 logger = logging.getLogger(__name__)
 
+MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"  # status of a row
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run leaves: the manifest, how many outputs the plan has, how many of them this run had to work on, and of
-    how many no candidate passed.
-    """
+    """What a run leaves: the manifest, outputs in the plan, outputs this run worked on, images without a result."""
 
     manifest: Path
     planned: int
@@ -73,8 +71,8 @@ class Summary:
 def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
     """Make every counterfactual of the plan that `config.out` does not hold yet; the manifest is then complete.
 
-    Runs in this process or in every one of several (`cli.launch`, `accelerate launch`). `pipe` replaces
-    `config.model`. Data, edits, settings, prompts, disk and write access are checked before the first image is touched.
+    Runs in this process or in every one of several (`cli.launch`). `pipe` replaces `config.model`. Data, edits,
+    settings, prompts, disk and write access are checked before the first image is touched.
     """
     usual = default_device()
     state = PartialState(cpu=usual.type == "cpu")  # else processes on CPUs do not find each other
@@ -132,8 +130,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
-    """The output can be written and has room for everything, and 16 bits suit the images."""
-    # The images of a prepared folder are all alike.
+    """The output can be written and has room for everything, and 16 bits suit the images, which are all alike."""
     channels, height, width = _images(config, tasks[:1]).shape[1:]
     if config.bits == 16 and channels != 1:
         raise ValueError(f"16-bit PNG holds gray images, and those of {config.data} have {channels} channels")
@@ -149,12 +146,10 @@ def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
 
 
 def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None:
-    """No prompt is longer than the model reads: the first that is raises ValueError with its image."""
     limit = pipe.tokenizer.model_max_length
     prompts = {prompt: task.file_name for task in tasks for prompt in (task.pair.source, task.pair.target)}
-    for prompt, file_name in prompts.items():
-        if (length := len(pipe.tokenizer(prompt).input_ids)) > limit:
-            raise ValueError(f"{file_name}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
+    for prompt, length in too_long(pipe.tokenizer, prompts).items():
+        raise ValueError(f"{prompts[prompt]}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
 
 
 def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeline) -> list[Task]:
@@ -166,12 +161,12 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
     common = {"data": load_info(config.data)["content_hash"], "bits": config.bits}
     common["model"] = json.dumps(model, sort_keys=True, default=str)
-    scored = {choice: weights(choice) for choice in {task.settings.choice for task in tasks}}
+    scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:
         pair, settings = task.pair, task.settings
         try:
-            used = [record(recommended(pipe, pair, **candidate)) for candidate in settings.candidates]
+            used = [_record(recommended(pipe, pair, **candidate)) for candidate in settings.candidates]
         except ValueError as error:
             raise ValueError(f"{config.edits}, row {task.row}: {one_line(error)}") from None
         content = common | {
@@ -186,8 +181,21 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     return found
 
 
+def _weights(choice: Choice | None) -> list[str]:
+    """SHA-256 of the weights of what scores: another guide of the same name chooses other results."""
+    if choice is None:
+        return []
+    guide = [paths.weights() / choice.guide / "model.safetensors"] if choice.guide else []
+    return [file_hash(file) for file in (*guide, *(weight_files(choice.similarity) if choice.similarity else ()))]
+
+
+def _record(settings: EditConfig) -> dict[str, Any]:
+    """All settings but `batch_size`, which does not decide the result."""
+    return {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+
+
 def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tuple[int, list[list[Task]]]:
-    """The number of this run and the batches it has to do, which the main process finds and sends to all.
+    """The number of this run and the batches to do, which the main process finds and sends to all.
 
     A batch of which anything is missing is done whole, so that its images have the neighbours they always had.
     """
@@ -205,6 +213,54 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
 # --- the work -------------------------------------------------------------------------------------
 
 
+class Chooser:
+    """Chooses among the candidates of an image; every guide and every image-text model is loaded once, at the start.
+
+    A guide that is missing, is the judge or does not read its edit raises ValueError or FileNotFoundError.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._guide = cache(load_guide)
+        self._similarity = cache(lambda name: SimilarityScorer(load_image_text_model(name)))
+        for choice, edit in {(t.settings.choice, t.edit): None for t in tasks if t.settings.choice is not None}:
+            self._scorers(choice, edit)
+
+    def _scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:
+        guide = [GuideScorer(self._guide(choice.guide), edit)] if choice.guide else []
+        similarity = [self._similarity(choice.similarity)] if choice.similarity else []
+        return [IdentityScorer(), *guide, *similarity]
+
+    def choose(self, task: Task, candidates: Sequence[Counterfactual]) -> tuple[Counterfactual | None, dict[str, Any]]:
+        """The result of one image, None if nothing passed, and the columns of settings, status and scores.
+
+        Candidates are scored image by image, so that no score depends on an image's neighbours.
+        """
+        choice = task.settings.choice
+        if choice is None:
+            return candidates[0], _columns(task, MADE, candidates[0], candidates[0].scores)
+        found = select(candidates, self._scorers(choice, task.edit), choice.criteria)
+        rows = [
+            {"settings": {name: given[name] for name in choice.sweep}, "scores": scores, "failures": failures}
+            for given, scores, failures in zip(task.settings.candidates, found.scores, found.failures, strict=True)
+        ]
+        if found.best is None or found.winner is None:
+            columns = _columns(task, REJECTED, candidates[0], {}, without=choice.sweep)
+        else:
+            columns = _columns(task, SELECTED, found.best, found.scores[found.winner])
+        return found.best, columns | {"winner": found.winner, "candidates": json.dumps(rows)}
+
+
+def _columns(
+    task: Task, status: str, result: Counterfactual, scores: Mapping[str, float], without: Container[str] = ()
+) -> dict[str, Any]:
+    """The columns of settings, all that were used, status and scores."""
+    assert isinstance(result.settings, EditConfig)
+    settings = json.loads(task.settings.text)
+    settings["edit"] = {name: value for name, value in _record(result.settings).items() if name not in without}
+    named = {f"score_{name}": value for name, value in scores.items()}
+    return {"settings": json.dumps(settings, sort_keys=True), "status": status, **named}
+
+
 def _work(
     config: BulkConfig,
     pipe: StableDiffusionPipeline,
@@ -213,16 +269,16 @@ def _work(
     part: Path,
     show: bool,
 ) -> None:
-    """Edit batch after batch; tqdm shows the images done by this process and how long the rest will take."""
-    out = part.parents[1]
+    """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest."""
     with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
         for batch in own:
             for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
                 result, outcome = chooser.choose(task, candidates)
                 content = b"" if result is None else _png(result.image, config.bits)
                 if content:
-                    _write(out / task.output, content)
-                _append(part, _row(task, outcome, content))
+                    _write(part.parents[1] / task.output, content)
+                with part.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(_row(task, outcome, content)) + "\n")
             progress.update(len(batch))
 
 
@@ -232,19 +288,14 @@ def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:
 
 def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
     """Every candidate of each image of one batch; without room for it, in smaller parts."""
-    images = _images(config, batch)
-    return in_parts(
-        [slice(0, len(batch))], lambda rows: _edit_batch(pipe, images[rows], batch[rows], batch[0].settings)
-    )
+    return in_parts([slice(0, len(batch))], lambda rows: _edit_batch(pipe, config, batch[rows]))
 
 
-def _edit_batch(
-    pipe: StableDiffusionPipeline, images: Tensor, batch: Sequence[Task], settings: Settings
-) -> list[list[Counterfactual]]:
-    pairs, size = [task.pair for task in batch], len(batch)
+def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
+    settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     inversion = invert(
         pipe,
-        images,
+        _images(config, batch),
         [pair.source for pair in pairs],
         method=settings.method,
         num_inference_steps=settings.num_inference_steps,
@@ -275,27 +326,17 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:
-    """One row of the manifest: what it is, what it should be, how it was made, what came of it and its hash.
-
-    Without content nothing passed: the row keeps the name that the file would have had.
-    """
-    about = {key: None if value != value else value for key, value in task.about.items()}
+    """One row of the manifest; without content nothing passed, and it has the name that the file would have had."""
     return {
         "file_name": task.output,
         "text": task.pair.target,
-        **about,
+        **task.about,
         "source_file": task.file_name,
         "source_text": task.pair.source,
         "edit": task.edit.key,
         **outcome,
         "sha256": hashlib.sha256(content).hexdigest() if content else "",
     }
-
-
-def _append(part: Path, row: dict[str, Any]) -> None:
-    """A row joins the part in one write; a line that a kill cut short is not JSON and does not count."""
-    with part.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _merge(out: Path) -> set[str]:
@@ -308,29 +349,21 @@ def _merge(out: Path) -> set[str]:
         elif (out / row["file_name"]).is_file() and file_hash(out / row["file_name"]) == row["sha256"]:
             made[row["file_name"]] = row
     for path, rows in ((out / MANIFEST, made), (out / REJECTS, rejected)):
-        if rows:
-            _write_table(path, [rows[name] for name in sorted(rows)])
+        if rows:  # as objects: numbers are written as they are read
+            table = pd.DataFrame([rows[name] for name in sorted(rows)], dtype=object)
+            write_text(path, table.to_csv(index=False, lineterminator="\n"))
     for part in (out / "parts").glob("*.jsonl"):
         part.unlink()
     return made.keys() | rejected.keys()
 
 
-def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not {"file_name", "sha256", "settings"} <= set(rows[0]):
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {"file_name", "sha256", "settings"} <= set(table):
         raise ValueError(f"{path} is no manifest of a bulk run: choose another output folder")
-    return rows
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _read_parts(out: Path) -> Iterator[dict[str, Any]]:
@@ -340,17 +373,3 @@ def _read_parts(out: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:  # cut short by a kill
                 logger.warning("%s: a row was cut short; its image is made again", part)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``accelerate launch -m prism_lib.apps.bulk CONFIG.json``."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    if len(argv) != 1:
-        sys.stderr.write("usage: accelerate launch -m prism_lib.apps.bulk CONFIG.json\n")
-        return 2
-    generate(load_config(argv[0]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,7 @@
 """What a bulk run has to make: a file of edits and a prepared folder become a list of tasks, checked to the last row.
 
-The file of edits is CSV, JSON or YAML, a row (or mapping) per edit:
-
-    file_name             an image of the prepared folder; empty or "all": every image that the edit applies to
-    edit                  a key ("remove_support_devices") or a sentence ("remove the pacemaker, keep the effusion")
-    source, target        instead of `edit`: two prompts in your own words; `words`, parted by "|", say what it is about
-    method, num_inference_steps, guidance_scale, ...   settings of this row; `EditConfig` has the further ones. What
-                          neither the row nor the run sets is the model's own recommendation for the edit
-    sweep                 settings to try, {"self_replace_steps": [0.2, 0.4]} (such text in CSV); the best is kept, as
-                          `guide`, `similarity`, `best`, `at_least` and `at_most` say (`Choice`)
-    seed                  of the noise, for methods that draw any (edit_friendly); each image draws its own from it
-
-Nothing here loads a model or writes an image; every error names the file and the row.
+The columns of a file of edits are listed in docs/your-data.md. Nothing here loads a model or writes an image; every
+error names the file and the row.
 """
 
 from __future__ import annotations
@@ -25,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from prism_lib.apps.profiles import coerce, one_line
@@ -42,8 +32,8 @@ ALL = "all"
 MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
 MOST_CANDIDATES = 256
 _WHAT = ("file_name", "edit", "source", "target", "words")
-# Settings of single edits, with values that show their types. The size of batches is the run's, or a row's result could
-# depend on its neighbours.
+# Settings of single edits, with values of their types. `batch_size` is the run's, or a row's result could depend on its
+# neighbours.
 _EDIT = {name: value for name, value in asdict(EditConfig()).items() if name not in ("mask", "batch_size")}
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -52,22 +42,13 @@ Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Choice:
-    """How the result of a row is chosen among candidates: the best of those that pass. The judge never scores.
+    """How the result of a row is chosen among candidates: the best of those that pass. The judge never scores."""
 
-    Args:
-        sweep: values to try by field of `EditConfig`, {"self_replace_steps": [0.2, 0.4]}: a candidate each.
-        guide: a classifier below PRISM_WEIGHTS that scores `guide` and `guide_gain`; "" for none.
-        similarity: a CLIP or SigLIP model that scores as `SimilarityScorer` says, such as `directional`: a folder, also
-            below PRISM_RUNS or PRISM_WEIGHTS, or a hub id; "" for none.
-        best: the score to maximise; "" for `guide_gain`, or for `directional` without a guide.
-        at_least, at_most: bounds by score that a candidate has to keep.
-    """
-
-    sweep: dict[str, Values] = field(hash=False)
-    guide: str = ""
-    similarity: str = ""
-    best: str = ""
-    at_least: dict[str, Bound] = field(default_factory=dict, hash=False)
+    sweep: dict[str, Values] = field(hash=False)  # values to try by field of `EditConfig`: a candidate each
+    guide: str = ""  # a classifier below PRISM_WEIGHTS
+    similarity: str = ""  # a CLIP or SigLIP model: a hub id, or a folder, also below PRISM_RUNS or PRISM_WEIGHTS
+    best: str = ""  # the score to maximise; "" for `guide_gain`, or for `directional` without a guide
+    at_least: dict[str, Bound] = field(default_factory=dict, hash=False)  # bounds by score
     at_most: dict[str, Bound] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +66,6 @@ class Choice:
 
     @property
     def criteria(self) -> Criteria:
-        """As `selection` takes them."""
         best = self.best or ("guide_gain" if self.guide else "directional")
         return Criteria(best, self.at_least, self.at_most)
 
@@ -98,29 +78,18 @@ _ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run 
 class BulkConfig:
     """A bulk run: every task of `edits` on the images in `data`, into `out`.
 
-    Args:
-        data: a prepared folder (`data.prepare`); `split` narrows it to one split.
-        edits: the file of edits, see the module.
-        model: as `models.load_pipeline` takes it.
-        method, num_inference_steps: of the inversion, where a row has none of its own.
-        edit: fields of `EditConfig`, where a row has none of its own; the model recommends the others.
-        seed: of the noise, for methods that draw any.
-        sweep, guide, similarity, best, at_least, at_most: the choice among candidates where something is swept.
-        batch_size: images per batch. Batches are the same whatever the number of processes, so the files are too.
-        precision: "no" for float32, "bf16" or "fp16": of the model's weights, see `models.load_pipeline`.
-        compile: see `models.compile_blocks`; worth its minute of compiling in long runs on GPUs.
-        bits: 8, or 16 for gray images: the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
-        threads: CPU threads of each process, 0 for torch's choice; rounding may depend on it.
+    `method` to `at_most` hold where a row has none of its own. Batches are the same whatever the number of processes,
+    so the files are too. With 16 bits the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
     """
 
-    data: str
+    data: str  # a prepared folder
     edits: str
     out: str
-    split: str = ""
+    split: str = ""  # "" for all
     model: str = SHIPPED
     method: str = RECOMMENDED
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    edit: dict[str, Any] = field(default_factory=dict, hash=False)
+    edit: dict[str, Any] = field(default_factory=dict, hash=False)  # fields of `EditConfig`
     seed: int = 0
     sweep: dict[str, Any] = field(default_factory=dict, hash=False)
     guide: str = ""
@@ -132,7 +101,7 @@ class BulkConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     bits: Literal[8, 16] = 8
-    threads: Annotated[int, Field(ge=0)] = 1
+    threads: Annotated[int, Field(ge=0)] = 1  # CPU threads of each process, 0 for torch's choice
 
     def __post_init__(self) -> None:
         method_of(self.method)
@@ -141,18 +110,18 @@ class BulkConfig:
 
 @plain_dataclass(frozen=True)
 class Settings:
-    """How a task is edited; tasks share a batch only with equal settings. `edit` replaces what the model recommends."""
+    """How a task is edited; tasks share a batch only with equal settings."""
 
     method: str
     num_inference_steps: int
-    edit: Mapping[str, Any] = field(hash=False)
+    edit: Mapping[str, Any] = field(hash=False)  # replaces what the model recommends
     seed: int | None = None
     choice: Choice | None = None
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
         """The fields of `EditConfig` that are set, for everything that is tried for an image."""
-        return [dict(self.edit)] if self.choice is None else [dict(one) for one in grid(self.edit, **self.choice.sweep)]
+        return [dict(one) for one in grid(self.edit, **(self.choice.sweep if self.choice else {}))]
 
     @property
     def text(self) -> str:
@@ -162,26 +131,15 @@ class Settings:
 
 @plain_dataclass(frozen=True)
 class Task:
-    """One counterfactual to make: an image, its edit and prompts, and what the result's labels are.
-
-    `row` counts the rows of the file of edits from 1; `output` is the path below `out`, "" until the model is known.
-    """
+    """One counterfactual to make: an image, its edit and prompts, and what the result's labels are."""
 
     file_name: str
     edit: Edit
     pair: PromptPair
     settings: Settings
     about: Mapping[str, Any]  # patient, split and labels of the counterfactual, for the manifest
-    row: int
-    output: str = ""
-
-
-def load_config(path: str | Path) -> BulkConfig:
-    """The configuration in a JSON file; ValueError names the file and the field that does not fit."""
-    try:
-        return TypeAdapter(BulkConfig).validate_json(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no configuration of a bulk run: {one_line(error)}") from None
+    row: int  # of the file of edits, from 1
+    output: str = ""  # the path below `out`, "" until the model is known
 
 
 def configured(config: BulkConfig, given: Iterable[tuple[str, Any]]) -> BulkConfig:
@@ -197,11 +155,6 @@ def configured(config: BulkConfig, given: Iterable[tuple[str, Any]]) -> BulkConf
         else:
             raise ValueError(f"unknown setting {name!r}; known: {', '.join((*own, *_EDIT))}")
     return replace(config, **changed, edit=edit)
-
-
-def config_json(config: BulkConfig) -> str:
-    """The configuration as `load_config` reads it."""
-    return json.dumps(asdict(config), indent=2) + "\n"
 
 
 def plan(config: BulkConfig) -> list[Task]:

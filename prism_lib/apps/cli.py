@@ -1,7 +1,7 @@
-"""Run the notebooks of a profile in order: the `prism` command.
+"""The `prism` command: run the notebooks of a profile in order, or make counterfactuals in bulk.
 
-Everything that can be wrong with what is asked is found before the first notebook starts
-(`apps.profiles`). Executed copies and the state that `--resume` reads are left in `runs/<name>/`.
+Faults of a command or a profile are found before the first notebook starts (`apps.profiles`). Executed copies and the
+state that `--resume` reads are left in `runs/<name>/`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,33 +32,32 @@ class NotebookFailedError(RuntimeError):
     """A notebook stopped; the message says which, where and why."""
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    folder: Path,
-    *,
-    resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-) -> dict[str, float]:
-    """Run the jobs in order into ``folder`` and return the seconds of each; the first failure stops the run.
+def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> float:
+    """Run the jobs in order into ``folder`` and return the seconds it took; the first failure stops the run.
 
-    With ``resume``, notebooks at the front whose key stands in the folder's state are not run again.
+    With ``resume``, notebooks at the front whose key stands in the folder's `state.json` are not run again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _State(folder / "state.json")
-    seconds: dict[str, float] = {}
+    state, done, total = folder / "state.json", {}, 0.0
+    with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged: no notebook counts as finished
+        done = dict(json.loads(state.read_text(encoding="utf-8")))
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.name}"
-        if resume and not seconds and state.finished(job):
-            report(f"{head}: unchanged since it last ran, skipped")
+        copy = folder / job.notebook.name
+        if resume and not total and done.get(job.name, {}).get("key") == job.key and copy.is_file():
+            print(f"{head}: unchanged since it last ran, skipped", flush=True)
             continue
-        report(head)
-        state.forget_from(job)
+        print(head, flush=True)
+        # A notebook that runs again makes stale whatever came after it.
+        done = {name: entry for name, entry in done.items() if name < job.name}
+        write_text(state, json.dumps(done, indent=2) + "\n")
         start = time.perf_counter()
         execute(job, folder)
-        seconds[job.name] = time.perf_counter() - start
-        state.finish(job, seconds[job.name])
-        report(f"{head}: {seconds[job.name]:.1f} s")
-    return seconds
+        seconds = time.perf_counter() - start
+        done[job.name] = {"key": job.key, "seconds": round(seconds, 1)}
+        write_text(state, json.dumps(done, indent=2) + "\n")
+        print(f"{head}: {seconds:.1f} s", flush=True)
+        total += seconds
+    return total
 
 
 def execute(job: Job, folder: Path) -> None:
@@ -107,34 +106,6 @@ def _kernel(cwd: Path) -> Iterator[Any]:
         run_sync(kernel.shutdown_kernel)(now=True)
 
 
-class _State:
-    """Which notebooks finished with which key: `state.json` of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # none, or damaged: nothing is known to be finished
-            content = {}
-        self.done: dict[str, dict[str, Any]] = content if isinstance(content, dict) else {}
-
-    def finished(self, job: Job) -> bool:
-        copy = self.path.parent / job.notebook.name
-        return self.done.get(job.name, {}).get("key") == job.key and copy.is_file()
-
-    def forget_from(self, job: Job) -> None:
-        """A notebook that runs again makes stale whatever came after it."""
-        self.done = {name: entry for name, entry in self.done.items() if name < job.name}
-        self._write()
-
-    def finish(self, job: Job, seconds: float) -> None:
-        self.done[job.name] = {"key": job.key, "seconds": round(seconds, 1)}
-        self._write()
-
-    def _write(self) -> None:
-        write_text(self.path, json.dumps(self.done, indent=2) + "\n")
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -152,20 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
     run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
-    run.add_argument(
-        "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
-        help="another value for a parameter; figures then go to the run's own folder",
-    )  # fmt: skip
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
     generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
     generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
     generate.add_argument("--out", required=True, metavar="FOLDER", help="where images and metadata.csv go")
     generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
     generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
-    generate.add_argument(
-        "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"),
-        help="another setting: split, model, method, num_inference_steps, bits, guidance_scale, ...",
-    )  # fmt: skip
+    more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
+    value = "another value for a parameter; figures then go to the run's own folder"
+    for verb, text in ((run, value), (generate, more)):
+        verb.add_argument(
+            "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"), help=text
+        )
     verbs.add_parser("profiles", help="list the profiles")
     figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
     figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
@@ -218,30 +187,25 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def launch(config: BulkConfig, processes: int) -> None:
-    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
+    """`bulk.generate` in this process or in several, which end with it; RuntimeError if one of them fails.
 
-    0 processes stands for one per GPU, or without one for a process per CPU core, four at most. The processes end with
-    this one. On CPUs the model is loaded once and they are forked from there, which halves the seconds that a start
-    takes. They are spawned where a fork would break a GPU, a pool of threads, a compiler or the libraries of macOS.
+    0 stands for one process per GPU, or without one for `processes_for`. On CPUs the model is loaded once and processes
+    are forked from there, which halves the seconds that a start takes. They are spawned where a fork would break a GPU,
+    a pool of threads, a compiler or the libraries of macOS.
     """
     import torch
     from torch import multiprocessing
 
-    from prism_lib.apps.bulk_plan import config_json
+    from prism_lib.apps import bulk
     from prism_lib.devices import processes_for
 
     gpus = torch.cuda.device_count()
     processes = processes or gpus or processes_for()
     if processes == 1:
-        from prism_lib.apps.bulk import generate
-
-        generate(config)
+        bulk.generate(config)
         return
-    write_text(Path(config.out) / "config.json", config_json(config))
     method, pipe = "spawn", None
     if not gpus and config.threads == 1 and not config.compile and sys.platform == "linux":
-        from prism_lib.apps import bulk
-
         with bulk.threads(1):
             method, pipe = "fork", bulk.load_pipeline(config.model, config.precision, device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -257,14 +221,9 @@ def launch(config: BulkConfig, processes: int) -> None:
 
 def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: Any) -> None:
     """One process of several, with the variables by which torch.distributed finds the others."""
-    place: dict[str, object] = {
-        "RANK": index,
-        "LOCAL_RANK": index,
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
-    }
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": config.threads or 1}
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(config.threads or 1)}
     from accelerate.state import AcceleratorState
 
     from prism_lib.apps.bulk import generate
@@ -274,7 +233,7 @@ def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: An
 
 
 def _check_figures(datasets: Sequence[str]) -> int:
-    """Report which figures, tables and pages do not follow from the records; 1 if there are any."""
+    """Print which figures, tables and pages do not follow from the records; 1 if there are any."""
     from prism_lib.reporting.pages import check_figures  # it imports pandas
 
     folder = paths.root() / "figures"
@@ -295,34 +254,23 @@ def _check_figures(datasets: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     profile = load_profile(options.profile)
     overrides = [tuple(pair) for pair in options.overrides]
-    name = options.name or _run_name(profile.name, overrides)
+    # The digest of the values of `-p`: the same trial finds its folder again.
+    trial = f"-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}" if overrides else ""
+    name = options.name or profile.name + trial
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"--name {name!r} cannot name a folder: letters, digits, '-', '_' and '.' only")
     folder = paths.runs() / name
     committed = profile.figures == "figures" and not overrides
-    jobs = plan(
-        profile,
-        overrides,
-        start=options.start,
-        only=options.only,
-        figures_dir=None if committed else folder / "figures",
-    )
-    where = "figures/" if committed else str(folder / "figures")
-    print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {where}", flush=True)
+    figures = None if committed else folder / "figures"
+    jobs = plan(profile, overrides, start=options.start, only=options.only, figures_dir=figures)
+    print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)
     try:
-        seconds = run_jobs(jobs, folder, resume=options.resume, report=lambda line: print(line, flush=True))
+        seconds = run_jobs(jobs, folder, resume=options.resume)
     except (NotebookFailedError, KeyboardInterrupt) as error:
         print(f"prism: {str(error) or 'interrupted'}\nto go on: {_resume_command(options)}", file=sys.stderr)
         return 1
-    print(f"{profile.name}: done in {sum(seconds.values()) / 60:.1f} min", flush=True)
+    print(f"{profile.name}: done in {seconds / 60:.1f} min", flush=True)
     return 0
-
-
-def _run_name(profile: str, overrides: Sequence[tuple[str, ...]]) -> str:
-    """The profile's name, with a digest of the values of `-p`: the same trial finds its folder again."""
-    if not overrides:
-        return profile
-    return f"{profile}-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}"
 
 
 def _resume_command(options: argparse.Namespace) -> str:

@@ -19,9 +19,8 @@ import torch
 import prism_lib
 from prism_lib import devices, paths, records
 
-WEIGHTS, JUDGE = "phantom-sd", "phantom-judge"
-FREE_GB = 5.0
-MEMORY_GB = 4.0
+WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
+FREE_GB, MEMORY_GB = 5.0, 4.0
 _IMPORT_SECONDS = 120
 
 
@@ -44,7 +43,7 @@ def report(show: Callable[[str], None]) -> int:
         noted += not check.required and not check.ok
         verdict = "ok" if check.ok else "FAILED" if check.required else "note"
         show(f"{verdict:<7} {check.name:<11} {check.detail}")
-        if not check.ok and check.remedy:
+        if not check.ok:
             show(f"{'':<7} {'':<11} -> {check.remedy}")
     if failed:
         show(f"\n{failed} of these must be put right before the notebooks run; do what the arrows say.")
@@ -61,13 +60,13 @@ def checks() -> Iterator[Check]:
     yield _threads()
     yield _memory()
     yield _torchvision()
-    yield _weights()
-    judge = paths.weights() / JUDGE
-    whole = (judge / "model.safetensors").is_file()
+    remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
+    yield _present("weights", paths.weights() / WEIGHTS / "model_index.json", remedy)
     remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"
-    yield Check("judge", whole, str(judge) if whole else f"no {judge / 'model.safetensors'}", remedy, required=False)
-    for name, folder in {"data": paths.data(), "runs": paths.runs(), "figures": paths.root() / "figures"}.items():
-        yield _writable(name, folder)
+    yield _present("judge", paths.weights() / JUDGE / "model.safetensors", remedy, required=False)
+    yield _writable("data", paths.data(), "PRISM_DATA can name another folder")
+    yield _writable("runs", paths.runs(), "PRISM_RUNS can name another folder")
+    yield _writable("figures", paths.root() / "figures", "take another checkout")
     free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
     remedy = "free some, or let PRISM_RUNS and PRISM_DATA name folders on a larger disk"
     yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", remedy, required=False)
@@ -85,14 +84,14 @@ def _device() -> Check:
 def _threads() -> Check:
     """Threads that wait by spinning take the cores from other processes, so from the second one of a bulk run."""
     policy = os.environ["OMP_WAIT_POLICY"]
+    detail, remedy = f"{torch.get_num_threads()}, which wait without spinning", ""
     if policy.upper() != "PASSIVE":
+        detail = f"OMP_WAIT_POLICY is {policy}: waiting threads spin"
         remedy = "unset OMP_WAIT_POLICY, or set it to PASSIVE"
-        return Check("threads", False, f"OMP_WAIT_POLICY is {policy}: waiting threads spin", remedy, required=False)
-    if prism_lib.SET_TOO_LATE:
+    elif prism_lib.SET_TOO_LATE:
         detail = "OMP_WAIT_POLICY was not set when torch was loaded: waiting threads spin"
         remedy = "import prism_lib before torch, or set OMP_WAIT_POLICY=PASSIVE in the shell"
-        return Check("threads", False, detail, remedy, required=False)
-    return Check("threads", True, f"{torch.get_num_threads()}, which wait without spinning")
+    return Check("threads", not remedy, detail, remedy, required=False)
 
 
 def _memory() -> Check:
@@ -109,34 +108,21 @@ def _torchvision() -> Check:
     """A torchvision built for another torch breaks every package that looks for one; PRISM needs none."""
     if importlib.util.find_spec("torchvision") is None:
         return Check("torchvision", True, "not installed, and not needed")
-    try:
-        # In a process of its own: a broken one can take the interpreter down.
-        subprocess.run(
-            [sys.executable, "-c", "import torchvision"], check=True, capture_output=True, timeout=_IMPORT_SECONDS
-        )
+    command = [sys.executable, "-c", "import torchvision"]
+    try:  # in a process of its own: a broken one can take the interpreter down
+        subprocess.run(command, check=True, capture_output=True, timeout=_IMPORT_SECONDS)
     except (subprocess.SubprocessError, OSError):
-        remedy = f"{sys.executable} -m pip uninstall torchvision"
-        return Check(
-            "torchvision", False, f"installed, but cannot be imported beside torch {torch.__version__}", remedy
-        )
+        detail = f"installed, but cannot be imported beside torch {torch.__version__}"
+        return Check("torchvision", False, detail, f"{sys.executable} -m pip uninstall torchvision")
     return Check("torchvision", True, "installed and whole; PRISM does not need it")
-
-
-def _weights() -> Check:
-    index = paths.weights() / WEIGHTS / "model_index.json"
-    if index.is_file():
-        return Check("weights", True, str(index.parent))
-    remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
-    return Check("weights", False, f"no {index}", remedy)
 
 
 def _versions() -> Check:
     lock = paths.root() / "requirements.lock"
     if not lock.is_file():
         return Check("versions", False, f"no {lock}", "install from a checkout to compare them", required=False)
-    pinned = dict(
-        line.split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line and line[0] != "#"
-    )
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
     missing, other = [], []
     for package, wanted in pinned.items():
         try:
@@ -149,23 +135,22 @@ def _versions() -> Check:
     remedy = f"{sys.executable} -m pip install --requirement {lock.name}"
     if missing:
         return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)
-    return Check(
-        "versions",
-        not other,
-        ", ".join(other) or f"all {len(pinned)} packages as in {lock.name}",
-        remedy,
-        required=False,
-    )
+    detail = ", ".join(other) or f"all {len(pinned)} packages as in {lock.name}"
+    return Check("versions", not other, detail, remedy, required=False)
 
 
-def _writable(name: str, folder: Path) -> Check:
+def _present(name: str, file: Path, remedy: str, required: bool = True) -> Check:
+    whole = file.is_file()
+    return Check(name, whole, str(file.parent) if whole else f"no {file}", remedy, required)
+
+
+def _writable(name: str, folder: Path, remedy: str) -> Check:
     """Whether a file can be made in the folder, or in the nearest one above it that exists."""
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             return Check(name, True, str(folder))
     except OSError as error:
-        remedy = f"PRISM_{name.upper()} can name another folder" if name != "figures" else "take another checkout"
         return Check(name, False, f"{place} cannot be written: {os.strerror(error.errno or 0)}", remedy)
 
 

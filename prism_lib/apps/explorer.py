@@ -1,7 +1,7 @@
 """The counterfactual explorer: `explore()` in a notebook gives a panel to click in.
 
-`apps.session` does the work and ipywidgets show it, so that it works in JupyterLab, VS Code
-and Voila alike. Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
+`apps.session` does the work and ipywidgets show it, so it works in JupyterLab, VS Code and Voila. Edits run in the
+background; where no one can click, as under papermill, the notebook keeps a picture.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import base64
 import html
 import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 
 from prism_lib import records
-from prism_lib.apps.gallery import Case, Fault, sentence
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
-from prism_lib.apps.session import Outcome, Session
+from prism_lib.apps.session import Case, Fault, Outcome, Session, sentence
 from prism_lib.paths import SHIPPED
 from prism_lib.reporting import pictures, plots
 
@@ -51,12 +51,8 @@ def explore(
 ) -> Explorer:
     """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
-    Args:
-        judge: classifier below PRISM_WEIGHTS that reads every image; empty for none.
-        vocabulary: whose labels are offered, "phantom" or "chest".
-        mode: PIL's name for the model's images, "L" (gray) or "RGB".
-        seed, patient: the phantom patient to begin with.
-        steps: DDIM steps to begin with.
+    `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
+    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
     """
     return Explorer(Session.load(model, judge, vocabulary, mode), seed=seed, patient=patient, steps=steps)
 
@@ -67,23 +63,25 @@ class Explorer(widgets.VBox):
     def __init__(self, session: Session, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
         self.session = session
         self.outcome: Outcome | None = None
-        self.saved = ""
         self._started = 0.0
         self.result = ResultPanel(self._show)
         self.edit = EditPanel(session)
         self.settings = SettingsPanel(session, steps)
         self.source = SourcePanel(session, self._opened, seed, patient)
-        self.run = _button("Run", "play", "make the counterfactual", style="primary")
-        self.cancel = _button("Cancel", "stop", "stop after the step it is in", disabled=True)
+        self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
+        self.cancel = _button("Cancel", "stop", "stop after the step it is in", lambda _: session.cancel())
         self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "98%"})
         self.status = Line()
-        self.undo = _button("Undo", "undo", "back to the counterfactual before", disabled=True)
-        self.save = _button("Save", "save", "write image, original, mask, difference and record", disabled=True)
-        self.show_code = _button("Show code", "code", "three lines that give the same image", disabled=True)
+        guarded = self.result.guarded
+        self.undo = _button("Undo", "undo", "back to the counterfactual before", guarded(self._undo))
+        self.save = _button("Save", "save", "write image, original, mask, difference and record", guarded(self._save))
+        self.show_code = _button("Show code", "code", "three lines that give the same image", guarded(self._code))
         self.files = widgets.HTML()
-        self._connect()
+        for control in (self.settings.mask, self.settings.rows, self.settings.columns):
+            control.observe(self.settings.guarded(self._show_box), "value")
+        buttons = widgets.HBox([self.run, self.cancel])
         controls = widgets.VBox(
-            [self.source, self.edit, widgets.HBox([self.run, self.cancel]), self.progress, self.status, self.settings],
+            [self.source, self.edit, buttons, self.progress, self.status, self.settings],
             layout={"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"},
         )
         shown = widgets.VBox(
@@ -95,23 +93,16 @@ class Explorer(widgets.VBox):
         body = widgets.HBox([controls, shown], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
+        self.cancel.disabled = True
+        self._enable()
         self.source.guarded(self.source.open_phantom)()
-
-    def _connect(self) -> None:
-        self.run.on_click(self._run)
-        self.cancel.on_click(lambda _: self.session.cancel())
-        self.undo.on_click(self.result.guarded(self._undo))
-        self.save.on_click(self.result.guarded(self._save))
-        self.show_code.on_click(self.result.guarded(self._code))
-        for control in (self.settings.mask, self.settings.rows, self.settings.columns):
-            control.observe(self.settings.guarded(self._show_box), "value")
 
     # --- what happens on a click -------------------------------------------------------------------
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
         self.outcome = None
-        self.result.show_case(case, self.session.notice)
+        self.result.show_case(case)
         self._show_box()
         self._enable()
 
@@ -121,20 +112,17 @@ class Explorer(widgets.VBox):
 
     def _run(self, _: Any) -> None:
         """Every complaint goes beside the control it is about."""
-        lines = {"image": self.source.line, "edit": self.edit.line, "settings": self.settings.line}
-        lines |= {"mask": self.settings.line, "run": self.status}
+        lines = {"image": self.source.line, "edit": self.edit.line, "settings": self.settings.line, "run": self.status}
         for line in lines.values():
             line.say("")
         try:
             edit = self.session.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
-            recipe = self.session.recipe(edit, **self.settings.values())
-            recipes = self.session.sweep(recipe, self.settings.sweep.value)
+            recipe, over = self.session.recipe(edit, **self.settings.values()), self.settings.sweep.value
             self._begin()
+            recipes = recipe.sweep(over) if over else [recipe]
             self.session.start(recipes, edit, progress=self._progress, preview=self._show, done=self._done)
-        except Fault as fault:
-            lines[fault.control].say(sentence(fault))
         except Exception as error:  # nothing that a click does may end in a traceback
-            self.settings.line.say(sentence(error))
+            lines[error.control if isinstance(error, Fault) else "settings"].say(sentence(error))
 
     def _begin(self) -> None:
         self._started = time.monotonic()
@@ -150,13 +138,12 @@ class Explorer(widgets.VBox):
     def _done(self, outcomes: list[Outcome], said: str) -> None:
         """Called from the thread of the run, whose last act it is."""
         self.run.disabled, self.cancel.disabled = False, True
+        self.progress.value = 0 if said else 1
         if said:
-            self.progress.value = 0
             self.status.say(said, "note" if said == "Cancelled." else "error")
             if self.outcome is not None and self.outcome.preview:
                 self._restore()
             return
-        self.progress.value = 1
         self.status.say(f"Done in {time.monotonic() - self._started:.1f} s.", "note")
         if self._at_hand(outcomes[0]):
             self.result.show_candidates(outcomes)
@@ -167,18 +154,17 @@ class Explorer(widgets.VBox):
         return self.session.case is not None and self.session.case.name == outcome.recipe.image
 
     def _show(self, outcome: Outcome) -> None:
-        if self.session.case is not None and self._at_hand(outcome):
+        if self._at_hand(outcome):
             self.outcome = outcome
-            self.result.show(outcome, self.session.case)
+            self.result.show(outcome)
             self._enable()
 
     def _restore(self) -> None:
         """The latest run of the image at hand, or the image alone."""
-        case = self.session.case
-        if case is None:
+        if self.session.case is None:
             return
         self.outcome = None
-        self.result.show_case(case, self.session.notice)
+        self.result.show_case(self.session.case)
         kept = [run for run in self.session.history if self._at_hand(run[0])]
         if kept:
             self.result.show_candidates(kept[-1])
@@ -191,15 +177,13 @@ class Explorer(widgets.VBox):
         self._restore()
 
     def _save(self, _: Any) -> None:
-        if self.outcome is None or self.outcome.preview:
-            raise Fault("run", "There is no counterfactual to save yet.")
-        self.saved = str(self.session.save(self.outcome))
-        self.files.value = f'<span class="prism-note">Saved in <code>{html.escape(self.saved)}</code></span>'
+        if self.outcome is not None:  # without one the button is disabled
+            saved = html.escape(str(self.session.save(self.outcome)))
+            self.files.value = f'<span class="prism-note">Saved in <code>{saved}</code></span>'
 
     def _code(self, _: Any) -> None:
-        if self.outcome is None or self.outcome.preview:
-            raise Fault("run", "There is no counterfactual to show the code of yet.")
-        self.files.value = f"<pre>{html.escape(self.session.code(self.outcome))}</pre>"
+        if self.outcome is not None:
+            self.files.value = f"<pre>{html.escape(self.session.code(self.outcome))}</pre>"
 
     def _enable(self) -> None:
         ready = self.outcome is not None and not self.outcome.preview
@@ -228,7 +212,7 @@ class Explorer(widgets.VBox):
         return bundle
 
 
-def _button(text: str, icon: str, tooltip: str, *, style: str = "", disabled: bool = False) -> widgets.Button:
-    return widgets.Button(
-        description=text, icon=icon, tooltip=tooltip, button_style=style, disabled=disabled, layout={"width": "118px"}
-    )
+def _button(text: str, icon: str, tooltip: str, act: Callable[..., None], **more: Any) -> widgets.Button:
+    button = widgets.Button(description=text, icon=icon, tooltip=tooltip, layout={"width": "118px"}, **more)
+    button.on_click(act)
+    return button

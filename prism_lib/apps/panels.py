@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,27 @@ import ipywidgets as widgets
 import numpy as np
 
 from prism_lib import paths
-from prism_lib.apps.gallery import Case, sentence
-from prism_lib.apps.session import Outcome, Session
+from prism_lib.apps.session import Case, Outcome, Session, sentence
 from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
-from prism_lib.editing.settings import EditConfig, recommended
+from prism_lib.editing.settings import recommended
 from prism_lib.language.edits import NO_EDIT
 from prism_lib.language.labels import label_state
 from prism_lib.reporting.pictures import MODES, before_after, difference, framed, overlay, png, view
 
 LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list
+STRENGTH = (
+    "guidance scale: how strongly the edit's words are followed. Where the edit adds something, the model's own "
+    "factor for the finding multiplies it; the result states the product"
+)
+SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
+LAYOUT = "share of steps with the original's cross-attention: more keeps things where they are"
 SLIDERS = {  # field of `EditConfig` -> name, greatest value, step, tooltip
-    "guidance_scale": (
-        "strength",
-        10.0,
-        0.5,
-        "guidance scale: how strongly the edit's words are followed. Where the edit adds something, the model's own "
-        "factor for the finding multiplies it; the result states the product",
-    ),
-    "self_replace_steps": (
-        "structure kept",
-        1.0,
-        0.05,
-        "share of steps with the original's self-attention: more keeps more of its shapes",
-    ),
-    "cross_replace_steps": (
-        "layout kept",
-        1.0,
-        0.05,
-        "share of steps with the original's cross-attention: more keeps things where they are",
-    ),
+    "guidance_scale": ("strength", 10.0, 0.5, STRENGTH),
+    "self_replace_steps": ("structure kept", 1.0, 0.05, SHAPES),
+    "cross_replace_steps": ("layout kept", 1.0, 0.05, LAYOUT),
     "word_weight": ("word weight", 4.0, 0.25, "attention to the words of the edit, while the layout is kept"),
 }
 SWEPT = {"four strengths": "guidance_scale", "four degrees of structure": "self_replace_steps"}
@@ -87,6 +76,11 @@ class Panel(widgets.VBox):
 
         return handler
 
+    def on_change(self, act: Callable[..., None], *controls: widgets.Widget) -> None:
+        """Call a guarded handler whenever a control has a new value."""
+        for control in controls:
+            control.observe(self.guarded(act), "value")
+
 
 class SourcePanel(Panel):
     """Choose a phantom patient, an image of a prepared folder, or a file."""
@@ -113,13 +107,12 @@ class SourcePanel(Panel):
         }
         self._form = widgets.VBox([self._forms["phantom"]])
         super().__init__("Image", [self.kind, self._form])
-        self.kind.observe(self.guarded(self._show_form), "value")
-        self.patient.observe(self.guarded(self.open_phantom), "value")
-        self.seed.observe(self.guarded(self.open_phantom), "value")
-        self.folder.observe(self.guarded(self._list_folder), "value")
-        self.row.observe(self.guarded(self._open_row), "value")
-        self.upload.observe(self.guarded(self._open_upload), "value")
-        self.path.observe(self.guarded(self._open_path), "value")
+        self.on_change(self._show_form, self.kind)
+        self.on_change(self.open_phantom, self.patient, self.seed)
+        self.on_change(self._list_folder, self.folder)
+        self.on_change(self._open_row, self.row)
+        self.on_change(self._open_upload, self.upload)
+        self.on_change(self._open_path, self.path)
 
     def open_phantom(self, change: Any = None) -> None:
         self._opened(self._session.open_phantom(self.seed.value, self.patient.value))
@@ -171,25 +164,20 @@ class EditPanel(Panel):
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
         for label, phrase in self._session.vocab.phrases.items():
-            known = label_state(label, case.labels.get(label))
-            verbs = ["remove", "add"] if known is None else ["remove" if known else "add"]
-            for verb in verbs:
-                self.buttons[verb, label] = widgets.ToggleButton(
-                    description=f"{verb} {phrase}", tooltip=f"press to {verb} {phrase}", layout={"width": "190px"}
-                )
-                self.buttons[verb, label].observe(self._exclude, "value")
-            rows += [
-                widgets.HBox([self.buttons[verb, label], widgets.HTML(_state(case, label) if verb == verbs[0] else "")])
-                for verb in verbs
-            ]
+            known, state = label_state(label, case.labels.get(label)), _state(case, label)
+            for verb in ["remove", "add"] if known is None else ["remove" if known else "add"]:
+                text, layout = f"{verb} {phrase}", {"width": "190px"}
+                button = widgets.ToggleButton(description=text, tooltip=f"press to {text}", layout=layout)
+                button.observe(partial(self._exclude, "add" if verb == "remove" else "remove", label), "value")
+                self.buttons[verb, label] = button
+                rows.append(widgets.HBox([button, widgets.HTML(state)]))
+                state = ""
         self._rows.children = rows
 
-    def _exclude(self, change: Any) -> None:
+    def _exclude(self, verb: str, label: str, change: Any) -> None:
         """A label cannot be both removed and added."""
-        pressed = next(key for key, button in self.buttons.items() if button is change["owner"])
-        other = self.buttons.get(("add" if pressed[0] == "remove" else "remove", pressed[1]))
-        if change["new"] and other is not None:
-            other.value = False
+        if change["new"] and (verb, label) in self.buttons:
+            self.buttons[verb, label].value = False
 
     def pressed(self, verb: str) -> list[str]:
         """The labels whose button for this verb is down."""
@@ -203,33 +191,28 @@ class SettingsPanel(Panel):
         self._session, self._file = session, ""
         self._usual = recommended(session.pipe, NO_EDIT)
         self.sliders = {}
+        slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
         for field, (name, high, step, tooltip) in SLIDERS.items():
             value = getattr(self._usual, field)
-            self.sliders[field] = _control(
-                widgets.FloatSlider, name, tooltip, value=value, max=max(high, value), step=step
-            )
-        choice, size = widgets.Dropdown, session.size
-        self.method = _control(
-            choice, "method", "inversion: what explains the image", options=list(METHODS), value=RECOMMENDED
-        )
-        self.steps = _control(
-            widgets.IntSlider, "steps", "DDIM steps: 20 is quick, 50 what the figures use", value=steps, min=2, max=100
-        )
+            self.sliders[field] = _control(slider, name, tooltip, value=value, max=max(high, value), step=step)
+        about = "inversion: what explains the image"
+        self.method = _control(choice, "method", about, options=list(METHODS), value=RECOMMENDED)
+        about = "DDIM steps: 20 is quick, 50 what the figures use"
+        self.steps = _control(widgets.IntSlider, "steps", about, value=steps, min=2, max=100)
         about = "run the edit at several values of a setting and choose by eye"
         self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
         about = "where the edit may show; all other pixels stay the input's own, bit for bit"
         self.mask = _control(choice, "mask", about, options=["automatic", "off", "rectangle", "file"])
-        half = {"value": (size // 4, 3 * size // 4), "max": size}
-        self.rows = _control(widgets.IntRangeSlider, "rows", "top and bottom of the rectangle, in pixels", **half)
-        self.columns = _control(widgets.IntRangeSlider, "columns", "left and right of the rectangle, in pixels", **half)
-        self.mask_file = widgets.FileUpload(
-            accept=ACCEPT, description="upload mask", tooltip="an image, white where the edit may show"
-        )
+        half = {"value": (session.size // 4, 3 * session.size // 4), "max": session.size}
+        self.rows = _control(pixels, "rows", "top and bottom of the rectangle, in pixels", **half)
+        self.columns = _control(pixels, "columns", "left and right of the rectangle, in pixels", **half)
+        about = "an image, white where the edit may show"
+        self.mask_file = widgets.FileUpload(accept=ACCEPT, description="upload mask", tooltip=about)
         self._mask_form = widgets.VBox()
         controls = [self.method, self.steps, self.sweep, self.mask, self._mask_form]
         super().__init__("How", [*self.sliders.values(), *controls])
-        self.mask.observe(self.guarded(self._show_mask_form), "value")
-        self.mask_file.observe(self.guarded(self._read_mask), "value")
+        self.on_change(self._show_mask_form, self.mask)
+        self.on_change(self._read_mask, self.mask_file)
 
     def _show_mask_form(self, change: Any) -> None:
         forms = {"rectangle": [self.rows, self.columns], "file": [self.mask_file]}
@@ -280,16 +263,13 @@ class ResultPanel(Panel):
 
     def __init__(self, chosen: Callable[[Outcome], None]) -> None:
         self._chosen = chosen
-        self._before: np.ndarray | None = None
-        self._after: np.ndarray | None = None
+        self._before = self._after = np.zeros((1, 1, 3), np.uint8)
         self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
         self.compare, self.difference, self.mask = (
             widgets.Image(format="png", layout={"width": side, "height": side}) for side in (LARGE, SMALL, SMALL)
         )
-        self.share = widgets.FloatSlider(
-            value=1.0, min=0, max=1, step=0.01, readout=False, layout={"flex": "1 1 auto"},
-            tooltip="slide from the original to the counterfactual",
-        )  # fmt: skip
+        about, wide = "slide from the original to the counterfactual", {"flex": "1 1 auto"}
+        self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
         self.share.add_class("prism-slider")
         self.mode = widgets.ToggleButtons(
             options=list(MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
@@ -297,28 +277,21 @@ class ResultPanel(Panel):
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
         ends = [_caption("original"), self.share, _caption("counterfactual")]
         large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
-        small = [
-            _caption("difference: red is brighter, blue darker", SMALL),
-            self.difference,
-            _caption("where the edit may show", SMALL),
-            self.mask,
-        ]
-        pictures = widgets.HBox(
-            [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)],
-            layout={"flex_flow": "row wrap"},
-        )
+        small = [_caption("difference: red is brighter, blue darker", SMALL), self.difference]
+        small += [_caption("where the edit may show", SMALL), self.mask]
+        columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
+        pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
         self.share.observe(self._draw, "value")
         self.mode.observe(self._draw, "value")
 
-    def show_case(self, case: Case, notice: str) -> None:
+    def show_case(self, case: Case) -> None:
         """A new image, not edited yet."""
         self._before = self._after = view(case.image[0])
-        blank = np.full_like(self._before, 255)
         self._draw()
-        self.difference.value, self.mask.value = png(blank), png(self._before)
+        self.difference.value, self.mask.value = png(np.full_like(self._before, 255)), png(self._before)
         self.caption.say(f"{case.title}: not edited yet.", "note")
-        self.warning.say(notice, "warning")
+        self.warning.say(case.notice, "warning")
         self.scores.value, self.candidates.children = "", []
 
     def show_box(self, case: Case, box: tuple[int, int, int, int] | None) -> None:
@@ -326,45 +299,37 @@ class ResultPanel(Panel):
         picture = view(case.image[0])
         self.mask.value = png(picture if box is None else framed(picture, box))
 
-    def show(self, outcome: Outcome, case: Case) -> None:
+    def show(self, outcome: Outcome) -> None:
         """One counterfactual."""
-        result = outcome.result
+        result, used = outcome.result, outcome.used
         self._before, self._after = view(result.factual), view(result.image)
         self._draw()
         self.difference.value = png(difference(result.image, result.factual))
         self.mask.value = png(overlay(result.factual, result.mask))
-        what = outcome.edit.key.replace("_", " ") if not outcome.edit.source else outcome.edit.target
-        steps = f"quick look at {outcome.recipe.steps} steps" if outcome.preview else f"{outcome.recipe.steps} steps"
-        used = _used(outcome)
+        what = outcome.edit.target or outcome.edit.key.replace("_", " ")
+        steps = f"{'quick look at ' if outcome.preview else ''}{outcome.recipe.steps} steps"
         ready = f"{steps}, strength {used.guidance_scale * used.addition_factor:g}"
-        self.caption.say(f"{case.title}: {what} ({ready})", "note")
+        self.caption.say(f"{outcome.case.title}: {what} ({ready})", "note")
         self.warning.say(outcome.notice, "warning")
-        self.scores.value = _score_table(outcome, case)
+        self.scores.value = _score_table(outcome)
 
     def show_candidates(self, outcomes: Sequence[Outcome]) -> None:
         """Thumbnails to choose from, where there is more than one."""
         self.candidates.children = [self._thumbnail(outcome) for outcome in outcomes] if len(outcomes) > 1 else []
 
     def _thumbnail(self, outcome: Outcome) -> widgets.Widget:
-        used = _used(outcome)
-        choose = widgets.Button(
-            description=f"choose {used.guidance_scale:g} / {used.self_replace_steps:g}",
-            tooltip="strength / structure kept: show this candidate", layout={"width": "130px"},
-        )  # fmt: skip
+        text = f"choose {outcome.used.guidance_scale:g} / {outcome.used.self_replace_steps:g}"
+        about, layout = "strength / structure kept: show this candidate", {"width": "130px"}
+        choose = widgets.Button(description=text, tooltip=about, layout=layout)
         choose.on_click(self.guarded(lambda _: self._chosen(outcome)))
         picture = widgets.Image(value=png(view(outcome.result.image)), format="png", width=130, height=130)
-        return widgets.VBox([picture, choose, widgets.HTML(_short_scores(outcome))], layout={"margin": "4px 8px 0 0"})
+        scores = outcome.scores
+        name, label = ("true_error_ratio", "error") if "true_error_ratio" in scores else ("change", "change")
+        short = widgets.HTML(f"{label} {scores[name]:.3f}<br>SSIM {scores['ssim']:.3f}")
+        return widgets.VBox([picture, choose, short], layout={"margin": "4px 8px 0 0"})
 
     def _draw(self, change: Any = None) -> None:
-        if self._before is not None and self._after is not None:
-            shown = before_after(self._before, self._after, self.share.value, self.mode.value)
-            self.compare.value = png(shown)
-
-
-def _used(outcome: Outcome) -> EditConfig:
-    """The settings that an outcome was made with."""
-    assert isinstance(outcome.result.settings, EditConfig)
-    return outcome.result.settings
+        self.compare.value = png(before_after(self._before, self._after, self.share.value, self.mode.value))
 
 
 def _caption(text: str, width: str = "auto") -> widgets.HTML:
@@ -381,20 +346,17 @@ _NAMES = {
 }
 
 
-def _score_table(outcome: Outcome, case: Case) -> str:
-    measured = [(*_NAMES[name], outcome.scores[name]) for name in _NAMES if name in outcome.scores]
-    numbers = "".join(f"<tr><td>{name}</td><td>{value:.3f}</td><td>{unit}</td></tr>" for name, unit, value in measured)
-    read = {label: outcome.scores.get(f"reads {label}") for label in case.readings}
-    judged = "".join(
-        f"<tr><td>{html.escape(label)}</td><td>{case.readings[label]:.2f} → {after:.2f}</td><td></td></tr>"
-        for label, after in read.items()
-        if after is not None
-    )
-    head = "<tr><th>judge</th><th>before → after</th><th></th></tr>" if judged else ""
-    return f"<table>{head}{judged}<tr><th>measured</th><th></th><th></th></tr>{numbers}</table>"
+def _score_table(outcome: Outcome) -> str:
+    scores = outcome.scores
+    rows = [
+        (html.escape(label), f"{before:.2f} → {scores[f'reads {label}']:.2f}", "")
+        for label, before in outcome.case.readings.items()
+    ]
+    head = "<tr><th>judge</th><th>before → after</th><th></th></tr>" if rows else ""
+    numbers = [(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in _NAMES.items() if name in scores]
+    judged, measured = ("".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in part) for part in (rows, numbers))
+    return f"<table>{head}{judged}<tr><th>measured</th><th></th><th></th></tr>{measured}</table>"
 
 
-def _short_scores(outcome: Outcome) -> str:
-    name = "true_error_ratio" if "true_error_ratio" in outcome.scores else "change"
-    label = "error" if name == "true_error_ratio" else "change"
-    return f"{label} {outcome.scores[name]:.3f}<br>SSIM {outcome.scores['ssim']:.3f}"
+def _cell(text: str) -> str:
+    return f"<td>{text}</td>"

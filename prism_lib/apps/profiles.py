@@ -1,8 +1,7 @@
 """Profiles: what papermill injects into which notebook, checked before anything runs.
 
-A profile is `notebooks/profiles/<name>.yaml`: a line of description, where its figures go, and a section
-per notebook with its parameters. papermill itself only warns about a parameter that does not exist; here a
-name or a type that does not fit is an error, for a profile and for `-p` alike.
+A profile is `notebooks/profiles/<name>.yaml`: a line of description, where its figures go, and a section per notebook
+with its parameters. A name or a type that does not fit is an error, for a profile and for `-p` alike.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,7 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
     defaults = {}
     for statement in body:
         if isinstance(statement, ast.Assign | ast.AnnAssign):
-            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-            name = ast.unparse(target)
+            name = ast.unparse(statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0])
             try:
                 defaults[name] = ast.literal_eval(statement.value or "")
             except (ValueError, SyntaxError):
@@ -101,7 +100,11 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str):
-        value = _literal(value)
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            with suppress(yaml.YAMLError):  # YAML's `true`, `[a, b]`, `1e-4`; else text as it is
+                value = yaml.safe_load(value)
     if default is None:
         return value
     if isinstance(default, float) and type(value) is int:
@@ -123,17 +126,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _literal(text: str) -> Any:
-    """Text as a Python or YAML literal (`1e-4`, `true`, `[1, 2]`), else as itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-
-
 def plan(
     profile: Profile,
     overrides: Sequence[tuple[str, str]] = (),
@@ -142,12 +134,10 @@ def plan(
     only: Sequence[str] = (),
     figures_dir: Path | None = None,
 ) -> list[Job]:
-    """The notebooks to run, in order, with every parameter checked; nothing has run yet.
+    """The notebooks to run, in order, with every parameter checked.
 
-    Args:
-        overrides: names and values of `-p`, for every selected notebook that has the name.
-        start, only: the first notebook, or the ones to run, by number or by name.
-        figures_dir: where figures and records go instead of `figures/<dataset>/`.
+    `overrides` are the names and values of `-p`, for every selected notebook that has the name; `start` and `only`
+    select by number or by name; `figures_dir` replaces `figures/<dataset>/`.
     """
     if not profile.sections:
         raise UsageError(f"profile {profile.name!r} has no notebooks yet")
@@ -190,10 +180,10 @@ def _declared(name: str, profile: Profile) -> dict[str, Any]:
 def _select(names: Sequence[str], start: str | None, only: Sequence[str]) -> list[str]:
     def find(wanted: str) -> str:
         number = wanted.zfill(2) if wanted.isdigit() else None
-        matches = [name for name in names if wanted in (name, f"{name}.ipynb") or name.split("_")[0] == number]
-        if len(matches) != 1:
-            raise UsageError(f"no notebook {wanted!r} in this profile; it has {', '.join(names)}")
-        return matches[0]
+        for name in names:
+            if wanted in (name, f"{name}.ipynb") or name.split("_")[0] == number:
+                return name
+        raise UsageError(f"no notebook {wanted!r} in this profile; it has {', '.join(names)}")
 
     chosen = {find(wanted) for wanted in only} if only else set(names)
     first = names.index(find(start)) if start else 0

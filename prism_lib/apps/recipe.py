@@ -1,18 +1,17 @@
 """A recipe: all that decides one counterfactual, in words and numbers that fit on a line.
 
-Two runs of one recipe on one machine give the same image bit for bit, whether the first came from a click in the
-explorer or from a JSON file. An image is named by where it comes from, the edit by its two prompts, the model by its
-name.
+Two runs of one recipe on one machine give the same image bit for bit, from a click in the explorer or from a JSON file.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from pydantic.dataclasses import dataclass
@@ -25,56 +24,41 @@ from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
-from prism_lib.files import write_text
+from prism_lib.files import atomic, image_hash, write_text
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import image_factor, load_pipeline
-from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
+from prism_lib.reporting.pictures import gray_or_colour, png
 
-Box = tuple[int, int, int, int]
-MASKS = ("auto", "off")
+UPLOADS = "file:explorer/uploads/"  # below PRISM_RUNS
+SWEEPS: Mapping[str, tuple[float, ...]] = {
+    "guidance_scale": (1.0, 2.0, 3.5, 5.0),
+    "self_replace_steps": (0.0, 0.2, 0.4, 0.6),
+}
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Recipe:
-    """One counterfactual.
+    """One counterfactual: the prompts, the phrases that the edit is about, the model's name and how it is edited."""
 
-    Args:
-        image: "phantom:SEED/INDEX", or "file:PATH" with a path that is absolute or below PRISM_DATA or PRISM_RUNS.
-        source, target: the prompts; `source_words` and `target_words` are the phrases that the edit is about.
-        mode: PIL's name of the image's colours, "L" or "RGB".
-        method, steps: as in `inversion.invert`.
-        settings: fields of `EditConfig`; the model recommends the others.
-        mask: "auto", "off", a rectangle (top, left, bottom, right) in pixels, or "file:PATH" of a mask.
-    """
-
-    image: str
+    image: str  # "phantom:SEED/INDEX", or "file:PATH", absolute or below PRISM_DATA or PRISM_RUNS
     source: str
     target: str
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
     model: str = SHIPPED
-    mode: str = "L"
+    mode: str = "L"  # PIL's name of the image's colours, or "RGB"
     method: str = RECOMMENDED
     steps: int = 20
-    settings: dict[str, Any] = field(default_factory=dict, hash=False)
-    mask: Box | str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)  # fields of `EditConfig`
+    mask: tuple[int, int, int, int] | str = "auto"  # or "off", (top, left, bottom, right) in pixels, "file:PATH"
 
     def __post_init__(self) -> None:
         method_of(self.method)
-        if isinstance(self.mask, str) and self.mask not in MASKS and not self.mask.startswith("file:"):
+        if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
             raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
         EditConfig(**self.settings)
-
-    @property
-    def pair(self) -> PromptPair:
-        """The two prompts as `editing.edit` takes them."""
-        return PromptPair(self.source, self.target, self.source_words, self.target_words)
-
-    def check_steps(self, pipe: StableDiffusionPipeline) -> None:
-        """Raise ValueError if the model's schedule cannot be walked in so many steps."""
-        Schedule.from_config(pipe.scheduler.config, self.steps)
 
     @property
     def inversion_key(self) -> tuple[str, ...]:
@@ -84,7 +68,6 @@ class Recipe:
     def run(
         self,
         pipe: StableDiffusionPipeline | None = None,
-        image: Tensor | None = None,
         inversion: Inversion | None = None,
         mask: Tensor | None = None,
         callback: Callback | None = None,
@@ -92,14 +75,12 @@ class Recipe:
         """The counterfactual. What is given is not loaded or computed again; `callback` may raise to cancel."""
         pipe = load_pipeline(self.model) if pipe is None else pipe
         if inversion is None:
-            inversion = self.invert(
-                pipe, load_image(self.image, image_size(pipe), self.mode) if image is None else image, callback
-            )
+            inversion = self.invert(pipe, load_image(self.image, image_size(pipe), self.mode), callback)
         if mask is None:
             mask = self.mask_tensor(inversion.images)
         chosen = mask if mask is not None else str(self.mask)
-        settings = {**self.settings, "batch_size": 1}
-        return edit(pipe, inversion, [self.pair], settings, mask=chosen, callback=callback)[0]
+        pair = PromptPair(self.source, self.target, self.source_words, self.target_words)
+        return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
         """Abduction of the image (1, C, H, W) under the source prompt."""
@@ -117,16 +98,20 @@ class Recipe:
         mask[:, :, top:bottom, left:right] = 1
         return mask
 
+    def sweep(self, over: str) -> list[Recipe]:
+        """This recipe at several values of one setting."""
+        return [replace(self, settings={**self.settings, over: value}) for value in SWEEPS[over]]
+
     def code(self) -> str:
         """Three lines of Python that give the same image in a fresh kernel."""
         usual = asdict(Recipe("", "", "", (), ()))
         given = {name: value for name, value in vars(self).items() if value != usual.get(name)}
         arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        return f"from prism_lib.apps.recipe import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
+        return f"from prism_lib.apps import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 
-    def save(self, path: Path, more: Mapping[str, Any] | None = None) -> Path:
+    def save(self, path: Path, more: Mapping[str, Any]) -> Path:
         """Write the recipe as JSON, with `more` beside it; `Recipe.load` reads it back."""
-        return write_text(path, json.dumps({"recipe": asdict(self), **(more or {})}, indent=2) + "\n")
+        return write_text(path, json.dumps({"recipe": asdict(self), **more}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -147,9 +132,12 @@ def load_image(name: str, size: int, mode: str = "L") -> Tensor:
     kind, _, rest = name.partition(":")
     if kind == "phantom":
         return patients.render(phantom_patient(name), size)
-    if kind == "file":
-        return read_file(locate(rest), size, mode)
-    raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
+    if kind != "file":
+        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
+    for path in (paths.data() / rest, paths.runs() / rest):
+        if path.is_file():
+            return read_file(path, size, mode)
+    raise FileNotFoundError(f"there is no file {rest}, neither in {paths.data()} nor in {paths.runs()}")
 
 
 def phantom_patient(name: str) -> patients.Patients:
@@ -160,10 +148,19 @@ def phantom_patient(name: str) -> patients.Patients:
     return patients.sample_patients([int(index)], int(seed))
 
 
-def locate(path: str) -> Path:
-    """A file by its absolute path, or below PRISM_DATA or PRISM_RUNS."""
-    places = [place / path for place in (paths.data(), paths.runs())]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"there is no file {path}, neither in {paths.data()} nor in {paths.runs()}")
-    return found
+def upload_name(image: Tensor) -> str:
+    """The name of an uploaded image in a recipe: a file below PRISM_RUNS that its pixels decide."""
+    return f"{UPLOADS}{image_hash(image)[:16]}.png"
+
+
+def keep_upload(name: str, image: Tensor) -> None:
+    """Write an uploaded image (C, H, W) where `load_image` finds it, once and as it was prepared."""
+    path = paths.runs() / name.removeprefix("file:")
+    if name.startswith(UPLOADS) and not path.is_file():
+        write_png(path, gray_or_colour(image))
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write 8-bit levels (H, W) or (H, W, 3) atomically."""
+    with atomic(path) as partial:
+        partial.write_bytes(png(picture))

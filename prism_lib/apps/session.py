@@ -1,8 +1,7 @@
-"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, history, saved files.
+"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, saved files.
 
-A `Session` belongs to one person in one kernel. It runs in a thread of its own, one edit at a time, so that the kernel
-stays free; a flag that the callback of every step reads stops it within one step. What goes wrong is a `Fault`: a
-sentence, and the control beside which it should stand.
+A `Session` belongs to one person in one kernel. It runs one edit at a time in a thread of its own, which the callback
+of every step can stop. What goes wrong is a `Fault`: a sentence, and the control beside which it should stand.
 """
 
 from __future__ import annotations
@@ -11,42 +10,49 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib import paths, records
-from prism_lib.apps.gallery import UPLOADS, Case, Fault, Gallery, sentence
-from prism_lib.apps.recipe import Recipe, phantom_patient
+from prism_lib.apps.profiles import one_line
+from prism_lib.apps.recipe import (
+    Recipe,
+    image_size,
+    keep_upload,
+    load_image,
+    phantom_patient,
+    upload_name,
+    write_png,
+)
+from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.uploads import read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
-from prism_lib.files import atomic, image_hash
+from prism_lib.files import image_hash
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import Vocabulary, label_state, vocabulary
+from prism_lib.language.labels import PHANTOM, Labels, Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import encode_prompts, load_pipeline, told_apart
+from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.pictures import difference, gray_or_colour, png
+from prism_lib.reporting.pictures import difference, gray_or_colour
 
 logger = logging.getLogger(__name__)
 
 PREVIEW_STEPS = 5
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
-SWEEPS: Mapping[str, tuple[float, ...]] = {
-    "guidance_scale": (1.0, 2.0, 3.5, 5.0),
-    "self_replace_steps": (0.0, 0.2, 0.4, 0.6),
-}
 Progress = Callable[[float], None]
 
 
@@ -54,10 +60,36 @@ class CancelledError(Exception):
     """The run was cancelled between two steps."""
 
 
+class Fault(ValueError):
+    """A sentence for the person at the screen, and the control it belongs to."""
+
+    def __init__(self, control: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.control = control
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image (1, C, H, W) to edit, what is known of it, and a warning where it is unlike the training images."""
+
+    name: str  # in a `Recipe`
+    title: str
+    image: Tensor
+    labels: Labels  # 1, 0 or missing
+    readings: Mapping[str, float]  # the judge's probabilities
+    notice: str
+
+    def state(self, label: str) -> bool | None:
+        """Whether a label is present: as it is known, else as the judge reads it, else None."""
+        known = label_state(label, self.labels.get(label))
+        return self.readings[label] >= 0.5 if known is None and label in self.readings else known
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
 
+    case: Case
     recipe: Recipe
     edit: Edit
     result: Counterfactual
@@ -65,8 +97,14 @@ class Outcome:
     notice: str
     preview: bool = False
 
+    @property
+    def used(self) -> EditConfig:
+        """The settings that it was made with."""
+        assert isinstance(self.result.settings, EditConfig)
+        return self.result.settings
 
-class Session(Gallery):
+
+class Session:
     """A model, the image at hand, and every counterfactual made so far."""
 
     def __init__(
@@ -74,16 +112,19 @@ class Session(Gallery):
         pipe: StableDiffusionPipeline,
         model: str = SHIPPED,
         judge: Classifier | None = None,
-        vocab: Vocabulary | None = None,
+        vocab: Vocabulary = PHANTOM,
         reference: novelty.Reference | None = None,
         mode: str = "L",
     ) -> None:
-        super().__init__(pipe, model, judge, vocab, reference, mode)
+        self.pipe, self.model, self.judge, self.reference, self.mode = pipe, model, judge, reference, mode
+        self.vocab, self.size = vocab, image_size(pipe)
+        self.case: Case | None = None
         self.history: list[list[Outcome]] = []
         self.running = False
+        self._masks: dict[str, Tensor] = {}  # that were uploaded
         self._inversions: dict[tuple[str, ...], Inversion] = {}
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()
 
     @classmethod
     def load(cls, model: str = SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
@@ -91,11 +132,69 @@ class Session(Gallery):
         pipe = load_pipeline(model)
         return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
 
+    # --- the image at hand -------------------------------------------------------------------------
+
+    def open_phantom(self, seed: int, index: int) -> Case:
+        """A phantom patient, whose labels are known."""
+        name = f"phantom:{seed}/{index}"
+        labels = phantom_patient(name).labels().to_dict("records")[0]
+        known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
+        return self._open(name, f"phantom patient {index} of population {seed}", known)
+
+    def open_row(self, folder: Path, file_name: str) -> Case:
+        """An image of a prepared folder, with the labels of its table."""
+        table, labels = load_table(folder), load_info(folder)["labels"]
+        rows = table.loc[table["file_name"] == file_name, labels].to_dict("records")
+        if not rows:
+            raise Fault("image", f"{folder} has no image {file_name}.")
+        known = {str(label): float(value) for label, value in rows[0].items() if value in (0, 1)}
+        return self._open(f"file:{Path(folder).resolve() / file_name}", file_name, known)
+
+    def open_file(self, path: str) -> Case:
+        """An image file of this machine, without labels."""
+        return self._open(f"file:{Path(path).expanduser().resolve()}", Path(path).name, {})
+
+    def open_upload(self, name: str, content: bytes) -> Case:
+        """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
+        image = read_upload(name, content, self.size, self.mode)
+        return self._open(upload_name(image), name, {}, image)
+
+    def upload_mask(self, name: str, content: bytes) -> str:
+        """A mask from a file, white where the edit may show; returns its name in a recipe."""
+        image = read_upload(name, content, self.size)
+        self._masks[upload_name(image)] = image
+        return upload_name(image)
+
+    def _open(self, name: str, title: str, labels: Labels, image: Tensor | None = None) -> Case:
+        image = load_image(name, self.size, self.mode) if image is None else image
+        check_images(image, image_factor(self.pipe.vae))
+        self.case = Case(name, title, image, labels, self._readings(image), self._unlike(image))
+        return self.case
+
+    def _unlike(self, image: Tensor) -> str:
+        """That an image is unlike those the model was trained on and what to do about it, or nothing."""
+        if self.reference is None:
+            return ""
+        score = self.reference.scores(novelty.log_errors(self.pipe, image)).item()
+        if not self.reference.is_new(score):
+            return ""
+        return (
+            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, "
+            f"{self.reference.share:.0%} of its own kind stay below {self.reference.threshold:.1f}): do not read "
+            f"anything into the counterfactual. Load a model trained on such images, for example one from "
+            f'02_finetuning: explore("my-run/pipeline").'
+        )
+
+    def _readings(self, image: Tensor) -> dict[str, float]:
+        """The judge's probability of each of its labels on an image (1, C, H, W); {} without a judge."""
+        judge = self.judge
+        return {} if judge is None else dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
+
     # --- edits -------------------------------------------------------------------------------------
 
     def edit(self, remove: Sequence[str] = (), add: Sequence[str] = (), text: str = "") -> Edit:
         """The edit of toggled labels, or of words: a sentence, or "source prompt -> target prompt"."""
-        try:
+        with _faults_of("edit"):
             if text.strip() and (remove or add):
                 raise ValueError("Give the edit in words or by the buttons, not both.")
             if "->" in text:
@@ -106,54 +205,29 @@ class Session(Gallery):
             if not (remove or add):
                 raise ValueError("Say what should be different: press a button or write it.")
             return Edit(tuple(remove), tuple(add))
-        except ValueError as error:
-            raise Fault("edit", sentence(error)) from None
 
     def recipe(self, edit: Edit, settings: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
         """The recipe of an edit of the image at hand: fields of `EditConfig`, and `more` of `Recipe`."""
         if self.case is None:
             raise Fault("image", "Choose an image first.")
-        try:
+        with _faults_of("edit"):
             pair = edit.prompts(self._labels(self.case, edit), self.vocab)
             encode_prompts(self.pipe, [pair.source, pair.target])
-        except ValueError as error:
-            raise Fault("edit", sentence(error)) from None
-        try:
-            recipe = Recipe(
-                image=self.case.name,
-                source=pair.source,
-                target=pair.target,
-                source_words=pair.source_words,
-                target_words=pair.target_words,
-                model=self.model,
-                mode=self.mode,
-                settings=dict(settings or {}),
-                **more,
-            )
+        about = asdict(pair) | {"model": self.model, "mode": self.mode, "settings": dict(settings or {})}
+        with _faults_of("settings"):
+            recipe = Recipe(self.case.name, **about, **more)
             recommended(self.pipe, pair, **recipe.settings)  # do they go with what the model recommends?
-            recipe.check_steps(self.pipe)
-        except ValueError as error:
-            raise Fault("settings", sentence(error)) from None
-        try:
+            Schedule.from_config(self.pipe.scheduler.config, recipe.steps)
             if not isinstance(recipe.mask, str):
                 recipe.mask_tensor(self.case.image)
-        except ValueError as error:
-            raise Fault("mask", sentence(error)) from None
         return recipe
 
     def _labels(self, case: Case, edit: Edit) -> dict[str, float]:
         """What the source prompt may say: what is known, and what the judge reads of labels that stay as they are."""
         edited = {self.vocab.owners.get(name, name) for name in (*edit.remove, *edit.add)}
-        known = {label for label in self.vocab.phrases if label_state(label, case.labels.get(label)) is not None}
+        known = {label for label, value in case.labels.items() if label_state(label, value) is not None}
         said = [label for label in self.vocab.phrases if label in known or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
-
-    @staticmethod
-    def sweep(recipe: Recipe, over: str) -> list[Recipe]:
-        """The candidates of a sweep over one setting; the recipe alone if `over` is empty."""
-        if not over:
-            return [recipe]
-        return [replace(recipe, settings={**recipe.settings, over: value}) for value in SWEEPS[over]]
 
     # --- runs --------------------------------------------------------------------------------------
 
@@ -194,7 +268,7 @@ class Session(Gallery):
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for the run to end; whether it has."""
-        if self._thread is not None:
+        if self.running:
             self._thread.join(seconds)
         return not self.running
 
@@ -239,14 +313,14 @@ class Session(Gallery):
             inversion = recipe.invert(self.pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
-        mask = self.masks.get(recipe.mask) if isinstance(recipe.mask, str) else None
-        mask = None if mask is None else (mask > 0.5).float()
+        uploaded = self._masks.get(str(recipe.mask))
+        mask = None if uploaded is None else (uploaded > 0.5).float()
         result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
-        notice = " ".join(filter(None, (self.notice_of(case), self._unheard(edit))))
-        return Outcome(recipe, edit, result, self._scores(case, edit, result), notice)
+        notice = " ".join(filter(None, (case.notice, self._unheard(edit))))
+        return Outcome(case, recipe, edit, result, self._scores(case, edit, result), notice)
 
     def _unheard(self, edit: Edit) -> str:
-        """That the model hardly hears a side or a kind of device which the edit names, or nothing."""
+        """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""
         for name in (*edit.remove, *edit.add, *edit.keep):
             for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
                 if other != name and told_apart(self.pipe, name, other, self.vocab.subject) < HEARD:
@@ -257,12 +331,19 @@ class Session(Gallery):
         """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
-        scores |= {f"reads {label}": value for label, value in self.readings(image).items()}
+        scores |= {f"reads {label}": value for label, value in self._readings(image).items()}
         if case.name.startswith("phantom:") and edit.attributes and patients.SETTABLE.issuperset(edit.attributes):
             truth, changed = patients.counterfactual(phantom_patient(case.name), self.size, **edit.attributes)
             if bool(changed.any()):
                 scores["true_error_ratio"] = metrics.true_error_ratio(image, truth, factual, changed).item()
         return scores
+
+    def undo(self) -> list[Outcome]:
+        """Forget the latest run and return the outcomes of the one before it."""
+        del self.history[-1:]
+        return self.history[-1] if self.history else []
+
+    # --- files -------------------------------------------------------------------------------------
 
     def code(self, outcome: Outcome) -> str:
         """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
@@ -276,17 +357,12 @@ class Session(Gallery):
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{outcome.edit.key}").strip("-")[:80]
         folder = paths.runs() / "explorer" / f"{words}-{digest}"
-        pictures = {
-            "image": gray_or_colour(result.image),
-            "original": gray_or_colour(result.factual),
-            "mask": gray_or_colour(result.mask),
-            "difference": difference(result.image, result.factual),
-        }
-        for name, picture in pictures.items():
-            _write_png(folder / f"{name}.png", picture)
+        for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
+            write_png(folder / f"{name}.png", gray_or_colour(image))
+        write_png(folder / "difference.png", difference(result.image, result.factual))
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in outcome.scores.items()},
-            "settings": asdict(result.settings) if isinstance(result.settings, EditConfig) else None,
+            "settings": asdict(outcome.used),
             "notice": outcome.notice,
             "image_sha256": image_hash(result.image),
             "commit": records.commit(),
@@ -298,20 +374,26 @@ class Session(Gallery):
         return folder
 
     def _keep_uploads(self, outcome: Outcome) -> None:
-        """Write what was uploaded and is named in the recipe, once and as it was prepared."""
-        images = {**self.masks, outcome.recipe.image: outcome.result.factual[None]}
-        for name in {outcome.recipe.image, str(outcome.recipe.mask)} & set(images):
-            path = paths.runs() / name.removeprefix("file:")
-            if name.startswith(f"file:{UPLOADS}/") and not path.is_file():
-                _write_png(path, gray_or_colour(images[name][0]))
-
-    def undo(self) -> list[Outcome]:
-        """Forget the latest run and return the outcomes of the one before it."""
-        if self.history:
-            self.history.pop()
-        return self.history[-1] if self.history else []
+        """Write what was uploaded and is named in the recipe."""
+        keep_upload(outcome.recipe.image, outcome.result.factual)
+        if (mask := self._masks.get(str(outcome.recipe.mask))) is not None:
+            keep_upload(str(outcome.recipe.mask), mask[0])
 
 
-def _write_png(path: Path, picture: np.ndarray) -> None:
-    with atomic(path) as partial:
-        partial.write_bytes(png(picture))
+def sentence(error: BaseException) -> str:
+    """An exception as one sentence for a person: its first line, without a traceback."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "There is not enough memory for this: close other notebooks or take a smaller model."
+    lines = (one_line(error) if hasattr(error, "errors") else str(error).strip()).splitlines()
+    said = (lines or [type(error).__name__])[0].strip()
+    if said.endswith((".", "!", "?")):
+        return said  # it was written as a sentence, and may begin with the name of a file
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+@contextmanager
+def _faults_of(control: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise Fault(control, sentence(error)) from None

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from PIL import Image
 
 from prism_lib import paths
 from prism_lib.apps import bulk, bulk_plan, cli
-from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, load_config, plan
+from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.editing.counterfactuals import edit, sweep
@@ -388,11 +388,11 @@ def test_a_batch_without_room_is_halved_with_equal_results(config, tmp_path, mon
     bulk.generate(config)
     seen, original = [], bulk._edit_batch
 
-    def small(pipe, images, batch, settings):
+    def small(pipe, config, batch):
         seen.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError("no room")
-        return original(pipe, images, batch, settings)
+        return original(pipe, config, batch)
 
     monkeypatch.setattr(bulk, "_edit_batch", small)
     bulk.generate(replace(config, out=str(tmp_path / "small")))
@@ -415,7 +415,7 @@ def test_two_processes_write_the_files_of_one(config, done, tmp_path):
 
 
 WHO = """
-import os, pathlib, signal, sys
+import json, os, pathlib, signal, sys
 from prism_lib.apps import bulk, bulk_plan, cli
 
 def work(config, pipe, chooser, own, part, show):
@@ -426,14 +426,15 @@ def work(config, pipe, chooser, own, part, show):
 bulk._work = work
 if __name__ == "__main__":
     bulk.PartialState()  # as in a notebook that has generated before
-    cli.launch(bulk_plan.load_config(sys.argv[1]), int(sys.argv[2]))
+    config = bulk_plan.BulkConfig(**json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    cli.launch(config, int(sys.argv[2]))
 """
 
 
 def run_who(config, tmp_path, processes, what):
     """The launcher in a process of its own, whose processes note who they are, or are killed."""
     (tmp_path / "who.py").write_text(WHO)
-    (tmp_path / "run.json").write_text(bulk_plan.config_json(config))
+    (tmp_path / "run.json").write_text(json.dumps(asdict(config)))
     command = [sys.executable, "who.py", "run.json", str(processes), what]
     environment = os.environ | {"PYTHONPATH": str(paths.root())}
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -523,8 +524,6 @@ def test_a_choice_is_the_same_from_a_table_and_from_the_run(config, tmp_path):
     (run_task, *_) = plan(with_edits(run, tmp_path, [{"edit": "unchanged"}]))
     expected = Choice({"guidance_scale": [2.0, 5.0]}, best="ssim")
     assert csv_task.settings.choice == run_task.settings.choice == expected
-    (tmp_path / "config.json").write_text(bulk_plan.config_json(run))
-    assert load_config(tmp_path / "config.json") == run
 
 
 def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
@@ -658,23 +657,13 @@ def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
         ({"method": "magic"}, "unknown inversion method"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0: input"),
         ({"edit": {"guidance_scale": -1}}, "guidance_scale is -1"),
+        ({"edit": {"mask": {"fether": 1}}}, "fether is 1: unexpected keyword"),
     ],
 )
 def test_bad_settings_are_named(config, change, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         replace(config, **change)
     assert message in one_line(error.value)
-
-
-def test_a_configuration_survives_its_file(config, tmp_path):
-    changed = replace(config, edit={"mask": {"feather": 3}, "guidance_scale": 7.0}, at_least={"ssim": 0.5})
-    (tmp_path / "config.json").write_text(bulk_plan.config_json(changed))
-    assert load_config(tmp_path / "config.json") == changed
-    values = json.loads(bulk_plan.config_json(config))
-    for name, wrong in {"edit": {"mask": {"fether": 1}}, "fether": 1}.items():
-        (tmp_path / "config.json").write_text(json.dumps(values | {name: wrong}))
-        with pytest.raises(ValueError, match=r"config\.json is no configuration .*fether is 1: unexpected keyword"):
-            load_config(tmp_path / "config.json")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -711,11 +700,6 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(config, tmp_path, capsys
 def test_settings_are_text_in_the_type_of_their_default(config):
     changed = configured(config, [("bits", "16"), ("guidance_scale", "7"), ("batch_size", "2")])
     assert (changed.bits, changed.edit, changed.batch_size) == (16, {"guidance_scale": 7.0}, 2)
-
-
-def test_the_module_says_how_to_call_it(capsys):
-    assert bulk.main([]) == 2
-    assert "accelerate launch -m prism_lib.apps.bulk CONFIG.json" in capsys.readouterr().err
 
 
 def test_a_launcher_plans_without_the_libraries_of_models():

@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_named(checkout, monkeypatch):
         raise PermissionError(13, "no")
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    check = doctor._writable("runs", paths.runs())
+    check = {check.name: check for check in doctor.checks()}["runs"]
     assert not check.ok and str(checkout) in check.detail and "PRISM_RUNS" in check.remedy
 
 

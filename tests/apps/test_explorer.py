@@ -17,9 +17,8 @@ from PIL import Image
 from prism_lib import paths
 from prism_lib.apps import session
 from prism_lib.apps.explorer import Explorer
-from prism_lib.apps.gallery import Fault, sentence
-from prism_lib.apps.recipe import Recipe, load_image
-from prism_lib.apps.session import SWEEPS, Session
+from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
+from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.editing import settings
 from prism_lib.editing.settings import Recommendation
 from prism_lib.evaluation import novelty
@@ -234,8 +233,8 @@ def test_a_faulty_edit_is_a_sentence_beside_it(study, edit, control, reason):
     [
         ({"steps": 0}, "settings", "num_inference_steps is 0"),
         ({"settings": {"word_weight": float("nan")}}, "settings", "word_weight is nan: input should be"),
-        ({"mask": (5, 5, 5, 9)}, "mask", "is empty"),
-        ({"mask": (0, 0, 33, 9)}, "mask", "leaves the image"),
+        ({"mask": (5, 5, 5, 9)}, "settings", "is empty"),
+        ({"mask": (0, 0, 33, 9)}, "settings", "leaves the image"),
     ],
 )
 def test_a_faulty_setting_is_a_sentence_beside_it(study, settings, control, reason):
@@ -304,11 +303,11 @@ def test_the_preview_comes_first_and_is_not_kept(study):
 def test_a_sweep_is_as_many_separate_edits(study):
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
-    recipes = study.sweep(recipe, "guidance_scale")
+    recipes = recipe.sweep("guidance_scale")
     made = study.run(recipes, edit)
     assert [outcome.result.settings.guidance_scale for outcome in made] == list(SWEEPS["guidance_scale"])
     for outcome in made:
-        alone = outcome.recipe.run(study.pipe, image=study.case.image)
+        alone = outcome.recipe.run(study.pipe)
         assert torch.equal(outcome.result.image, alone.image)
 
 
@@ -399,10 +398,10 @@ def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
     for threshold, unlike in ((0.9 * score, True), (1.1 * score, False)):
         study = Session(pipe, reference=dataclasses.replace(reference, threshold=threshold))
         study.open_upload("inverted.png", png(inverted))
-        assert ("unlike those that phantom-sd was trained on" in study.notice) == unlike
-        assert ("explore(" in study.notice) == unlike
+        assert ("unlike those that phantom-sd was trained on" in study.case.notice) == unlike
+        assert ("explore(" in study.case.notice) == unlike
         edit, recipe = removal(study)
-        assert study.run([recipe], edit)[0].notice == study.notice
+        assert study.run([recipe], edit)[0].notice == study.case.notice
 
 
 def test_a_detail_that_the_model_hardly_hears_is_said_with_the_result(runs, monkeypatch):

@@ -29,8 +29,8 @@ class Maps:
     """Prompt-to-prompt's edit of written-out attention maps; a call's rows are [source, target] twice, by guidance."""
 
     def __init__(self, pipe: StableDiffusionPipeline, pair: PromptPair, config: EditConfig, steps: int) -> None:
-        found = align(pipe.tokenizer, pair.source, pair.target, pipe.tokenizer.model_max_length)
-        self.transfer, self.own = found.transfer.to(pipe.device), found.own.to(pipe.device)
+        self.transfer = align(pipe.tokenizer, pair.source, pair.target, pipe.tokenizer.model_max_length).to(pipe.device)
+        self.own = self.transfer.sum(0) == 0
         self.cross_steps = round(config.cross_replace_steps * steps)
         self.self_steps = round(config.self_replace_steps * steps)
         self.step = 0

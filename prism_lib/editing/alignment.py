@@ -1,69 +1,53 @@
-"""Which token of the source prompt speaks for which token of the target prompt.
+"""Which tokens of a source prompt correspond to which tokens of a target prompt, for prompt-to-prompt.
 
-Prompt-to-prompt hands the source image's cross-attention maps to the target prompt, token by token, so it has
-to know which tokens belong together. Words are found by the tokenizer's character offsets: phrases of several
-words, words of several tokens and punctuation need no special case, and a word that has no token is an error
-instead of an edit that silently does nothing.
-
-Padding is aligned with padding only. Aligning it by index, as the reference implementations do, gives the
-padding behind a shortened prompt the maps of the words that were removed, and so draws the deleted object
-again.
+Words and phrases are found by the tokenizer's character offsets, and a word without a token is an error. Padding is
+aligned with padding only: aligned by index, as in the reference implementations, the padding behind a shortened prompt
+takes the maps of the removed words, and the removed object is drawn again.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:  # plans check alignments by name, and need no transformers
-    from transformers import PreTrainedTokenizerBase
-
-ALIGNMENTS = ("refine", "replace")
+from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """How target maps are made of source maps: edited[j] = sum_i source[i] transfer[i, j] + own[j] target[j].
+def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int, method: str = "refine") -> Tensor:
+    """How target maps are made of source maps: edited[j] = sum_i source[i] transfer[i, j]; (length, length).
 
-    `transfer` is (L, L) and `own` (L,), over the L tokens of a padded prompt. With "refine" a column of
-    `transfer` holds a single one or nothing; with "replace" the tokens of a word share the maps of the word
-    that they replace.
+    "refine" takes the maps of the tokens that both prompts share, in order; "replace" those of the n-th word for the
+    n-th word, for prompts of equally many words. A token whose column is 0 keeps its own map (Hertz et al., ICLR 2023).
     """
-
-    transfer: Tensor
-    own: Tensor
-
-
-def align(
-    tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int, method: str = "refine"
-) -> Alignment:
-    """Align two prompts that the text encoder sees as `length` tokens each (Hertz et al., ICLR 2023).
-
-    "refine" keeps the maps of the tokens that both prompts share, in order, and leaves the new ones to
-    themselves; "replace" swaps words one for one and needs prompts of equally many words.
-    """
-    if method not in ALIGNMENTS:
-        raise ValueError(f"unknown alignment {method!r}; known: {', '.join(ALIGNMENTS)}")
     source_ids, target_ids = token_ids(tokenizer, source, length), token_ids(tokenizer, target, length)
     transfer = torch.zeros(length, length)
     if method == "refine":
         for i, j in _common_tokens(source_ids, target_ids):
             transfer[i, j] = 1
     else:
-        for old, new in _word_pairs(tokenizer, source, target):
-            _replace_word(transfer, old, new)
-        transfer[0, 0] = transfer[len(source_ids) - 1, len(target_ids) - 1] = 1
-    _align_padding(transfer, len(source_ids), len(target_ids))
-    return Alignment(transfer, (transfer.sum(0) == 0).float())
+        transfer[0, 0] = transfer[len(source_ids) - 1, len(target_ids) - 1] = 1  # begin and end of text
+        words, others = _words(tokenizer, source), _words(tokenizer, target)
+        if len(words) != len(others):
+            raise ValueError(
+                f"replacing words needs prompts of equally many words, got {len(words)} and {len(others)}: "
+                f"{source!r}, {target!r}"
+            )
+        for old, new in zip(words, others, strict=True):
+            if len(old) == len(new):
+                transfer[old, new] = 1
+                continue
+            for j in new:
+                transfer[old, j] = 1 / len(new)
+    if len(source_ids) < length:  # n-th padding from n-th padding; surplus padding from the last
+        for n, j in enumerate(range(len(target_ids), length)):
+            transfer[min(len(source_ids) + n, length - 1), j] = 1
+    return transfer
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> list[int]:
-    """The tokens of a prompt, begin and end but no padding; raises if they are more than `length`."""
+    """The tokens of a prompt with begin and end, without padding; ValueError for more than `length`."""
     ids = list(tokenizer(prompt).input_ids)
     if len(ids) > length:
         raise ValueError(f"prompt of {len(ids)} tokens, but the text encoder reads {length}: {prompt!r}")
@@ -79,28 +63,36 @@ def word_mask(tokenizer: PreTrainedTokenizerBase, prompt: str, words: Sequence[s
 
 
 def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> list[int]:
-    """Indices of the tokens of a word or phrase in a prompt, all its occurrences, whatever its case.
+    """Token indices of all occurrences of a word or phrase in a prompt, in any case.
 
-    Raises ValueError if the word does not occur as a word of its own, or if no token stands for it.
+    ValueError if the prompt has no such word, or no token for it.
     """
     pattern = r"\s+".join(map(re.escape, word.split()))
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE)) if pattern else []
     if not found:
         raise ValueError(f"the word {word!r} does not occur in the prompt {prompt!r}")
     offsets = _offsets(tokenizer, prompt)
-    inside = [any(start < match.end() and stop > match.start() for match in found) for start, stop in offsets]
-    span = [index for index, hit in enumerate(inside) if hit]
+    span = sorted({index for match in found for index in _overlapping(offsets, match)})
     if not span:
         raise ValueError(f"the word {word!r} has no token in the prompt {prompt!r}")
     return span
 
 
+def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
+    """Token indices of each word."""
+    offsets = _offsets(tokenizer, prompt)
+    return [_overlapping(offsets, match) for match in re.finditer(r"\S+", prompt)]
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], match: re.Match[str]) -> list[int]:
+    return [n for n, (start, stop) in enumerate(offsets) if start < match.end() and stop > match.start()]
+
+
 def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:
     """Character range of each token; begin and end of text get empty ranges."""
     encoded = tokenizer(prompt, return_offsets_mapping=True, return_special_tokens_mask=True)
-    special = encoded["special_tokens_mask"]
-    ranges = zip(encoded["offset_mapping"], special, strict=True)
-    return [(0, 0) if is_special else (int(start), int(stop)) for (start, stop), is_special in ranges]
+    ranges = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    return [(0, 0) if special else (int(start), int(stop)) for (start, stop), special in ranges]
 
 
 def _common_tokens(source: list[int], target: list[int]) -> list[tuple[int, int]]:
@@ -120,40 +112,3 @@ def _common_tokens(source: list[int], target: list[int]) -> list[tuple[int, int]
         else:
             j += 1
     return pairs
-
-
-def _word_pairs(tokenizer: PreTrainedTokenizerBase, source: str, target: str) -> list[tuple[list[int], list[int]]]:
-    """Token indices of the n-th word of either prompt, for every n."""
-    old, new = _words(tokenizer, source), _words(tokenizer, target)
-    if len(old) != len(new):
-        raise ValueError(
-            f"replacing words needs prompts of equally many words, got {len(old)} and {len(new)}: "
-            f"{source!r}, {target!r}"
-        )
-    return list(zip(old, new, strict=True))
-
-
-def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
-    offsets = _offsets(tokenizer, prompt)
-    words = [match.span() for match in re.finditer(r"\S+", prompt)]
-    return [
-        [index for index, (start, stop) in enumerate(offsets) if start < last and stop > first] for first, last in words
-    ]
-
-
-def _replace_word(transfer: Tensor, old: list[int], new: list[int]) -> None:
-    """Equally many tokens take over one by one; otherwise each new one gets an equal share of the old."""
-    if len(old) == len(new):
-        transfer[old, new] = 1
-        return
-    for j in new:
-        transfer[old, j] = 1 / len(new)
-
-
-def _align_padding(transfer: Tensor, source_length: int, target_length: int) -> None:
-    """The n-th padding token takes the map of the n-th one of the source, surplus ones that of the last."""
-    length = len(transfer)
-    if source_length == length:
-        return
-    for n, j in enumerate(range(target_length, length)):
-        transfer[min(source_length + n, length - 1), j] = 1

@@ -32,7 +32,7 @@ from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_control
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig, Settings, resolved
-from prism_lib.language.edits import NO_EDIT, PromptPair
+from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import decode_latents
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def sweep(
     for task in tasks:
         _check(task, inversion.prompts[task.image])
     areas = Areas.checked(mask, keep, inversion.images)
-    controller = edit_controller(pipe, tasks, inversion)  # every word is looked up before the first step
+    edit_controller(pipe, tasks, inversion)  # raises for a missing word before the first step
     size = tasks[0].config.batch_size
     if pipe.device.type == "cpu":
         size = max(1, min(size, _CPU_ROWS // (1 + 2 * count)))
@@ -123,10 +123,9 @@ def sweep(
             """The results of consecutive tasks, which are one batch."""
             first, last = tasks[rows][0].image, tasks[rows][-1].image
             images, batch = slice(first, last + 1), [replace(task, image=task.image - first) for task in tasks[rows]]
-            own = replace(controller.select(range(len(tasks))[rows]), parents=tuple(task.image for task in batch))
-            part, progress.n = inversion[images], inversion.start * rows.start
-            outcome = denoise(pipe, part, batch, own, areas[images], progress, callback, first)
-            return _finish(pipe, part, batch, outcome, areas[images])
+            progress.n = inversion.start * rows.start
+            outcome = denoise(pipe, inversion[images], batch, areas[images], progress, callback, first)
+            return _finish(pipe, inversion[images], batch, outcome, areas[images])
 
         bounds = [*range(0, len(tasks), count * size), len(tasks)]
         results = in_parts([slice(*pair) for pair in itertools.pairwise(bounds)], made)
@@ -178,25 +177,30 @@ def _finish(
     for config in dict.fromkeys(task.config for task in tasks):
         own = [k for k, task in enumerate(tasks) if task.config == config]
         rows, places = [outcome.row_of[k] for k in own], [tasks[k].image for k in own]
-        coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], config.mask.attention_weight).to(
-            images
-        )
-        made = _composited(images[places], raw[rows], reconstruction[places], coarse, areas[places], config)
-        finished |= {k: replace(made[n], pair=tasks[k].pair) for n, k in enumerate(own)}
+        weight = config.mask.attention_weight
+        coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], weight).to(images)
+        pairs = [tasks[k].pair for k in own]
+        made = _composited(images[places], raw[rows], reconstruction[places], coarse, areas[places], pairs, config)
+        finished |= dict(zip(own, made, strict=True))
     return [finished[k] for k in range(len(tasks))]
 
 
 def _composited(
-    images: Tensor, raw: Tensor, reconstruction: Tensor, coarse: Tensor, areas: Areas, config: EditConfig
+    images: Tensor,
+    raw: Tensor,
+    reconstruction: Tensor,
+    coarse: Tensor,
+    areas: Areas,
+    pairs: Sequence[PromptPair],
+    config: EditConfig,
 ) -> list[Counterfactual]:
-    """Edits put back into their input images, not yet told their prompts."""
+    """Edits of equal settings put back into their input images, within their masks."""
     if isinstance(areas.mask, Tensor):
         mask = areas.mask
     elif areas.off:
         mask = torch.ones_like(images[:, :1])
     else:
-        change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
-        mask = masks.automatic_mask(change, coarse, config.mask)
+        mask = masks.automatic_mask(masks.pixel_change(raw, reconstruction, config.mask.smooth), coarse, config.mask)
         if config.protect_text:
             mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
     if areas.keep is not None:
@@ -211,11 +215,11 @@ def _composited(
             factual=images[n],
             reconstruction=reconstruction[n],
             mask=mask[n],
-            pair=NO_EDIT,
+            pair=pair,
             scores={name: values[n] for name, values in scores.items()},
             settings=config,
         )
-        for n in range(len(images))
+        for n, pair in enumerate(pairs)
     ]
 
 

@@ -1,9 +1,8 @@
-"""The walk down of an edit: sources and targets from x*_T to clean latents, in one U-Net call a step.
+"""Action and prediction in latent space: sources and targets walk from x*_T to clean latents, one U-Net call a step.
 
-Each call holds a row per image for its source and one per edit for its target prompt, and while the edit is guided one
-for its negative prompt. A step gives the targets the source's attention, guides them, returns the source to its
-trajectory (`editing.methods`) and keeps the targets within their bounds. Edits of one image that have done the same so
-far share a row and fork where they differ: five windows of self-attention cost 140 rows in 50 steps instead of 250.
+A call holds a row per image for its source, one per edit for its target prompt and, while the edit is guided, one for
+its negative prompt. Edits of one image that have acted alike so far share a row and fork where they differ: five
+windows of self-attention take 140 rows in 50 steps instead of 250.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CONFINE_START = 0.3  # share of the steps without confinement: before it, eviden
 
 @dataclass(frozen=True)
 class EditTask:
-    """One edit: the image's place in its batch, prompts and settings."""
+    """One edit: the index of its image, its prompts and its settings."""
 
     image: int
     pair: PromptPair
@@ -39,16 +38,45 @@ class EditTask:
 
     @property
     def guidance_scale(self) -> float:
-        """The scale that its pair of prompts calls for."""
+        """The scale for this pair of prompts: larger by a factor where the edit adds something."""
         return self.config.guidance_scale * (self.config.addition_factor if self.pair.adds else 1.0)
+
+    def guided_steps(self, steps: int) -> range:
+        """The steps that need the negative prediction: none at scale 1, where guidance adds nothing."""
+        if self.guidance_scale == 1:
+            return range(0)
+        return range(round(self.config.guidance_start * steps), round(self.config.guidance_end * steps))
+
+    def blends(self, progress: float) -> bool:
+        """Whether LocalBlend acts at this share of the steps."""
+        return self.config.local_blend and progress >= self.config.local_blend_start
+
+    def confines(self, progress: float) -> bool:
+        """Whether the evidence confines the edit at this share of the steps."""
+        return self.config.confine > 0 and progress >= CONFINE_START
+
+    def behaviour(self, step: int, steps: int) -> Hashable:
+        """All that decides what the edit does to the latents at a step: edits equal so far can share a row."""
+        config = self.config
+        crosses = step < round(config.cross_replace_steps * steps)
+        exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
+        return (
+            self.image,
+            self.pair,
+            config.correct_drift,
+            (self.guidance_scale, config.negative) if step in self.guided_steps(steps) else None,
+            (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
+            step < round(config.self_replace_steps * steps),
+            config.local_blend_threshold if self.blends(step / steps) else None,
+            (config.confine, config.mask.attention_weight) if self.confines(step / steps) else None,
+        )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The rows of one step.
+    """The target rows of one step: `leads` holds an edit of each row, `row_of` the row of each edit.
 
-    `leads` holds one edit of each row, to ask for settings; `origins` the row of the step before that each goes on
-    from, and `row_of` the row of every edit.
+    `origins` holds the row of the step before that each row continues; before the first step, that is its image.
     """
 
     leads: tuple[int, ...]
@@ -56,32 +84,28 @@ class Stage:
     row_of: tuple[int, ...]
 
 
-def stages(edits: int, num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[Stage]:
-    """The stages of `edits` edits, given what `behaviour(edit, step)` makes of the latents at each step.
+def stages(images: Sequence[int], num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[Stage]:
+    """The stages of edits of these `images`: edits share a row while `behaviour(edit, step)` has been equal.
 
-    Behaviour must name all that the edit does at that step, its image included; rows keep the order of their edits.
+    Rows keep the order of their edits.
     """
     found: list[Stage] = []
-    history: tuple[int, ...] = (0,) * edits
+    history = tuple(images)
     for step in range(num_steps):
-        place: dict[Hashable, int] = {}
-        row_of, leads = [], []
-        for edit in range(edits):
-            key = history[edit], behaviour(edit, step)
-            if key not in place:
-                place[key] = len(place)
-                leads.append(edit)
-            row_of.append(place[key])
-        found.append(Stage(tuple(leads), tuple(history[lead] for lead in leads), tuple(row_of)))
-        history = tuple(row_of)
+        keys = [(history[edit], behaviour(edit, step)) for edit in range(len(images))]
+        place = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        leads = tuple(keys.index(key) for key in place)
+        row_of = tuple(place[key] for key in keys)
+        found.append(Stage(leads, tuple(history[lead] for lead in leads), row_of))
+        history = row_of
     return found
 
 
 @dataclass
 class Outcome:
-    """What a batch of edits leaves behind: clean latents and the evidence collected on the way.
+    """Clean latents of a batch of edits, and the evidence collected on the way.
 
-    `source` is by image; `target`, `noise_change` and `word_maps` by row, and `row_of` says which row an edit ended in.
+    `source` is by image; `target`, `noise_change` and `word_maps` by row, and `row_of` is the row of each edit.
     """
 
     source: Tensor
@@ -95,97 +119,96 @@ def denoise(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
     tasks: Sequence[EditTask],
-    controller: Controller,
     areas: Areas,
     progress: tqdm,
-    callback: Callback | None,
-    first: int,
+    callback: Callback | None = None,
+    first: int = 0,
 ) -> Outcome:
-    """Walk sources and targets down together, in one U-Net call a step: N sources, K targets and the negatives of those
-    that are guided; K grows where edits fork."""
+    """Edit a batch in latent space; `first` is the number of its first image, for errors."""
     schedule, how = inversion.schedule, inversion.how
-    source = inversion.latents[inversion.start].to(pipe.device)
-    target = source[[task.image for task in tasks]]
+    source = target = inversion.latents[inversion.start].to(pipe.device)  # at first one row per image
+    noise_change = torch.zeros_like(source[:, :1])
     cells = areas.cells(*source.shape[-2:])
-    cells = None if cells is None else cells.to(source)
-    noise_change = torch.zeros_like(target[:, :1])
-    texts = _Texts.of(pipe, inversion, tasks)
+    source_text, negative_text, target_text = _embed(pipe, inversion, tasks)
+    walk = stages(
+        [task.image for task in tasks], inversion.start, lambda k, step: tasks[k].behaviour(step, schedule.num_steps)
+    )
     finite: list[Tensor] = []
-    walk = stages(len(tasks), inversion.start, lambda k, step: _behaviour(tasks[k], step, inversion))
-    everything = controller
-    with controlled(pipe.unet, everything) as processor:
+    rows: list[EditTask] = []
+    controller = edit_controller(pipe, tasks, inversion)
+    with controlled(pipe.unet, controller) as processor:
         for index, stage in enumerate(walk):
-            level = inversion.start - index
-            own = [tasks[lead] for lead in stage.leads]
-            if index == 0 or len(stage.leads) > len(target):
-                controller = _fork(everything, controller, stage, index)
-                processor.controller = controller
-                if index:
-                    target, noise_change = (t[list(stage.origins)] for t in (target, noise_change))
-                else:
-                    target, noise_change = target[list(stage.leads)], noise_change[list(stage.leads)]
-            controller.step = index
+            level, leads, origins = inversion.start - index, list(stage.leads), list(stage.origins)
             timestep = schedule.timesteps[level]
-            negatives = controller.guided_rows
-            rows = torch.cat([source, target[negatives], target])
-            prediction = predict_noise(pipe, rows, timestep, texts.embeds(stage, level, controller.guided))
+            if len(leads) != len(rows):  # edits fork
+                rows = [tasks[lead] for lead in leads]
+                target, noise_change, maps = target[origins], noise_change[origins], controller.maps
+                controller = processor.controller = edit_controller(pipe, rows, inversion)
+                controller.maps.go_on(maps, origins)
+            controller.step = index
+
+            negatives = controller.index(controller.guided)
+            latents = torch.cat([source, target[negatives], target])
+            negative = negative_text[[leads[row] for row in controller.guided]]
+            if how.negative == "stored" and inversion.negative_embeds is not None:
+                guided_images = [rows[row].image for row in controller.guided]
+                negative = inversion.negative_embeds[level][guided_images].to(negative)
+            text = torch.cat([source_text, negative, target_text[leads]])
+            prediction = predict_noise(pipe, latents, timestep, text)
             of_source, of_negative, of_target = prediction.split([len(source), len(negatives), len(target)])
             noise_change = noise_change + (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
 
-            guided = of_target.clone()
-            if controller.guided:
-                guided[negatives] = _guided(of_negative, of_target[negatives], [own[row] for row in controller.guided])
-            stepped_target = how.step(schedule, target, guided, level)
+            # Classifier-free guidance of each row by its own scale.
+            scales = _column([rows[row].guidance_scale for row in controller.guided], of_target)
+            guided = of_target.index_copy(0, negatives, of_negative + scales * (of_target[negatives] - of_negative))
+            # The target takes over the correction that returns the source to its trajectory.
             stepped = how.step(schedule, source, of_source, level)
             source = inversion.latents[level - 1].to(source) if how.returns else stepped
-            corrects = [task.config.correct_drift if how.corrects is None else how.corrects for task in own]
-            target = stepped_target + controller.of_parents(source - stepped) * _column(corrects, source)
+            corrects = [task.config.correct_drift if how.corrects is None else how.corrects for task in rows]
+            correction = controller.of_parents(source - stepped) * _column(corrects, source)
+            target = how.step(schedule, target, guided, level) + correction
+            # Outside the bounds of an edit its latents are the source's.
             base = controller.of_parents(source)
-            progressed = index / schedule.num_steps
-            if (bounds := _bounds(own, controller, cells, progressed, base, noise_change)) is not None:
+            bounds = None if cells is None else controller.of_parents(cells.to(source))
+            bounds = _bounds(rows, controller.maps, bounds, index / schedule.num_steps, base, noise_change)
+            if bounds is not None:
                 target = base + bounds * (target - base)
 
-            finite.append(_by_image(target.isfinite().flatten(1).all(1), own, len(source)))
+            finite.append(target.isfinite().flatten(1).all(1)[controller.index(stage.row_of)])
             progress.update(len(tasks))
             if callback is not None:
                 callback(index, timestep, target)
-    check_finite(torch.stack(finite), first, "editing")
-    return Outcome(source, target, noise_change / len(walk), _word_maps(controller, source), walk[-1].row_of)
+    check_finite(torch.stack(finite), [first + task.image for task in tasks], "editing")
+    word_maps = controller.maps.mean(*source.shape[-2:])
+    return Outcome(source, target, noise_change / len(walk), word_maps, walk[-1].row_of)
 
 
 def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], inversion: Inversion) -> Controller:
-    """Token alignment, weights and windows of a batch; raises for words that a prompt does not hold."""
-    tokenizer, length = pipe.tokenizer, pipe.tokenizer.model_max_length
-    pairs, configs = [task.pair for task in tasks], [task.config for task in tasks]
-    alignments = [
-        align(tokenizer, pair.source, pair.target, length, config.alignment)
-        for pair, config in zip(pairs, configs, strict=True)
-    ]
-    source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
-    target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
-    half_height, half_width = ((side + 1) // 2 for side in inversion.latents.shape[-2:])
+    """Token alignment, weights and windows of some edits; ValueError for a word that its prompt lacks."""
+    tokenizer, length, device = pipe.tokenizer, pipe.tokenizer.model_max_length, pipe.device
     steps = inversion.schedule.num_steps
-    return Controller.of(
-        alignments,
-        1 + torch.tensor([config.word_weight - 1 for config in configs])[:, None] * target,
-        pipe.device,
+    transfers, source_words, target_words = [], [], []
+    for task in tasks:
+        pair = task.pair
+        transfers.append(align(tokenizer, pair.source, pair.target, length, task.config.alignment))
+        source_words.append(word_mask(tokenizer, pair.source, pair.source_words, length))
+        target_words.append(word_mask(tokenizer, pair.target, pair.target_words, length))
+    source, target, transfer = torch.stack(source_words), torch.stack(target_words), torch.stack(transfers)
+    weights = 1 + torch.tensor([task.config.word_weight - 1 for task in tasks])[:, None] * target
+    half_height, half_width = ((side + 1) // 2 for side in inversion.latents.shape[-2:])
+    return Controller(
+        transfer=(transfer * weights[:, None, :]).to(device),
+        own=((transfer.sum(1) == 0) * weights).to(device),  # a token without a counterpart keeps its own map
         cross_steps=torch.stack([_cross_steps(tokenizer, task, length, steps) for task in tasks]),
-        self_steps=[round(config.self_replace_steps * steps) for config in configs],
-        guided_steps=[_guided_steps(task, steps) for task in tasks],
+        self_steps=[round(task.config.self_replace_steps * steps) for task in tasks],
+        guided_steps=[task.guided_steps(steps) for task in tasks],
         parents=[task.image for task in tasks],
-        maps=WordMaps(source.to(pipe.device), target.to(pipe.device), half_height * half_width),
+        maps=WordMaps(source.to(device), target.to(device), half_height * half_width),
     )
 
 
-def _guided_steps(task: EditTask, steps: int) -> range:
-    """The steps in which an edit needs its negative prediction: none where guidance adds nothing."""
-    if task.guidance_scale == 1:
-        return range(0)
-    return range(round(task.config.guidance_start * steps), round(task.config.guidance_end * steps))
-
-
 def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
-    """Steps in which each token of the target takes over the source's attention, (length,)."""
+    """The number of steps in which each token of the target takes over the source's attention, (length,)."""
     config, prompt = task.config, task.pair.target
     windows = torch.full((length,), round(config.cross_replace_steps * steps))
     owners: dict[int, str] = {}
@@ -198,114 +221,41 @@ def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int
     return windows
 
 
-def _fork(everything: Controller, current: Controller, stage: Stage, index: int) -> Controller:
-    """The controller of a stage: settings of its leads, with the maps that their rows have collected so far."""
-    fresh = everything.select(stage.leads)
-    if index and current.maps is not None:
-        fresh.maps = current.select(stage.origins).maps
-    return fresh
-
-
-def _behaviour(task: EditTask, step: int, inversion: Inversion) -> Hashable:
-    """All that an edit does to the latents at a step; settings that act later or not at all are left out."""
-    config, steps = task.config, inversion.schedule.num_steps
-    crosses = step < round(config.cross_replace_steps * steps)
-    exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
-    injects = step < round(config.self_replace_steps * steps)
-    guides = step in _guided_steps(task, steps)
-    blends = config.local_blend and step / steps >= config.local_blend_start
-    confines = config.confine > 0 and step / steps >= CONFINE_START
-    return (
-        task.image,
-        task.pair,
-        config.correct_drift,
-        (task.guidance_scale, config.negative) if guides else None,
-        (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
-        injects,
-        config.local_blend_threshold if blends else None,
-        (config.confine, config.mask.attention_weight) if confines else None,
-    )
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Text embeddings of a batch: of its sources (N, L, D), and of negative and target prompts by task (K, L, D).
-
-    `stored` holds the inversion's own negative embeddings by level, (T + 1, N, L, D), where it has them.
-    """
-
-    source: Tensor
-    negative: Tensor
-    target: Tensor
-    images: tuple[int, ...]
-    stored: Tensor | None
-
-    @classmethod
-    def of(cls, pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask]) -> _Texts:
-        away = inversion.how.negative
-        negatives = [
-            task.pair.source if "source" in (away, task.config.negative if away == "edit" else "") else ""
-            for task in tasks
-        ]
-        embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *(task.pair.target for task in tasks)])
-        source, negative, target = embeds.split([len(inversion), len(tasks), len(tasks)])
-        stored = inversion.negative_embeds if away == "stored" else None
-        return cls(source, negative, target, tuple(task.image for task in tasks), stored)
-
-    def embeds(self, stage: Stage, level: int, guided: Sequence[int]) -> Tensor:
-        """What the U-Net reads at a level for sources, the rows that are `guided`, and targets, (N + G + K, L, D)."""
-        leads = list(stage.leads)
-        if not guided:
-            return torch.cat([self.source, self.target[leads]])
-        away = [leads[row] for row in guided]
-        negative = self.negative[away]
-        if self.stored is not None:
-            negative = self.stored[level, [self.images[lead] for lead in away]].to(negative)
-        return torch.cat([self.source, negative, self.target[leads]])
-
-
-def _guided(negative: Tensor, target: Tensor, tasks: Sequence[EditTask]) -> Tensor:
-    """Classifier-free guidance of each row by its own scale."""
-    return negative + _column([task.guidance_scale for task in tasks], target) * (target - negative)
+def _embed(pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask]) -> tuple[Tensor, ...]:
+    """Text embeddings of the sources (N, L, D), and of negative and target prompts by task, each (K, L, D)."""
+    away = inversion.how.negative
+    from_source = [away == "source" or (away == "edit" and task.config.negative == "source") for task in tasks]
+    negatives = [task.pair.source if source else "" for task, source in zip(tasks, from_source, strict=True)]
+    targets = [task.pair.target for task in tasks]
+    embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *targets])
+    return embeds.split([len(inversion), len(tasks), len(tasks)])
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor([float(value) for value in values]).to(like)[:, None, None, None]
 
 
-def _by_image(rows: Tensor, tasks: Sequence[EditTask], images: int) -> Tensor:
-    """Whether all rows of each image are fine, (N,)."""
-    place = torch.tensor([task.image for task in tasks], device=rows.device)
-    return torch.ones(images, dtype=torch.int, device=rows.device).scatter_reduce(0, place, rows.int(), "amin").bool()
-
-
 def _bounds(
     tasks: Sequence[EditTask],
-    controller: Controller,
-    cells: Tensor | None,
+    maps: WordMaps,
+    bounds: Tensor | None,
     progress: float,
     latents: Tensor,
     noise_change: Tensor,
 ) -> Tensor | None:
-    """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere."""
-    bounds = None if cells is None else controller.of_parents(cells)
-    blending = [t.config.local_blend and progress >= t.config.local_blend_start for t in tasks]
-    confined = [t.config.confine > 0 and progress >= CONFINE_START for t in tasks]
-    if not any(blending) and not any(confined):
+    """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere.
+
+    `bounds` are those of the user's areas; LocalBlend and confinement narrow them.
+    """
+    if not any(task.blends(progress) or task.confines(progress) for task in tasks):
         return bounds
-    maps = _word_maps(controller, latents)
+    words = maps.mean(*latents.shape[-2:])
     bounds = torch.ones_like(latents[:, :1]) if bounds is None else bounds.clone()
     for row, task in enumerate(tasks):
         own, config = slice(row, row + 1), task.config
-        if blending[row]:
-            bounds[own] *= masks.attention_region(maps[own], config.local_blend_threshold)
-        if confined[row]:
-            evidence = masks.evidence(maps[own], noise_change[own], config.mask.attention_weight)
+        if task.blends(progress):
+            bounds[own] *= masks.attention_region(words[own], config.local_blend_threshold)
+        if task.confines(progress):
+            evidence = masks.evidence(words[own], noise_change[own], config.mask.attention_weight)
             bounds[own] *= masks.evidence_region(evidence, config.confine)
     return bounds
-
-
-def _word_maps(controller: Controller, latents: Tensor) -> Tensor:
-    """Mean attention to the edit's words so far, (N, 2, h, w)."""
-    assert controller.maps is not None
-    return controller.maps.mean(*latents.shape[-2:])

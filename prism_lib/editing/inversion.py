@@ -124,17 +124,17 @@ def invert(
             source = Source(own, encode_images(pipe.vae, own), embeds[rows], empty.expand(len(own), -1, -1))
             found.append(how.abduce(predict, source, schedule, config, report))
     latents = torch.cat([trajectory.latents for trajectory in found], 1)
-    check_finite(latents.isfinite().flatten(2).all(2), 0, f"{method} inversion")
+    check_finite(latents.isfinite().flatten(2).all(2), range(len(images)), f"{method} inversion")
     negatives = [trajectory.negative_embeds for trajectory in found if trajectory.negative_embeds is not None]
     negative_embeds = torch.cat(negatives, 1) if negatives else None
     return Inversion(images, tuple(prompts), latents, schedule, method, config, negative_embeds)
 
 
-def check_finite(finite: Tensor, first: int, what: str) -> None:
-    """Raise FloatingPointError naming step and image if any of (steps, N) is False; one look for a whole batch."""
+def check_finite(finite: Tensor, images: Sequence[int], what: str) -> None:
+    """Raise FloatingPointError naming step and image if any of `finite` (steps, rows) is False; `images` is by row."""
     if not bool(finite.all()):
-        step, image = (~finite).nonzero()[0].tolist()
-        raise FloatingPointError(f"{what}: the latents of image {first + image} are not finite after step {step}")
+        step, row = (~finite).nonzero()[0].tolist()
+        raise FloatingPointError(f"{what}: the latents of image {images[row]} are not finite after step {step}")
 
 
 @torch.no_grad()

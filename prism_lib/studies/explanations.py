@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.editing.denoising import EditTask, denoise, edit_controller
+from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig, Settings, resolved
@@ -77,9 +77,8 @@ def attention_maps(
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]
-    areas, controller = Areas.checked("auto", None, inversion.images), edit_controller(pipe, tasks, inversion)
     with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
-        outcome = denoise(pipe, inversion, tasks, controller, areas, progress, None, 0)
+        outcome = denoise(pipe, inversion, tasks, Areas(), progress)
     maps = outcome.word_maps[list(outcome.row_of)].float().cpu()
     maps = F.interpolate(maps, size=inversion.images.shape[-2:], mode="bilinear", align_corners=False)
     source, target = (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)).split(1, dim=1)

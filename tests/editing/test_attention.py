@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 from torch import nn
 
 from prism_lib.editing import attention
-from prism_lib.editing.alignment import Alignment, align, word_mask
+from prism_lib.editing.alignment import align, word_mask
 from prism_lib.editing.attention import Controller, PromptToPromptProcessor, WordMaps, controlled, grid
 from prism_lib.models.pipeline import encode_prompts
 from tests.tiny import SOURCE, TARGET, tiny_pipeline
@@ -30,9 +30,23 @@ def rows():
     return torch.cat([source, target, target]), text
 
 
-def controller(**settings):
-    alignment = align(tiny_pipeline().tokenizer, SOURCE, TARGET, LENGTH)
-    return Controller.of([alignment] * IMAGES, torch.ones(IMAGES, LENGTH), torch.device("cpu"), **settings)
+def word_maps(max_queries):
+    return WordMaps(torch.ones(IMAGES, LENGTH), torch.ones(IMAGES, LENGTH), max_queries)
+
+
+def controller(transfer=None, weights=1.0, cross_steps=0, self_steps=0, maps=None, step=0):
+    """One edit of each image, guided at every step; without `maps` nothing is recorded."""
+    transfer = align(tiny_pipeline().tokenizer, SOURCE, TARGET, LENGTH) if transfer is None else transfer
+    return Controller(
+        transfer=(transfer * weights).expand(IMAGES, LENGTH, LENGTH),
+        own=((transfer.sum(0) == 0) * weights).expand(IMAGES, LENGTH),
+        cross_steps=torch.full((IMAGES, LENGTH), cross_steps),
+        self_steps=[self_steps] * IMAGES,
+        guided_steps=[range(10)] * IMAGES,
+        parents=range(IMAGES),
+        maps=word_maps(0) if maps is None else maps,
+        step=step,
+    )
 
 
 def run(unet, latents, text, control=None):
@@ -52,10 +66,7 @@ def test_outside_its_windows_the_controller_changes_nothing(unet, rows):
 def test_the_identity_controller_equals_no_controller(unet, rows):
     """Source and target alike, all maps handed over: nothing may change, whatever path is taken."""
     latents, text = (part[:IMAGES].repeat(3, *[1] * (part.ndim - 1)) for part in rows)
-    identity = Alignment(torch.eye(LENGTH), torch.zeros(LENGTH))
-    control = Controller.of(
-        [identity] * IMAGES, torch.ones(IMAGES, LENGTH), torch.device("cpu"), cross_steps=1, self_steps=1
-    )
+    control = controller(torch.eye(LENGTH), cross_steps=1, self_steps=1)
     torch.testing.assert_close(run(unet, latents, text, control), run(unet, latents, text), atol=1e-5, rtol=0)
 
 
@@ -90,35 +101,30 @@ def test_injected_self_attention_equals_the_source_probabilities_on_the_target_v
 
 
 def test_reweighting_scales_the_maps_of_its_word_alone(unet, rows):
-    tokenizer = tiny_pipeline().tokenizer
-    marked = word_mask(tokenizer, TARGET, ["support devices"], LENGTH)
-    alignment = align(tokenizer, SOURCE, TARGET, LENGTH)
-    control = Controller.of([alignment], (1 + 2 * marked)[None], torch.device("cpu"), cross_steps=1)
-    plain = Controller.of([alignment], torch.ones(1, LENGTH), torch.device("cpu"), cross_steps=1)
-    source, target = torch.rand(2, 1, 2, 9, LENGTH).softmax(-1)
+    marked = word_mask(tiny_pipeline().tokenizer, TARGET, ["support devices"], LENGTH)
+    control, plain = controller(weights=1 + 2 * marked, cross_steps=1), controller(cross_steps=1)
+    source, target = torch.rand(2, IMAGES, 2, 9, LENGTH).softmax(-1)
     ratio = control.edit_cross(source, target) / plain.edit_cross(source, target)
     torch.testing.assert_close(ratio, (1 + 2 * marked).expand_as(ratio))
 
 
 def test_attention_to_all_tokens_sums_to_one_in_every_cell(unet, rows):
-    maps = WordMaps(torch.ones(IMAGES, LENGTH), torch.ones(IMAGES, LENGTH), max_queries=16 * 16)
+    maps = word_maps(16 * 16)
     run(unet, *rows, controller(maps=maps))
     assert set(maps.sums) == {16 * 16, 8 * 8}
     torch.testing.assert_close(maps.mean(16, 16), torch.ones(IMAGES, 2, 16, 16))
 
 
 def test_word_maps_leave_out_fine_layers_and_need_at_least_one(unet, rows):
-    tokens = torch.ones(IMAGES, LENGTH)
-    maps = WordMaps(tokens, tokens, max_queries=8 * 8)
+    maps = word_maps(8 * 8)
     run(unet, *rows, controller(maps=maps))
     assert set(maps.sums) == {8 * 8}
     with pytest.raises(ValueError, match="at most 3 queries"):
-        WordMaps(tokens, tokens, max_queries=3).mean(16, 16)
+        word_maps(3).mean(16, 16)
 
 
 def test_recording_does_not_change_the_prediction(unet, rows):
-    tokens = torch.ones(IMAGES, LENGTH)
-    recorded = run(unet, *rows, controller(maps=WordMaps(tokens, tokens, max_queries=16 * 16)))
+    recorded = run(unet, *rows, controller(maps=word_maps(16 * 16)))
     torch.testing.assert_close(recorded, run(unet, *rows), atol=1e-5, rtol=0)
 
 

@@ -141,7 +141,7 @@ def test_latents_that_are_not_finite_stop_with_step_and_image():
     finite = torch.ones(3, 2, dtype=torch.bool)
     finite[2, 1] = False
     with pytest.raises(FloatingPointError, match="image 5 are not finite after step 2"):
-        check_finite(finite, 4, "editing")
+        check_finite(finite, [4, 5], "editing")
 
 
 @pytest.mark.parametrize(("name", "value"), [("inner_steps", 0), ("skip", 1.0), ("learning_rate", float("nan"))])

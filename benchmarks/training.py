@@ -99,8 +99,8 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int, dtype: torc
     pipeline.to(device)
     pipeline.vae.to(dtype)
     pipeline.text_encoder.to(dtype)
-    cache = build_cache(pipeline, dataset, "train", folder / "cache", seed=0, captions_per_image=4, explicit_share=0.5)
     table = load_table(dataset, "train")
+    cache = build_cache(pipeline, dataset, "train", folder / "cache", sample_captions(dataset, table, 0, 4, 0.5))
     captions = [texts[0] for texts in sample_captions(dataset, table, 0, 1, 0.5)]
     order, draws = Order(len(cache), 0), DrawConfig(BATCH, 0.1)
     unet = pipeline.unet.requires_grad_(True).train()

@@ -1,13 +1,14 @@
-"""Train the frozen parts of a small Stable Diffusion from scratch, in the order of the original.
+"""The frozen parts of a small Stable Diffusion from scratch: an autoencoder, then `training.clip`'s text encoder.
 
-First the autoencoder, on phantoms and procedural textures; then a small CLIP and the words of details
-(`training.clip`), whose text encoder conditions the U-Net. `training.finetuning` trains the U-Net.
+The autoencoder learns from phantoms and from procedural textures (occluding objects, power-law noise, thin curves,
+small type), without which it would learn phantoms by heart and lose real films.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +29,11 @@ from prism_lib.files import atomic, write_text
 from prism_lib.language.captions import corpus
 from prism_lib.language.labels import vocabulary
 from prism_lib.models.pipeline import PipelineConfig, build_pipeline
+from prism_lib.phantom.anatomy import bezier, stamp
 from prism_lib.phantom.patients import render, sample_patients
 from prism_lib.training.cache import require_captions_fit
-from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint
+from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, set_learning_rate
 from prism_lib.training.clip import ClipConfig, DetailConfig, teach_details, train_clip
-from prism_lib.training.textures import textures
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class VaeConfig:
     gradient_weight: NonNegativeFloat = 1.0
     square_weight: NonNegativeFloat = 4.0
     kl_weight: NonNegativeFloat = 1e-8  # of the sum over a latent; 1e-6 leaves one nat a value, and blurs everything
-    decoder_only: bool = False  # leaves the encoder, so every latent, as it is: a U-Net trained on them stays right
+    decoder_only: bool = False  # leaves the encoder, so every latent, as it is
     start_logvar: float = -6.0  # a posterior that starts wide learns to blur first
     patient_seed: int = 100
     seed: int = 0
@@ -74,10 +75,9 @@ DECODER = VaeConfig(
 
 
 def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[str, float]]:
-    """Train in place and normalise the latent channels; returns the losses, one dict per 50 steps.
+    """Train in place, resuming from ``folder``, and normalise the latents; returns the losses, a dict per 50 steps.
 
-    The loss is L1 + gradient L1 + squared error + a small KL term, on random crops. Resumes from ``folder``. Runs on
-    `devices.default_device`, and leaves the autoencoder on the CPU. With ``decoder_only`` `vae` is a trained one.
+    L1 + gradient L1 + squared error + a small KL term, on random crops. Leaves the autoencoder on the CPU.
     """
     device = default_device()
     vae.to(device, memory_format=torch.channels_last).train()
@@ -92,14 +92,15 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     if state and state["config"] != asdict(config):
         raise ValueError(f"{folder} holds a run with another configuration; choose an empty folder")
     history: list[dict[str, float]] = state.get("history", [])
-    schedule.last_epoch = start = state.get("step", 0)
-    if start == 0 and not config.decoder_only:
-        _start_narrow(vae, config.start_logvar)
+    start = state.get("step", 0)
+    if start == 0 and not config.decoder_only:  # one small variance for every latent, whatever the image
+        channels = vae.config.latent_channels
+        vae.quant_conv.weight.data[channels:] = 0
+        vae.quant_conv.bias.data[channels:] = config.start_logvar
     if start < config.steps:
         pools = _pools(config)
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="autoencoder"):
-            for group, rate in zip(optimizer.param_groups, _rates(schedule, step), strict=True):
-                group["lr"] = rate
+            set_learning_rate(optimizer, schedule, step)
             batch = _vae_batch(pools, config, step).to(device, memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
             total = losses["l1"] + config.gradient_weight * losses["gradient"]
@@ -121,19 +122,6 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     return history
 
 
-@torch.no_grad()
-def _start_narrow(vae: AutoencoderKL, logvar: float) -> None:
-    """Start with one small variance for every latent, whatever the image."""
-    channels = vae.config.latent_channels
-    vae.quant_conv.weight[channels:] = 0
-    vae.quant_conv.bias[channels:] = logvar
-
-
-def _rates(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:
-    """Learning rates at a step, as a pure function of the step: nothing to save for a resume."""
-    return [float(base) * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-
-
 def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
     """Phantoms and textures as uint8 (count, 1, size, size), rendered once."""
     patients = sample_patients(config.phantoms, config.patient_seed)
@@ -150,7 +138,7 @@ def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
 
 
 def _vae_batch(pools: tuple[Tensor, Tensor], config: VaeConfig, step: int) -> Tensor:
-    """Half phantoms, half textures, random crops with random gamma, flips and noise; (B, 3, crop, crop) in [-1, 1]."""
+    """Crops of phantoms and textures in turn, with random gamma, flips and noise; (B, 3, crop, crop) in [-1, 1]."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     crops = []
     for k in range(config.batch_size):
@@ -190,10 +178,9 @@ def _vae_losses(vae: AutoencoderKL, batch: Tensor, config: VaeConfig, step: int)
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Fold a shift and scale per latent channel into ``quant_conv`` and ``post_quant_conv``.
+    """Give each latent channel zero mean and unit variance on ``images`` (N, 1, H, W); reconstructions do not change.
 
-    The channels of a trained autoencoder differ widely in scale; afterwards each has zero mean and unit variance on
-    ``images`` (N, 1, H, W), so the one scalar ``scaling_factor`` = 1 is right. Reconstructions do not change.
+    A shift and scale go into ``quant_conv`` and ``post_quant_conv``, so that ``scaling_factor`` = 1 is right.
     """
     pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(8)])
@@ -219,6 +206,82 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return -10 * torch.cat(errors).log10()
 
 
+def textures(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random mixtures of the four textures below, (count, 1, size, size) in [0, 1]."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+
+    smooth = power_law(count, size, generator)
+    leaves = dead_leaves(count, size, generator)
+    share = uniform(0, 1)
+    image = share * leaves + (1 - share) * (0.5 + uniform(0.08, 0.25) * smooth)
+    image = image + uniform(0, 0.05) * power_law(count, size, generator, low=0.8, high=1.6)
+    image = image + uniform(-0.1, 0.3) * curves(count, size, generator)
+    image = image + uniform(0.0, 0.025) * torch.randn(count, size, size, generator=generator)
+    type_ = glyphs(count, size, generator)
+    image = torch.maximum(image, type_ * uniform(0.5, 1.0))
+    return image.clamp(0, 1)[:, None]
+
+
+def power_law(count: int, size: int, generator: torch.Generator, low: float = 2.4, high: float = 3.6) -> Tensor:
+    """Gaussian noise with spectrum 1 / f^(alpha / 2), alpha uniform in [low, high]; zero mean, unit variance."""
+    alpha = low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None, :]
+    frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / size)
+    white = torch.fft.rfft2(torch.randn(count, size, size, generator=generator))
+    noise = torch.fft.irfft2(white * frequency ** (-alpha / 2), s=(size, size))
+    return (noise - noise.mean((1, 2), keepdim=True)) / noise.std((1, 2), keepdim=True)
+
+
+def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int = 48) -> Tensor:
+    """Opaque ellipses and bars that occlude one another, sizes by a power law; (count, size, size) in [0, 1]."""
+    axis = torch.linspace(-1, 1, size)
+    x, y = axis[None, None, :], axis[None, :, None]
+    image = torch.rand(count, 1, 1, generator=generator).expand(count, size, size).clone()
+    for _ in range(leaves):
+        u = torch.rand(count, 8, 1, 1, generator=generator)
+        dx, dy = x - (2.4 * u[:, 0] - 1.2), y - (2.4 * u[:, 1] - 1.2)
+        angle = math.pi * u[:, 2]
+        along, across = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
+        radius = 0.05 / (0.05 + u[:, 3]) ** 0.9 * 0.6
+        flat = 0.15 + 0.85 * u[:, 4]
+        ellipse = (along / radius).square() + (across / (radius * flat)).square()
+        bar = torch.maximum((along / radius).abs(), (across / (radius * flat * 0.3)).abs())
+        inside = torch.where(u[:, 5] < 0.7, ellipse, bar.square())
+        cover = ((1 - inside) * size * radius * flat * 0.25).clamp(0, 1) * (0.35 + 0.65 * u[:, 7])
+        image = image + cover * (u[:, 6] + 0.15 * along - image)
+    return image.clamp(0, 1)
+
+
+def curves(count: int, size: int, generator: torch.Generator, number: int = 5) -> Tensor:
+    """Thin bent lines like wires and vessel walls, (count, size, size) in [0, 1]."""
+    total = torch.zeros(count, size, size)
+    for _ in range(number):
+        control = torch.rand(count, 4, 2, generator=generator) * size * 1.2 - 0.1 * size
+        radius = (0.4 + 1.8 * torch.rand(count, 1, generator=generator)) * size / 256
+        points = bezier(control, 2 * size)
+        total = torch.maximum(total, stamp(points, radius.expand(points.shape[:2]), size) / (2 * radius[..., None]))
+    return total
+
+
+def glyphs(count: int, size: int, generator: torch.Generator, number: int = 4) -> Tensor:
+    """Rows of letter-like strokes, (count, size, size) in [0, 1]."""
+    strokes, t = 5, torch.linspace(0, 1, 24)[:, None]
+    points = []
+    for _ in range(number):
+        corner = torch.rand(count, 1, 1, 2, generator=generator) * size
+        height = (5 + 14 * torch.rand(count, 1, 1, 1, generator=generator)) * size / 256
+        # Strokes join points of a 3 x 3 grid, as letters do.
+        ends = torch.randint(0, 3, (count, strokes, 2, 2), generator=generator) / 2.0
+        line = ends[:, :, :1] * (1 - t) + ends[:, :, 1:] * t
+        points.append((corner + line * height * torch.tensor([0.65, 1.0])).flatten(1, 2))
+    pixels = torch.cat(points, dim=1)
+    radius = (0.6 + 0.7 * torch.rand(count, 1, generator=generator)) * size / 256
+    chord = stamp(pixels, radius.expand(pixels.shape[:2]), size)
+    return (chord / (1.6 * radius[..., None])).clamp(0, 1)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PretrainConfig:
     """Everything before the U-Net, from scratch: tokenizer, autoencoder, CLIP."""
@@ -229,7 +292,7 @@ class PretrainConfig:
     vae: VaeConfig = VaeConfig()
     decoder: VaeConfig | None = None  # such as `DECODER`: the decoder trained on alone, once the encoder is done
     clip: ClipConfig = ClipConfig()
-    details: DetailConfig | None = DetailConfig()  # where the captions have details; None: never
+    details: DetailConfig = DetailConfig()  # where the captions have details
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -238,10 +301,9 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train autoencoder, CLIP and words of details; the pipeline folder, whose U-Net is untrained: ``output/pipeline``.
+    """Train autoencoder, CLIP and words of details, once: the folder ``output/pipeline``, its U-Net untrained.
 
-    ``output/clip`` keeps the whole CLIP, as it was before the details; both folders appear whole. A finished run
-    returns at once.
+    ``output/clip`` keeps the whole CLIP, as it was before the details.
     """
     output = Path(config.output)
     final = output / "pipeline"
@@ -251,15 +313,13 @@ def pretrain(config: PretrainConfig) -> Path:
     captions = sample_captions(config.dataset, table, config.seed, 2, 0.5)
     texts = [text for several in captions for text in several] + corpus()
     pipeline = build_pipeline(config.pipeline, config.seed, texts)
-    require_captions_fit(
-        pipeline.tokenizer, config.dataset, "train", seed=config.seed, captions_per_image=2, explicit_share=0.5
-    )
+    require_captions_fit(pipeline.tokenizer, "train", table["file_name"], captions)
     history = train_vae(pipeline.vae, config.vae, output / "vae")
     if config.decoder is not None:
         history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     info = load_info(config.dataset)
-    if config.details is not None and truth_is_known(config.dataset):
+    if truth_is_known(config.dataset):
         teach_details(pipeline, vocabulary(info["config"]["vocabulary"]), config.details)
     write_text(output / "vae" / "history.json", json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,9 @@ def diffusion_loss(
 
 
 class Order:
-    """Which row stands at each position of the endless stream of samples: epoch after epoch, each shuffled anew.
+    """The endless stream of rows, shuffled anew in each epoch, which processes read in turns.
 
-    Processes read the stream in turns, so every row comes once per epoch over any number of processes, also where the
-    number of rows is no multiple of the batch: a batch may then end one epoch and begin the next.
+    So every row comes once per epoch over any number of processes; a batch may end one epoch and begin the next.
     """
 
     def __init__(self, count: int, seed: int, weights: Tensor | None = None) -> None:
@@ -85,8 +84,7 @@ def balancing_weights(values: Tensor) -> Tensor:
     return 1 / counts.double()[member]
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One batch of training, all of it determined by (seed, step)."""
 
     rows: Tensor  # (B,) images
@@ -95,17 +93,9 @@ class Draw:
     timesteps: Tensor  # (B,)
     embeddings: Tensor  # (B, tokens, width), float32
 
-    def to(self, device: torch.device) -> Draw:
-        """The same on a device, but for the rows, which are for messages."""
-        return self._with(lambda part: part.to(device, non_blocking=True))
-
-    def pinned(self) -> Draw:
-        """The same in memory that a GPU copies from while it computes."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Draw:
-        parts = (self.latents, self.noise, self.timesteps, self.embeddings)
-        return Draw(self.rows, *map(change, parts))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        """The same with its tensors changed, such as moved to a GPU, but for the rows, which are for messages."""
+        return Draw(self.rows, *map(change, self[1:]))
 
 
 @dataclass(frozen=True)
@@ -138,10 +128,7 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
 
 
 def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: int) -> Generator[Draw]:
-    """``draw(number)`` of each number in order; so many threads draw ahead, so that a GPU does not wait for noise.
-
-    A batch is a function of its number: it does not depend on the threads. With 0 threads it is drawn when needed.
-    """
+    """``draw(number)`` of each number in order; threads draw ahead, so that a GPU does not wait. 0 draw when needed."""
     if threads:
         parallel = Parallel(threads, backend="threading", return_as="generator", pre_dispatch="2 * n_jobs")
         yield from parallel(delayed(draw)(number) for number in numbers)
@@ -157,14 +144,12 @@ def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) ->
     spread = ((torch.arange(total) + 0.5) * config.num_timesteps / total).long()
     spread = spread[torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed(seed, "validation")))]
     order = Order(len(cache), seed)
-    return [
-        replace(draw_batch(cache, order, single, k), timesteps=part)
-        for k, part in enumerate(spread.split(config.batch_size))
-    ]
+    parts = enumerate(spread.split(config.batch_size))
+    return [draw_batch(cache, order, single, k)._replace(timesteps=part) for k, part in parts]
 
 
 def by_timestep(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> dict[str, float]:
-    """Mean loss in five bins of equal width, by name: ``t0_199`` to ``t800_999``; bins without a draw are left out."""
+    """Mean loss in five bins of equal width, ``t0_199`` to ``t800_999``, without empty ones."""
     width = num_timesteps / TIMESTEP_BINS
     bins = (timesteps / width).long()
     return {

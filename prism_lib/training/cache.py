@@ -1,9 +1,7 @@
-"""What the frozen parts make of a data set, encoded once and kept on disk: latents and text embeddings.
+"""Latents and text embeddings of a data set, encoded once and kept on disk in safetensors files of 1,024 rows.
 
-Both lie in safetensors files of 1,024 rows, memory-mapped and read a row at a time, so a data set may be larger than
-memory. The folder's name is a hash of everything the rows depend on: another autoencoder, another text encoder or a
-data set prepared anew gets another folder. Every process writes its share of the files, each whole or not at all; what
-an interrupted run has written is not encoded again.
+Rows are read one at a time, so a data set may be larger than memory. The folder's name is a hash of everything they
+depend on. Each process writes its part of the files, each whole or not at all, and encodes nothing again.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
@@ -36,7 +34,7 @@ IMAGE_BATCH, TEXT_BATCH = 16, 64
 
 
 class Rows:
-    """The rows of one tensor that lies in many files; ``rows[indices]`` reads what is asked for and no more."""
+    """The rows of one tensor that lies in many files; ``rows[indices]`` reads these and no more."""
 
     def __init__(self, files: Sequence[Path], key: str) -> None:
         """Open the files; ValueError names one that is damaged or holds rows of another model or data set."""
@@ -73,36 +71,19 @@ class Cache:
         return len(self.moments)
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of the work is this process's; ``wait`` returns when every process has come as far."""
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None
-
-
 def build_cache(
     pipeline: StableDiffusionPipeline,
     dataset: str | Path,
     split: str,
     folder: Path,
-    *,
-    seed: int,
-    captions_per_image: int,
-    explicit_share: float,
+    captions: Sequence[Sequence[str]],
     dtype: torch.dtype = torch.float32,
-    share: Share | None = None,
 ) -> Cache:
-    """Encode a split below ``folder``, or open what is there; ``dtype`` is that of the text embeddings.
+    """Encode a split and ``captions`` of each of its images below ``folder``, or open what is there.
 
-    Latents are kept in float16: their posterior's deviation is far wider than its rounding.
+    ``dtype`` is that of the text embeddings. Latents are in float16: their deviation is far wider than its rounding.
     """
-    share = share or Share()
     table = load_table(dataset, split)
-    if not len(table):
-        raise ValueError(f"{dataset} has no image in split {split!r}")
-    captions = sample_captions(dataset, table, seed, captions_per_image, explicit_share)
     distinct = ["", *dict.fromkeys(text for texts in captions for text in texts)]
     row = {text: i for i, text in enumerate(distinct)}
     vae = copy.deepcopy(pipeline.vae).to(memory_format=torch.channels_last)  # a quarter faster
@@ -119,22 +100,17 @@ def build_cache(
     words = hashlib.sha256("\n".join(distinct).encode()).hexdigest()
     text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), model_hash(pipeline.text_encoder), str(dtype))
     return Cache(
-        moments=_encode(moments, len(table), IMAGE_BATCH, folder, f"latents-{split}", image_key, share),
+        moments=_encode(moments, len(table), IMAGE_BATCH, folder, f"latents-{split}", image_key),
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
-        embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key, share),
+        embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key),
         names=tuple(table["file_name"]),
     )
 
 
-def require_captions_fit(
-    tokenizer: Any, dataset: str | Path, split: str, *, seed: int, captions_per_image: int, explicit_share: float
-) -> None:
-    """ValueError, by image and caption, if a caption that `build_cache` would encode has more tokens than are read."""
-    table = load_table(dataset, split)
-    captions = sample_captions(dataset, table, seed, captions_per_image, explicit_share)
+def require_captions_fit(tokenizer: Any, split: str, names: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+    """ValueError, by image and caption, if one of the captions of each image has more tokens than the model reads."""
     long = too_long(tokenizer, dict.fromkeys(text for texts in captions for text in texts))
-    found = [(name, text) for name, texts in zip(table["file_name"], captions, strict=True) for text in texts]
-    found = [(name, text) for name, text in found if text in long]
+    found = [(name, text) for name, texts in zip(names, captions, strict=True) for text in texts if text in long]
     if found:
         (name, text), count = found[0], len({name for name, _ in found})
         raise ValueError(
@@ -154,18 +130,17 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
 
 
-def _encode(
-    encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str, share: Share
-) -> Rows:
+def _encode(encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str) -> Rows:
     """Write the files that are missing, those of this process, and open them all."""
+    processes = PartialState()
     folder = folder / f"{name}-{key[:16]}"
     files = [folder / f"{start // FILE_ROWS:05d}.safetensors" for start in range(0, count, FILE_ROWS)]
     missing = [(k, path) for k, path in enumerate(files) if not path.is_file()]
-    share.wait()  # all processes must see the same files missing
+    processes.wait_for_everyone()  # all processes must see the same files missing
     rows = {k: min(FILE_ROWS, count - k * FILE_ROWS) for k, _ in missing}
-    own = missing[share.rank :: share.world]
+    own = missing[processes.process_index :: processes.num_processes]
     total = sum(rows[k] for k, _ in own)
-    with tqdm(total=total, desc=name, unit="row", disable=not own or share.rank > 0) as bar:
+    with tqdm(total=total, desc=name, unit="row", disable=not (own and processes.is_main_process)) as bar:
         for k, path in own:
             chunks = []
             for start in range(k * FILE_ROWS, k * FILE_ROWS + rows[k], batch):
@@ -175,7 +150,7 @@ def _encode(
                     require_space(folder, size, f"{name} of {sum(rows.values())} rows")
                 bar.update(len(chunks[-1]))
             write_tensors(path, {"rows": torch.cat(chunks)}, {"key": key})
-    share.wait()
+    processes.wait_for_everyone()
     return Rows(files, key)
 
 
@@ -184,6 +159,6 @@ def _key(*parts: object) -> str:
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer knows, without the padding and truncation that its last call has left in it."""
+    """The state of a tokenizer, without the padding and truncation that its last call has left in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: state[name] for name in sorted(state.keys() - {"padding", "truncation"})}

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: safetensors and JSON only, written whole or not at all.
 
-All randomness of a training step here is a function of (seed, step), so a checkpoint needs no random state: weights,
-moving averages, optimizer moments and the step number continue a run bit for bit.
+Randomness and learning rate are functions of (seed, step), so weights, averages, optimizer moments and the step
+number continue a run bit for bit.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-XXXXXXXX`` and drop all but the newest ``keep`` checkpoints.
 
-    Args:
-        states: tensors by file and name, such as ``{"unet": unet.state_dict()}``.
-        info: anything else to continue from, as plain JSON.
-
-    Raises OSError when the disk is full; the checkpoints before stay as they are.
+    ``states`` are tensors by file and name, such as ``{"unet": unet.state_dict()}``, ``info`` is plain JSON. Raises
+    OSError when the disk is full; the checkpoints before stay as they are.
     """
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
     final = folder / f"step-{step:08d}"
     for left in folder.glob(".partial-*-step-*"):
         shutil.rmtree(left)  # by a run that was killed
     with atomic(final) as partial:
-        for name, tensors in {**states, "optimizer": _optimizer_tensors(optimizer)}.items():
+        for name, tensors in {**states, "optimizer": moments}.items():
             write_tensors(partial / f"{name}.safetensors", tensors)
         hashes = {path.name: file_hash(path) for path in sorted(partial.glob("*.safetensors"))}
         (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes, **info}, indent=1))
@@ -67,10 +69,9 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.
         raise ValueError(f"checkpoint {newest} has no readable state.json: {error}") from None
     for name, expected in info["sha256"].items():
         path = newest / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {newest} lacks {name}; delete the folder to use the one before")
-        if file_hash(path) != expected:
-            raise ValueError(f"checkpoint file {path} was altered or is damaged; delete {newest} to use the one before")
+        if not path.is_file() or file_hash(path) != expected:
+            fault = "was altered or is damaged" if path.is_file() else "is missing"
+            raise ValueError(f"checkpoint file {path} {fault}; delete {newest} to use the one before")
     for name, tensors in states.items():
         read_tensors(newest / f"{name}.safetensors", tensors)
     _load_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
@@ -91,15 +92,17 @@ def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None
 def read_tensors(path: Path, into: State) -> None:
     """Copy a file's tensors into ``into``, in place; ValueError unless names and shapes are the same."""
     found = load_file(path)
-    differing = sorted(
-        key
-        for key in found.keys() | into.keys()
-        if key not in found or key not in into or found[key].shape != into[key].shape
-    )
-    if differing:
+    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (found, into)]
+    if differing := sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()}):
         raise ValueError(f"{path} is of another model: {', '.join(differing[:3])} differ, {len(differing)} in all")
     for key, value in found.items():
         into[key].copy_(value)
+
+
+def set_learning_rate(optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """The rate of a step, as a pure function of the step: nothing to save and restore."""
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(step)
 
 
 def require_space(folder: Path, size: float, what: str) -> None:
@@ -117,14 +120,6 @@ def _existing(path: Path) -> Path:
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Per-parameter optimizer state, flattened to ``index.name``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
-    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:

@@ -1,8 +1,7 @@
 """A small CLIP, whose text encoder conditions the U-Net, and the words that only details use: "left", "pacemaker".
 
-A small CLIP that learned to read labels reads labels: "left", "right" and "bilateral pleural effusion" come out nearly
-the same, and a U-Net cannot show what its text does not say. `teach_details` then trains only the embeddings of words
-that occur in no plain caption. Every text without them keeps its states bit for bit.
+A CLIP that learned labels reads "left" and "right pleural effusion" nearly the same, and so does a U-Net. So
+`teach_details` trains the embeddings of words that no plain caption has; text without them keeps its states to the bit.
 """
 
 from __future__ import annotations
@@ -53,10 +52,8 @@ class ClipConfig:
 def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: ClipConfig) -> CLIPModel:
     """Contrastive training on a prepared folder (Radford et al. 2021); the pipeline's text encoder takes the result.
 
-    Captions of few attributes repeat, so the target spreads over all pairs of a batch with equal captions. Contrast
-    alone is slow to tell "with" from "without" on so little data, so both towers also learn to read the labels: the
-    image from its pooled state, the text from its pooled state and from the mean of its tokens. Runs on
-    `devices.default_device`, and leaves the result on the CPU.
+    The target spreads over all pairs of a batch with equal captions. Contrast alone is slow to tell "with" from
+    "without", so both towers also learn the labels, the text from its pooled state and from its tokens' mean.
     """
     device = default_device()
     text = pipeline.text_encoder.config
@@ -69,11 +66,9 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         patch_size=config.patch_size,
         projection_dim=text.projection_dim,
     )
+    joint = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        joint = CLIPConfig(
-            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
-        )
         clip = CLIPModel(joint).train().to(device)
     table = load_table(dataset, "train")
     images = _small_images(dataset, table, config.image_size)
@@ -118,19 +113,14 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            logger.info(
-                "CLIP step %d: contrast %.3f, labels %s",
-                step + 1,
-                contrast.item(),
-                [f"{value.item():.3f}" for value in reading],
-            )
+            read = [f"{value.item():.3f}" for value in reading]
+            logger.info("CLIP step %d: contrast %.3f, labels %s", step + 1, contrast.item(), read)
     clip.eval().requires_grad_(False).to("cpu")
     pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
     return clip
 
 
 def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy over the labels that are known, 1 or 0."""
     known = torch.isfinite(labels) & (labels >= 0)
     loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none")
     return (loss * known).sum() / known.sum().clamp(min=1)
@@ -159,10 +149,7 @@ class DetailConfig:
 
 
 def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
-    """Tokens of the vocabulary's details that no plain caption has, sorted.
-
-    Raises ValueError for a detail whose words are all in use: it cannot be told from others without a change to them.
-    """
+    """Tokens of the vocabulary's details that no plain caption has, sorted; ValueError for a detail without one."""
     own = {detail for details in vocab.details.values() for detail in details}
     plain = {token for text in corpus(vocab, details=False) for token in tokenizer(text).input_ids}
     found: set[int] = set()
@@ -174,21 +161,18 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     return sorted(found)
 
 
-def teach_details(
-    pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig | None = None
-) -> list[dict[str, float]]:
-    """Train the embeddings of `detail_tokens` in place; returns the losses, one dict per 50 steps.
+def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig) -> None:
+    """Train the embeddings of `detail_tokens` in place.
 
     A label's details move away from each other until they are ``apart``, and stay centred on its plain phrase.
     """
-    config = config or DetailConfig()
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
     table = encoder.get_input_embeddings().weight
     (name,) = (name for name, value in encoder.named_parameters() if value is table)
     learned = table[rows].clone().requires_grad_(True)
     optimizer = torch.optim.Adam([learned], lr=config.learning_rate)
-    rng, history = random.Random(config.seed), []
+    rng = random.Random(config.seed)
     for step in tqdm(range(config.steps), desc="detail words"):
         replaced = {name: table.index_copy(0, rows, learned)}
         losses = torch.zeros(2, device=table.device)
@@ -202,14 +186,13 @@ def teach_details(
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            history.append({"step": step + 1, "spread": losses[0].item(), "centre": losses[1].item()})
+            logger.info("detail words step %d: spread %.3f, centre %.3f", step + 1, *losses.tolist())
     with torch.no_grad():
         table[rows] = learned
-    return history
 
 
 def _contrasts(label: str, vocab: Vocabulary, rng: random.Random) -> list[str]:
-    """One caption without a label, with it, and with every one of its details; the other labels are drawn at random."""
+    """Captions without a label, with it, and with each of its details; the other labels are drawn at random."""
     clauses = [Clause(other, vocab.phrase(other), rng.random() < 0.5) for other in vocab.stated if rng.random() < 0.7]
     others = [clause for clause in clauses if clause.label != label]
     place = rng.randint(0, len(others))

@@ -17,11 +17,12 @@ from prism_lib.models.published import weights_hash
 from prism_lib.paths import SHIPPED
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FinetuneConfig:
-    """One fine-tuning run. Defaults follow the paper (AdamW, lr 1e-5, clip 1), and Stable Diffusion's practice else."""
+    """One fine-tuning run. Defaults follow the paper (AdamW, lr 1e-5, clip 1), else Stable Diffusion's practice."""
 
     dataset: str  # a prepared folder
     output: str  # receives checkpoints, log, samples and the final pipeline
@@ -32,15 +33,7 @@ class FinetuneConfig:
     batch_size: PositiveInt = 8  # per process
     gradient_accumulation: PositiveInt = 1
     learning_rate: PositiveFloat = 1e-5
-    schedule: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "piecewise_constant",
-    ] = "constant_with_warmup"  # diffusers' schedules
+    schedule: Schedule = "constant_with_warmup"  # diffusers' names
     warmup: NonNegativeInt = 100
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # "adamw8bit" needs bitsandbytes
     weight_decay: NonNegativeFloat = 1e-2
@@ -89,10 +82,7 @@ def save_config(config: FinetuneConfig) -> Path:
 
 
 def require_same_origin(config: FinetuneConfig) -> None:
-    """ValueError if the run in ``output`` began from weights or data that have been replaced since, under their names.
-
-    ``output/origin.json`` keeps the hashes of both; weights on a hub are not checked.
-    """
+    """ValueError if the weights or data that the run in ``output`` began from (``origin.json``) have changed since."""
     output = Path(config.output)
     path = output / "origin.json"
     origin: dict[str, str] = {}

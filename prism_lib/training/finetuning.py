@@ -1,10 +1,7 @@
 """Fine-tune the U-Net of a Stable Diffusion pipeline on a prepared folder, with accelerate.
 
-As in the paper the autoencoder and the text encoder stay frozen, so their outputs are cached once (`training.cache`).
-Everything random in a step is a function of (seed, step) (`training.batches`), so a resumed run equals an uninterrupted
-one bit for bit, and every sample is seen once per epoch over any number of processes.
-
-From a terminal: ``python -m prism_lib.training.finetuning CONFIG.json``, on a cluster ``accelerate launch -m`` instead.
+As in the paper the autoencoder and the text encoder stay frozen. A resumed run equals an uninterrupted one bit for bit.
+From a terminal: ``accelerate launch -m prism_lib.training.finetuning CONFIG.json``.
 """
 
 from __future__ import annotations
@@ -39,14 +36,11 @@ SHARDING = {
 
 
 def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = None) -> Path:
-    """Train and return the folder of the final pipeline (averaged weights), ``output/pipeline``.
+    """Train, from the newest checkpoint on, and return the folder of the final pipeline (averaged weights).
 
-    Continues from the newest checkpoint of the same configuration; a finished run returns at once. Adapters are merged
-    into the pipeline's U-Net, and kept beside it in ``output/lora``.
-
-    Raises ValueError when the folder's run began from other weights or data, RuntimeError when another process works in
-    it, FloatingPointError with the batch's file names when the loss stops being finite, MemoryError with the settings
-    that help, and OSError when the disk is full.
+    Adapters are merged into the pipeline's U-Net, and kept beside it in ``output/lora``. Raises ValueError when the run
+    began from other weights or data, RuntimeError when another process works in ``output``, FloatingPointError naming
+    images when the loss is not finite, MemoryError with the settings that help, OSError when the disk is full.
     """
     output = Path(config.output)
     final = output / "pipeline"
@@ -60,11 +54,11 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         if final.is_dir():
             return final
         check_run(config)
-        # `Run.prepare` moves each part to the device of its process.
+        # `Run` moves each part to the device of its process.
         pipeline = pipeline or load_pipeline(
             config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
         )
-        run = Run.prepare(config, accelerator, pipeline)
+        run = Run(config, accelerator, pipeline)
         try:
             for step in run.steps():
                 if run.after_step(step + 1, run.train_step(step)):
@@ -79,10 +73,10 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
 
 def check_run(config: FinetuneConfig) -> None:
-    """Raise at once, by name, the faults that would stop a run only after long work.
+    """Raise at once what would stop a run after long work.
 
-    These are: weights that `accelerate` splits, a data set without one of its splits or without the label to balance
-    (ValueError), a tracker or an optimizer that is not installed (ImportError).
+    ValueError for weights that `accelerate` splits and for a data set without one of its splits or without the label to
+    balance; ImportError for a tracker or an optimizer that is not installed.
     """
     _refuse_sharding()
     absent = sorted(set(config.trackers) - {str(name) for name in filter_trackers(config.trackers, config.output)})
@@ -99,16 +93,13 @@ def check_run(config: FinetuneConfig) -> None:
 
 
 def launch(config: FinetuneConfig, processes: int = 1) -> Path:
-    """`finetune` from a notebook, over several processes: one per GPU, or on a CPU one per few cores.
-
-    With CUDA nothing may have used a GPU in the notebook before.
-    """
+    """`finetune` from a notebook over several processes; nothing may have used a GPU in the notebook before."""
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     save_config(config)
     if processes == 1:
         return finetune(config)
-    # Without a GPU the launcher would start processes that do not know of each other.
+    # Without a GPU the launcher would start processes that each train alone.
     device = nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true")
     with device:
         notebook_launcher(_finetune_forked, (config,), num_processes=processes, mixed_precision=config.mixed_precision)
@@ -144,10 +135,10 @@ def _refuse_sharding() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m prism_lib.training.finetuning CONFIG.json``."""
+    """``accelerate launch -m prism_lib.training.finetuning CONFIG.json``."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if len(argv) != 1:
-        sys.stderr.write("usage: python -m prism_lib.training.finetuning CONFIG.json\n")
+        sys.stderr.write("usage: accelerate launch -m prism_lib.training.finetuning CONFIG.json\n")
         return 2
     logging.basicConfig(level=logging.INFO)
     finetune(load_config(argv[0]))

@@ -24,20 +24,15 @@ class JsonlTracker(GeneralTracker):
 
     def __init__(self, path: Path, step: int) -> None:
         """Continue ``path`` after ``step``: rows beyond it, of a run that was killed, will be written again."""
+        self.tracker = path  # accelerate's name of it
         super().__init__()
-        self.path = path
         if path.is_file():
             kept = [json.dumps(row) for row in _rows(path) if row["step"] <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
-    @property
-    def tracker(self) -> Path:
-        """What accelerate calls the run."""
-        return self.path
-
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Append ``values``."""
-        with self.path.open("a") as stream:
+        with self.tracker.open("a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
 
 

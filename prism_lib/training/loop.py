@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -29,8 +29,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
-from prism_lib.files import atomic, stable_seed
+from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import assembled, sample_images
 from prism_lib.training.batches import (
     Draw,
@@ -43,78 +44,68 @@ from prism_lib.training.batches import (
     drawn_ahead,
     validation_draws,
 )
-from prism_lib.training.cache import Cache, Share, build_cache, require_captions_fit
-from prism_lib.training.checkpoints import load_checkpoint, read_tensors, require_space, save_checkpoint, write_tensors
+from prism_lib.training.cache import Cache, build_cache, require_captions_fit
+from prism_lib.training.checkpoints import (
+    load_checkpoint,
+    read_tensors,
+    require_space,
+    save_checkpoint,
+    set_learning_rate,
+    write_tensors,
+)
 from prism_lib.training.config import FinetuneConfig
 from prism_lib.training.log import JsonlTracker
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention projections, as in diffusers' own script
 
 
-@dataclass
 class Run:
-    """The moving parts of one run, as the newest checkpoint left them."""
+    """One run as its newest checkpoint left it: its steps, and what follows a step."""
 
-    config: FinetuneConfig
-    accelerator: Accelerator
-    pipeline: StableDiffusionPipeline
-    unet: Any
-    averaged: UNet2DConditionModel
-    trained: dict[str, Tensor]  # of `unet`, by name
-    shadow: dict[str, Tensor]  # the same of `averaged`
-    ema: EMAModel
-    optimizer: Any
-    schedule: Any
-    validation: Cache
-    names: tuple[str, ...]  # file names of the training images
-    draws: DrawConfig
-    batches: Generator[Draw]
-    start: int
-    best: float  # lowest validation loss
-    stale: int  # validations since
-    timed: int = 0  # steps since the last row of the log
-    seconds: float = 0.0  # that they took, without validation, samples and checkpoints
-
-    @classmethod
-    def prepare(cls, config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Run:
-        """Cache, models and optimizer, as the newest checkpoint left them."""
-        train, validation = _caches(config, accelerator, pipeline)
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> None:
+        """Cache, models and optimizer; ValueError if the checkpoint is of another number of processes."""
+        self.config, self.accelerator, self.pipeline = config, accelerator, pipeline
+        self.output = Path(config.output)
+        train, self.validation = _caches(config, accelerator, pipeline)
+        self.names = train.names
         unet = _trainable(config, accelerator, pipeline)
-        averaged = copy.deepcopy(unet).eval()
-        trained, shadow = (
+        self.averaged = copy.deepcopy(unet).eval()
+        self.trained, self.shadow = (
             {name: value for name, value in model.named_parameters() if value.requires_grad}
-            for model in (unet, averaged)
+            for model in (unet, self.averaged)
         )
-        averaged.requires_grad_(False)
-        optimizer = _optimizer(config, list(trained.values()))
-        schedule = get_scheduler(
+        self.averaged.requires_grad_(False)
+        optimizer = _optimizer(config, list(self.trained.values()))
+        self.schedule = get_scheduler(
             config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
-        output = Path(config.output)
         if accelerator.is_main_process:
-            size = sum(value.nbytes for value in trained.values())
-            require_space(output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
-        state = load_checkpoint(output, {"unet": trained, "ema": shadow}, optimizer)
+            size = sum(value.nbytes for value in self.trained.values())
+            require_space(self.output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
+        state = load_checkpoint(self.output, {"unet": self.trained, "ema": self.shadow}, optimizer)
         if state.get("processes", accelerator.num_processes) != accelerator.num_processes:
             raise ValueError(
-                f"{output} was trained by {state['processes']} processes and cannot be continued by "
+                f"{self.output} was trained by {state['processes']} processes and cannot be continued by "
                 f"{accelerator.num_processes}: samples would be skipped or repeated within the epoch"
             )
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
-        start = int(state.get("step", 0))
-        ema = EMAModel(shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        ema.shadow_params = list(shadow.values())  # the averaged U-Net's own: no second copy in memory
-        ema.optimization_step = start
+        self.start = int(state.get("step", 0))
+        self.best = state.get("best", math.inf)  # lowest validation loss
+        self.stale = state.get("stale", 0)  # validations since
+        self.timed, self.seconds = 0, 0.0  # steps since the last row of the log, and their time without `after_step`
+        self.ema = EMAModel(self.shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema.shadow_params = list(self.shadow.values())  # the averaged U-Net's own: no second copy in memory
+        self.ema.optimization_step = self.start
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
             unet.compile()
-        unet, optimizer = accelerator.prepare(unet, optimizer)
+        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
         if accelerator.is_main_process:
-            accelerator.log_with.append(JsonlTracker(output / "log.jsonl", start))
+            accelerator.log_with.append(JsonlTracker(self.output / "log.jsonl", self.start))
         accelerator.init_trackers("prism", config={key: str(value) for key, value in asdict(config).items()})
-        draws = DrawConfig(
+        self.draws = DrawConfig(
             batch_size=config.batch_size,
             caption_dropout=config.caption_dropout,
             num_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
@@ -122,25 +113,7 @@ class Run:
             world=accelerator.num_processes,
             noisy_share=config.noisy_share,
         )
-        return cls(
-            config=config,
-            accelerator=accelerator,
-            pipeline=pipeline,
-            unet=unet,
-            averaged=averaged,
-            trained=trained,
-            shadow=shadow,
-            ema=ema,
-            optimizer=optimizer,
-            schedule=schedule,
-            validation=validation,
-            names=train.names,
-            draws=draws,
-            batches=_batches(config, accelerator, train, draws, start),
-            start=start,
-            best=state.get("best", math.inf),
-            stale=state.get("stale", 0),
-        )
+        self.batches = _batches(config, accelerator, train, self.draws, self.start)
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps with a progress bar on the main process."""
@@ -161,10 +134,7 @@ class Run:
     def train_step(self, step: int) -> Tensor:
         """One optimizer step over ``gradient_accumulation`` micro-batches; returns the mean loss."""
         config, accelerator, begin = self.config, self.accelerator, time.perf_counter()
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(step)  # a pure function of the step: nothing to restore
+        set_learning_rate(self.optimizer, self.schedule, step)
         total = torch.zeros((), device=accelerator.device)
         for k in range(config.gradient_accumulation):
             micro = step * config.gradient_accumulation + k
@@ -196,22 +166,14 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        there = batch.to(self.accelerator.device)
+        _, *tensors = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
         with self.accelerator.autocast():
-            return diffusion_loss(
-                unet,
-                self.pipeline.scheduler,
-                there.latents,
-                there.noise,
-                there.timesteps,
-                there.embeddings,
-                self.config.snr_gamma,
-            )
+            return diffusion_loss(unet, self.pipeline.scheduler, *tensors, snr_gamma=self.config.snr_gamma)
 
     def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
         names = [self.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine]
-        path = Path(self.config.output) / f"not-finite-step-{step}.json"
-        path.write_text(json.dumps({"step": step, "files": names}, indent=1))
+        path = self.output / f"not-finite-step-{step}.json"
+        write_text(path, json.dumps({"step": step, "files": names}, indent=1))
         raise FloatingPointError(f"the {what} is not finite at step {step} for {', '.join(names)} (listed in {path})")
 
     def after_step(self, done: int, loss: Tensor) -> bool:
@@ -238,7 +200,7 @@ class Run:
                 "scaler": scaler.state_dict() if scaler is not None else {},
             }
             states = {"unet": self.trained, "ema": self.shadow}
-            save_checkpoint(Path(config.output), done, states, self.optimizer, info, config.keep_checkpoints)
+            save_checkpoint(self.output, done, states, self.optimizer, info, config.keep_checkpoints)
         return stop
 
     def _validate(self, done: int) -> bool:
@@ -249,7 +211,7 @@ class Run:
             self.stale = 0 if found["validation_loss"] < self.best else self.stale + 1
             self.best = min(self.best, found["validation_loss"])
             if self.config.early_stop and self.stale == 0:
-                write_tensors(Path(self.config.output) / "best.safetensors", self.shadow)
+                write_tensors(self.output / "best.safetensors", self.shadow)
         if self.config.early_stop:
             self.stale = int(broadcast(torch.tensor([self.stale], device=self.accelerator.device)))
         return self.stopped
@@ -266,15 +228,15 @@ class Run:
     def save_samples(self, step: int) -> Path:
         """A strip of text-to-image samples from the averaged weights, for the first captions of validation."""
         rows = self.validation.caption_rows[:8, 0]
-        device = self.accelerator.device
         prompt, empty = (
-            self.validation.embeddings[index].float().to(device) for index in (rows, torch.zeros_like(rows))
+            self.validation.embeddings[index].float().to(self.accelerator.device)
+            for index in (rows, torch.zeros_like(rows))
         )
         channels = read_images(self.config.dataset, load_table(self.config.dataset, "val").head(1)).shape[1]
         own = assembled(self.pipeline.vae, None, None, self.averaged, self.pipeline.scheduler)
         with self.accelerator.autocast():
             images = sample_images(own, prompt, empty, channels=channels, seed=self.config.seed)
-        path = Path(self.config.output) / "samples" / f"step-{step:08d}.png"
+        path = self.output / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         strip = torch.cat(list(images), dim=2).permute(1, 2, 0).squeeze(2)  # (H, 8 W) or (H, 8 W, 3)
         Image.fromarray((strip * 255).round().byte().cpu().numpy()).save(path)
@@ -300,22 +262,17 @@ class Run:
 
 def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> list[Cache]:
     """The encoded splits "train" and "val"; the frozen parts move to the device, the text encoder back again."""
-    text: dict[str, Any] = {
-        "seed": config.seed,
-        "captions_per_image": config.captions_per_image,
-        "explicit_share": config.explicit_share,
-    }
+    folder, dtype = Path(config.cache or Path(config.output) / "cache"), PRECISIONS[config.mixed_precision]
+    captions = {}
     for split in ("train", "val"):
-        require_captions_fit(pipeline.tokenizer, config.dataset, split, **text)
+        table = load_table(config.dataset, split)
+        captions[split] = sample_captions(
+            config.dataset, table, config.seed, config.captions_per_image, config.explicit_share
+        )
+        require_captions_fit(pipeline.tokenizer, split, table["file_name"], captions[split])
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(accelerator.device)
-    folder = Path(config.cache or Path(config.output) / "cache")
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    dtype = PRECISIONS[config.mixed_precision]
-    caches = [
-        build_cache(pipeline, config.dataset, split, folder, **text, dtype=dtype, share=share)
-        for split in ("train", "val")
-    ]
+    caches = [build_cache(pipeline, config.dataset, split, folder, captions[split], dtype) for split in captions]
     pipeline.text_encoder.to("cpu")
     return caches
 
@@ -345,7 +302,7 @@ def _batches(
 
     def draw(micro: int) -> Draw:
         batch = draw_batch(train, order, draws, micro)
-        return batch.pinned() if on_gpu else batch
+        return batch.each(Tensor.pin_memory) if on_gpu else batch
 
     numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
     return drawn_ahead(draw, numbers, config.draw_workers if on_gpu else 0)

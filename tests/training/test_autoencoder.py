@@ -15,7 +15,6 @@ from prism_lib.models.pipeline import (
 )
 from prism_lib.training import autoencoder
 from prism_lib.training.clip import ClipConfig
-from prism_lib.training.textures import textures
 from tests.tiny import tiny_images
 
 TINY_VAE = autoencoder.VaeConfig(
@@ -25,7 +24,7 @@ TINY_CLIP = ClipConfig(steps=2, batch_size=4, image_size=32, patch_size=16, visi
 
 
 def test_textures_follow_their_generator():
-    one, same, other = (textures(3, 64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, same, other = (autoencoder.textures(3, 64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert one.shape == (3, 1, 64, 64) and one.min() >= 0 and one.max() <= 1
     assert (one.std((1, 2, 3)) > 0.02).all()

@@ -1,6 +1,7 @@
 """The cache: on disk, read by rows, shared by processes, and never another model's."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,8 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
 from prism_lib.models.pipeline import build_pipeline, encode_prompts, tiny_config
 from prism_lib.training import cache
-from prism_lib.training.cache import Share, build_cache, require_captions_fit
+from prism_lib.training.cache import build_cache, require_captions_fit
 from tests.tiny import tiny_pipeline
-
-TEXT = {"seed": 0, "captions_per_image": 2, "explicit_share": 0.5}
 
 
 @pytest.fixture
@@ -25,8 +24,13 @@ def small_files(monkeypatch):
     monkeypatch.setattr(cache, "TEXT_BATCH", 4)
 
 
-def build(phantom_folder, folder, pipeline=None, split="train", **changes):
-    return build_cache(pipeline or tiny_pipeline(), phantom_folder, split, folder, **(TEXT | changes))
+def captions_of(phantom_folder, split):
+    return sample_captions(phantom_folder, load_table(phantom_folder, split), 0, 2, 0.5)
+
+
+def build(phantom_folder, folder, pipeline=None, split="train", dtype=torch.float32):
+    captions = captions_of(phantom_folder, split)
+    return build_cache(pipeline or tiny_pipeline(), phantom_folder, split, folder, captions, dtype)
 
 
 def test_rows_are_what_the_frozen_parts_compute(phantom_folder, tmp_path, small_files):
@@ -76,8 +80,11 @@ def test_processes_share_the_work_and_make_the_same_rows(phantom_folder, tmp_pat
             raise Stopped
         written.append([])
 
-    with pytest.raises(Stopped):
-        build(phantom_folder, tmp_path / "two", share=Share(1, 2, second))
+    other = {"process_index": 1, "num_processes": 2, "is_main_process": False, "wait_for_everyone": second}
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "PartialState", lambda: SimpleNamespace(**other))
+        with pytest.raises(Stopped):
+            build(phantom_folder, tmp_path / "two")
     assert written[1] == ["00001.safetensors", "00003.safetensors"], "every other file is this process's"
     both = build(phantom_folder, tmp_path / "two")
     rows = torch.arange(len(alone))
@@ -130,26 +137,14 @@ def test_using_the_tokenizer_does_not_change_the_key():
     assert cache._tokenizer_state(other.tokenizer) != before
 
 
-def test_a_caption_that_the_model_cannot_read_whole_is_named_with_its_image(phantom_folder, monkeypatch):
-    tokenizer, sample = tiny_pipeline().tokenizer, sample_captions
-
-    def sample_one_long(folder, table, *settings):
-        captions = sample(folder, table, *settings)
-        captions[3][1] += " cardiomegaly" * 80
-        return captions
-
-    require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)
-    monkeypatch.setattr(cache, "sample_captions", sample_one_long)
-    name = load_table(phantom_folder, "val")["file_name"].iloc[3]
-    with pytest.raises(ValueError, match=rf"reads 77 tokens, and captions of 1 images.*that of {name} has \d+: 'chest"):
-        require_captions_fit(tokenizer, phantom_folder, "val", **TEXT)
-
-
-def test_an_empty_split_is_named(phantom_folder, tmp_path, monkeypatch):
-    empty = load_table(phantom_folder, "val").iloc[:0]
-    monkeypatch.setattr(cache, "load_table", lambda *_: empty)
-    with pytest.raises(ValueError, match="no image in split 'val'"):
-        build(phantom_folder, tmp_path, split="val")
+def test_a_caption_that_the_model_cannot_read_whole_is_named_with_its_image(phantom_folder):
+    tokenizer, captions = tiny_pipeline().tokenizer, captions_of(phantom_folder, "val")
+    names = load_table(phantom_folder, "val")["file_name"]
+    require_captions_fit(tokenizer, "val", names, captions)
+    captions[3][1] += " cardiomegaly" * 80
+    message = rf"reads 77 tokens, and captions of 1 images.*that of {names.iloc[3]} has \d+: 'chest"
+    with pytest.raises(ValueError, match=message):
+        require_captions_fit(tokenizer, "val", names, captions)
 
 
 def test_the_hash_follows_every_weight():

@@ -71,7 +71,11 @@ def cut(folder):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(drop, "lacks unet.safetensors"), (alter, "optimizer.safetensors was altered"), (cut, "no readable state.json")],
+    [
+        (drop, "unet.safetensors is missing"),
+        (alter, "optimizer.safetensors was altered"),
+        (cut, "no readable state.json"),
+    ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_deleting_it_helps(tmp_path, damage, message):
     save(tmp_path, 1)

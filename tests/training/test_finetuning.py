@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prism_lib import paths
+from prism_lib.data.folder import load_table
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
 from prism_lib.models.pipeline import build_pipeline, load_pipeline, tiny_config
-from prism_lib.training import cache, finetuning
+from prism_lib.training import finetuning, loop
 from prism_lib.training.checkpoints import write_tensors
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.finetuning import finetune, main
@@ -381,10 +382,19 @@ def test_a_caption_that_is_too_long_is_told_before_anything_is_encoded(config, m
         long = " cardiomegaly" * 80 if set(table["split"]) == {"val"} else ""
         return [[text + long for text in texts] for texts in sample(folder, table, *settings)]
 
-    monkeypatch.setattr(cache, "sample_captions", sample_long)
+    monkeypatch.setattr(loop, "sample_captions", sample_long)
     with pytest.raises(ValueError, match=r"captions of 12 images in split 'val' have more: that of val/\S+\.png"):
         finetune(config)
     assert not (Path(config.output) / "cache").exists()
+
+
+def test_an_empty_split_is_named(config, monkeypatch):
+    empty = load_table(config.dataset, "val").iloc[:0]
+    monkeypatch.setattr(
+        finetuning, "load_table", lambda folder, split: load_table(folder, split) if split != "val" else empty
+    )
+    with pytest.raises(ValueError, match="no image in split 'val'"):
+        finetune(config)
 
 
 def test_8_bit_adam_asks_for_bitsandbytes(config, monkeypatch):

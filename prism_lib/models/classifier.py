@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -108,7 +109,7 @@ def train_classifier(
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
     generator = torch.Generator().manual_seed(config.seed)
     worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
-    batches = _batches(len(images), total, config, groups, generator)
+    batches = islice(_batches(len(images), config, groups, generator), total)
     for rows in tqdm(batches, total=total, desc="classifier", leave=False, disable=not progress):
         batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
         mask = known[rows].to(device)
@@ -143,19 +144,15 @@ def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, gr
 
 
 def _batches(
-    count: int, total: int, config: ClassifierConfig, groups: Tensor | None, generator: torch.Generator
+    count: int, config: ClassifierConfig, groups: Tensor | None, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """The rows of each optimizer step: whole epochs of all images, or groups drawn equally often."""
-    if config.objective == "erm" or groups is None:
-        per_epoch, order = count // config.batch_size, torch.empty(0, dtype=torch.long)
-        for step in range(total):
-            k = step % per_epoch
-            order = order if k else torch.randperm(count, generator=generator)
-            yield order[k * config.batch_size : (k + 1) * config.batch_size]
-        return
+    """The rows of each optimizer step, without end: epochs of all images, or groups drawn equally often."""
+    while config.objective == "erm" or groups is None:
+        order = torch.randperm(count, generator=generator)[: count - count % config.batch_size]
+        yield from order.split(config.batch_size)
     _, member, sizes = groups.unique(return_inverse=True, return_counts=True)
     weights = 1 / sizes[member].float()
-    for _ in range(total):
+    while True:
         yield torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
 
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def build_cache(
     )
 
 
-def require_captions_fit(tokenizer: Any, split: str, names: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+def require_captions_fit(tokenizer: Any, split: str, names: Iterable[str], captions: Sequence[Sequence[str]]) -> None:
     """ValueError, by image and caption, if one of the captions of each image has more tokens than the model reads."""
     long = too_long(tokenizer, dict.fromkeys(text for texts in captions for text in texts))
     found = [(name, text) for name, texts in zip(names, captions, strict=True) for text in texts if text in long]

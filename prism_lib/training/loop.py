@@ -166,9 +166,11 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        _, *tensors = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
+        scheduler, gamma = self.pipeline.scheduler, self.config.snr_gamma
+        there = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
+        _, latents, noise, timesteps, embeddings = there
         with self.accelerator.autocast():
-            return diffusion_loss(unet, self.pipeline.scheduler, *tensors, snr_gamma=self.config.snr_gamma)
+            return diffusion_loss(unet, scheduler, latents, noise, timesteps, embeddings, gamma)
 
     def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
         names = [self.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine]

@@ -1,13 +1,8 @@
 """Physics and anatomy of the chest phantom: thickness maps, Beer-Lambert attenuation, film.
 
-Each structure is a thickness map (N, H, W) in units of half the image width. Soft tissue, lung, bone and metal
-attenuate by Beer-Lambert; scatter is a blurred fraction of the primary beam, computed from the patient's habitus
-alone; quantum noise scales with the root of the intensity; the film turns log exposure into gray. Every structure
-that an intervention can move (heart, fluid, devices) ends in a hard edge before a narrow point-spread function, so
-an intervention changes no pixel far from it.
-
-Coordinates: x to the right and y down in [-1, 1]. Radiographs are viewed facing the patient, so the patient's left
-is at x > 0. ``side`` 0 is the patient's right lung (x < 0), 1 the left.
+Each structure is a thickness map (N, H, W) in units of half the image width; x to the right and y down in [-1, 1], the
+patient's left at x > 0. What an intervention can move (heart, fluid, devices) ends in a hard edge before a narrow
+point-spread function, so an intervention changes no pixel far from it.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +59,8 @@ def radiograph(scene: Scene, size: int) -> Tensor:
 
     body = body_thickness(scene, frame)
     mediastinum = mediastinum_thickness(scene, frame)
-    fixed = (
-        BONE * bone_thickness(scene, frame, lungs)
-        - SOFT * stomach_gas(scene, frame, lungs)
-        + marker_of_sex(scene, frame)
-    )
+    fixed = BONE * bone_thickness(scene, frame, lungs) - SOFT * stomach_gas(scene, frame, lungs)
+    fixed = fixed + marker_of_sex(scene, frame)
 
     def attenuation(heart: Tensor, fluid: Tensor, vessels: Tensor) -> Tensor:
         air = (lungs.depth - mediastinum - heart).clamp(min=0) * (1 - fluid)
@@ -86,9 +79,6 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     gray = film(scene, intensity + quantum_noise(scene, intensity, size))
     gray = torch.maximum(gray, marker(scene.attributes["ap"], scene.noise, size)[:, 0])
     return (gray * 255).round().div(255)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------- coordinates
 
 
 @dataclass(frozen=True)
@@ -190,9 +180,6 @@ def _by_side(frame: Frame, right: Tensor, left: Tensor) -> Tensor:
     return torch.where(frame.x < 0, right[:, None, None], left[:, None, None])
 
 
-# ---------------------------------------------------------------------------------------------- anatomy
-
-
 def chest_half_width(scene: Scene) -> Tensor:
     """Inner half width of the rib cage at its widest, (N,)."""
     return 0.70 + 0.06 * (scene.noise["habitus"][:, 1] - 0.5) - 0.03 * scene.attributes["female"]
@@ -238,9 +225,8 @@ class Lungs:
         width = chest_half_width(scene)[:, None, None]
         apex, middle = _per(u[:, 2], -0.80, -0.72), -0.05
         rise = ((middle - frame.y) / (middle - apex)).clamp(0, 1)
-        outer = (
-            width * (1 - rise * rise * rise.sqrt()).clamp(min=0).sqrt() * (1 + 0.07 * (frame.y - middle).clamp(0, 1))
-        )
+        outer = width * (1 - rise * rise * rise.sqrt()).clamp(min=0).sqrt()
+        outer = outer * (1 + 0.07 * (frame.y - middle).clamp(0, 1))
         inner = 0.07
         half = ((outer - inner) / 2).clamp(min=1e-3)
         across = ((a - inner - half) / half).clamp(-1, 1)
@@ -254,9 +240,8 @@ class Lungs:
         drop = _by_side(frame, dome + offset, dome)
         floor = peak + drop * (lateral**2 + 0.35 * medial**2)
         taper = ((floor - frame.y) / 0.14).clamp(0, 1).sqrt() * (0.92 + 0.08 * _smooth((floor - frame.y) / 0.5))
-        depth = (
-            LUNG_DEPTH * (1 - across**4).clamp(min=0).sqrt() * taper * (0.72 + 0.28 * _smooth((frame.y + 0.75) / 0.5))
-        )
+        depth = LUNG_DEPTH * (1 - across**4).clamp(min=0).sqrt() * taper
+        depth = depth * (0.72 + 0.28 * _smooth((frame.y + 0.75) / 0.5))
         return cls(depth * (a > inner), outer, floor, base[:, None, None].expand_as(depth))
 
 
@@ -337,13 +322,11 @@ def bone_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     cage = _ramp((lungs.outer + 0.035 - a) / 0.03) * _ramp((0.58 - y) / 0.30) * _ramp((y + 0.86) / 0.05)
     steep = _per(u[:, 2], 0.36, 0.50)
     fan = 1 + 0.10 * y
-    posterior = _rib(
-        (y / fan - steep * (a - 0.02).square() + 0.07 * _ramp((a - 0.05) / 0.2)) / spacing + u[:, 0, None, None],
-        0.21,
-    )
-    posterior = posterior * _ramp((a - 0.07) / 0.05)
+    behind = (y / fan - steep * (a - 0.02).square() + 0.07 * _ramp((a - 0.05) / 0.2)) / spacing + u[:, 0, None, None]
+    posterior = _hollow(((behind % 1.0) - 0.5) / 0.21) * _ramp((a - 0.07) / 0.05)
     front = _ramp((a - 0.30 - 0.10 * _ramp((y + 0.5) / 0.8)) / 0.10)
-    anterior = _rib((y / fan + 0.95 * (a - 0.70) + 0.25 * (a - 0.70) ** 2) / spacing + u[:, 0, None, None] + 0.4, 0.24)
+    before = (y / fan + 0.95 * (a - 0.70) + 0.25 * (a - 0.70) ** 2) / spacing + u[:, 0, None, None] + 0.4
+    anterior = _hollow(((before % 1.0) - 0.5) / 0.24)
     ribs = cage * (0.115 * posterior + 0.070 * anterior * front)
 
     # Clavicles and shoulder girdle.
@@ -361,11 +344,6 @@ def bone_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     shaft = 0.22 * _hollow((a - 0.97) / 0.07) * _ramp((y + 0.55) / 0.05)
     bone = density * (spine + ribs + clavicle + scapula + torch.maximum(humerus, shaft))
     return bone - airway_thickness(frame) * (0.8 * SOFT / BONE)
-
-
-def _rib(phase: Tensor, width: float) -> Tensor:
-    """Profile of ribs along a periodic coordinate: a tube of half width ``width`` periods with a cortex."""
-    return _hollow(((phase % 1.0) - 0.5) / width)
 
 
 def _hollow(v: Tensor) -> Tensor:
@@ -416,14 +394,10 @@ def stomach_gas(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     return 0.75 * shape.clamp(min=0).sqrt() * (u[:, 2, None, None] < 0.6)
 
 
-# ---------------------------------------------------------------------------------------------- findings
-
-
 def effusion_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     """Share of the lung's depth taken by fluid, (N, H, W) in [0, 1).
 
-    Fluid collects in the costophrenic angle and climbs the side wall: a meniscus. It blunts the angle first and
-    hides the diaphragm as it rises; a thin remainder of aerated lung in front keeps large vessels faintly visible.
+    Fluid collects in the costophrenic angle and climbs the side wall: a meniscus that hides the diaphragm as it rises.
     """
     u = scene.noise["effusion_level"]
     present = _by_side(frame, scene.effusion_sides[:, 0].float(), scene.effusion_sides[:, 1].float())
@@ -431,11 +405,7 @@ def effusion_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
     full = _by_side(frame, 0.72 + 0.16 * u[:, 2], 0.72 + 0.16 * u[:, 3])
     lateral = (frame.x.abs() / lungs.outer.clamp(min=0.05)).clamp(0, 1)
     surface = lungs.angle_y - height * (0.70 + 0.45 * lateral**3)
-    depth = (frame.y - surface) / 0.16
-    return present * full * depth.clamp(0, 1).sqrt()
-
-
-# ---------------------------------------------------------------------------------------------- devices
+    return present * full * _ramp((frame.y - surface) / 0.16).sqrt()
 
 
 def device_attenuation(scene: Scene, frame: Frame) -> Tensor:
@@ -444,10 +414,8 @@ def device_attenuation(scene: Scene, frame: Frame) -> Tensor:
     for kind, draw in enumerate((pacemaker, venous_catheter, ecg_leads, endotracheal_tube)):
         rows = scene.device_kinds[:, kind].nonzero()[:, 0]
         if len(rows):
-            part = Frame(
-                frame.x[rows], frame.y[rows], frame.size, frame.rotation[rows], frame.shift[rows], frame.zoom[rows]
-            )
-            total[rows] = total[rows] + draw({name: value[rows] for name, value in scene.noise.items()}, part)
+            maps = frame.x[rows], frame.y[rows], frame.size, frame.rotation[rows], frame.shift[rows], frame.zoom[rows]
+            total[rows] = total[rows] + draw({name: value[rows] for name, value in scene.noise.items()}, Frame(*maps))
     return total
 
 
@@ -524,9 +492,6 @@ def endotracheal_tube(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     return torch.maximum(marker_line, wall)
 
 
-# ---------------------------------------------------------------------------------------------- detector
-
-
 def point_spread(image: Tensor) -> Tensor:
     """Detector blur: a 3x3 binomial kernel per 256 pixels of width, compact by construction."""
     for _ in range(max(1, image.shape[-1] // 256)):
@@ -573,36 +538,31 @@ _GLYPHS: dict[str, list[list[tuple[float, float]]]] = {
 }
 
 
-def _glyph(letter: str, origin: tuple[float, float], height: float, per_unit: int) -> Tensor:
-    """Dense points (P, 2) along the strokes of a letter."""
-    strokes = []
-    for stroke in _GLYPHS[letter]:
-        for (xa, ya), (xb, yb) in itertools.pairwise(stroke):
-            steps = max(2, int(math.hypot(xb - xa, yb - ya) * height * per_unit))
-            t = torch.linspace(0, 1, steps)[:, None]
+@lru_cache(maxsize=16)
+def _letters(left: bool, supine: bool, size: int) -> Tensor:
+    """Dense points (P, 2) along the strokes of the side letter and of the view text below it."""
+    view = [(letter, (0.065 * k, 0.175), 0.062) for k, letter in enumerate("AP" if supine else "PA")]
+    letters = []
+    for letter, origin, height in [("L" if left else "R", (0.0, 0.0), 0.13), *view]:
+        strokes = []
+        for (xa, ya), (xb, yb) in (line for stroke in _GLYPHS[letter] for line in itertools.pairwise(stroke)):
+            t = torch.linspace(0, 1, max(2, int(math.hypot(xb - xa, yb - ya) * height * size)))[:, None]
             strokes.append(torch.tensor([[xa, ya]]) * (1 - t) + torch.tensor([[xb, yb]]) * t)
-    return torch.cat(strokes) * height + torch.tensor(origin)
+        letters.append(torch.cat(strokes) * height + torch.tensor(origin))
+    return torch.cat(letters)
 
 
 def marker(ap: Tensor, noise: dict[str, Tensor], size: int) -> Tensor:
-    """Burnt-in side letter and view text in an upper corner, gray (N, 1, size, size), 0 where there is none.
+    """Burnt-in side letter (L at the patient's left, or R) and AP or PA below it, gray (N, 1, size, size).
 
-    The letter L stands at the patient's left (right of the image) or R at the right; below it AP or PA in small
-    type. It belongs to the film, not to the patient: no rotation, no blur, no noise.
+    It belongs to the film, not to the patient: no rotation, no blur, no noise.
     """
     u = noise["marker"]
     images = []
-    layouts: dict[tuple[bool, bool], Tensor] = {}
     for row in range(len(ap)):
-        left, supine = bool(u[row, 0] < 0.6), bool(ap[row] > 0.5)
-        key = (left, supine)
-        if key not in layouts:
-            text = "AP" if supine else "PA"
-            letters = [_glyph("L" if left else "R", (0.0, 0.0), 0.13, size)]
-            letters += [_glyph(letter, (0.065 * k, 0.175), 0.062, size) for k, letter in enumerate(text)]
-            layouts[key] = torch.cat(letters)
+        left = bool(u[row, 0] < 0.6)
         corner = torch.stack([0.80 + 0.06 * u[row, 1] if left else -0.93 + 0.06 * u[row, 1], -0.93 + 0.06 * u[row, 2]])
-        pixels = (layouts[key] + corner + 1) / 2 * size - 0.5
+        pixels = (_letters(left, bool(ap[row] > 0.5), size) + corner + 1) / 2 * size - 0.5
         chord = stamp(pixels[None], torch.full((1, len(pixels)), 0.009 * size / 2), size)
         images.append((chord / (0.012 * size / 2)).clamp(0, 1) * (0.80 + 0.20 * u[row, 3]))
     return torch.stack(images)

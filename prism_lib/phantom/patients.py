@@ -1,26 +1,21 @@
 """The chest phantom: a structural causal model whose counterfactuals are exact.
 
-How a real patient would look without the pacemaker is not known; for a phantom it is. A patient is exogenous noise
-(anatomy, exposure, rotation, noise field, device geometry, severities) plus attributes, and an image is a deterministic
-function of the two. The true counterfactual keeps the noise, changes one attribute and renders again. `phantom.anatomy`
-holds the physics; this module holds the causal graph and the functions `sample_patients`, `render` and
-`counterfactual`.
+A patient is exogenous noise (anatomy, exposure, geometry of devices, severities) plus attributes; an image is a
+deterministic function of the two. The true counterfactual keeps the noise, changes one attribute and renders again.
 
 The graph, with one independent uniform U per variable and logistic(x) = 1 / (1 + exp(-x)):
 
     age                = 20 + 70 U
     sex                = 1[U < 0.5]                                        1 is female
-    cardiomegaly       = 1[U < prevalence(conf (age - 55) / 20)]
-    pleural effusion   = 1[U < prevalence(conf ((age - 55) / 20 + 2 cardiomegaly - 1))]
+    cardiomegaly       = 1[U < logistic(conf (age - 55) / 20)]
+    pleural effusion   = 1[U < logistic(conf ((age - 55) / 20 + 2 cardiomegaly - 1))]
     support devices    = 1[U < (1 - conf) 0.5 + conf (0.95 if any disease else 0.05)]
     view               = AP if U < 0.5 + 0.4 conf (1 if support devices else -1), else PA
 
-with prevalence(x) = logistic(x). At ``confounding`` = 0 every attribute is an independent fair coin; at 1 devices
-almost always follow disease, a shortcut that downstream classifiers learn. The side of an effusion, the
-kinds of device, their geometry and all severities are exogenous: an intervention ``support_devices=1`` shows the
-devices that *this* patient would have had. An intervention may also name one of `DETAILS`: ``pacemaker=1`` shows the
-pacemaker that this patient would have had beside the devices that are there, ``left_pleural_effusion=1`` fluid on the
-left, as high as it would have stood.
+with conf the ``confounding``: at 0 every attribute is an independent fair coin; at 1 devices almost always follow
+disease, a shortcut that classifiers learn. Sides, kinds of device, geometry and severities are exogenous: an
+intervention ``support_devices=1`` shows the devices that *this* patient would have had, ``pacemaker=1`` (one of
+`DETAILS`) the patient's pacemaker beside the devices that are there.
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prism_lib.language.labels import DEVICE_KINDS, SIDES, snake_case
+from prism_lib.language.labels import DEVICE_KINDS, PHANTOM_LABELS, SIDES, snake_case
 from prism_lib.phantom import anatomy
 
 ATTRIBUTES = ("age", "female", "ap", "cardiomegaly", "pleural_effusion", "support_devices")
@@ -51,18 +46,13 @@ _KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
 
 @dataclass(frozen=True)
 class Patients:
-    """A batch of N patients: exogenous noise and attributes; images are a function of the two.
-
-    ``noise`` maps a name to a float tensor in (0, 1), (N,) or (N, k); ``attributes`` maps each of `ATTRIBUTES` to a
-    float tensor (N,): age in years, the rest 0 or 1. ``index`` and ``seed`` are all that is needed to sample the
-    same patients again.
-    """
+    """A batch of N patients; index, seed and confounding are enough to sample them again."""
 
     index: tuple[int, ...]
     seed: int
     confounding: float
-    noise: dict[str, Tensor]
-    attributes: dict[str, Tensor]
+    noise: dict[str, Tensor]  # floats in (0, 1), (N,) or (N, k)
+    attributes: dict[str, Tensor]  # each of `ATTRIBUTES`, (N,): age in years, the rest 0 or 1
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,11 +68,9 @@ class Patients:
         )
 
     def intervene(self, **attributes: float | Tensor) -> Patients:
-        """do(attribute = value): the same noise, all other attributes as they were.
+        """do(attribute = value): the same noise, all other attributes as they were, descendants in the graph included.
 
-        Names are `ATTRIBUTES` and `DETAILS`, whose side or kind then no longer follows from its noise. Values are a
-        number or a tensor (N,). Descendants in the graph keep their factual values, because the question is what
-        changes in the *image* "and nothing else".
+        Names are `ATTRIBUTES` and `DETAILS`; values are a number or a tensor (N,).
         """
         changed, details = dict(self.attributes), dict[str, Tensor]()
         for name, value in attributes.items():
@@ -120,7 +108,11 @@ class Patients:
     @property
     def device_kinds(self) -> Tensor:
         """Which devices are in the picture: bool (N, 4), columns as `DEVICE_KINDS`."""
-        return _exogenous_kinds(self.noise["kinds"]) & (self.attributes["support_devices"] > 0.5)[:, None]
+        noise = self.noise["kinds"]
+        kinds = noise[:, :4] < torch.tensor(_KIND_PROBABILITIES)
+        fallback = torch.nn.functional.one_hot((noise[:, 4] * 4).long().clamp(max=3), 4).bool()
+        kinds = torch.where(kinds.any(dim=1, keepdim=True), kinds, fallback)  # never none
+        return kinds & (self.attributes["support_devices"] > 0.5)[:, None]
 
     @property
     def effusion_sides(self) -> Tensor:
@@ -133,9 +125,8 @@ class Patients:
         """One row a patient: the four label columns (1 or 0), then age, sex, view, devices and side in words."""
         table = pd.DataFrame({"patient_id": [f"phantom-{self.seed}-{i:06d}" for i in self.index]})
         values = {name: value.numpy() for name, value in self.attributes.items()}
-        table["Cardiomegaly"] = values["cardiomegaly"].astype(int)
-        table["Pleural Effusion"] = values["pleural_effusion"].astype(int)
-        table["Support Devices"] = values["support_devices"].astype(int)
+        for label in PHANTOM_LABELS[1:]:
+            table[label] = values[snake_case(label)].astype(int)
         # CheXpert's convention: "No Finding" says nothing of devices.
         none = (table["Cardiomegaly"] == 0) & (table["Pleural Effusion"] == 0)
         table.insert(1, "No Finding", none.astype(int))
@@ -152,9 +143,8 @@ class Patients:
 
 
 def sample_patients(patients: int | Sequence[int], seed: int, confounding: float = 0.0) -> Patients:
-    """Draw patients from the graph above.
+    """Draw patients, a count or the indices wanted, from the graph above; patient i of a seed is always the same.
 
-    ``patients`` is a count or the indices wanted; patient i of a seed is the same in every batch.
     ``confounding`` in [0, 1] sets how strongly devices follow disease.
     """
     if not 0.0 <= confounding <= 1.0:
@@ -186,13 +176,6 @@ def _attributes(noise: dict[str, Tensor], confounding: float) -> dict[str, Tenso
     female = (noise["sex"] < 0.5).float()
     values = (age, female, ap, cardiomegaly, effusion, devices)
     return dict(zip(ATTRIBUTES, values, strict=True))
-
-
-def _exogenous_kinds(noise: Tensor) -> Tensor:
-    """The kinds that a patient has or would have: bool (N, 4), never none."""
-    kinds = noise[:, :4] < torch.tensor(_KIND_PROBABILITIES)
-    fallback = torch.nn.functional.one_hot((noise[:, 4] * 4).long().clamp(max=3), 4).bool()
-    return torch.where(kinds.any(dim=1, keepdim=True), kinds, fallback)
 
 
 def render(patients: Patients, size: int = 256) -> Tensor:

@@ -324,8 +324,7 @@ def check_images(images: Tensor, factor: int = 1) -> None:
         raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1]; got {images.dtype}")
-    if not bool(torch.isfinite(images).all()):
-        bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+    if bad := (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[:, 0].tolist():
         raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
     if images.numel() and (float(images.min()) < 0 or float(images.max()) > 1):
         raise ValueError(f"images must lie in [0, 1]; got {float(images.min()):.3g} to {float(images.max()):.3g}")

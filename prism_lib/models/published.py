@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,10 +146,8 @@ def _place(source: str, slot: str) -> Path:
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
             raise FileNotFoundError(f"{slot}: {source} does not exist")
-        patterns = [f"{slot}/*", "*.safetensors", "config.json"]
-        path = Path(
-            _from_hub(source, lambda local: snapshot_download(source, allow_patterns=patterns, local_files_only=local))
-        )
+        fetch = partial(snapshot_download, source, allow_patterns=[f"{slot}/*", "*.safetensors", "config.json"])
+        path = Path(_from_hub(source, lambda local: fetch(local_files_only=local)))
     if path.is_dir() and (path / slot).is_dir():
         path = path / slot
     refuse_pickles(path)
@@ -201,14 +200,12 @@ def _check_keys(source: Path, missing: Any, unexpected: Any, misshapen: Any) -> 
 def _check_fit(pipeline: StableDiffusionPipeline, source: str | Path) -> None:
     """The parts of a pipeline must agree on latent channels and on the width of the text."""
     unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
+    takes, gives, read = unet.in_channels, unet.out_channels, unet.cross_attention_dim
     width = pipeline.text_encoder.config.hidden_size
-    if unet.in_channels != latent or unet.out_channels != latent:
-        raise ValueError(
-            f"{source} does not fit: the U-Net takes {unet.in_channels} channels and gives {unet.out_channels}, "
-            f"the autoencoder has {latent}"
-        )
-    if unet.cross_attention_dim != width:
-        raise ValueError(
-            f"{source} does not fit: the U-Net reads text of width {unet.cross_attention_dim}, "
-            f"the text encoder gives {width}"
-        )
+    fault = ""
+    if (takes, gives) != (latent, latent):
+        fault = f"takes {takes} channels and gives {gives}, the autoencoder has {latent}"
+    elif read != width:
+        fault = f"reads text of width {read}, the text encoder gives {width}"
+    if fault:
+        raise ValueError(f"{source} does not fit: the U-Net {fault}")

@@ -73,11 +73,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
 
 def check_run(config: FinetuneConfig) -> None:
-    """Raise at once what would stop a run after long work.
-
-    ValueError for weights that `accelerate` splits and for a data set without one of its splits or without the label to
-    balance; ImportError for a tracker or an optimizer that is not installed.
-    """
+    """Raise ValueError or ImportError at once for what would stop a run after long work."""
     _refuse_sharding()
     absent = sorted(set(config.trackers) - {str(name) for name in filter_trackers(config.trackers, config.output)})
     if absent:
@@ -125,7 +121,7 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
 
 
 def _refuse_sharding() -> None:
-    """Averages and checkpoints are of whole weights, which every process must have."""
+    """ValueError where `accelerate` splits the weights: averages and checkpoints are of whole ones."""
     for variable, name in SHARDING.items():
         if parse_flag_from_env(variable):
             raise ValueError(

@@ -1,8 +1,7 @@
 """Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
 
-A `Source` gives an image for each row of a prepared table under an edit; a study takes any number of sources by name.
-`Cached` keeps what a slow source gave as PNG files, image by image, so an interrupted study continues where it stopped
-and every strength and seed uses the same images.
+A `Source` gives an image for each row of a prepared table under an edit; `Cached` keeps what a slow source gave, so an
+interrupted study continues where it stopped and every strength and seed uses the same images.
 """
 
 from __future__ import annotations
@@ -43,31 +42,19 @@ def counterfactuals(pipe: StableDiffusionPipeline, folder: Folder, editor: Edito
     return source
 
 
-def synthetic(
-    pipe: StableDiffusionPipeline,
-    folder: Folder,
-    *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 3.0,
-    seed: int = 0,
-) -> Source:
-    """Samples from the same target prompts, from noise, without the image ("SD synthetic" in the paper)."""
+def synthetic(pipe: StableDiffusionPipeline, folder: Folder, *, seed: int = 0, **how: Any) -> Source:
+    """Samples from the same target prompts, without the image ("SD synthetic" in the paper).
+
+    ``how`` are settings of `sample_images`.
+    """
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
         embeds = encode_prompts(pipe, [*targets, ""])
         # The noise follows from the image's name, so a sample does not depend on the rows beside it.
-        seeds = [_seed(seed, name, change) for name in rows["file_name"]]
         samples = [
-            sample_images(
-                pipe,
-                embed[None],
-                embeds[-1:],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=own,
-            )
-            for embed, own in zip(embeds[:-1], seeds, strict=True)
+            sample_images(pipe, embed[None], embeds[-1:], seed=_seed(seed, name, change), **how)
+            for embed, name in zip(embeds[:-1], rows["file_name"], strict=True)
         ]
         return _gray(torch.cat(samples).cpu())
 
@@ -89,7 +76,7 @@ def truth(folder: Folder) -> Source:
 class Files:
     """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
 
-    ``settings`` is a digest of all paths, whose names in a bulk run contain all that decides their content.
+    ``settings`` is a digest of all names, which in a bulk run contain all that decides the content.
     """
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
@@ -105,10 +92,7 @@ class Files:
 
 
 class Cached:
-    """A source whose images are kept below ``folder``, a few at a time; ``settings`` is all that decides them.
-
-    The PNGs have 8 bits, as the prepared images do.
-    """
+    """A source whose images are kept below ``folder`` as PNG of 8 bits; ``settings`` is all that decides them."""
 
     def __init__(
         self, source: Source, folder: Path, settings: Mapping[str, Any], *, chunk: int = 8, label: str = "images"

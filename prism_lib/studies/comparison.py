@@ -1,14 +1,14 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
 
-`vary` turns a base editor and lists of values into variants, `measure` edits the same images with every editor, and
-`summarise` gives the numbers of a record.
-`compare_methods` tunes every method within one budget on validation patients, by one criterion (the mean error to the
-true counterfactual where pixels had to change), and measures the best of each on test patients.
+`vary` makes variants of a base editor; `measure` edits the same images with every editor. `compare_methods` tunes every
+method within one budget on validation patients, by the mean error to the true counterfactual where pixels had to
+change, and measures the best of each on test patients.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -55,6 +55,7 @@ COLUMNS = (
 
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
+Place = tuple[Edit, str]  # an edit and an editor's effect
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -83,13 +84,13 @@ class Tuned(NamedTuple):
     errors: tuple[float, ...]
     candidates: tuple[Editor, ...]
 
-    def as_record(self) -> dict[str, Any]:
-        """Plain values: the chosen settings, and every candidate with its error."""
-        tried = zip(self.candidates, self.errors, strict=True)
-        return {
-            "chosen": plain(self.editor),
-            "tried": [{"settings": plain(editor), CRITERION: error} for editor, error in tried],
-        }
+    def as_record(self) -> list[dict[str, Any]]:
+        """Every candidate's name and settings with its error, as plain values."""
+        tried: Any = zip(self.candidates, self.errors, strict=True)  # every editor is a dataclass
+        return [
+            {"settings": {"editor": type(editor).__name__, **asdict(editor)}, CRITERION: error}
+            for editor, error in tried
+        ]
 
 
 class Comparison(NamedTuple):
@@ -104,10 +105,9 @@ class Comparison(NamedTuple):
 class ComparisonConfig:
     """What `compare_methods` compares, and how much work goes into it.
 
-    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit and
-    `tuning_images` validation patients; `budget` is the most settings that a method may try. The GAN has one setting,
-    and its guide is a small classifier of its own, never the judge; both are trained in `mixed_precision`, while the
-    editors use that of the pipeline.
+    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit,
+    `tuning_images` validation patients, `budget` the most settings of a method. The GAN has one setting; its guide is
+    never the judge. Both are trained in `mixed_precision`; the editors use that of the pipeline.
     """
 
     methods: tuple[str, ...] = ()
@@ -166,44 +166,37 @@ def measure(
 ) -> dict[str, Measurement]:
     """Edit the images of ``cases`` with every editor, on all cores.
 
-    What comes to the same is measured once: the base, which is in every study, and settings that an edit has anyway or
-    does not use, such as the factor of additions where something is removed. With ``share`` editors share what they
-    invert; their seconds then say nothing. Results do not depend on the number of ``processes``.
+    Editors of equal `effect` are measured once, such as the base, which is in every study. With ``share`` editors share
+    what they invert; their seconds then say nothing. Results do not depend on the number of ``processes``.
     """
     if not cases or not editors:
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
-    distinct: dict[tuple[Edit, str], Editor] = {}
-    places: dict[str, list[tuple[Edit, str]]] = {name: [] for name in editors}
+    places: dict[str, list[Place]] = {name: [] for name in editors}
+    groups: dict[Any, dict[Place, Editor]] = {}
     for change, (_, pairs) in inputs.items():
         for name, editor in editors.items():
             place = change, editor.effect(pipe, pairs)
-            distinct.setdefault(place, editor)
             places[name].append(place)
-    groups: dict[Any, list[tuple[Edit, str]]] = {}
-    for (change, effect), editor in distinct.items():
-        shared = (change, type(editor), editor.inverts) if share else (change, effect)
-        groups.setdefault(shared, []).append((change, effect))
-    size = batch_for(pipe)
-    jobs, owners = [], []
+            shared = (change, type(editor), editor.inverts) if share else place
+            groups.setdefault(shared, {}).setdefault(place, editor)
+    size, jobs = batch_for(pipe), []
     for group in groups.values():
-        change = group[0][0]
+        change, _ = next(iter(group))
         images, pairs = inputs[change]
         for first in range(0, len(images), size):
             rows = slice(first, first + size)
-            jobs.append(_Job([distinct[place] for place in group], images[rows], pairs[rows], change))
-            owners.append(group)
-    found: dict[tuple[Edit, str], list[_Made]] = {place: [] for place in distinct}
+            jobs.append(_Job(group, images[rows], pairs[rows], change))
+    found: dict[Place, list[_Made]] = defaultdict(list)
     count = copies_for(pipe, processes, len(jobs))
-    progress = tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure")
-    for group, made in zip(owners, progress, strict=True):
-        for place, one in zip(group, made, strict=True):
+    for made in tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure"):
+        for place, one in made.items():
             found[place].append(one)
     evaluations = {}
-    for (change, effect), parts in found.items():
+    for place, parts in found.items():
         edited = [result for part in parts for result in part.results]
         seconds = sum(part.seconds for part in parts) / count
-        evaluations[change, effect] = evaluate_results(folder, cases[change], change, edited, judge, seconds)
+        evaluations[place] = evaluate_results(folder, cases[place[0]], place[0], edited, judge, seconds)
     total = sum(map(len, cases.values()))
     return {
         name: Measurement(
@@ -218,7 +211,7 @@ def measure(
 class _Job(NamedTuple):
     """A batch of images (N, C, H, W) for editors that share what they invert."""
 
-    editors: list[Editor]
+    editors: Mapping[Place, Editor]
     images: Tensor
     pairs: Sequence[PromptPair]
     change: Edit
@@ -232,15 +225,15 @@ class _Made(NamedTuple):
     rows: int
 
 
-def _edit(pipe: StableDiffusionPipeline, job: _Job) -> list[_Made]:
+def _edit(pipe: StableDiffusionPipeline, job: _Job) -> dict[Place, _Made]:
     """Runs in a process of its own; the inversion counts for the first editor."""
-    made: list[_Made] = []
+    made: dict[Place, _Made] = {}
     inverted: Any = None
-    for editor in job.editors:
+    for place, editor in job.editors.items():
         with counted_rows(pipe.unet) as rows, Timer() as timer:
             inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
             results = editor.edit(pipe, inverted, job.pairs, job.change)
-        made.append(_Made(results, timer.seconds, sum(rows)))
+        made[place] = _Made(results, timer.seconds, sum(rows))
     return made
 
 
@@ -260,7 +253,7 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Per editor: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations.
 
-    With ``by_edit`` also those of each edit alone, a dictionary by the edit's key.
+    With ``by_edit`` also those of each edit alone, by its key.
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, measurement in measured.items():
@@ -300,8 +293,7 @@ def compare_methods(
 ) -> Comparison:
     """Train the GAN, tune every method on validation patients, compare all on test patients.
 
-    GANs are kept below ``output`` and not trained again. ValueError, before any work, for real images: methods are
-    tuned by the true counterfactuals.
+    GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
     """
     require_truth(folder)
     validation, test = (
@@ -329,7 +321,7 @@ def compare_methods(
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
-    """`BUDGET` settings per method; a smaller budget takes the first of each, ours begin with the editor's default.
+    """`BUDGET` settings per method, ours begin with the default.
 
     `steps` are the DDIM steps of all, `imagic_steps` the optimizer steps of each of Imagic's two fits.
     """
@@ -364,11 +356,7 @@ def tune(
     budget: int = BUDGET,
     processes: int = 0,
 ) -> dict[str, Tuned]:
-    """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases``.
-
-    Settings that differ only in the edit share their inversion. ValueError before any work if a method has more
-    settings than the budget or none, if a case is a test patient, or if the true counterfactuals are not known.
-    """
+    """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases`` of no test patient."""
     require_truth(folder)
     for name, editors in candidates.items():
         if not 1 <= len(editors) <= budget:
@@ -380,13 +368,7 @@ def tune(
     found = measure(pipe, folder, cases, tried, share=True, processes=processes)
     tuned = {}
     for name, editors in candidates.items():
-        tables = [[e.table[CRITERION] for e in found[f"{name} {n}"].evaluations] for n in range(len(editors))]
-        errors = [float(pd.concat(columns).mean()) for columns in tables]
+        measured = [found[f"{name} {n}"].evaluations for n in range(len(editors))]
+        errors = [float(pd.concat([each.table[CRITERION] for each in own]).mean()) for own in measured]
         tuned[name] = Tuned(editors[errors.index(min(errors))], tuple(errors), tuple(editors))
     return tuned
-
-
-def plain(editor: Editor) -> dict[str, Any]:
-    """An editor's name and values, for a record."""
-    made: Any = editor  # every editor is a dataclass
-    return {"editor": type(editor).__name__, **asdict(made)}

@@ -1,12 +1,7 @@
-"""What the paper and its users compare with, as editors: settings that turn images and prompt pairs into results.
+"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
 
-An editor is a frozen dataclass of settings; `editor(pipe, images, pairs, change)` gives a `Counterfactual` per image,
-so every method is measured by the same functions as ours. Here are prompt-to-prompt on any inversion (ours with its
-defaults), editing between two masks, SDEdit, LEDITS++ and EDICT; `studies.imagic` and `studies.ganterfactual` hold the
-two that train, and `studies.comparison` tunes and compares all of them.
-
-The classes of diffusers share the caller's U-Net and autoencoder. The scheduler is always a copy, and attention
-processors are put back.
+Each result is a `Counterfactual`, so every method is measured by the same functions as ours. `studies.imagic` and
+`studies.ganterfactual` hold the two that train. Classes of diffusers share the caller's networks, not its scheduler.
 """
 
 from __future__ import annotations
@@ -49,6 +44,8 @@ from prism_lib.models.schedule import Schedule, clean_and_noise
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[int, Field(ge=1)]
+Pairs = Sequence[PromptPair]
+Results = list[Counterfactual]
 # A mapping stays a mapping: made an `EditConfig`, it would replace what the model recommends for other fields.
 Overrides = Annotated[Mapping[str, Any] | EditConfig, Field(union_mode="left_to_right")]
 
@@ -59,7 +56,7 @@ PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 class Editor:
     """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
 
-    Editors with equal `inverts` may share what `invert` gives, because it does not depend on their other settings.
+    Editors with equal `inverts` may share what `invert` gives.
     """
 
     @property
@@ -67,23 +64,19 @@ class Editor:
         """The settings that `invert` depends on."""
         return None
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> Any:
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Any:
         """What follows from images (N, C, H, W) in [0, 1] and prompts before any edit; by default the images."""
         return images
 
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Pairs, change: Edit) -> Results:
         """A result per image, from what `invert` gave and the edit that the pairs stand for."""
         raise NotImplementedError
 
-    def effect(self, pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair]) -> str:
+    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         """A description of all that decides the results; editors with equal ones are measured once."""
         return repr(self)
 
-    def __call__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def __call__(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
         return self.edit(pipe, self.invert(pipe, images, pairs), pairs, change)
 
 
@@ -91,8 +84,8 @@ class Editor:
 class PromptToPrompt(Editor):
     """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
 
-    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask` is
-    "auto" or "off" (the raw decode, nothing put back into the input).
+    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask`
+    "off" gives the raw decode, nothing put back into the input.
     """
 
     method: str = RECOMMENDED
@@ -104,15 +97,13 @@ class PromptToPrompt(Editor):
     def inverts(self) -> Hashable:
         return self.method, self.num_inference_steps
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> Inversion:
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Inversion:
         return invert(pipe, images, [pair.source for pair in pairs], self.method, self.num_inference_steps)
 
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
-    def effect(self, pipe: StableDiffusionPipeline, pairs: Sequence[PromptPair]) -> str:
+    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])
 
 
@@ -120,9 +111,8 @@ class PromptToPrompt(Editor):
 class TwoMasks(Editor):
     """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
 
-    In RadEdit the user draws what to edit and what to keep. Drawn masks would give this method the truth, so the edit
-    mask is the one that our own editor finds with the model's recommended settings, `margin` pixels wider, and
-    everything further away is kept. No attention is injected, and guidance is from the empty prompt.
+    Drawn masks, as in RadEdit, would give this method the truth; so the edit mask is the one that our own editor finds,
+    `margin` pixels wider, and everything further away is kept. No attention is injected.
     """
 
     guidance_scale: float = 7.5
@@ -133,9 +123,7 @@ class TwoMasks(Editor):
     def inverts(self) -> Hashable:
         return self.num_inference_steps
 
-    def invert(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]
-    ) -> tuple[Inversion, Tensor]:
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> tuple[Inversion, Tensor]:
         """The inversion, and the masks (N, 1, H, W) that our editor finds on it."""
         ours = PromptToPrompt("edit_friendly", self.num_inference_steps)
         inversion = ours.invert(pipe, images, pairs)
@@ -145,43 +133,36 @@ class TwoMasks(Editor):
         self,
         pipe: StableDiffusionPipeline,
         inverted: tuple[Inversion, Tensor],
-        pairs: Sequence[PromptPair],
+        pairs: Pairs,
         change: Edit,
-    ) -> list[Counterfactual]:
+    ) -> Results:
         inversion, found = inverted
         # Soft, not cut off at a threshold: a rounding error must not move the mask's border.
         wide = torch.nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
-        config = EditConfig(
-            guidance_scale=self.guidance_scale,
-            cross_replace_steps=0.0,
-            self_replace_steps=0.0,
-            negative="empty",
-            correct_drift=False,
-            local_blend=False,
-        )
+        config = replace(PLAIN, guidance_scale=self.guidance_scale, local_blend=False)
+        config = replace(config, cross_replace_steps=0.0, self_replace_steps=0.0)
         return [replace(result, settings=self) for result in edit(pipe, inversion, pairs, config, mask=wide)]
+
+
+def _checked_steps(editor: Any) -> Any:
+    if int(editor.num_inference_steps * editor.strength) < 1:
+        raise ValueError(f"strength {editor.strength} of {editor.num_inference_steps} steps leaves none to denoise")
+    return editor
 
 
 @dataclass(frozen=True)
 class SDEdit(Editor):
-    """Noise the image to `strength` and denoise it under the target prompt (Meng et al., ICLR 2022).
-
-    diffusers' `StableDiffusionImg2ImgPipeline`.
-    """
+    """Noise the image to `strength` and denoise it under the target prompt (Meng et al., ICLR 2022)."""
 
     strength: Share = 0.5
     guidance_scale: float = 7.5
     num_inference_steps: Steps = 50
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _has_steps(self) -> SDEdit:
-        return _checked_steps(self, self.strength, self.num_inference_steps)
+    _has_steps = model_validator(mode="after")(_checked_steps)
 
     @torch.no_grad()
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         image_to_image = StableDiffusionImg2ImgPipeline(**_parts(pipe, scheduler))
         image_to_image.set_progress_bar_config(disable=True)
@@ -200,12 +181,10 @@ class SDEdit(Editor):
 
 @dataclass(frozen=True)
 class LEdits(Editor):
-    """LEDITS++ (Brack et al., CVPR 2024), diffusers' `LEditsPPPipelineStableDiffusion`.
+    """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
 
-    The target prompt is added as one concept and the source prompt removed as another, because our model was trained
-    with absences in words. `threshold` is the quantile that opens the mask; `intersect` also uses the attention, which
-    needs a U-Net that attends at a quarter of the latents' size. One image at a time: diffusers' concepts belong to a
-    batch, not to an image.
+    `threshold` is the quantile that opens the mask; `intersect` also uses the attention, which needs a U-Net that
+    attends at a quarter of the latents' size. One image at a time: diffusers' concepts belong to a batch.
     """
 
     edit_guidance_scale: float = 5.0
@@ -216,9 +195,7 @@ class LEdits(Editor):
     seed: int = 0
 
     @torch.no_grad()
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
         )
@@ -252,9 +229,8 @@ class Edict(Editor):
     """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
 
     A step makes x from y's noise and then y from the new x's, and mixes the two a little, because they would drift
-    apart. Each part is affine in what it changes and so has an exact inverse, with guidance too. `strength` is the
-    share of the steps that are walked, `mixing` the paper's p: 1 does not mix. Four U-Net rows a step in either
-    direction. Latents are float64, as published: mixing multiplies rounding by 1 / p a step.
+    apart. `strength` is the share of the steps that are walked, `mixing` the paper's p: 1 does not mix. Latents are
+    float64, as published: mixing multiplies rounding by 1 / p a step.
     """
 
     guidance_scale: float = 3.0
@@ -262,14 +238,10 @@ class Edict(Editor):
     mixing: Share = 0.93
     num_inference_steps: Steps = 50
 
-    @model_validator(mode="after")
-    def _has_steps(self) -> Edict:
-        return _checked_steps(self, self.strength, self.num_inference_steps)
+    _has_steps = model_validator(mode="after")(_checked_steps)
 
     @torch.no_grad()
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         clean = encode_images(pipe.vae, inverted)
         with full_precision(pipe.unet):  # what is rounded on the way up is amplified on the way down
             noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
@@ -282,9 +254,16 @@ class Edict(Editor):
         """The two latents (N, c, h, w) from clean to noised or back; under the same prompts each undoes the other."""
         schedule, p = Schedule.from_config(pipe.scheduler.config, self.num_inference_steps), self.mixing
         embeds = encode_prompts(pipe, [*[""] * len(prompts), *prompts])
+
+        def noise(latents: Tensor, level: int) -> Tensor:
+            prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
+            unconditional, conditional = prediction.chunk(2)
+            guided = ddim.guided(unconditional, conditional, self.guidance_scale)
+            return clean_and_noise(schedule, latents, guided, level)[1]
+
         levels = range(1, int(self.strength * self.num_inference_steps) + 1)
         for level in tqdm(levels if up else levels[::-1], desc="EDICT", leave=False):
-            # The latents take turns at who goes first, or one of them would always lead.
+            # The latents take turns at going first.
             y, x = pair[::-1] if level % 2 else pair
             y, x = y.double(), x.double()
             here, below = schedule.alphas[level], schedule.alphas[level - 1]
@@ -293,35 +272,26 @@ class Edict(Editor):
             if up:
                 y = (y - (1 - p) * x) / p
                 x = (x - (1 - p) * y) / p
-                y = (y - shift * self._noise(pipe, x, embeds, schedule, level)) / scale
-                x = (x - shift * self._noise(pipe, y, embeds, schedule, level)) / scale
+                y = (y - shift * noise(x, level)) / scale
+                x = (x - shift * noise(y, level)) / scale
             else:
-                x = scale * x + shift * self._noise(pipe, y, embeds, schedule, level)
-                y = scale * y + shift * self._noise(pipe, x, embeds, schedule, level)
+                x = scale * x + shift * noise(y, level)
+                y = scale * y + shift * noise(x, level)
                 x = p * x + (1 - p) * y
                 y = p * y + (1 - p) * x
             pair = (x, y) if level % 2 else (y, x)
         return pair
 
-    def _noise(
-        self, pipe: StableDiffusionPipeline, latents: Tensor, embeds: Tensor, schedule: Schedule, level: int
-    ) -> Tensor:
-        """The guided prediction of the noise in latents at a level."""
-        prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
-        unconditional, conditional = prediction.chunk(2)
-        guided = ddim.guided(unconditional, conditional, self.guidance_scale)
-        return clean_and_noise(schedule, latents, guided, level)[1]
-
 
 def unmasked(
     pipe: StableDiffusionPipeline,
     images: Tensor,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     edited: Tensor,
     settings: object,
     reconstruction: Tensor | None = None,
-) -> list[Counterfactual]:
-    """Results of a method without a mask: everything was open; the reconstruction is the autoencoder's by default."""
+) -> Results:
+    """Results of a method without a mask; the reconstruction is the autoencoder's by default."""
     if reconstruction is None:
         reconstruction = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
     edited, reconstruction = edited.to(images), reconstruction.to(images)
@@ -348,12 +318,6 @@ def seed_of(image: Tensor, seed: int) -> int:
 
 def _generator(image: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(image, seed))
-
-
-def _checked_steps(editor: Any, strength: float, steps: int) -> Any:
-    if int(steps * strength) < 1:
-        raise ValueError(f"strength {strength} of {steps} steps leaves none to denoise")
-    return editor
 
 
 def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from prism_lib.models.schedule import Schedule
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
     """A row per image and region: how much of the change lies there, and of which sign.
 
-    Images are (N, C, H, W), regions boolean (N, 1, H, W). Columns: `pixels`; `brighter` and `darker` (share of the
-    region's pixels); `mean_change` (signed); `mean_absolute_change`; `share_of_change` (of the image's absolute
-    change; NaN where nothing changed at all). ValueError for an empty region, by name and image.
+    Images are (N, C, H, W), regions boolean (N, 1, H, W). `brighter` and `darker` are shares of the region's pixels,
+    `share_of_change` is that of the image's absolute change (NaN where nothing changed).
     """
     if edited.shape != original.shape:
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
@@ -57,10 +56,7 @@ def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Te
 
 
 def mask_regions(mask: Tensor) -> dict[str, Tensor]:
-    """Regions for `region_statistics` from a soft mask (1, 1, H, W): where it is open, and elsewhere.
-
-    One that holds no pixel is left out.
-    """
+    """Regions for `region_statistics` from a soft mask (1, 1, H, W): where it is open, and elsewhere, if any."""
     regions = {"inside the mask": mask > 0, "outside": mask == 0}
     return {name: region for name, region in regions.items() if bool(region.any())}
 
@@ -71,8 +67,8 @@ def attention_maps(
 ) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
-    Cross-attention to the words that the pair names as the edit's, averaged over heads, coarse layers and steps of the
-    very walk that `editing.edit` takes (Hertz et al., 2023). A prompt without such words has a map of zeros.
+    Cross-attention to the edit's words, averaged over heads, coarse layers and the steps of `editing.edit`
+    (Hertz et al., 2023). A prompt without such words has a map of zeros.
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
@@ -89,27 +85,19 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
-    "source" or "own", except for words with a window of their own; `local_blend`, whether latents far from the edit's
-    words return to the source.
+    "source" or "own"; `local_blend`, whether latents far from the edit's words return to the source.
     """
-    levels = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
-    windows = {"cross": config.cross_replace_steps, "self": config.self_replace_steps}
-    steps = range(num_inference_steps)
-    table = pd.DataFrame(
-        {"timestep": [levels.timesteps[num_inference_steps - step] for step in steps]},
-        index=pd.RangeIndex(1, num_inference_steps + 1, name="step"),
-    )
-    for name, share in windows.items():
-        table[name] = ["source" if step < round(share * num_inference_steps) else "own" for step in steps]
-    blends = [config.local_blend and step / num_inference_steps >= config.local_blend_start for step in steps]
-    return table.assign(local_blend=blends)
+    levels, count = Schedule.from_config(pipe.scheduler.config, num_inference_steps), num_inference_steps
+    columns: dict[str, list[object]] = {"timestep": [levels.timesteps[count - step] for step in range(count)]}
+    for name, share in {"cross": config.cross_replace_steps, "self": config.self_replace_steps}.items():
+        columns[name] = ["source" if step < round(share * count) else "own" for step in range(count)]
+    starts = config.local_blend_start
+    columns["local_blend"] = [config.local_blend and step / count >= starts for step in range(count)]
+    return pd.DataFrame(columns, index=pd.RangeIndex(1, count + 1, name="step"))
 
 
 def transition(original: Tensor, edited: Tensor, frames: int = 12) -> Tensor:
-    """From original to edited and back, (2 frames - 2, C, H, W): linear mixtures, so nothing shows that is in neither.
-
-    The last frame is the one before the first, so that the film repeats without a halt.
-    """
+    """From original to edited and back, (2 frames - 2, C, H, W): linear mixtures that repeat without a halt."""
     if original.shape != edited.shape:
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
     if frames < 2:

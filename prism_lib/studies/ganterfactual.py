@@ -1,17 +1,17 @@
 """GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
 
-Two generators translate in both directions, with a discriminator for each; besides the CycleGAN's losses, a frozen
-classifier has to read the translation as its target. There is a GAN for each label, without text and without a mask.
-The classifier that guides must not be the judge that measures. Weights are safetensors, and a run that was stopped
-continues bit for bit: the images of a step follow from seed and step alone.
+Besides the CycleGAN's losses, a frozen classifier has to read the translation as its target; it must not be the judge
+that measures. There is a GAN for each label, without text and without a mask. A run that was stopped continues bit for
+bit: the images of a step follow from seed and step alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,21 +22,22 @@ from diffusers import StableDiffusionPipeline
 from monai.networks.nets import PatchDiscriminator, UNet
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
 from prism_lib.devices import autocast, default_device
-from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.evaluation.evaluate import train_judge
 from prism_lib.files import atomic, stable_seed, write_text
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig, load_classifier
-from prism_lib.studies.editors import Editor, unmasked
+from prism_lib.studies.editors import Editor, Pairs, Results, unmasked
+from prism_lib.training.checkpoints import write_tensors
 
 DIRECTIONS = ("remove", "add")
+Images = dict[str, Tensor]  # by direction
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -63,9 +64,7 @@ class Ganterfactual(Editor):
 
     folder: Path
 
-    def edit(
-        self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
         """Translate; the reconstruction is the way back. ValueError for an edit of other than one label."""
         changed = [*change.remove, *change.add]
         if len(changed) != 1:
@@ -82,8 +81,7 @@ class Ganterfactual(Editor):
 def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanConfig) -> Path:
     """Train on the train split of a prepared folder; returns the folder below ``output`` with the generators.
 
-    A finished run of the same configuration is reused, an unfinished one goes on. ValueError for an unknown label, one
-    with a single class, or a folder that holds another run.
+    An unfinished run of the same configuration goes on, a finished one is reused.
     """
     table = load_table(folder, "train")
     if config.label not in classifier.labels or config.label not in table:
@@ -93,9 +91,12 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         if rows.empty:
             raise ValueError(f"{config.label!r} has one class only in {folder}: no image is labelled {value}")
     target = output / snake_case(config.label)
-    _claim(target, config)
+    path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{target} holds a run with other settings; choose another output folder")
+    write_text(path, text)
     training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
-    state = target / "state.safetensors"
+    state = target / "state.pt"
     start = training.load(state) if state.is_file() else 0
     pixels = {value: _read(folder, rows) for value, rows in sides.items()} if start < config.steps else {}
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
@@ -107,15 +108,12 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             training.save(state, step + 1)
     for name in DIRECTIONS:
-        _save(training.generators[name].state_dict(), target / f"{name}.safetensors")
+        write_tensors(target / f"{name}.safetensors", training.generators[name].state_dict())
     return target
 
 
 def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Classifier:
-    """The classifier that guides the GAN, trained on the first ``images`` of the train split.
-
-    One at ``output`` with the same configuration is reused; ValueError for one with another.
-    """
+    """The classifier that guides the GAN, trained on the first ``images`` of the train split; kept at ``output``."""
     if not (output / "config.json").is_file():
         train_judge(Path(folder), output, config, images)
     # Read back even if just trained: stored weights are float16, and a run that continues needs the same guide.
@@ -130,7 +128,7 @@ def train_for(
 ) -> Ganterfactual:
     """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
 
-    Each combination of prepared folder and settings has a folder of its own below ``output``: nothing is mixed.
+    Each combination of prepared folder and settings has a folder of its own below ``output``.
     """
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
@@ -169,9 +167,8 @@ class _Training:
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
         self.parts = [self.generators.to(self.device), self.discriminators.to(self.device)]
-        self.optimizers = [
-            torch.optim.Adam(part.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)) for part in self.parts
-        ]
+        adam = partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.5, 0.999))
+        self.optimizers = [adam(part.parameters()) for part in self.parts]
 
     def step(self, negative: Tensor, positive: Tensor) -> None:
         """One step of the generators, then one of the discriminators."""
@@ -182,17 +179,14 @@ class _Training:
         loss, fakes = self._generator_loss(given, wanted)
         self._optimise(0, loss)
         self.discriminators.requires_grad_(True)
-        errors = [
-            F.mse_loss(score, torch.full_like(score, real))
-            for name in DIRECTIONS
-            for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0))
-            for score in [self._judged(name, image)]
-        ]
+        errors = []
+        for name in DIRECTIONS:
+            for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0)):
+                score = self._judged(name, image)
+                errors.append(F.mse_loss(score, torch.full_like(score, real)))
         self._optimise(1, 0.5 * torch.stack(errors).sum())
 
-    def _generator_loss(
-        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_loss(self, given: Images, wanted: Images) -> tuple[Tensor, Images]:
         config, total, fakes = self.config, torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
@@ -226,35 +220,25 @@ class _Training:
 
     def save(self, path: Path, step: int) -> None:
         """Weights and Adam's moments after ``step`` steps."""
-        tensors = {"step": torch.tensor(step)}
-        for n, (part, optimizer) in enumerate(zip(self.parts, self.optimizers, strict=True)):
-            tensors |= {f"{n}/weight/{name}": value for name, value in part.state_dict().items()}
-            for key, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"{n}/adam/{key}/{name}": value for name, value in moments.items()}
-        _save(tensors, path)
+        parts, optimizers = ([each.state_dict() for each in group] for group in (self.parts, self.optimizers))
+        with atomic(path) as file:
+            torch.save({"step": step, "parts": parts, "optimizers": optimizers}, file)
 
     def load(self, path: Path) -> int:
         """Continue from what `save` wrote; returns the steps done."""
-        tensors = load_file(path)
-        for n, (part, optimizer) in enumerate(zip(self.parts, self.optimizers, strict=True)):
-            weights, adam = f"{n}/weight/", f"{n}/adam/"
-            part.load_state_dict({k.removeprefix(weights): v for k, v in tensors.items() if k.startswith(weights)})
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(adam):
-                    index, name = key.removeprefix(adam).split("/")
-                    moments.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        return int(tensors["step"])
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for part, weights in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(weights)
+        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+        return int(state["step"])
 
 
 def _generator(config: GanConfig) -> nn.Module:
     """The paper's U-Net: four halvings, instance norm, leaky ReLU; tanh follows where it is called."""
-    widths = tuple(config.filters * factor for factor in (1, 2, 4, 8, 8))
-    return UNet(
-        spatial_dims=2, in_channels=1, out_channels=1, channels=widths, strides=(2, 2, 2, 2), norm="INSTANCE",
-        act=("LEAKYRELU", {"negative_slope": 0.2}),
-    )  # fmt: skip
+    widths = [config.filters * factor for factor in (1, 2, 4, 8, 8)]
+    act = ("LEAKYRELU", {"negative_slope": 0.2})
+    return UNet(2, 1, 1, widths, strides=[2] * 4, norm="INSTANCE", act=act)
 
 
 def _discriminator(config: GanConfig) -> nn.Module:
@@ -271,16 +255,3 @@ def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
     """All images of the rows as uint8 (N, 1, H, W)."""
     parts = [read_images(folder, rows.iloc[n : n + 64]) for n in range(0, len(rows), 64)]
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in parts])
-
-
-def _claim(target: Path, config: GanConfig) -> None:
-    """Write the configuration, or check that the folder was made with it."""
-    path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{target} holds a run with other settings; choose another output folder")
-    write_text(path, text)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    with atomic(path) as partial:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)

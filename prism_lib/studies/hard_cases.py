@@ -1,34 +1,107 @@
-"""Which images are hard to edit (the paper's App. H), and what happens to small text (its App. I).
+"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
 
-Both read an `Evaluation` of phantoms, where the truth is known: `strata` says what makes an image hard, `by_stratum`
-how far the edits of such images are from the truth, `corner_text` what happened to the burnt-in marker.
+The truth is known, so the other finding's share of the picture is the difference that its removal would make, and an
+image is hard for reasons that can be named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, require_truth
-from prism_lib.data.rows import marker_masks
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, interval
+from prism_lib.data.folder import load_info, load_table, read_images, require_truth
+from prism_lib.data.rows import editable, marker_masks, prompt_pairs, true_counterfactual
+from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
 from prism_lib.evaluation.metrics import masked_l1
-from prism_lib.language.edits import Edit
+from prism_lib.language.captions import caption
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.labels import vocabulary
 from prism_lib.studies.comparison import CRITERION, measure
-from prism_lib.studies.editors import Editor
+from prism_lib.studies.editors import Editor, PromptToPrompt
+
+Numbers = dict[str, dict[str, float]]
+
+
+def entanglement(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    change: Edit,
+    other: str,
+    count: int,
+    editor: PromptToPrompt,
+    seed: int = 0,
+) -> Numbers:
+    """How much of another finding an edit carries along, by the folder's confounding, by wording and mask.
+
+    Prompts either name what is absent ("without cardiomegaly", as ours) or do not mention it, as PRISM's captions.
+    """
+    require_truth(folder)
+    cases = cases_with_both(folder, change, other, count)
+    removed, wanted = (true_counterfactual(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
+    assert removed is not None and wanted is not None
+    images, confounding = read_images(folder, cases), load_info(folder)["config"]["confounding"]
+    numbers = {}
+    for wording, prompts in {"negated": prompt_pairs, "prism": prism_pairs}.items():
+        pairs = prompts(folder, cases, change)
+        inverted = editor.invert(pipe, images, pairs)
+        for mask in ("auto", "off"):
+            results = replace(editor, mask=mask).edit(pipe, inverted, pairs, change)
+            found = evaluate_results(folder, cases, change, results)
+            share = carried_along(found.edited, images, removed[0], ~wanted[1])
+            values = {"confounding": confounding, "images": float(count)}
+            patients = found.table["patient_id"]
+            values |= interval("carried_along", pd.Series(share.tolist()), patients, seed)
+            values |= interval(CRITERION, found.table[CRITERION], patients, seed)
+            numbers[f"confounding {confounding:g}, {wording}, mask {mask}"] = values
+    return numbers
+
+
+def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tensor) -> Tensor:
+    """How much of the other finding an edit removed, (N,): 0 is nothing, 1 all of it.
+
+    <edited - factual, without - factual> / |without - factual|^2 over ``region`` (N, 1, H, W); ``without`` is the true
+    image without the other finding.
+    """
+    if not edited.shape == factual.shape == without.shape:
+        raise ValueError(f"shapes differ: {tuple(edited.shape)}, {tuple(factual.shape)}, {tuple(without.shape)}")
+    removal = (without - factual) * region
+    size = removal.square().sum((1, 2, 3))
+    if bool((size == 0).any()):
+        raise ValueError(f"image {int((size == 0).nonzero()[0])} shows nothing of the other finding in the region")
+    return ((edited - factual) * removal).sum((1, 2, 3)) / size
+
+
+def cases_with_both(folder: str | Path, change: Edit, other: str, count: int, split: str = "test") -> pd.DataFrame:
+    """The first ``count`` phantoms that the edit suits and that have the other finding, one per patient."""
+    rows = editable(load_table(folder, split), change)
+    if other not in rows or other in (*change.remove, *change.add):
+        raise ValueError(f"{other!r} is no other label of {folder} than those that {change.key} changes")
+    rows = rows[rows[other] == 1].drop_duplicates("patient_id")
+    if len(rows) < count:
+        raise ValueError(f"{len(rows)} patients of {split!r} suit {change.key} and have {other!r}; {count} are needed")
+    return rows.head(count).reset_index(drop=True)
+
+
+def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
+    """Prompts as PRISM's captions: what is absent is not mentioned."""
+    info = load_info(folder)
+    vocab, pairs = vocabulary(info["config"]["vocabulary"]), []
+    for row in cases.to_dict("records"):
+        labels = {label: row[label] for label in info["labels"]}
+        source, target = (caption(state, "prism", vocab) for state in (labels, change.apply(labels, vocab)))
+        pairs.append(Edit.text(source, target).prompts(labels, vocab))
+    return pairs
 
 
 def study(
     pipe: StableDiffusionPipeline, folder: str | Path, change: Edit, count: int, editor: Editor, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}.
-
-    ValueError, before any work, for real images.
-    """
+) -> dict[str, Numbers]:
+    """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}."""
     require_truth(folder)
     cases = choose_cases(folder, change, count)
     (evaluation,) = measure(pipe, folder, {change: cases}, {"hard": editor})["hard"].evaluations
@@ -44,9 +117,8 @@ def study(
 def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
     """What makes each image hard, a bool column per stratum; ``cases`` are the rows that were edited, in their order.
 
-    Device kinds of the phantom's table; "with LABEL" for the findings that stay; "over bone and heart", where most of
-    the true change lies on pixels brighter than the image's median; "faint", where the true change is weaker than that
-    of half of these images. ValueError where the truth is not known or ``cases`` are others.
+    Kinds of devices; "with LABEL" for the findings that stay; "over bone and heart", where most of the true change lies
+    on pixels brighter than the median; "faint", where the true change is weaker than that of half of these images.
     """
     if evaluation.truth is None or evaluation.truth_mask is None:
         raise ValueError("the true counterfactual is not known, so it is unknown which images are hard")
@@ -70,7 +142,7 @@ def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -
     return pd.DataFrame(columns, index=evaluation.table.index)
 
 
-def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Numbers:
     """Images and mean error to the truth of every stratum that has any, and of "all"; intervals over patients."""
     numbers = {}
     everyone = pd.DataFrame({"all": True}, index=hard.index)
@@ -82,21 +154,15 @@ def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> dic
     return numbers
 
 
-def corner_text(evaluation: Evaluation, marker: Tensor, seed: int = 0) -> dict[str, dict[str, float]]:
+def corner_text(evaluation: Evaluation, marker: Tensor, seed: int = 0) -> Numbers:
     """Mean |difference| to the input on the pixels of the side marker, ``marker`` bool (N, 1, H, W), by path.
 
     "autoencoder": encoded and decoded, unedited; "latent path": edited, without the composite; "composite": the result.
     """
     if marker.shape != evaluation.mask.shape or not bool(marker.flatten(1).any(1).all()):
         raise ValueError(f"the marker must be a mask {tuple(evaluation.mask.shape)} with pixels in every image")
-    paths = {
-        "autoencoder": evaluation.reconstruction,
-        "latent path": evaluation.raw,
-        "composite": evaluation.edited,
-    }
-    patients = evaluation.table["patient_id"]
-    numbers = {}
-    for name, images in paths.items():
-        values = pd.Series(masked_l1(images, evaluation.factual, marker).tolist(), index=patients.index)
+    e, patients, numbers = evaluation, evaluation.table["patient_id"], {}
+    for name, images in {"autoencoder": e.reconstruction, "latent path": e.raw, "composite": e.edited}.items():
+        values = pd.Series(masked_l1(images, e.factual, marker).tolist())
         numbers[name] = interval("marker_l1", values, patients, seed)
     return numbers

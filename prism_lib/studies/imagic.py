@@ -1,8 +1,7 @@
 """Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
 
 (A) the target's text embedding is optimised until it explains the image; (B) the U-Net is tuned to the image under that
-embedding, here by LoRA adapters, which are removed again; (C) an image is sampled from noise under a mixture of target
-and optimised embedding. Only the tuned U-Net ties the result to the input.
+embedding, by LoRA adapters that are removed again; (C) an image is sampled under a mixture of both embeddings.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models.pipeline import encode_images, encode_prompts, predict_noise, sample_images
-from prism_lib.studies.editors import Editor, Steps, seed_of, unmasked
+from prism_lib.models.pipeline import encode_images, encode_prompts, mixed_calls, sample_images
+from prism_lib.studies.editors import Editor, Pairs, Results, Steps, seed_of, unmasked
+from prism_lib.training.batches import diffusion_loss
 from prism_lib.training.loop import LORA_LAYERS
 
 _ADAPTER = "imagic"
@@ -56,15 +54,13 @@ class Imagic(Editor):
     def inverts(self) -> Hashable:
         return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Sequence[PromptPair]) -> list[Fit]:
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> list[Fit]:
         """Steps A and B for every image."""
         with _frozen(pipe.unet):
             progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
             return [self._tuned(pipe, image, pair) for image, pair in progress]
 
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Sequence[PromptPair], change: Edit
-    ) -> list[Counterfactual]:
+    def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
         """Step C."""
         images = torch.stack([fit.image for fit in inverted])
         with _frozen(pipe.unet):
@@ -124,19 +120,14 @@ class Imagic(Editor):
         noise: torch.Generator,
     ) -> None:
         """Minimise the diffusion loss of one image over `parameters`."""
-        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        rows = clean.expand(self.batch_size, -1, -1, -1)
+        rows, count = clean.expand(self.batch_size, -1, -1, -1), pipe.scheduler.config.num_train_timesteps
         for _ in range(steps):
             eps = torch.randn(rows.shape, generator=noise).to(rows)
-            count = scheduler.config.num_train_timesteps
             timesteps = torch.randint(count, (len(rows),), generator=noise).to(rows.device)
-            noisy = scheduler.add_noise(rows, eps, timesteps)
-            wanted = eps
-            if scheduler.config.prediction_type == "v_prediction":
-                wanted = scheduler.get_velocity(rows, eps, timesteps)
             states = embedding.expand(len(rows), -1, -1)
-            loss = F.mse_loss(predict_noise(pipe, noisy, timesteps, states), wanted)
+            with mixed_calls(pipe.unet):
+                loss = diffusion_loss(pipe.unet, pipe.scheduler, rows, eps, timesteps, states).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

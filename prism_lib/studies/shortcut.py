@@ -1,13 +1,8 @@
-"""A shortcut in the training set, and what helps a classifier against it.
+"""A shortcut in the training set, and what helps a classifier against it (FastDiME, Weng et al., ECCV 2024).
 
-The protocol of FastDiME (Weng et al., ECCV 2024): in the training set D_k the target coincides with another attribute
-in k % of the images with the target and in k % of those without; the test set has every combination equally often.
-A classifier that reads the other attribute instead fails on the combinations that it rarely or never saw. Training
-sets with the same images, and the same number of optimizer steps, are compared: as they are, with groups reweighted, by
-Group-DRO, and with images added that fill the missing combinations (`studies.augmentation`).
-
-A group is 2 target + shortcut: `GROUPS`. The readings of every classifier are kept under a key of all that decides
-them, so an interrupted study continues where it stopped.
+In the training set D_k target and shortcut agree in k % of the images; the test set has every combination equally
+often. Training sets of the same images and number of steps are compared: as they are, reweighted by group, with
+Group-DRO, and with images added (`studies.augmentation`). A group is 2 target + shortcut. Finished readings are kept.
 """
 
 from __future__ import annotations
@@ -51,11 +46,9 @@ class ShortcutConfig:
     Args:
         target, shortcut: the label that the classifiers are judged by, and the one that goes with it in training.
         strengths: k as a fraction, 1 for D_100; 0.5 is balanced.
-        images: images of the training set, half of them with the target; the same for every seed.
-        added: images that a source adds, a quarter for each of four edits: shortcut removed and added with the target
-            kept, target removed and added with the shortcut kept.
+        images: images of the training set, half of them with the target.
+        added: images that a source adds, a quarter for each of four edits: either label removed or added alone.
         size: pixels a side that the classifiers read.
-        test_splits: the splits that make up the test set; nothing is chosen on either.
         seeds: of the classifiers: initial weights and order of the images.
     """
 
@@ -147,37 +140,30 @@ def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) 
 def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
     """The balanced test set: as many rows of each group as the smallest has."""
     table = pd.concat([load_table(folder, split) for split in config.test_splits], ignore_index=True)
-    member = groups(table, config.target, config.shortcut)
-    sizes = [int((member == group).sum()) for group in range(4)]
-    if not min(sizes):
-        raise ValueError(f"no test image in group {GROUPS[sizes.index(0)]!r} of {config.target}, {config.shortcut}")
-    return pd.concat([table[member == group].head(min(sizes)) for group in range(4)], ignore_index=True)
+    member, counts = groups(table, config.target, config.shortcut), group_counts(table, config)
+    fewest = min(counts, key=counts.__getitem__)
+    if not counts[fewest]:
+        raise ValueError(f"no test image in group {fewest!r} of {config.target}, {config.shortcut}")
+    return pd.concat([table[member == group].head(counts[fewest]) for group in range(4)], ignore_index=True)
 
 
 def additions(rows: pd.DataFrame, config: ShortcutConfig) -> list[tuple[pd.DataFrame, Edit]]:
     """The edits that a source makes: training rows in which the two go together, and edits that separate them."""
-    member, wanted = groups(rows, config.target, config.shortcut), []
-    for group, verb in ((3, "remove"), (0, "add")):
-        sources = rows[member == group]
-        for label in (config.shortcut, config.target):
-            if len(sources) < config.added // 4:
-                raise ValueError(
-                    f"{config.added} added images need {config.added // 4} training images of group "
-                    f"{GROUPS[group]!r}, there are {len(sources)}"
-                )
-            wanted.append(
-                (sources.head(config.added // 4), Edit(remove=(label,)) if verb == "remove" else Edit(add=(label,)))
+    member, labels, count = groups(rows, config.target, config.shortcut), (config.shortcut, config.target), config.added
+    edits = {3: [Edit(remove=(label,)) for label in labels], 0: [Edit(add=(label,)) for label in labels]}
+    for group in edits:
+        if (member == group).sum() < count // 4:
+            raise ValueError(
+                f"{count} added images need {count // 4} training images of group {GROUPS[group]!r}, "
+                f"there are {(member == group).sum()}"
             )
-    return wanted
+    return [(rows[member == group].head(count // 4), edit) for group, own in edits.items() for edit in own]
 
 
 def examples(
     folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: ShortcutConfig, count: int = 1
 ) -> tuple[Tensor, list[str]]:
-    """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles.
-
-    The original's title is the edit.
-    """
+    """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles."""
     panels, titles = [], []
     for chosen, edit in additions(rows, config):
         some = chosen.head(count)
@@ -208,13 +194,12 @@ def run(
     config: ShortcutConfig,
     sources: Mapping[str, Source],
     cache: Path,
-    objectives: Sequence[str] = tuple(OBJECTIVES),
     processes: int = 1,
 ) -> Readings:
     """Train every classifier whose readings are not in ``cache`` yet, and read the test set with it.
 
-    A source with an attribute `settings` is identified by that, any other by its name. ``processes`` classifiers are
-    trained at a time, each with one thread; 0 stands for as many as suit (`devices.processes_for`).
+    A source with an attribute `settings` is identified by that, any other by its name; `processes` as in
+    `devices.processes_for`.
     """
     train = load_table(folder, "train")
     drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
@@ -225,7 +210,7 @@ def run(
     files = {
         (strength, name, seed): cache / f"{_digest(config, strength, name, seed, content, sources)}.safetensors"
         for strength in config.strengths
-        for name in (*objectives, *sources)
+        for name in (*OBJECTIVES, *sources)
         for seed in config.seeds
     }
     test = load_images(folder, table, config)
@@ -261,10 +246,10 @@ def _train(job: _Job) -> None:
         save_file({"probabilities": predict(model, job.test).contiguous()}, partial)
 
 
-def summarise(readings: Readings, config: ShortcutConfig, baseline: str = "as_is") -> dict[str, Any]:
+def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
     """The numbers of the record `classifiers`: per strength and training set, means over seeds.
 
-    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to ``baseline`` at the
+    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to "as_is" at the
     greatest strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
     """
     summary: dict[str, Any] = {}
@@ -272,20 +257,18 @@ def summarise(readings: Readings, config: ShortcutConfig, baseline: str = "as_is
     for strength in config.strengths:
         block = {name: _measures(readings, config, strength, name) for name in names}
         for name in names:
-            if name != baseline and baseline in names:
-                gain = _interval(readings, config, strength, (baseline, name), lambda worst: worst[1] - worst[0])
+            if name != "as_is" and "as_is" in names:
+                gain = _interval(readings, config, strength, ("as_is", name), lambda worst: worst[1] - worst[0])
                 block[name] |= gain.named("worst_group_gain")
         summary[f"strength_{round(100 * strength)}"] = block
     strongest = max(config.strengths)
     strong = summary[f"strength_{round(100 * strongest)}"]
-    if {"prism", baseline} <= set(names):
+    if {"prism", "as_is"} <= set(names):
         summary |= {key: value for key, value in strong["prism"].items() if key.startswith("worst_group_gain")}
     # A share of a gap is left out where the interval of the gap includes 0.
-    if {"prism", "true", baseline} <= set(names) and strong["true"]["worst_group_gain_low"] > 0:
-        sets = (baseline, "prism", "true")
-        share = _interval(
-            readings, config, strongest, sets, lambda worst: (worst[1] - worst[0]) / (worst[2] - worst[0])
-        )
+    sets = ("as_is", "prism", "true")
+    if set(sets) <= set(names) and strong["true"]["worst_group_gain_low"] > 0:
+        share = _interval(readings, config, strongest, sets, lambda w: (w[1] - w[0]) / (w[2] - w[0]))
         summary |= share.named("gap_closed")
     return summary
 
@@ -340,10 +323,7 @@ def _digest(
 ) -> str:
     """A name for one classifier's readings, of all that decides them."""
     settings = asdict(config) | {"strengths": strength, "seeds": seed, "set": name, "content": content}
-    if name in sources:
-        settings["source"] = getattr(sources[name], "settings", name)
-    else:
-        settings["added"] = 0
+    settings |= {"source": getattr(sources[name], "settings", name)} if name in sources else {"added": 0}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "comparison": ["ComparisonConfig", "compare_methods", "vary"],
         "editors": ["Edict", "Editor", "LEdits", "PromptToPrompt", "SDEdit", "TwoMasks"],
-        "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_gif", "transition"],
+        "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_transition"],
         "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan", "train_guide"],
         "imagic": ["Imagic"],
         "shortcut": ["ShortcutConfig"],

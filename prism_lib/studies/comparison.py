@@ -67,14 +67,9 @@ class Measurement(NamedTuple):
     unet_evaluations: float
 
     @property
-    def images(self) -> int:
-        """How many images were edited, over all edits."""
-        return sum(len(evaluation.table) for evaluation in self.evaluations)
-
-    @property
     def seconds_per_image(self) -> float:
         """Seconds of inversion and edit, for one image and one edit."""
-        return sum(evaluation.seconds for evaluation in self.evaluations) / self.images
+        return sum(each.seconds for each in self.evaluations) / sum(len(each.table) for each in self.evaluations)
 
 
 class Tuned(NamedTuple):

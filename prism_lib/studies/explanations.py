@@ -96,24 +96,21 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
     return pd.DataFrame(columns, index=pd.RangeIndex(1, count + 1, name="step"))
 
 
-def transition(original: Tensor, edited: Tensor, frames: int = 12) -> Tensor:
-    """From original to edited and back, (2 frames - 2, C, H, W): linear mixtures that repeat without a halt."""
-    if original.shape != edited.shape:
-        raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
+def save_transition(original: Tensor, edited: Tensor, path: Path, frames: int = 12, seconds: float = 2.0) -> Path:
+    """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF that repeats every ``seconds``.
+
+    The frames are linear mixtures, so nothing shows that is in neither.
+    """
+    if original.shape != edited.shape or original.ndim != 3 or original.shape[0] not in (1, 3):
+        raise ValueError(f"images must be (1 or 3, H, W), got {tuple(original.shape)} and {tuple(edited.shape)}")
     if frames < 2:
         raise ValueError(f"a transition needs at least 2 frames, got {frames}")
     there = torch.linspace(0, 1, frames)
     shares = torch.cat([there, there.flip(0)[1:-1]])[:, None, None, None]
-    return original + shares * (edited - original)
-
-
-def save_gif(frames: Tensor, path: Path, seconds: float = 2.0) -> Path:
-    """Write frames (F, 1 or 3, H, W) in [0, 1] as a GIF that repeats; ``seconds`` is the length of one round."""
-    if frames.ndim != 4 or frames.shape[1] not in (1, 3) or not len(frames):
-        raise ValueError(f"frames must be (F, 1 or 3, H, W), got {tuple(frames.shape)}")
-    pixels = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
+    mixtures = (original + shares * (edited - original)).clamp(0, 1)
+    pixels = (mixtures * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
     first, *rest = [Image.fromarray(frame) for frame in pixels]
-    more = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds / len(frames)), "loop": 0}
+    more = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds / len(pixels)), "loop": 0}
     with atomic(path) as partial:
         first.save(partial, format="GIF", **more)
     return path

@@ -107,8 +107,7 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         training.step(negative.float() / 127.5 - 1, positive.float() / 127.5 - 1)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             training.save(state, step + 1)
-    for name in DIRECTIONS:
-        write_tensors(target / f"{name}.safetensors", training.generators[name].state_dict())
+    write_tensors(target / "generators.safetensors", training.generators.state_dict())
     return target
 
 
@@ -138,18 +137,14 @@ def train_for(
     return Ganterfactual(home)
 
 
-def load_generators(folder: Path) -> dict[str, nn.Module]:
+def load_generators(folder: Path) -> nn.ModuleDict:
     """The two generators that `train_gan` wrote, by direction."""
-    missing = [name for name in DIRECTIONS if not (folder / f"{name}.safetensors").is_file()]
-    if missing:
-        raise FileNotFoundError(f"no trained GAN at {folder}: {missing[0]}.safetensors is missing")
-    config = GanConfig(**json.loads((folder / "config.json").read_text()))
-    networks = {}
-    for name in DIRECTIONS:
-        networks[name] = _generator(config).eval()
-        networks[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
-        networks[name].to(default_device())
-    return networks
+    path = folder / "generators.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no trained GAN at {folder}: {path.name} is missing")
+    networks = _generators(GanConfig(**json.loads((folder / "config.json").read_text()))).eval()
+    networks.load_state_dict(load_file(path))
+    return networks.to(default_device())
 
 
 class _Training:
@@ -163,7 +158,7 @@ class _Training:
         self.classifier = classifier.network.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.generators = nn.ModuleDict({name: _generator(config) for name in DIRECTIONS})
+            self.generators = _generators(config)
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
         self.parts = [self.generators.to(self.device), self.discriminators.to(self.device)]
@@ -234,11 +229,11 @@ class _Training:
         return int(state["step"])
 
 
-def _generator(config: GanConfig) -> nn.Module:
-    """The paper's U-Net: four halvings, instance norm, leaky ReLU; tanh follows where it is called."""
+def _generators(config: GanConfig) -> nn.ModuleDict:
+    """The paper's U-Nets: four halvings, instance norm, leaky ReLU; tanh follows where they are called."""
     widths = [config.filters * factor for factor in (1, 2, 4, 8, 8)]
-    act = ("LEAKYRELU", {"negative_slope": 0.2})
-    return UNet(2, 1, 1, widths, strides=[2] * 4, norm="INSTANCE", act=act)
+    how = {"strides": [2] * 4, "norm": "INSTANCE", "act": ("LEAKYRELU", {"negative_slope": 0.2})}
+    return nn.ModuleDict({name: UNet(2, 1, 1, widths, **how) for name in DIRECTIONS})
 
 
 def _discriminator(config: GanConfig) -> nn.Module:

@@ -86,7 +86,7 @@ class TrainingSet(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """What every trained classifier reads on the test set: (strength, training set, seed) -> probabilities (N, L)."""
+    """What every classifier reads on the test set: (strength, training set, seed) -> probabilities (N, L)."""
 
     table: pd.DataFrame
     labels: Tensor
@@ -257,13 +257,13 @@ def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
     for strength in config.strengths:
         block = {name: _measures(readings, config, strength, name) for name in names}
         for name in names:
-            if name != "as_is" and "as_is" in names:
+            if name != "as_is":
                 gain = _interval(readings, config, strength, ("as_is", name), lambda worst: worst[1] - worst[0])
                 block[name] |= gain.named("worst_group_gain")
         summary[f"strength_{round(100 * strength)}"] = block
     strongest = max(config.strengths)
     strong = summary[f"strength_{round(100 * strongest)}"]
-    if {"prism", "as_is"} <= set(names):
+    if "prism" in names:
         summary |= {key: value for key, value in strong["prism"].items() if key.startswith("worst_group_gain")}
     # A share of a gap is left out where the interval of the gap includes 0.
     sets = ("as_is", "prism", "true")

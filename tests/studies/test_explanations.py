@@ -13,9 +13,8 @@ from prism_lib.studies.explanations import (
     attention_maps,
     mask_regions,
     region_statistics,
-    save_gif,
+    save_transition,
     schedule,
-    transition,
 )
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
@@ -47,10 +46,10 @@ def test_identical_images_have_no_share_of_change():
 
 def test_a_transition_goes_there_and_back(tmp_path):
     original, edited = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
-    frames = transition(original, edited, 3)
-    assert frames[:, 0, 0, 0].tolist() == [0, 0.5, 1, 0.5]
-    with Image.open(save_gif(frames, tmp_path / "film.gif", seconds=1.0)) as film:
+    with Image.open(save_transition(original, edited, tmp_path / "film.gif", 3, seconds=1.0)) as film:
         assert film.n_frames == 4 and film.info["duration"] == 250 and film.info["loop"] == 0
+        grays = [film.seek(n) or film.convert("L").getpixel((0, 0)) for n in range(4)]
+    assert grays == [0, 128, 255, 128]
 
 
 def test_bad_input_is_named(tmp_path):
@@ -62,9 +61,9 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="edited has shape"):
         region_statistics(image, image[..., :2], {})
     with pytest.raises(ValueError, match="at least 2 frames"):
-        transition(image, image, 1)
-    with pytest.raises(ValueError, match="frames must be"):
-        save_gif(image[0], tmp_path / "x.gif")
+        save_transition(image[0], image[0], tmp_path / "x.gif", 1)
+    with pytest.raises(ValueError, match="images must be"):
+        save_transition(image, image, tmp_path / "x.gif")
 
 
 def test_attention_maps_are_each_images_own():

@@ -66,7 +66,7 @@ def _labels(header: Sequence[str], path: Path, columns: Columns, name: str) -> t
     """The label columns; ValueError for one outside the vocabulary, because a label without words cannot be edited."""
     known = vocabulary(name).labels
     others = {*REQUIRED, "split", *columns.extra}
-    labels = columns.labels or tuple(name for name in header if name not in others)
+    labels = columns.labels or tuple(column for column in header if column not in others)
     if not labels:
         raise ValueError(f"{path} has no label column beside {', '.join(header)}")
     for label in labels:

@@ -128,8 +128,9 @@ def prepare(config: PrepareConfig) -> Path:
         source = SOURCES[config.dataset](config)
         plan = _plan(source, config)
         work = write_images(source.images, plan, folder, _work_key(plan, config), config.processes)
+        rejected = list(source.rejected)
         with closing(work) as outcomes:
-            written, rejected = _collect(outcomes, source, len(plan), config.max_rejected)
+            written = _collect(outcomes, rejected, len(plan) + len(rejected), config.max_rejected)
         usable = plan[plan["file_name"].isin(written.keys())]
         duplicates, within = _duplicates(usable, written)
         if config.duplicates == "reject":
@@ -172,7 +173,7 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
 
 
 def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> dict[str, str]:
-    """Patient -> split. Shares are exact to one patient, and a split that is asked for gets at least one."""
+    """Patient -> split; shares are exact to one patient, and a share above 0 gets at least one."""
     order = seeded_order(patients, seed)
     if len(order) < sum(share > 0 for share in shares):
         raise ValueError(f"{len(order)} patients are too few for a split of {tuple(shares)}")
@@ -206,12 +207,10 @@ def _work_key(plan: pd.DataFrame, config: PrepareConfig) -> str:
 
 
 def _collect(
-    outcomes: Iterable[list[Outcome]], source: Source, total: int, max_rejected: float
-) -> tuple[dict[str, Written], list[Rejection]]:
-    """What was written, by file name, and the rejected files; raises once too many are rejected."""
+    outcomes: Iterable[list[Outcome]], rejected: list[Rejection], total: int, max_rejected: float
+) -> dict[str, Written]:
+    """What was written, by file name; adds to the rejected files and raises once they are too many of `total`."""
     written: dict[str, Written] = {}
-    rejected = list(source.rejected)
-    total += len(rejected)
     _check_rejected(rejected, total, max_rejected)
     with tqdm(total=total - len(rejected), desc="prepare", unit="image") as progress:
         for outcome in outcomes:
@@ -225,7 +224,7 @@ def _collect(
             if len(rejected) > max_rejected * total + LOOK_AHEAD:
                 break
     _check_rejected(rejected, total, max_rejected)
-    return written, rejected
+    return written
 
 
 def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[list[Rejection], int]:

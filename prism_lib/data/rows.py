@@ -41,7 +41,7 @@ def draw_captions(
     vocab: Vocabulary,
     seed: int | str,
     count: int,
-    explicit_share: float,
+    share: float,
 ) -> list[list[str]]:
     """`sample_captions` of a table that is not on disk yet."""
     columns = ["file_name", *labels, *(name for name in DETAIL_COLUMNS if name in table)]
@@ -50,15 +50,12 @@ def draw_captions(
         rng = random.Random(f"{seed}:{row['file_name']}")
         known = {label: row[label] for label in labels}
         more = _details(row) if source == "phantom" else {}
-        captions.append([sample_caption(known, rng, vocab, explicit_share, more) for _ in range(count)])
+        captions.append([sample_caption(known, rng, vocab, share, more) for _ in range(count)])
     return captions
 
 
 def _details(row: Mapping[Any, Any]) -> dict[str, str]:
-    """Phrases of a phantom's row that are more precise than its labels.
-
-    {"Support Devices": "pacemaker and ecg leads", "Pleural Effusion": "left pleural effusion"}
-    """
+    """Phrases of a phantom's row that say more than its labels: {"Support Devices": "pacemaker and ecg leads"}."""
     phrases = {}
     if row["devices"] != NOT_THERE:
         phrases["Support Devices"] = str(row["devices"]).replace("|", " and ")
@@ -148,10 +145,7 @@ class Example:
 
 
 def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
-    """The first image that each edit suits, with true counterfactual and mask where they are known.
-
-    An edit that suits no image of the data set is left out; ValueError if none suits any.
-    """
+    """The first image that each edit suits, with the truth if it is known; ValueError if no edit suits any image."""
     table, examples = load_table(folder), []
     for edit in edits:
         row = editable(table, edit).head(1)

@@ -60,10 +60,8 @@ def write_images(
                 try:
                     outcome = next(fresh)
                 except BrokenProcessPool as error:
-                    raise RuntimeError(
-                        "a process that reads images died, perhaps for want of memory; finished images are kept, and "
-                        "processes=1 needs less of it"
-                    ) from error
+                    reason = "a process that reads images died, perhaps for want of memory"
+                    raise RuntimeError(f"{reason}; finished images are kept, and processes=1 needs less") from error
                 journal.write(_line(start, outcome) + "\n")
                 journal.flush()
             yield outcome

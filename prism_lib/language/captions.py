@@ -149,10 +149,7 @@ def unseen_words(prompts: Iterable[str], captions: Iterable[str]) -> tuple[str, 
 
 
 def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> Statement:
-    """All that is present, and the known absences among `vocab.stated` and `also`, in order.
-
-    Details named in `also` ("pacemaker") are said in place of the label that they belong to.
-    """
+    """All that is present, and the known absences among `vocab.stated` and `also`; details in `also` replace labels."""
     clauses = []
     for label in vocab.phrases:
         details = [detail for detail in vocab.details.get(label, ()) if detail in also]

@@ -129,10 +129,7 @@ class Edit:
         return {snake_case(label): value for label, value in changes.items()}
 
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
-        """ValueError if a label is unknown, a removed or kept one labelled absent, or an added one labelled present.
-
-        A detail may be added to a label that is present: there are many devices.
-        """
+        """ValueError if a label is unknown, a removed or kept one labelled absent, or an added one labelled present."""
         self._check_names(vocab)
         owners = vocab.owners
         for names, verb in ((self.remove, ""), (self.keep, " and cannot be kept")):
@@ -142,12 +139,11 @@ class Edit:
             raise ValueError(f"contradictory edit {self.key}: {_listed(present)} already labelled present")
 
     def _check_names(self, vocab: Vocabulary) -> None:
-        """Every name belongs to the vocabulary, and no label is changed together with one of its own details."""
+        """ValueError for an unknown name, and for a label together with one of its own details."""
         names, owners = (*self.remove, *self.add, *self.keep), vocab.owners
         for name in names:
             if name not in vocab.phrases and name not in owners:
-                known = ", ".join((*vocab.phrases, *owners))
-                raise ValueError(f"unknown label {name!r} in an edit; known: {known}")
+                raise ValueError(f"unknown label {name!r} in an edit; known: {', '.join((*vocab.phrases, *owners))}")
         if both := [name for name in names if owners.get(name) in names]:
             raise ValueError(f"contradictory edit {self.key}: {both[0]!r} is part of {owners[both[0]]!r}: name one")
 
@@ -175,10 +171,8 @@ class Edit:
         before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
         after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
         # Where a label is absent so are its details, and captions say the label: "without support devices".
-        owners = vocab.owners
-        absent = {
-            n: owners[n] for n in self.add if n in owners and label_state(owners[n], labels.get(owners[n])) is False
-        }
+        owners = {n: vocab.owners[n] for n in self.add if n in vocab.owners}
+        absent = {n: owner for n, owner in owners.items() if label_state(owner, labels.get(owner)) is False}
         said = tuple(absent.get(name, name) for name in changed)
         source = explicit(statement(before, vocab, (*said, *self.keep)))
         target = explicit(statement(after, vocab, (*changed, *self.keep)))

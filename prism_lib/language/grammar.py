@@ -49,9 +49,9 @@ REST = ("everything else", "all else", "rest", "everything else unchanged", "res
 
 
 class _Sign(NamedTuple):
-    """What a run of words stands for: a verb, a finding, a state (finding with its change), or the rest."""
+    """What a run of words stands for."""
 
-    kind: str
+    kind: str  # "verb", "finding", "state" (a finding with its change) or "rest"
     change: str = ""
     finding: str = ""
 
@@ -63,7 +63,7 @@ def parse(text: str, vocab: Vocabulary) -> dict[str, str]:
         raise ValueError(f"cannot read {text!r}: {'; '.join(unknown)}")
     asked: dict[str, str] = {}
     verb, said, used = "", "", True
-    for words, sign in signs:
+    for words, sign in [*signs, ("", _Sign("verb"))]:
         if sign.kind == "verb":
             if not used:
                 raise ValueError(f"cannot read {text!r}: {said!r} has nothing to act on")
@@ -81,8 +81,6 @@ def parse(text: str, vocab: Vocabulary) -> dict[str, str]:
         used, change = True, sign.change or verb
         if asked.setdefault(sign.finding, change) != change:
             raise ValueError(f"contradictory edit {text!r}: {asked[sign.finding]} and {change} {sign.finding!r}")
-    if not used:
-        raise ValueError(f"cannot read {text!r}: {said!r} has nothing to act on")
     if not {"remove", "add"} & set(asked.values()):
         raise ValueError(f"{text!r} asks for no change: name what to remove or to add")
     return asked

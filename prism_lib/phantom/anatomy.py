@@ -116,8 +116,7 @@ class Frame:
 def tubes(points: Tensor, radius: Tensor | float, frame: Frame) -> Tensor:
     """Thickness (N, H, W) of round tubes through dense points (N, P, 2); chord 2 sqrt(r^2 - d^2), union by maximum.
 
-    ``radius`` is in patient units, a number or (N, P); 0 hides a point. A tube thinner than a pixel keeps its
-    cross-section: it is drawn wider and fainter.
+    ``radius`` is in patient units, a number or (N, P); a tube thinner than a pixel is drawn wider and fainter.
     """
     pixels, scale = frame.to_pixels(points), frame.size / 2
     return stamp(pixels, torch.as_tensor(radius).expand(points.shape[:2]) * scale, frame.size) / scale
@@ -246,10 +245,9 @@ class Lungs:
 
 
 def heart_thickness(scene: Scene, frame: Frame, cardiomegaly: Tensor) -> Tensor:
-    """Heart as an ellipsoid whose width is the cardiothoracic ratio times the chest's; (N, H, W).
+    """Heart as an ellipsoid, (N, H, W), 0.41-0.48 of the chest's width in health, 1.34-1.44 times that if enlarged.
 
-    CTR is 0.41-0.48 in health. An enlarged heart is 1.34-1.44 times as wide, mostly to the patient's left
-    (CTR above 0.55), and AP projection magnifies by 6 %.
+    It grows mostly to the patient's left, and AP projection magnifies by 6 %.
     """
     u = scene.noise["heart"]
     magnification = 1 + 0.06 * scene.attributes["ap"]

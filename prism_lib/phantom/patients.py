@@ -198,11 +198,7 @@ def _scene(patients: Patients) -> anatomy.Scene:
 
 
 def counterfactual(patients: Patients, size: int = 256, **attributes: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The true counterfactual image (N, 1, size, size) under do(attributes), and the mask of pixels that changed.
-
-    The mask (bool, same shape) is where the two renders differ; outside it they are identical by construction,
-    because every effect of a finding or device in `anatomy` has compact support.
-    """
+    """The true counterfactual images (N, 1, size, size) under do(attributes), and the mask of pixels that changed."""
     factual = render(patients, size)
     image = render(patients.intervene(**attributes), size)
     return image, image != factual

@@ -1,9 +1,7 @@
 """Figures: image grids, counterfactual sheets, curves and dot plots, in one look.
 
-One convention for every signed difference: counterfactual minus original over [-0.5, 0.5] of the grey
-range, red is brighter, blue is darker, white is unchanged. The functions return a matplotlib figure (a
-notebook shows it) and leave the global style alone; `save_figure` writes it so that the same figure gives
-the same bytes.
+A signed difference is counterfactual minus original over [-0.5, 0.5] of the grey range: red is brighter, blue is darker.
+The functions return a matplotlib figure and leave the global style as it is.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of 
 GAP = 0.08  # inches between them
 _FEW = 10  # points that can all be named
 
-# A curve is (x, y), or (x, y, low, high) with a band.
-Curve = Sequence[Sequence[float]]
+Interval = tuple[float, float, float]  # estimate, low, high
 
 
 @contextmanager
@@ -75,12 +72,9 @@ def counterfactual_sheet(
     title: str = "",
     edited_name: str = "counterfactual",
 ) -> Figure:
-    """A row per image: original | counterfactual | true counterfactual | signed difference.
+    """A row per image: original | counterfactual | true counterfactual, where it is known | signed difference.
 
-    Args:
-        truth: the true counterfactuals where they are known; without them the column is left out.
-        titles: a short name left of each row.
-        notes: numbers right of each row, several lines allowed.
+    ``notes`` are texts right of each row, several lines allowed.
     """
     count = _check(original, "original")
     columns = {"original": original, edited_name: edited}

@@ -20,7 +20,7 @@ from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
 from prism_lib.apps.session import Case, Fault, Outcome, Session, sentence
 from prism_lib.paths import SHIPPED
-from prism_lib.reporting import pictures, plots
+from prism_lib.reporting import plots
 
 STYLE = """<style>
 .prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
@@ -196,7 +196,7 @@ class Explorer(widgets.VBox):
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
         if self.outcome is None:
             case = self.session.case
-            return b"" if case is None else pictures.png(pictures.view(case.image[0]))
+            return b"" if case is None else plots.png(plots.view(case.image[0]))
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
         buffer = io.BytesIO()

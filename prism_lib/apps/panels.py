@@ -23,7 +23,7 @@ from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended
 from prism_lib.language.edits import NO_EDIT
 from prism_lib.language.labels import label_state
-from prism_lib.reporting.pictures import MODES, before_after, difference, framed, overlay, png, view
+from prism_lib.reporting.plots import MODES, before_after, difference, framed, overlay, png, view
 
 LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list

@@ -47,7 +47,7 @@ from prism_lib.models.pipeline import check_images, encode_prompts, image_factor
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.pictures import difference, gray_or_colour
+from prism_lib.reporting.plots import difference, gray_or_colour
 
 logger = logging.getLogger(__name__)
 

@@ -11,27 +11,14 @@ from pathlib import Path
 
 from prism_lib import paths
 from prism_lib.files import write_text
-from prism_lib.reporting.tables import (
-    CLASSIFIERS,
-    HEADLINES,
-    Record,
-    expected_files,
-    headlines,
-    load_all,
-    markdown,
-    strangers,
-    table,
-    tradeoff,
-)
+from prism_lib.reporting import tables
+from prism_lib.reporting.tables import CLASSIFIERS, HEADLINES, Record, headlines, load_all, markdown, table, tradeoff
 
 SHORT = ("true_error_ratio", "flip_rate", "cpg", "side_effect_rate", "changed_outside_mask")  # those of the README
 
 
 def quality_table(record: Record, columns: Iterable[str] = HEADLINES) -> str:
-    """Markdown table of a `counterfactual_quality` record: a row per edit, means with 95 % intervals.
-
-    What is the same for every edit is said once, below.
-    """
+    """Markdown table of a `counterfactual_quality` record: a row per edit; columns with one value stand below it."""
     rows, present = record["metrics"], headlines(record)
     text = table(rows, {name: present[name] for name in columns if name in present})
     same = [name for name in text.columns if len(text) > 1 and text[name].nunique() == 1]
@@ -82,11 +69,6 @@ def _source(record: Record) -> str:
     return f"{record['device']}, commit {record['commit'][:10]}, {record['seconds']:.0f} s"
 
 
-def short_section(records: Mapping[str, Record]) -> str:
-    """The results section of README.md: one table."""
-    return quality_table(records["counterfactual_quality"], SHORT)
-
-
 def long_section(records: Mapping[str, Record]) -> str:
     """The results section of docs/results.md, from the records that are there."""
     quality, judge = records["counterfactual_quality"], records["judge"]
@@ -114,7 +96,10 @@ def _picture(record: Record, name: str, what: str) -> str:
     return f"![{what}](../figures/{record['dataset']}/plots/{name}.png)\n"
 
 
-PAGES: dict[str, Callable[[Mapping[str, Record]], str]] = {"README.md": short_section, "docs/results.md": long_section}
+PAGES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "README.md": lambda records: quality_table(records["counterfactual_quality"], SHORT),
+    "docs/results.md": long_section,
+}
 
 
 def update_pages(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, str]:
@@ -129,7 +114,7 @@ def update_pages(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict
 
 
 def _around(path: Path) -> tuple[str, str, str]:
-    """A page before, between and after its markers ``<!-- results:begin -->`` and ``<!-- results:end -->``."""
+    """A page before, between and after its markers."""
     content, markers = path.read_text(encoding="utf-8"), ("<!-- results:begin -->\n", "<!-- results:end -->")
     if any(content.count(marker) != 1 for marker in markers):
         raise ValueError(f"{path} needs exactly one {markers[0].strip()} and one {markers[1]}")
@@ -141,15 +126,16 @@ def _around(path: Path) -> tuple[str, str, str]:
 def check_figures(dataset: str, figures_dir: str | os.PathLike[str] = "", *, pages: bool = False) -> list[str]:
     """What in a figures folder, and in the `PAGES`, does not follow from the records; empty if everything does."""
     folder, records = paths.figures(dataset, figures_dir), load_all(dataset, figures_dir)
-    expected = expected_files(records)
-    problems = [f"{path} is of no record" for path in strangers(folder, expected)]
+    expected = tables.expected_files(records)
+    problems = [f"{path} is of no record" for path in tables.strangers(folder, expected)]
     for path, text in expected.items():
-        if not (folder / path).is_file():
-            problems.append(f"{folder / path} is missing")
-        elif (folder / path).read_text(encoding="utf-8") != text:
-            problems.append(f"{folder / path} does not follow from its record")
-        if path.parent.name == "plots" and not (folder / path).with_suffix(".png").is_file():
-            problems.append(f"{(folder / path).with_suffix('.png')} is missing")
+        file, picture = folder / path, (folder / path).with_suffix(".png")
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.read_text(encoding="utf-8") != text:
+            problems.append(f"{file} does not follow from its record")
+        if path.parent.name == "plots" and not picture.is_file():
+            problems.append(f"{picture} is missing")
     for page, section in PAGES.items() if pages else ():
         if _around(paths.root() / page)[1] != section(records):
             problems.append(f"the results section of {paths.root() / page} does not follow from the records")

@@ -1,11 +1,12 @@
 """Figures: image grids, counterfactual sheets, curves and dot plots, in one look.
 
-A signed difference is counterfactual minus original over [-0.5, 0.5] of the grey range: red is brighter, blue is darker.
+A signed difference is counterfactual minus original over [-0.5, 0.5] of the grey range: red brighter, blue darker.
 The functions return a matplotlib figure and leave the global style as it is.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 from torch import Tensor
 
 from prism_lib.files import atomic
@@ -28,6 +31,9 @@ DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them
 _FEW = 10  # points that can all be named
+MODES = ("curtain", "fade")
+LINE = (255, 176, 0)  # orange of the colour-blind safe palette: seen on black and on white
+TINT = np.array([86, 180, 233], np.float32)  # sky blue of the same palette
 
 Interval = tuple[float, float, float]  # estimate, low, high
 
@@ -67,7 +73,6 @@ def counterfactual_sheet(
     edited: Tensor,
     truth: Tensor | None = None,
     *,
-    titles: Sequence[str] = (),
     notes: Sequence[str] = (),
     title: str = "",
     edited_name: str = "counterfactual",
@@ -83,10 +88,9 @@ def counterfactual_sheet(
         if images.shape != original.shape:
             raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
         _check(images, name)
-    _check_length(titles, count, "titles")
     _check_length(notes, count, "notes")
     with _style():
-        figure, axes, below = _cells(count, len(columns) + 1, bool(titles), bool(notes), bool(title))
+        figure, axes, below = _cells(count, len(columns) + 1, bool(notes), bool(title))
         for axis, name in zip(axes[0], [*columns, "signed difference"], strict=True):
             axis.set_title(name, fontsize="medium")
         for row in range(count):
@@ -94,11 +98,8 @@ def counterfactual_sheet(
                 _show(axis, images[row])
             last = axes[row, -1]
             drawn = difference_map(last, edited[row], original[row])
-            if titles:
-                axes[row, 0].set_ylabel(titles[row], fontsize="small")
             if notes:
-                place: dict[str, Any] = {"transform": last.transAxes, "va": "center", "linespacing": 1.5}
-                last.text(1.06, 0.5, notes[row], fontsize="small", **place)
+                last.text(1.06, 0.5, notes[row], transform=last.transAxes, va="center", linespacing=1.5, size="small")
         bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
         bar.set_label("darker  ←  grey level  →  brighter", fontsize="small")
         if title:
@@ -106,12 +107,12 @@ def counterfactual_sheet(
     return figure
 
 
-def _cells(rows: int, columns: int, titles: bool, notes: bool, title: bool) -> tuple[Figure, np.ndarray, Axes]:
+def _cells(rows: int, columns: int, notes: bool, title: bool) -> tuple[Figure, np.ndarray, Axes]:
     """Square cells of one size, laid out in inches, and an axis for the colour bar below the last column.
 
     matplotlib's own layouts move square axes after they have measured them, which cuts off headings.
     """
-    left, right, top, bottom = 0.05 + 0.25 * titles, 0.05 + 1.4 * notes, 0.3 + 0.3 * title, 0.65
+    left, right, top, bottom = 0.05, 0.05 + 1.4 * notes, 0.3 + 0.3 * title, 0.65
     width, height = left + columns * (CELL + GAP) - GAP + right, top + rows * (CELL + GAP) - GAP + bottom
     figure, axes = plt.subplots(
         rows, columns, squeeze=False, figsize=(width, height),
@@ -132,38 +133,28 @@ def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
     return axis.imshow(difference, cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
 
 
-def curves(series: Mapping[str, Curve], *, xlabel: str, ylabel: str, title: str = "", logy: bool = False) -> Figure:
-    """Lines by name, each ``(x, y)`` or ``(x, y, low, high)`` with a band between low and high."""
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Lines by name, each ``(x, y)``."""
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-        for name, curve in series.items():
-            if len(curve) not in (2, 4) or len({len(part) for part in curve}) != 1:
-                raise ValueError(f"curve {name!r} must be (x, y) or (x, y, low, high) of one length")
-            (line,) = axis.plot(curve[0], curve[1], label=name, marker="o" if len(curve[0]) < 12 else "")
-            if len(curve) == 4:
-                axis.fill_between(curve[0], curve[2], curve[3], color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if logy else "linear")
+        for name, (x, y) in series.items():
+            if len(x) != len(y):
+                raise ValueError(f"curve {name!r} has {len(x)} x and {len(y)} y; expected as many")
+            axis.plot(x, y, label=name, marker="o" if len(x) < 12 else "")
+        axis.set(xlabel=xlabel, ylabel=ylabel)
         if len(series) > 1:
             figure.legend(frameon=False, loc="outside upper center", ncols=min(3, len(series)))
     return figure
 
 
-def dot_plot(
-    values: Mapping[str, tuple[float, float, float]],
-    *,
-    xlabel: str,
-    goal: float | None = None,
-    title: str = "",
-) -> Figure:
-    """A row per name, ``(estimate, low, high)``; ``goal`` is drawn as a dashed line."""
-    dots, line = sns.color_palette("colorblind")[:2]
+def dot_plot(values: Mapping[str, Interval], *, xlabel: str, title: str = "") -> Figure:
+    """A row per name, ``(estimate, low, high)``."""
+    dots = sns.color_palette("colorblind")[0]
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 0.35 * len(values) + 1.0), layout="constrained")
         for row, (estimate, low, high) in enumerate(values.values()):
             axis.hlines(row, low, high, color="0.6", linewidth=2)
             axis.plot(estimate, row, "o", color=dots)
-        if goal is not None:
-            axis.axvline(goal, color=line, linestyle="--", linewidth=1)
         axis.set_yticks(range(len(values)), [name.replace("_", " ") for name in values])
         axis.set_ylim(len(values) - 0.5, -0.5)
         axis.set(xlabel=xlabel, title=title)
@@ -171,7 +162,7 @@ def dot_plot(
 
 
 def grouped_dots(
-    values: Mapping[str, Mapping[str, tuple[float, float, float]]], *, xlabel: str, ylabel: str = "", title: str = ""
+    values: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ylabel: str = "", title: str = ""
 ) -> Figure:
     """A block per outer name, a row per inner one, ``(estimate, low, high)``; a colour and mark per inner name."""
     names = list(dict.fromkeys(name for block in values.values() for name in block))
@@ -218,32 +209,22 @@ def pareto(
             axis.plot(cost, error, "o", color=shade)
         axis.plot(*zip(*(values[name][:2] for name in front), strict=True), color=color, linewidth=1)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _decades(values) < 2 else (1,)))
+        costs = [cost for cost, *_ in values.values()]
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if np.log10(max(costs) / min(costs)) < 2 else (1,)))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
-        _name_points(figure, axis, named, bold=front)
+        _name_points(figure, axis, named, front)
     return figure
 
 
-def _decades(values: Mapping[str, tuple[float, ...]]) -> float:
-    """How many powers of ten the costs span."""
-    costs = [value[0] for value in values.values()]
-    return float(np.log10(max(costs) / min(costs)))
-
-
-def _name_points(
-    figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]], bold: Sequence[str] = ()
-) -> None:
+def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]], front: Sequence[str]) -> None:
     """Names in the right margin, in the order of their points' heights, each with a thin line to its point."""
     figure.draw_without_rendering()  # settles limits and height
     line = 10 / (axis.get_window_extent().height * 72 / figure.dpi)  # a line of text, as a share of the axis
     order = sorted(points, key=lambda name: points[name][1])
-    heights = _apart(
-        [float(axis.transAxes.inverted().transform(axis.transData.transform(points[n]))[1]) for n in order], line
-    )
-    line_to_point = {
-        "arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)
-    }  # fmt: skip
+    to_axis = axis.transData - axis.transAxes
+    heights = _apart([float(to_axis.transform(points[name])[1]) for name in order], line)
+    arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for name, height in zip(order, heights, strict=True):
         axis.annotate(
             name.replace("_", " "),
@@ -252,9 +233,9 @@ def _name_points(
             textcoords="axes fraction",
             verticalalignment="center",
             fontsize="x-small",
-            color="black" if name in bold else "0.4",
+            color="black" if name in front else "0.4",
             annotation_clip=False,
-            arrowprops=line_to_point,
+            arrowprops=arrow,
         )
 
 
@@ -271,7 +252,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "") -> Figure:
-    """A band per name, with a coloured cell for each step: which of a few states holds when."""
+    """A band per name, with a cell for each step in the colour of its state."""
     states = list(dict.fromkeys(state for row in rows.values() for state in row))
     palette = dict(zip(states, sns.color_palette("colorblind", len(states)), strict=True))
     with _style():
@@ -288,33 +269,22 @@ def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "")
     return figure
 
 
-KINDS: dict[str, Callable[..., Figure]] = {
-    "dots": dot_plot,
-    "grouped": grouped_dots,
-    "curves": curves,
-    "pareto": pareto,
-}
+KINDS: dict[str, Callable[..., Figure]] = {"dots": dot_plot, "grouped": grouped_dots, "pareto": pareto}
 
 
 def draw(kind: str, values: Mapping[str, Any], title: str, xlabel: str, ylabel: str = "") -> Figure:
-    """A drawing that is given as data (`tables.Drawing`): one of `KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of drawing {kind!r}; known: {', '.join(KINDS)}")
+    """A drawing that is given as data (`tables.Drawing`)."""
     return KINDS[kind](values, title=title, xlabel=xlabel, **({"ylabel": ylabel} if ylabel else {}))
 
 
-def save_figure(
-    figure: Figure, name: str, figures_dir: str | os.PathLike[str], *, pdf: bool = False, dpi: int = 150
-) -> Path:
-    """Write ``<figures_dir>/<name>.png`` (and .pdf) and return the PNG's path; no time or version goes in."""
+def save_figure(figure: Figure, name: str, figures_dir: str | os.PathLike[str], *, pdf: bool = False) -> Path:
+    """Write ``<figures_dir>/<name>.png`` (and .pdf) and return the PNG's path; the same figure gives the same bytes."""
     folder = Path(figures_dir)
-    metadata: dict[str, dict[str, str | None]] = {
-        "png": {"Software": None},
-        "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-    }
+    unsaid: dict[str, tuple[str, ...]] = {"png": ("Software",), "pdf": ("Creator", "Producer", "CreationDate")}
     for kind in ("pdf", "png") if pdf else ("png",):
+        metadata = dict.fromkeys(unsaid[kind])
         with atomic(folder / f"{name}.{kind}") as partial:
-            figure.savefig(partial, format=kind, dpi=dpi, metadata=metadata[kind], facecolor="white")
+            figure.savefig(partial, format=kind, dpi=150, metadata=metadata, facecolor="white")
     return folder / f"{name}.png"
 
 
@@ -342,3 +312,61 @@ def _check(images: Tensor, name: str) -> int:
 def _check_length(texts: Sequence[str], count: int, name: str) -> None:
     if texts and len(texts) != count:
         raise ValueError(f"{len(texts)} {name} for {count} images")
+
+
+# --- views for the screen: (H, W, 3) uint8 of images (C, H, W) in [0, 1], redrawn in milliseconds ------------------
+
+
+def view(image: Tensor) -> np.ndarray:
+    """An image as it is."""
+    pixels = np.atleast_3d(gray_or_colour(image))
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def gray_or_colour(image: Tensor) -> np.ndarray:
+    """The 8-bit levels of an image: (H, W) if it is gray, else (H, W, 3); 8-bit input comes back exactly."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str = "curtain") -> np.ndarray:
+    """From the view ``before`` (share 0) to ``after`` (share 1): a curtain drawn from the left, or a cross-fade."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+    if mode == "fade":
+        return (before + share * (after.astype(np.float32) - before)).round().astype(np.uint8)
+    edge = round(share * before.shape[1])
+    drawn = before.copy()
+    drawn[:, :edge] = after[:, :edge]
+    if 0 < edge < before.shape[1]:
+        drawn[:, edge - 1 : edge + 1] = LINE
+    return drawn
+
+
+def difference(after: Tensor, before: Tensor) -> np.ndarray:
+    """The signed difference in the colours of every figure: red brighter, blue darker, white unchanged."""
+    change = (after.float() - before.float()).mean(0).detach().cpu().numpy()
+    unit = (change / (2 * DIFFERENCE_LIMIT) + 0.5).clip(0, 1)
+    return (colormaps[DIFFERENCE_COLORS](unit)[..., :3] * 255).round().astype(np.uint8)
+
+
+def overlay(image: Tensor, mask: Tensor) -> np.ndarray:
+    """The image with its mask (1, H, W) in [0, 1] tinted."""
+    weight = mask.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy() * 0.45
+    return (view(image) * (1 - weight) + TINT * weight).round().astype(np.uint8)
+
+
+def framed(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A view with the outline of a rectangle (top, left, bottom, right), the last two excluded."""
+    top, left, bottom, right = box
+    drawn = picture.copy()
+    drawn[top:bottom, [left, right - 1]] = LINE
+    drawn[[top, bottom - 1], left:right] = LINE
+    return drawn
+
+
+def png(picture: np.ndarray) -> bytes:
+    """8-bit levels (H, W) or (H, W, 3) as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

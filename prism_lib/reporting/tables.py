@@ -1,10 +1,7 @@
 """Known records, and tables and drawings that are written from records alone.
 
-    figures/<dataset>/<record>.json                   what was measured
-    figures/<dataset>/tables/<record>.csv .md .tex    every record as a table
-    figures/<dataset>/plots/<name>.json .png .pdf     every drawing, with the numbers drawn
-
-`plots.draw` draws a `Drawing`.
+Every record `figures/<dataset>/<record>.json` gives `tables/<record>.csv`, `.md` and `.tex`; every `Drawing` gives
+`plots/<name>.json` with the numbers drawn, and `plots.draw` its picture.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ CLASSIFIERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as data; ``kind`` is one of `plots.KINDS`, ``values`` what it takes."""
+    """A picture as data; ``kind`` is a name in `plots.KINDS`, ``values`` what that function takes."""
 
     name: str
     record: str
@@ -75,19 +72,16 @@ Draw = Callable[[Record], list[Drawing]]
 
 
 def _quality(record: Record) -> list[Drawing]:
-    title = "Edits of test patients"
-    return [drawing for metric, label in headlines(record).items() for drawing in _dots(metric, title, label)(record)]
+    name, title = record["name"], "Edits of test patients"
+    return [
+        Drawing(f"quality_{metric}", name, "dots", intervals(record, metric), title, label)
+        for metric, label in headlines(record).items()
+    ]
 
 
 def _dots(metric: str, title: str, label: str) -> Draw:
     """Draws one metric of every row, with its interval."""
-
-    def draw(record: Record) -> list[Drawing]:
-        own = record["name"]
-        name = f"quality_{metric}" if own == "counterfactual_quality" else own
-        return [Drawing(name, own, "dots", intervals(record, metric), title, label)]
-
-    return draw
+    return lambda record: [Drawing(record["name"], record["name"], "dots", intervals(record, metric), title, label)]
 
 
 def _pareto(record: Record) -> list[Drawing]:
@@ -147,9 +141,6 @@ KINDS: dict[str, Kind] = {
 }
 
 
-# --- records as tables ------------------------------------------------------------------------------
-
-
 def load_all(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, dict[str, Any]]:
     """All records of a data set, by name; ValueError for one that belongs to another data set."""
     folder = paths.figures(dataset, figures_dir)
@@ -168,9 +159,9 @@ def absent(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def table(metrics: Mapping[str, Mapping[str, float] | pd.Series], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` with bounds where there are any, empty where missing.
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where there are bounds, empty where missing.
 
-    Two decimals, and two digits of what is smaller. ``columns``: metric name to heading, in the order to show.
+    ``columns``: metric name to heading, in the order to show.
     """
     rows = {key: [_cell(values, metric) for metric in columns] for key, values in metrics.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
@@ -188,7 +179,7 @@ def _number(value: float) -> str:
 
 
 def markdown(text: pd.DataFrame, corner: str = "") -> str:
-    """A table of text as Markdown, with its row names and a dash in empty cells; ``corner`` heads the row names."""
+    """A table of text as Markdown, a dash in empty cells; ``corner`` heads the row names."""
     lines = [f"| {corner} | " + " | ".join(map(str, text.columns)) + " |", "|---" * (len(text.columns) + 1) + "|"]
     for row, cells in text.iterrows():
         lines.append(f"| {str(row).replace('_', ' ')} | " + " | ".join(cell or "–" for cell in cells) + " |")
@@ -235,9 +226,6 @@ def as_tables(record: Record) -> dict[str, str]:
     return {"csv": buffer.getvalue(), "md": f"{markdown(text)}\n{source}\n", "tex": f"% {source}\n{latex}"}
 
 
-# --- what tables and drawings show of a record ------------------------------------------------------
-
-
 def headlines(record: Record) -> dict[str, str]:
     """The headline metrics that a record has, with their labels."""
     return {name: label for name, label in HEADLINES.items() if intervals(record, name)}
@@ -245,17 +233,17 @@ def headlines(record: Record) -> dict[str, str]:
 
 def intervals(record: Record, metric: str) -> Estimates:
     """Row -> (mean, low, high) of one metric, for the rows that have it."""
-    rows = {row: values for row, values in record["metrics"].items() if metric in values}
     return {
         row: (values[metric], values.get(f"{metric}_low", values[metric]), values.get(f"{metric}_high", values[metric]))
-        for row, values in rows.items()
+        for row, values in record["metrics"].items()
+        if metric in values
     }
 
 
 def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
     """Variant -> (seconds per image, error to the truth, low, high), of the variants that have both.
 
-    A variant that came up several times was measured once: it is the base of all studies, and named so.
+    Variants with the very same numbers are the base of several studies, measured once; they become `BASE`.
     """
     errors = intervals({"metrics": metrics}, "true_error_ratio")
     points = {name: (float(metrics[name]["seconds_per_image"]), *error) for name, error in errors.items()}
@@ -277,11 +265,8 @@ def drawings(records: Mapping[str, Record]) -> list[Drawing]:
     return [item for name, kind in KINDS.items() if kind.draw and name in records for item in kind.draw(records[name])]
 
 
-# --- files ------------------------------------------------------------------------------------------
-
-
 def write_tables(records: Mapping[str, Record], folder: Path) -> list[Path]:
-    """Write all tables and the data of all drawings; what no record gives any more is removed."""
+    """Write all tables and the data of all drawings; files that follow from no record are removed."""
     expected = expected_files(records)
     for path in strangers(folder, expected):
         path.unlink()

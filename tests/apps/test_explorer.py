@@ -26,7 +26,7 @@ from prism_lib.files import image_hash
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.phantom import patients
-from prism_lib.reporting import pictures, plots
+from prism_lib.reporting import plots
 from tests.tiny import tiny_images, tiny_pipeline
 
 DEVICES = "Support Devices"
@@ -76,14 +76,14 @@ def removal(study, settings=None, **more):
 
 def test_before_and_after_are_the_ends_of_the_slider():
     before, after = (np.full((4, 8, 3), level, np.uint8) for level in (10, 200))
-    for mode in pictures.MODES:
-        np.testing.assert_array_equal(pictures.before_after(before, after, 0.0, mode), before)
-        np.testing.assert_array_equal(pictures.before_after(before, after, 1.0, mode), after)
-    half = pictures.before_after(before, after, 0.5)
-    assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == pictures.LINE).all()
-    assert (pictures.before_after(before, after, 0.5, "fade") == 105).all()
+    for mode in plots.MODES:
+        np.testing.assert_array_equal(plots.before_after(before, after, 0.0, mode), before)
+        np.testing.assert_array_equal(plots.before_after(before, after, 1.0, mode), after)
+    half = plots.before_after(before, after, 0.5)
+    assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == plots.LINE).all()
+    assert (plots.before_after(before, after, 0.5, "fade") == 105).all()
     with pytest.raises(ValueError, match="expected one of curtain, fade"):
-        pictures.before_after(before, after, 0.5, "wipe")
+        plots.before_after(before, after, 0.5, "wipe")
 
 
 def test_the_difference_has_the_colours_of_the_figures():
@@ -93,23 +93,21 @@ def test_the_difference_has_the_colours_of_the_figures():
     drawn = plots.difference_map(figure.add_subplot(), after, before)
     expected = (drawn.to_rgba((after - before)[0].numpy())[..., :3] * 255).round().astype(int)
     plots.plt.close(figure)
-    assert abs(pictures.difference(after, before).astype(int) - expected).max() <= 1
+    assert abs(plots.difference(after, before).astype(int) - expected).max() <= 1
 
 
 def test_eight_bits_come_back_exactly():
     image = torch.from_numpy(LEVELS)[None].float() / 255
-    np.testing.assert_array_equal(pictures.gray_or_colour(image), LEVELS)
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(io.BytesIO(pictures.png(pictures.view(image)))))[..., 1], LEVELS
-    )
+    np.testing.assert_array_equal(plots.gray_or_colour(image), LEVELS)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(plots.png(plots.view(image)))))[..., 1], LEVELS)
 
 
 def test_overlay_and_frame_leave_the_rest_alone():
     image, mask = tiny_images(1)[0], torch.zeros(1, 32, 32)
     mask[:, 4:8, 4:8] = 1
-    tinted = pictures.overlay(image, mask) != pictures.view(image)
+    tinted = plots.overlay(image, mask) != plots.view(image)
     assert tinted[4:8, 4:8].any() and not tinted[:4].any() and not tinted[8:].any()
-    framed = (pictures.framed(pictures.view(image), (2, 3, 10, 12)) == pictures.LINE).all(-1)
+    framed = (plots.framed(plots.view(image), (2, 3, 10, 12)) == plots.LINE).all(-1)
     assert framed.sum() == 2 * 9 + 2 * 8 - 4
 
 
@@ -393,7 +391,7 @@ def test_an_error_is_the_models_own(known):
 def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
     pipe = tiny_pipeline()
     reference = novelty.measure(pipe, known)
-    inverted = pictures.gray_or_colour(1 - known[0])
+    inverted = plots.gray_or_colour(1 - known[0])
     score = reference.scores(novelty.log_errors(pipe, torch.from_numpy(inverted)[None, None] / 255)).item()
     for threshold, unlike in ((0.9 * score, True), (1.1 * score, False)):
         study = Session(pipe, reference=dataclasses.replace(reference, threshold=threshold))
@@ -456,7 +454,7 @@ def test_click_remove_and_run(explorer):
     explorer.result.share.value = 0
     assert np.array_equal(
         np.asarray(Image.open(io.BytesIO(explorer.result.compare.value)))[..., 0],
-        pictures.gray_or_colour(explorer.session.case.image[0]),
+        plots.gray_or_colour(explorer.session.case.image[0]),
     )
     explorer.save.click()
     assert (paths.runs() / "explorer").is_dir() and "Saved in" in explorer.files.value

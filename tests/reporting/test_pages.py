@@ -144,8 +144,3 @@ def test_baselines_and_entanglement_are_drawn_from_their_records(folder):
     assert list(tables.frame(records["baselines"]).index) == ["ours", "ours / remove_x"]
     assert not {"baselines", "entanglement"} & tables.absent(records).keys()
     assert pages.check_figures("phantom") == []
-
-
-def test_an_unknown_kind_of_drawing_is_refused():
-    with pytest.raises(ValueError, match="unknown kind of drawing 'pie'"):
-        plots.draw("pie", {}, "title", "x")

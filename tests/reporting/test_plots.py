@@ -26,9 +26,7 @@ def drawn(figure):
 
 def test_sheet_shows_original_edit_truth_and_difference():
     edited = IMAGES + 0.1
-    figure = plots.counterfactual_sheet(
-        IMAGES, edited, IMAGES, titles=["a", "b", "c"], notes=["1", "2", "3"], title="Removal"
-    )
+    figure = plots.counterfactual_sheet(IMAGES, edited, IMAGES, notes=["1", "2", "3"], title="Removal")
     shown = drawn(figure)
     assert len(shown) == 3 * 4
     assert torch.equal(torch.tensor(shown[0].get_array()), IMAGES[0, 0])
@@ -60,16 +58,14 @@ def test_grid_holds_every_image_gray_and_colour():
 
 def test_curves_and_dots_draw_the_numbers():
     figure = plots.curves(
-        {"loss": ([1, 2, 3], [0.3, 0.2, 0.1]), "band": ([1, 2], [1, 2], [0, 1], [2, 3])},
+        {"loss": ([1, 2, 3], [0.3, 0.2, 0.1]), "other": ([1, 2], [1, 2])},
         xlabel="step",
         ylabel="loss",
-        logy=True,
     )
     axis = figure.axes[0]
     assert axis.lines[0].get_ydata().tolist() == [0.3, 0.2, 0.1]
-    assert axis.get_yscale() == "log"
-    assert len(axis.collections) == 1
-    dots = plots.dot_plot({"remove_x": (0.5, 0.4, 0.6)}, xlabel="CPG", goal=0.85).axes[0]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["loss", "other"]
+    dots = plots.dot_plot({"remove_x": (0.5, 0.4, 0.6)}, xlabel="CPG").axes[0]
     assert dots.lines[0].get_xdata().tolist() == [0.5]
     assert dots.get_yticklabels()[0].get_text() == "remove x"
 

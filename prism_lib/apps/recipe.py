@@ -29,7 +29,7 @@ from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import image_factor, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.pictures import gray_or_colour, png
+from prism_lib.reporting.plots import gray_or_colour, png
 
 UPLOADS = "file:explorer/uploads/"  # below PRISM_RUNS
 SWEEPS: Mapping[str, tuple[float, ...]] = {

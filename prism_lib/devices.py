@@ -90,7 +90,7 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
     """
     if processes == 1:
         for job in jobs:
-            with _one_thread():
+            with threads(1 if default_device().type == "cpu" else 0):
                 result = work(job)
             yield result
         return
@@ -101,13 +101,14 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if default_device().type == "cpu" else threads)
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the block; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @cache

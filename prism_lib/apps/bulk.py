@@ -14,7 +14,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
@@ -34,19 +33,12 @@ from prism_lib import paths
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_info, read_images
-from prism_lib.devices import default_device
+from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, recommended
-from prism_lib.evaluation.selection import (
-    GuideScorer,
-    IdentityScorer,
-    Scorer,
-    SimilarityScorer,
-    load_guide,
-    select,
-)
+from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
 from prism_lib.files import atomic, exclusive, file_hash, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
@@ -113,17 +105,6 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
             raise ValueError(f"{out} has {key[1]} of {key[0]} with more than one setting: choose rows of {MANIFEST}")
         found[key] = Path(out) / row["file_name"]
     return found
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the block; 0 leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- before the work ------------------------------------------------------------------------------

@@ -145,7 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `prism` command; 0 on success, 1 if a notebook or a check failed, 2 if it could not start."""
-    options = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(words)
     try:
         if options.verb == "profiles":
             for name in available_profiles():
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from prism_lib.apps import doctor  # it imports torch's device and every version
 
             return doctor.report(print)
-        return _generate(options) if options.verb == "generate" else _run(options)
+        return _generate(options) if options.verb == "generate" else _run(options, words)
     except (UsageError, OSError) as error:
         print(f"prism: {error}", file=sys.stderr)
         return 2
@@ -197,7 +198,7 @@ def launch(config: BulkConfig, processes: int) -> None:
     from torch import multiprocessing
 
     from prism_lib.apps import bulk
-    from prism_lib.devices import processes_for
+    from prism_lib.devices import processes_for, threads
 
     gpus = torch.cuda.device_count()
     processes = processes or gpus or processes_for()
@@ -206,7 +207,7 @@ def launch(config: BulkConfig, processes: int) -> None:
         return
     method, pipe = "spawn", None
     if not gpus and config.threads == 1 and not config.compile and sys.platform == "linux":
-        with bulk.threads(1):
+        with threads(1):
             method, pipe = "fork", bulk.load_pipeline(config.model, config.precision, device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -251,7 +252,7 @@ def _check_figures(datasets: Sequence[str]) -> int:
     return 1 if problems else 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     profile = load_profile(options.profile)
     overrides = [tuple(pair) for pair in options.overrides]
     # The digest of the values of `-p`: the same trial finds its folder again.
@@ -267,20 +268,11 @@ def _run(options: argparse.Namespace) -> int:
     try:
         seconds = run_jobs(jobs, folder, resume=options.resume)
     except (NotebookFailedError, KeyboardInterrupt) as error:
-        print(f"prism: {str(error) or 'interrupted'}\nto go on: {_resume_command(options)}", file=sys.stderr)
+        again = shlex.join(["prism", *words, *([] if options.resume else ["--resume"])])
+        print(f"prism: {str(error) or 'interrupted'}\nto go on: {again}", file=sys.stderr)
         return 1
     print(f"{profile.name}: done in {seconds / 60:.1f} min", flush=True)
     return 0
-
-
-def _resume_command(options: argparse.Namespace) -> str:
-    words = ["prism", "run", options.profile, "--resume"]
-    words += ["--from", options.start] if options.start else []
-    words += ["--only", *options.only] if options.only else []
-    words += ["--name", options.name] if options.name else []
-    for name, value in options.overrides:
-        words += ["-p", name, value]
-    return shlex.join(words)
 
 
 if __name__ == "__main__":

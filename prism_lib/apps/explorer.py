@@ -11,6 +11,7 @@ import html
 import io
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -77,8 +78,7 @@ class Explorer(widgets.VBox):
         self.save = _button("Save", "save", "write image, original, mask, difference and record", guarded(self._save))
         self.show_code = _button("Show code", "code", "three lines that give the same image", guarded(self._code))
         self.files = widgets.HTML()
-        for control in (self.settings.mask, self.settings.rows, self.settings.columns):
-            control.observe(self.settings.guarded(self._show_box), "value")
+        self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
         controls = widgets.VBox(
             [self.source, self.edit, buttons, self.progress, self.status, self.settings],
@@ -118,22 +118,14 @@ class Explorer(widgets.VBox):
         try:
             edit = self.session.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
             recipe, over = self.session.recipe(edit, **self.settings.values()), self.settings.sweep.value
-            self._begin()
-            recipes = recipe.sweep(over) if over else [recipe]
-            self.session.start(recipes, edit, progress=self._progress, preview=self._show, done=self._done)
+            self._started = time.monotonic()
+            self.progress.value, self.files.value = 0, ""
+            self.status.say("Running.", "note")
+            self.run.disabled, self.cancel.disabled = True, False
+            recipes, progress = recipe.sweep(over) if over else [recipe], partial(self.progress.set_trait, "value")
+            self.session.start(recipes, edit, progress=progress, preview=self._show, done=self._done)
         except Exception as error:  # nothing that a click does may end in a traceback
             lines[error.control if isinstance(error, Fault) else "settings"].say(sentence(error))
-
-    def _begin(self) -> None:
-        self._started = time.monotonic()
-        self.progress.value = 0
-        self.files.value = ""
-        self.status.say("Running.", "note")
-        self._enable()
-        self.run.disabled, self.cancel.disabled = True, False
-
-    def _progress(self, share: float) -> None:
-        self.progress.value = share
 
     def _done(self, outcomes: list[Outcome], said: str) -> None:
         """Called from the thread of the run, whose last act it is."""

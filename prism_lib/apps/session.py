@@ -23,15 +23,7 @@ from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import (
-    Recipe,
-    image_size,
-    keep_upload,
-    load_image,
-    phantom_patient,
-    upload_name,
-    write_png,
-)
+from prism_lib.apps.recipe import Recipe, image_size, keep_upload, load_image, phantom_patient, upload_name, write_png
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.data.uploads import read_upload
 from prism_lib.editing.counterfactuals import Counterfactual

@@ -24,6 +24,7 @@ from prism_lib.apps import bulk, bulk_plan, cli
 from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_table, read_images
+from prism_lib.devices import threads
 from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import FILE, EditConfig, grid
@@ -132,7 +133,7 @@ def test_pixels_are_those_of_the_editor_and_the_rest_is_the_input(config, done):
     (batch, *_) = bulk_plan.batches(plan(config), config.batch_size)
     table = load_table(config.data).set_index("file_name").loc[[task.file_name for task in batch]]
     images, pairs = read_images(config.data, table.reset_index()), [task.pair for task in batch]
-    with bulk.threads(config.threads):
+    with threads(config.threads):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
         results = edit(pipe, inversion, pairs, {**batch[0].settings.edit, "batch_size": len(batch)})
@@ -191,7 +192,7 @@ def by_hand(config, tasks, scorers, criteria):
     """The same choice by the parts of the library, image by image."""
     table = load_table(config.data).set_index("file_name").loc[[task.file_name for task in tasks]]
     images, pairs = read_images(config.data, table.reset_index()), [task.pair for task in tasks]
-    with bulk.threads(config.threads):
+    with threads(config.threads):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
         swept = sweep(pipe, inversion, pairs, grid(config.edit, **SWEEP))

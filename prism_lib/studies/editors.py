@@ -6,8 +6,8 @@ Each result is a `Counterfactual`, so every method is measured by the same funct
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,6 @@ from diffusers import (
     LEditsPPPipelineStableDiffusion,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -202,7 +201,9 @@ class LEdits(Editor):
         ledits = LEditsPPPipelineStableDiffusion(**_parts(pipe, scheduler))
         ledits.set_progress_bar_config(disable=True)
         latents = []
-        with _same_processors(pipe.unet), mixed_calls(pipe.unet):
+        with ExitStack() as after, mixed_calls(pipe.unet):
+            # LEDITS++ replaces all attention processors and leaves its own behind.
+            after.callback(pipe.unet.set_attn_processor, dict(pipe.unet.attn_processors))
             for image, pair in zip(inverted, pairs, strict=True):
                 noise = _generator(image, self.seed)
                 ledits.invert(
@@ -325,13 +326,3 @@ def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:
     parts: dict[str, Any] = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return parts | {"scheduler": scheduler} | absent
-
-
-@contextmanager
-def _same_processors(unet: UNet2DConditionModel) -> Iterator[None]:
-    """LEDITS++ replaces all attention processors and leaves its own behind."""
-    before = dict(unet.attn_processors)
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(before)

@@ -186,9 +186,7 @@ class _Training:
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
             score = self._judged(name, fake)
-            with autocast(self.device, config.mixed_precision):  # networks only; losses are float32
-                logits = self.classifier((fake + 1) / 2)
-            read = logits[:, self.column].float().sigmoid()
+            read = self._called(self.classifier, (fake + 1) / 2)[:, self.column].sigmoid()
             intended = torch.full_like(read, float(name == "add"))
             returned = self._translated(other, fake)
             same = self._translated(name, wanted[name])
@@ -198,15 +196,16 @@ class _Training:
             total = total + config.identity_weight * F.l1_loss(same, wanted[name])
         return total, fakes
 
+    def _called(self, network: nn.Module, images: Tensor) -> Tensor:
+        with autocast(self.device, self.config.mixed_precision):  # networks only; losses are float32
+            output = network(images)
+        return (output[-1] if isinstance(output, list) else output).float()  # a discriminator gives its layers too
+
     def _translated(self, name: str, images: Tensor) -> Tensor:
-        with autocast(self.device, self.config.mixed_precision):
-            output = self.generators[name](images)
-        return output.float().tanh()
+        return self._called(self.generators[name], images).tanh()
 
     def _judged(self, name: str, images: Tensor) -> Tensor:
-        with autocast(self.device, self.config.mixed_precision):
-            scores = self.discriminators[name](images)
-        return scores[-1].float()
+        return self._called(self.discriminators[name], images)
 
     def _optimise(self, index: int, loss: Tensor) -> None:
         self.optimizers[index].zero_grad()

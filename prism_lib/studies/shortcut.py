@@ -113,7 +113,7 @@ def groups(table: pd.DataFrame, target: str, shortcut: str) -> pd.Series:
 
 
 def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
-    """How many rows each group has."""
+    """Rows of each group."""
     member = groups(rows, config.target, config.shortcut)
     return {name: int((member == group).sum()) for group, name in enumerate(GROUPS)}
 

@@ -7,6 +7,7 @@ and groups (N,). A metric of images has one value per image. Wrong shapes or ran
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -166,24 +167,21 @@ def equalised_odds_difference(probabilities: Tensor, labels: Tensor, attribute: 
     ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute must occur.
     """
     _check_groups(probabilities, labels, attribute)
-    gaps = []
-    for value in (0, 1):
-        rates = []
-        for side in (0, 1):
-            chosen = (labels == value) & (attribute == side)
-            if not chosen.any():
-                raise ValueError(f"no image has label {value} and attribute {side}")
-            rates.append((probabilities[chosen] >= 0.5).double().mean())
-        gaps.append(abs(float(rates[1] - rates[0])))
-    return max(gaps)
+    rates = {}
+    for value, side in product((0, 1), (0, 1)):
+        chosen = (labels == value) & (attribute == side)
+        if not chosen.any():
+            raise ValueError(f"no image has label {value} and attribute {side}")
+        rates[value, side] = float((probabilities[chosen] >= 0.5).double().mean())
+    return max(abs(rates[value, 1] - rates[value, 0]) for value in (0, 1))
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
-    """Expected calibration error over equal bins (Guo et al., ICML 2017), by torchmetrics; 0 is best."""
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Expected calibration error over ten equal bins (Guo et al., ICML 2017), by torchmetrics; 0 is best."""
     from torchmetrics.functional.classification import binary_calibration_error  # two seconds: only here
 
     _check_groups(probabilities, labels)
-    return float(binary_calibration_error(probabilities.float().contiguous(), labels.long(), n_bins=bins, norm="l1"))
+    return float(binary_calibration_error(probabilities.float().contiguous(), labels.long(), n_bins=10, norm="l1"))
 
 
 def agreement(probabilities: Tensor, others: Tensor) -> float:

@@ -6,7 +6,6 @@ Every record `figures/<dataset>/<record>.json` gives `tables/<record>.csv`, `.md
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
@@ -221,9 +220,8 @@ def as_tables(record: Record) -> dict[str, str]:
         text = text.T
     source = f"Record {record['name']}: commit {record['commit'][:10]}, {record['device']}, {record['seconds']:.0f} s."
     latex = text.replace("", "--").to_latex(escape=True).replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")
-    buffer = io.StringIO()
-    numbers.to_csv(buffer, index_label="row", lineterminator="\n")
-    return {"csv": buffer.getvalue(), "md": f"{markdown(text)}\n{source}\n", "tex": f"% {source}\n{latex}"}
+    csv = numbers.to_csv(index_label="row", lineterminator="\n")
+    return {"csv": csv, "md": f"{markdown(text)}\n{source}\n", "tex": f"% {source}\n{latex}"}
 
 
 def headlines(record: Record) -> dict[str, str]:
@@ -274,7 +272,7 @@ def write_tables(records: Mapping[str, Record], folder: Path) -> list[Path]:
 
 
 def expected_files(records: Mapping[str, Record]) -> dict[Path, str]:
-    """Path below the figures folder -> text, of everything that follows from the records."""
+    """Path below the figures folder -> text, of all files that follow from the records."""
     texts = {
         Path("tables", f"{name}.{end}"): text for name in records for end, text in as_tables(records[name]).items()
     }

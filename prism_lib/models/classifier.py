@@ -129,7 +129,7 @@ def train_classifier(
 
 
 def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, groups: Tensor | None) -> Tensor:
-    """Which labels are known, (N, L); raises ValueError for what cannot be learnt from."""
+    """Which labels are known, (N, L); ValueError for what cannot be learnt from."""
     if len(images) != len(labels) or labels.shape[1] != len(config.labels):
         raise ValueError(f"{len(images)} images do not go with labels {tuple(labels.shape)} for {config.labels}")
     if len(images) < config.batch_size:

@@ -68,8 +68,8 @@ def load_image_text_model(name_or_path: str | Path) -> ImageTextModel:
     model.to(default_device())
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name_or_path} is {type(model).__name__}, which does not embed both images and texts")
-    own, beside = Path(name) / "tokenizer_config.json", Path(name).parent / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() and not own.is_file() else name)
+    own, beside = (folder / "tokenizer_config.json" for folder in (Path(name), Path(name).parent / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(beside.parent if beside.is_file() and not own.is_file() else name)
     preprocessing = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     stated = json.loads(Path(preprocessing).read_text(encoding="utf-8")) if preprocessing else {}
     normal = {"mean": "image_mean", "std": "image_std"}

@@ -123,9 +123,8 @@ def assembled(
     scheduler: SchedulerMixin,
 ) -> StableDiffusionPipeline:
     """A pipeline of these parts, without a safety checker; without text parts it is called with embeddings."""
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
+    pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

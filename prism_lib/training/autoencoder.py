@@ -82,10 +82,8 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     device = default_device()
     vae.to(device, memory_format=torch.channels_last).train()
     trained = (vae.post_quant_conv, vae.decoder) if config.decoder_only else (vae,)
-    parameters = [parameter for part in trained for parameter in part.parameters()]
     vae.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters = [parameter for part in trained for parameter in part.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-4, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     state = load_checkpoint(folder, {"vae": vae.state_dict()}, optimizer)
@@ -124,16 +122,12 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
 
 def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
     """Phantoms and textures as uint8 (count, 1, size, size), rendered once."""
-    patients = sample_patients(config.phantoms, config.patient_seed)
-    rendered = [
-        (render(patients[i : i + 32], config.image_size) * 255).byte()
-        for i in tqdm(range(0, config.phantoms, 32), desc="phantoms")
-    ]
+    patients, size = sample_patients(config.phantoms, config.patient_seed), config.image_size
+    starts = tqdm(range(0, config.phantoms, 32), desc="phantoms")
+    rendered = [(render(patients[i : i + 32], size) * 255).byte() for i in starts]
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = [
-        (textures(min(8, config.textures - i), config.image_size, generator) * 255).byte()
-        for i in tqdm(range(0, config.textures, 8), desc="textures")
-    ]
+    starts = tqdm(range(0, config.textures, 8), desc="textures")
+    drawn = [(textures(min(8, config.textures - i), size, generator) * 255).byte() for i in starts]
     return torch.cat(rendered), torch.cat(drawn)
 
 
@@ -185,8 +179,7 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(8)])
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    channels = len(shift)
-    quant, post = vae.quant_conv, vae.post_quant_conv
+    channels, quant, post = len(shift), vae.quant_conv, vae.post_quant_conv
     post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
     post.weight *= scale[None, :, None, None]
     quant.weight[:channels] /= scale[:, None, None, None]
@@ -219,8 +212,7 @@ def textures(count: int, size: int, generator: torch.Generator) -> Tensor:
     image = image + uniform(0, 0.05) * power_law(count, size, generator, low=0.8, high=1.6)
     image = image + uniform(-0.1, 0.3) * curves(count, size, generator)
     image = image + uniform(0.0, 0.025) * torch.randn(count, size, size, generator=generator)
-    type_ = glyphs(count, size, generator)
-    image = torch.maximum(image, type_ * uniform(0.5, 1.0))
+    image = torch.maximum(image, glyphs(count, size, generator) * uniform(0.5, 1.0))
     return image.clamp(0, 1)[:, None]
 
 

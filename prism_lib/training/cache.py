@@ -39,7 +39,6 @@ class Rows:
     def __init__(self, files: Sequence[Path], key: str) -> None:
         """Open the files; ValueError names one that is damaged or holds rows of another model or data set."""
         self._slices = []
-        self._count = 0
         for path in files:
             try:
                 file = safe_open(path, framework="pt")
@@ -48,10 +47,9 @@ class Rows:
             if (file.metadata() or {}).get("key") != key:
                 raise ValueError(f"cache file {path} was made by another model or data set; delete it")
             self._slices.append(file.get_slice("rows"))
-            self._count += self._slices[-1].get_shape()[0]
 
     def __len__(self) -> int:
-        return self._count
+        return sum(rows.get_shape()[0] for rows in self._slices)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Rows (K, ...) for indices (K,)."""

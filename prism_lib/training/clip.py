@@ -66,14 +66,13 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         patch_size=config.patch_size,
         projection_dim=text.projection_dim,
     )
+    table = load_table(dataset, "train")
+    images = _small_images(dataset, table, config.image_size)
+    labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
     joint = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         clip = CLIPModel(joint).train().to(device)
-    table = load_table(dataset, "train")
-    images = _small_images(dataset, table, config.image_size)
-    labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
-    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         readers = nn.ModuleList(
             nn.Linear(width, labels.shape[1]) for width in (vision.hidden_size, text.hidden_size, text.hidden_size)
@@ -85,8 +84,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     for step in tqdm(range(config.steps), desc="CLIP"):
         rows = torch.randint(len(table), (config.batch_size,), generator=generator)
         # A fresh seed per step, so that an image meets many captions.
-        some = table.iloc[rows.tolist()]
-        drawn = sample_captions(dataset, some, f"{config.seed}:{step}", 1, config.explicit_share)
+        drawn = sample_captions(dataset, table.iloc[rows.tolist()], f"{config.seed}:{step}", 1, config.explicit_share)
         texts = [captions[0] for captions in drawn]
         tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = clip(

@@ -194,13 +194,9 @@ class Run:
         if config.sample_every and done % config.sample_every == 0:
             self.save_samples(done)
         if done % config.checkpoint_every == 0 or last or stop:
-            scaler = self.accelerator.scaler
-            info = {
-                "processes": self.accelerator.num_processes,
-                "best": self.best,
-                "stale": self.stale,
-                "scaler": scaler.state_dict() if scaler is not None else {},
-            }
+            info: dict[str, Any] = {"processes": self.accelerator.num_processes, "best": self.best, "stale": self.stale}
+            if self.accelerator.scaler is not None:
+                info["scaler"] = self.accelerator.scaler.state_dict()
             states = {"unet": self.trained, "ema": self.shadow}
             save_checkpoint(self.output, done, states, self.optimizer, info, config.keep_checkpoints)
         return stop

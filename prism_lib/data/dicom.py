@@ -81,7 +81,7 @@ def _check(data: Dataset) -> None:
 
 
 def _levels(data: Dataset) -> np.ndarray:
-    """Gray levels in [0, 255] as the window, the VOI LUT or, where there is neither, the film's own range has them."""
+    """Gray levels in [0, 255] by the VOI LUT, else the window, else the film's own range."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     try:

@@ -31,8 +31,7 @@ from prism_lib.language.labels import vocabulary
 
 logger = logging.getLogger(__name__)
 
-# After the error is certain, so many more unusable files are collected, so that its message shows several.
-LOOK_AHEAD = 20
+LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
 Share = Annotated[float, Field(ge=0, le=1)]

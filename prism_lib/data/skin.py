@@ -51,7 +51,6 @@ ISIC2019 = Format(
     diagnoses=ISIC2019_CODES,
     unknown="of an unknown diagnosis (UNK) none is mentioned",
 )
-ISIC2019_METADATA = {"image": "source_file", "age_approx": "age", "anatom_site_general": "site", "sex": "sex"}
 ISIC2020 = Format(
     tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
     columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
@@ -91,8 +90,7 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
     )[["name", "source_file", "patient_id", "lesion_id", "sex", "age", "site"]]
     table = pd.concat([about, diagnoses, _artefacts(table["source_file"], data_root)], axis=1)
     table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root, by_stem=True))
-    labels = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())
-    policy = _POLICY.format(unknown=form.unknown)
+    labels, policy = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values()), _POLICY.format(unknown=form.unknown)
     return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
 
 
@@ -123,7 +121,8 @@ def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
 def _with_metadata(table: pd.DataFrame, data_root: Path) -> pd.DataFrame:
     """ISIC 2019 keeps age, sex, site and lesion in a table of their own."""
     path = tables.find_table(data_root, ["ISIC_2019_*Metadata.csv"])
-    more = tables.read_table(path, ISIC2019_METADATA, {"lesion_id": "lesion", "patient_id": "patient"})
+    columns = {"image": "source_file", "age_approx": "age", "anatom_site_general": "site", "sex": "sex"}
+    more = tables.read_table(path, columns, {"lesion_id": "lesion", "patient_id": "patient"})
     tables.refuse_names(more, path, "image")
     joined = table.merge(more, on="source_file", how="left", validate="one_to_one").set_index(table.index)
     refuse(joined["age"].isna(), joined["source_file"], path, "no row for the image")

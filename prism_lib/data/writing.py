@@ -102,9 +102,9 @@ def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
             entry = json.loads(line)
         except ValueError:
             break  # the line at which the run was killed
-        if all("file_hash" in item for item in entry["outcome"]):
-            batch = [Written(**item) for item in entry["outcome"]]
-            files = [(folder / item.file_name, item.file_hash) for item in batch]
-            if all(file.is_file() and file_hash(file) == digest for file, digest in files):
-                done[entry["start"]] = [*batch]
+        batch = [Written(**item) for item in entry["outcome"] if "file_hash" in item]
+        files = [(folder / item.file_name, item.file_hash) for item in batch]
+        whole = all(file.is_file() and file_hash(file) == digest for file, digest in files)
+        if whole and len(batch) == len(entry["outcome"]):
+            done[entry["start"]] = [*batch]
     return done

@@ -1,8 +1,8 @@
 """Prompt-to-prompt: an attention processor that gives an edit the source image's attention (Hertz et al., 2023).
 
-A controlled U-Net call has N + G + K rows: a source for each image, a negative prompt for each edit guided at this
-step, a target for each edit. In its windows a target's cross-attention is made of the source's maps and its own, per
-token; its self-attention takes queries and keys of the source, values of its own, and so stays a fused kernel.
+A controlled U-Net call has a source row per image, a negative row per edit that is guided at this step, and a target
+row per edit. In the cross window a target's maps are made of the source's and its own, token by token. In the self
+window a target takes the source's queries and keys with its own values: injected maps, but in a fused kernel.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class WordMaps:
         ]
         return torch.stack(images).mean(0)
 
-    def go_on(self, before: WordMaps, rows: Sequence[int]) -> None:
-        """Start from the sums that each edit's row of `before` has collected; rows may repeat."""
+    def continue_from(self, before: WordMaps, rows: Sequence[int]) -> None:
+        """Take the sums of these `rows` of `before`, one for each edit; rows may repeat."""
         self.sums = {queries: maps[list(rows)] for queries, maps in before.sums.items()}
         self.counts = before.counts
 
@@ -73,10 +73,10 @@ class WordMaps:
 class Controller:
     """What the processor does at the current `step` (0 is the noisiest), for K edits of N images.
 
-    Edited cross maps are source maps times `transfer` (K, L, L) plus own maps times `own` (K, L), each for the first
-    `cross_steps` (K, L) steps. For each edit: the first `self_steps` steps, in which layers of at most
-    `SELF_MAX_TOKENS` queries take the source's self-attention; the `guided_steps`, in which the edit has a negative
-    row; and in `parents` the index of its image.
+    Edited cross maps are the source's times `transfer` (K, L, L) plus the target's times `own` (K, L); a token is
+    edited in its first `cross_steps` (K, L) steps. The other fields have one value per edit: layers of at most
+    `SELF_MAX_TOKENS` queries take the source's self-attention in its first `self_steps` steps, it has a negative row in
+    its `guided_steps`, and `parents` holds the index of its image.
     """
 
     transfer: Tensor
@@ -113,7 +113,7 @@ class Controller:
         return tuple(self.step < steps and queries <= SELF_MAX_TOKENS for steps in self.self_steps)
 
     def edit_cross(self, source: Tensor, target: Tensor) -> Tensor:
-        """The edited probabilities of the targets, from their sources' and their own; all (K, heads, queries, L)."""
+        """The targets' edited probabilities, made of their sources' and their own; all (K, heads, queries, L)."""
         transfer, own = self.transfer.to(source.dtype), self.own.to(source.dtype)
         active = self.step < self.cross_steps
         if not bool(active.all()):
@@ -126,7 +126,7 @@ class Controller:
         return rows if tuple(self.parents) == tuple(range(len(rows))) else rows[self.index(self.parents)]
 
     def query_rows(self, queries: int) -> tuple[Tensor | slice, Tensor | slice]:
-        """Rows whose queries and keys a self-attention layer computes, and for every row the place of those it uses."""
+        """Rows of which a self-attention layer computes queries and keys, and for each row which of these it uses."""
         injected = self.injects_self(queries)
         if not any(injected):
             return slice(None), slice(None)
@@ -211,11 +211,11 @@ class PromptToPromptProcessor:
 
 @contextmanager
 def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[PromptToPromptProcessor]:
-    """Give every attention layer of `unet` to the controller; on leaving, the old processors always come back.
+    """Control every attention layer of `unet`; on leaving, the old processors always come back.
 
-    The processor takes another `controller` where edits fork. ValueError for layers that are not those of Stable
-    Diffusion 1.x or 2.x, or whose processor has weights of its own (an IP-Adapter, say); RuntimeError on leaving if the
-    U-Net left out an attention layer.
+    Where edits fork, set `controller` of the yielded processor. ValueError for layers of other families than Stable
+    Diffusion 1.x and 2.x and for processors with weights of their own (an IP-Adapter, say); RuntimeError on leaving if
+    a call left out a layer.
     """
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
     if not layers:

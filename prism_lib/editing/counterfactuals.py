@@ -1,16 +1,8 @@
 """Action and prediction: edit an inverted image by a pair of prompts, and put the result back into the input.
 
-Source and target start from the same noise x*_T. At every step one U-Net call evaluates source, negative prompt and
-target of each image, prompt-to-prompt gives the target the source's attention, and the source returns to its stored
-latents. After decoding, only pixels inside a mask take the edit; all others are the input's own. A sweep over settings
-is one walk: all share the source's row, and their own rows for as long as they agree (`editing.denoising`).
-
-Two choices differ from the reference implementations, and both can be switched back:
-
-- `negative="source"` guides away from the *source prompt* instead of the empty one. The guidance is then exactly the
-  difference that the edit describes, and vanishes where the two prompts agree;
-- `correct_drift` gives the target the correction that the inversion gives the source. It costs nothing, and an edit
-  that changes no word reproduces the source exactly.
+An edit is denoised beside its source (`editing.denoising`), decoded, and shown only inside a mask (`editing.masks`).
+Unlike the reference implementations, guidance points away from the source prompt and the target takes the source's
+correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts gives exactly the reconstruction.
 """
 
 from __future__ import annotations
@@ -39,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _RECOMMENDED: Mapping[str, Any] = MappingProxyType({})  # no override: all as the model recommends
-_CPU_ROWS = 12  # of a U-Net call; with 88 rows each takes twice as long as with 8, because they outgrow the caches
+_CPU_ROWS = 12  # of a U-Net call; larger calls outgrow a CPU's caches and take up to twice as long per row
 
 
 @dataclass(frozen=True)
 class Counterfactual:
     """One edited image with what it was made of; images are (C, H, W) in [0, 1], masks (1, H, W).
 
-    `image` is the composite and `raw` the decoded edit before it; `factual` is the input and `reconstruction`
-    the source as the model gives it back. `mask` is soft and exactly 0 where the input is untouched. `settings` are
-    those of whatever made it: an `EditConfig`, or a baseline's own.
+    `image` is the composite, `raw` the decoded edit without mask, `factual` the input and `reconstruction` the source
+    as the model decodes it. `mask` is soft, and exactly 0 where `image` equals the input. `settings` is an
+    `EditConfig`, or a baseline's own.
     """
 
     image: Tensor
@@ -76,13 +68,13 @@ def edit(
     keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[Counterfactual]:
-    """Edit every image of an inversion by its own prompt pair: prompt-to-prompt on a shared trajectory.
+    """Edit every image of an inversion by its own prompt pair (prompt-to-prompt).
 
-    ``settings`` are an `EditConfig`, or overrides of what the model recommends for each pair. `mask` is "auto", "off"
-    (no composite: the raw edit) or the user's own, (N, 1, H, W) boolean or in [0, 1], which then also bounds the edit
-    in latent space. `keep`, of the same shape, marks pixels that stay the input's whatever the mask says.
-    `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel. A batch that the
-    accelerator's memory does not hold is begun again in halves.
+    `settings` is an `EditConfig`, or overrides of what the model recommends for each pair. `mask` is "auto", "off" (the
+    raw edit, no composite) or a user's own, (N, 1, H, W) boolean or in [0, 1], which also bounds the edit in latent
+    space. `keep`, of the same shape, marks pixels that stay the input's inside any mask. `callback(i, timestep,
+    latents)` is called after step i of every batch and may raise to cancel. A batch that exceeds the accelerator's
+    memory starts again in halves.
     """
     (results,) = zip(*sweep(pipe, inversion, pairs, [settings], mask=mask, keep=keep, callback=callback), strict=True)
     return list(results)
@@ -99,10 +91,10 @@ def sweep(
     keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[list[Counterfactual]]:
-    """Edit every image by its pair under several settings: per image, one result for each, in order.
+    """Edit every image by its pair under several settings: a list per image, with one result per setting, in order.
 
-    The same as one `edit` for each, for less: all share the source, and candidates that agree up to a step share
-    their rows until then. `batch_size` of the first counts images, as it does in `edit`. Masks as in `edit`.
+    The results equal those of one `edit` per setting at less cost: edits of an image share its source, and their own
+    rows while they act alike. The first setting's `batch_size` counts images. The other arguments are those of `edit`.
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
@@ -113,7 +105,7 @@ def sweep(
     for task in tasks:
         _check(task, inversion.prompts[task.image])
     areas = Areas.checked(mask, keep, inversion.images)
-    edit_controller(pipe, tasks, inversion)  # raises for a missing word before the first step
+    edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size
     if pipe.device.type == "cpu":
         size = max(1, min(size, _CPU_ROWS // (1 + 2 * count)))
@@ -133,11 +125,10 @@ def sweep(
 
 
 def in_parts(parts: Sequence[slice], work: Callable[[slice], list[Result]]) -> list[Result]:
-    """What `work` makes of every part (`slice`s with start and stop), one after the other, as one list.
+    """The results of `work` for every part (`slice`s with start and stop), one after the other, as one list.
 
-    A part that raises torch.OutOfMemoryError is done in halves, and so on; no later part is larger than those. A single
-    row that does not fit raises. Rows must not depend on each other: then smaller parts change results by rounding
-    alone.
+    A part that raises torch.OutOfMemoryError is done in halves, and no later part is larger than these. A single row
+    that does not fit raises. Rows must be independent, so that smaller parts change results by rounding alone.
     """
     results: list[Result] = []
     waiting = list(reversed(parts))
@@ -168,7 +159,7 @@ def _finish(
     outcome: Outcome,
     areas: Areas,
 ) -> list[Counterfactual]:
-    """Decode every row once, then find masks and composite, together for the edits of equal settings."""
+    """Decode every row once, then find masks and composite for all edits of equal settings together."""
     images, channels = inversion.images, inversion.images.shape[1]
     batches = outcome.target.split(len(images))
     raw = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
@@ -224,7 +215,7 @@ def _composited(
 
 
 def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor) -> dict[str, list[float]]:
-    """Per image: share of pixels in the mask, mean change of the result, and change kept out by the mask."""
+    """Per image: share of pixels in the mask, mean change of the result, and mean change of `raw` outside the mask."""
     outside = (mask == 0).to(images)
     kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
     return {

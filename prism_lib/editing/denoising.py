@@ -1,8 +1,8 @@
-"""Action and prediction in latent space: sources and targets walk from x*_T to clean latents, one U-Net call a step.
+"""Action and prediction in latent space: from the inverted noise x*_T to clean latents, in one U-Net call a step.
 
 A call holds a row per image for its source, one per edit for its target prompt and, while the edit is guided, one for
-its negative prompt. Edits of one image that have acted alike so far share a row and fork where they differ: five
-windows of self-attention take 140 rows in 50 steps instead of 250.
+its negative prompt. Edits of one image share a row until their settings first act differently, and fork there: five
+windows of self-attention take 140 target rows in 50 steps instead of 250.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EditTask:
 
     @property
     def guidance_scale(self) -> float:
-        """The scale for this pair of prompts: larger by a factor where the edit adds something."""
+        """The scale of guidance, times `addition_factor` where the edit adds something."""
         return self.config.guidance_scale * (self.config.addition_factor if self.pair.adds else 1.0)
 
     def guided_steps(self, steps: int) -> range:
@@ -56,7 +56,7 @@ class EditTask:
         return self.config.confine > 0 and progress >= CONFINE_START
 
     def behaviour(self, step: int, steps: int) -> Hashable:
-        """All that decides what the edit does to the latents at a step: edits equal so far can share a row."""
+        """What the edit does to the latents at a step; edits whose behaviour has been equal so far share a row."""
         config = self.config
         crosses = step < round(config.cross_replace_steps * steps)
         exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
@@ -74,9 +74,9 @@ class EditTask:
 
 @dataclass(frozen=True)
 class Stage:
-    """The target rows of one step: `leads` holds an edit of each row, `row_of` the row of each edit.
+    """The target rows of one step: `leads` holds one edit of each row, `row_of` the row of each edit.
 
-    `origins` holds the row of the step before that each row continues; before the first step, that is its image.
+    `origins` holds, for each row, the row of the previous step that it continues; at the first step, its image.
     """
 
     leads: tuple[int, ...]
@@ -85,9 +85,9 @@ class Stage:
 
 
 def stages(images: Sequence[int], num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[Stage]:
-    """The stages of edits of these `images`: edits share a row while `behaviour(edit, step)` has been equal.
+    """The stage of each step, for edits of these `images`; edits share a row while `behaviour(edit, step)` is equal.
 
-    Rows keep the order of their edits.
+    Rows that have forked stay apart, and rows keep the order of their edits.
     """
     found: list[Stage] = []
     history = tuple(images)
@@ -124,7 +124,7 @@ def denoise(
     callback: Callback | None = None,
     first: int = 0,
 ) -> Outcome:
-    """Edit a batch in latent space; `first` is the number of its first image, for errors."""
+    """Edit a batch of images, each by one task or more; `first` is the number of its first image, for errors."""
     schedule, how = inversion.schedule, inversion.how
     source = target = inversion.latents[inversion.start].to(pipe.device)  # at first one row per image
     noise_change = torch.zeros_like(source[:, :1])
@@ -140,13 +140,14 @@ def denoise(
         for index, stage in enumerate(walk):
             level, leads, origins = inversion.start - index, list(stage.leads), list(stage.origins)
             timestep = schedule.timesteps[level]
-            if len(leads) != len(rows):  # edits fork
+            if len(leads) != len(rows):  # edits fork: a new row continues the one that it shared
                 rows = [tasks[lead] for lead in leads]
                 target, noise_change, maps = target[origins], noise_change[origins], controller.maps
                 controller = processor.controller = edit_controller(pipe, rows, inversion)
-                controller.maps.go_on(maps, origins)
+                controller.maps.continue_from(maps, origins)
             controller.step = index
 
+            # One call predicts the noise of sources, negatives and targets.
             negatives = controller.index(controller.guided)
             latents = torch.cat([source, target[negatives], target])
             negative = negative_text[[leads[row] for row in controller.guided]]

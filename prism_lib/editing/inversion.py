@@ -1,4 +1,4 @@
-"""Abduction: from an image to the latents that the diffusion model would have made it from."""
+"""Abduction: the latents, from clean to noise, from which the diffusion model makes a given image."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ _USUAL = InversionConfig()
 
 @dataclass(frozen=True)
 class Inversion:
-    """The abduced trajectory of N images.
+    """The trajectories of N images (N, C, H, W) in [0, 1], each conditioned on its source prompt.
 
-    `latents` is (T + 1, N, c, h, w) by level (0 clean, T noise), `images` (N, C, H, W) in [0, 1] are the
-    inputs, and `prompts` the source prompts that the trajectory was conditioned on. `negative_embeds` (T + 1, N, L, D),
-    by level, are null-text inversion's; level 0 is not used.
+    `latents` is (T + 1, N, c, h, w) by level, 0 clean and T noise. `negative_embeds` (T + 1, N, L, D), by level, are
+    those of null-text inversion; level 0 is not used.
     """
 
     images: Tensor
@@ -48,27 +47,27 @@ class Inversion:
         return len(self.images)
 
     def __getitem__(self, rows: slice) -> Inversion:
-        """The inversion of some of the images, by slice."""
+        """The inversion of a slice of the images."""
         embeds = None if self.negative_embeds is None else self.negative_embeds[:, rows]
         images, prompts, latents = self.images[rows], self.prompts[rows], self.latents[:, rows]
         return replace(self, images=images, prompts=prompts, latents=latents, negative_embeds=embeds)
 
     @property
     def how(self) -> Method:
-        """What an edit does on the way down from here."""
+        """The method's entry in the registry: how an edit follows the trajectory back."""
         return method_of(self.method)
 
     @property
     def start(self) -> int:
-        """The level that an edit starts from; T but for edit-friendly inversion with `skip`."""
+        """The level at which an edit starts: T, or less for edit-friendly inversion with `skip`."""
         skip = self.config.skip if self.method == "edit_friendly" else 0.0
         return max(1, self.schedule.num_steps - int(skip * self.schedule.num_steps))
 
     def reconstruct(self, pipe: StableDiffusionPipeline) -> Tensor:
-        """The images as this inversion gives them back, (N, C, H, W): what an edit without change would show.
+        """The source images as an edit reconstructs them, (N, C, H, W).
 
-        A method that returns to its trajectory gives the autoencoder's round trip (null-text its own way down); the
-        others denoise x*_T again (T evaluations).
+        For a method that returns to its trajectory these are its clean latents, decoded; the others denoise x*_T again
+        (T evaluations).
         """
         latents = self.latents[0] if self.how.returns else _denoise(pipe, self)
         return decode_latents(pipe.vae, latents, self.images.shape[1]).to(self.images.device)

@@ -1,12 +1,8 @@
-"""Where an edit may show: from attention and noise to a soft pixel mask, and the composite with the input.
+"""Where an edit may show: a soft pixel mask, and the composite of edit and input.
 
-The latent grid is too coarse for a lead of two pixels, and the decoded image changes a little everywhere. So the
-automatic mask combines both: coarse *evidence* (attention to the edit's words, difference of the noise predictions)
-gives the region, and the *change* of the decoded image gives the pixels. Strong pixels inside the evidence are seeds
-and grow through weaker ones that touch them: hysteresis, as in Canny's edges.
-
-Every step is continuous in its input, so rounding cannot flip a pixel. The mask is exactly 0 outside a compact support,
-and there the composite returns the input's own pixels bit for bit.
+Coarse *evidence* (attention to the edit's words, difference of the noise predictions) gives the region, the *change* of
+the decoded image gives the pixels: strong pixels inside the evidence are seeds and grow through weaker pixels that
+touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
 from __future__ import annotations
@@ -27,17 +23,17 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0)]
 
-_REPLACED = 0.12  # a change of gray from which on nothing of the input's detail is kept
+_REPLACED = 0.12  # from this change of gray on, no detail of the input is kept
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class MaskConfig:
     """Settings of the automatic mask; lengths in pixels, changes in units of the [0, 1] gray range.
 
-    A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x
-    noise), where noise is the image's median change. Seeds need `seed_evidence` (share of the image's maximal
-    evidence), grown pixels `grow_evidence`. `attention_weight` mixes attention (1) and noise difference (0)
-    into the evidence.
+    A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x noise), where
+    noise is the image's median change. Seeds need at least `seed_evidence`, and pixels that they grow into at least
+    `grow_evidence`, as shares of the image's greatest evidence. Evidence is attention at `attention_weight` 1 and noise
+    difference at 0. The mask is closed over `close` pixels, widened by `dilate` and faded over `feather`.
     """
 
     min_change: Positive = 0.015
@@ -57,15 +53,14 @@ _USUAL = MaskConfig()
 
 
 def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
-    """Where the edit is about, (N, 1, h, w) in [0, 1] with maximum 1 per image (0 everywhere if nothing
-    changed).
+    """Where the edit acts, (N, 1, h, w), with maximum 1 per image; 0 everywhere if nothing changed.
 
-    `word_maps` (N, 2, h, w) is the attention to the edit's words in source and target, `noise_change` (N, 1,
-    h, w) the mean absolute difference of their noise predictions.
+    `word_maps` (N, 2, h, w) is the attention to the edit's words in source and target, `noise_change` (N, 1, h, w) the
+    mean absolute difference of their noise predictions.
     """
     change = _unit(noise_change)
     attention = _unit(word_maps.amax(1, keepdim=True))
-    # Without words there is no attention to weigh, and without a change of noise there is no edit to locate.
+    # Without words all weight goes to the noise; without a change of noise there is no edit to locate.
     weight = attention_weight * (attention.amax((1, 2, 3), keepdim=True) > 0)
     changed = change.amax((1, 2, 3), keepdim=True) > 0
     return _unit(weight * attention + (1 - weight) * change) * changed
@@ -88,7 +83,7 @@ def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = _USUAL) 
 
 
 def grow(seeds: Tensor, body: Tensor) -> Tensor:
-    """Gray-scale hysteresis: what of `body` the seeds reach through it (Vincent, 1993); (N, 1, H, W)."""
+    """Gray-scale hysteresis: the parts of `body` that are connected to a seed (Vincent, 1993); (N, 1, H, W)."""
     start = torch.minimum(seeds, body).cpu().double().numpy()  # not every device has float64
     limit = body.cpu().double().numpy()
     grown = [reconstruction(s[0], b[0], footprint=np.ones((3, 3))) for s, b in zip(start, limit, strict=True)]
@@ -97,17 +92,15 @@ def grow(seeds: Tensor, body: Tensor) -> Tensor:
 
 def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
     """Widen a mask by `dilate` pixels and let it fade over `feather` more; exactly 0 beyond both."""
-    return (
-        _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2) if feather else _maximum(mask, dilate)
-    )
+    return _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2)
 
 
 @plain_dataclass(frozen=True)
 class Areas:
-    """Where a user lets an edit of N images show.
+    """Where a user allows an edit of N images.
 
-    `mask` is "auto" (found from the edit itself), "off" (everywhere, no composite) or (N, 1, H, W) in [0, 1];
-    `keep` marks pixels of the same shape that stay the input's whatever the mask says.
+    `mask` is "auto" (found from the edit itself), "off" (everywhere, no composite) or (N, 1, H, W) in [0, 1]. `keep`,
+    of the same shape, marks pixels that stay the input's inside any mask.
     """
 
     mask: Tensor | str = "auto"
@@ -115,7 +108,7 @@ class Areas:
 
     @classmethod
     def checked(cls, mask: Tensor | str, keep: Tensor | None, images: Tensor) -> Areas:
-        """Areas for images (N, C, H, W); raises for a wrong shape or range, or if nothing is left to edit."""
+        """Areas for images (N, C, H, W); ValueError for a wrong shape or range, or if no pixel is left to edit."""
         if isinstance(mask, str) and mask not in ("auto", "off"):
             raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
         areas = cls(
@@ -140,8 +133,12 @@ class Areas:
     def cells(self, height: int, width: int) -> Tensor | None:
         """The latent cells (N, 1, height, width) with any pixel that may be edited, or None for all."""
         if isinstance(self.mask, Tensor):
-            return latent_region(self.mask if self.keep is None else self.mask * (self.keep == 0), height, width)
-        return None if self.keep is None else latent_region(self.keep == 0, height, width)
+            allowed = self.mask if self.keep is None else self.mask * (self.keep == 0)
+        elif self.keep is not None:
+            allowed = self.keep == 0
+        else:
+            return None
+        return F.adaptive_max_pool2d((allowed > 0).float(), (height, width))
 
 
 def _checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
@@ -155,29 +152,19 @@ def _checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
 
 
 def without(mask: Tensor, keep: Tensor, feather: int) -> Tensor:
-    """Take the pixels to keep out of a mask, fading towards their border from outside."""
+    """A mask that is 0 at the pixels to keep and fades towards them over `feather` pixels."""
     return torch.minimum(mask, 1 - _box(_maximum((keep > 0).to(mask), feather), feather)) * (keep == 0)
 
 
-def latent_region(mask: Tensor, height: int, width: int) -> Tensor:
-    """The latent cells (N, 1, height, width) that contain any pixel of a mask (N, 1, H, W)."""
-    return F.adaptive_max_pool2d((mask > 0).float(), (height, width))
-
-
 def evidence_region(coarse: Tensor, threshold: float, softness: float = 0.3) -> Tensor:
-    """Cells whose evidence (N, 1, h, w), averaged over 3x3 cells, exceeds `threshold`, and their neighbours.
-
-    Returns (N, 1, h, w), soft: 0 where latents are the source's, 1 where they are the edit's own.
-    """
+    """Cells whose evidence, averaged over 3x3 cells, exceeds `threshold`, and their neighbours; soft, (N, 1, h, w)."""
     return _maximum(_ramp(_box(coarse, 1), threshold, softness), 1)
 
 
 def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2) -> Tensor:
-    """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's
-    maximum.
+    """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's maximum.
 
-    `word_maps` (N, 2, h, w); a cell counts if the source or the target words look there. Returns (N, 1, h,
-    w).
+    `word_maps` (N, 2, h, w); a cell counts if source or target exceed it. Returns (N, 1, h, w), soft.
     """
     pooled = _maximum(word_maps, 1)
     relative = pooled / pooled.amax((2, 3), keepdim=True).clamp(min=torch.finfo(pooled.dtype).tiny)
@@ -185,11 +172,11 @@ def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2)
 
 
 def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -> Tensor:
-    """Letters burnt into the corners of a film, bool (N, 1, H, W): no edit of the patient may touch them.
+    """Letters burnt into the corners of a film, bool (N, 1, H, W).
 
-    A letter is small (at most ``extent`` of the width), much brighter than a closely surrounding dark ground (by
-    ``contrast``), lies in a corner (the outer seventh sideways, the upper or lower quarter) and touches no border, as a
-    wire that leaves the film does. Letters over the patient are not found.
+    A letter is at most `extent` of the width in size and at least `contrast` brighter than the dark ground around it.
+    It lies in a corner (outer seventh in x, outer quarter in y) and touches no border; a wire that leaves the film
+    does. Letters over the patient are not found.
     """
     gray = images.mean(1).cpu().numpy()
     width = gray.shape[-1]
@@ -205,7 +192,7 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
             small = max(rows.stop - rows.start, columns.stop - columns.start) <= extent * width
             if inside and small and abs(x - 0.5) > 0.36 and abs(y - 0.5) > 0.25:
                 text[box] |= labels[box] == label
-        # The soft rim of a letter belongs to it.
+        # with the soft rims of the letters
         text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))
     return torch.from_numpy(found)[:, None].to(images.device)
 
@@ -216,8 +203,7 @@ def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tens
     The detail that the autoencoder loses (images - reconstruction) is kept where the edit changes little.
     """
     change = edited - reconstruction
-    # Where the edit replaces a structure, the detail that the autoencoder lost belongs to that very structure: kept, it
-    # would leave a ghost of a lead that was removed. So it fades as the change nears `_REPLACED`.
+    # Where an edit removes a lead, the lost detail is the lead's own and would leave a ghost of it.
     kept = (1 - _maximum(change.abs(), 2) / _REPLACED).clamp(min=0)
     new = edited + kept * (images - reconstruction)
     return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)

@@ -1,14 +1,12 @@
-"""The inversions: how each finds a trajectory for an image, and how an edit then goes down it. One registry.
-
-All is arithmetic on latents around a function that predicts noise; `editing.inversion` brings images and a model.
+"""The inversions: how each finds a trajectory from an image to noise, and how an edit follows it back. One registry.
 
 - "edit_friendly" (Huberman-Spiegelglas et al., CVPR 2024) noises the image independently at every level. The noise maps
-  follow from the source's predictions, which an edit makes anyway: the inversion costs no evaluation at all;
+  follow from the source's predictions, which an edit makes anyway, so the inversion needs no evaluation of the model;
 - "direct" (Ju et al., ICLR 2024) walks up by DDIM and returns the source to that trajectory after every step of an
   edit, so that the source is reconstructed exactly;
-- "ddim" lets the source find its own way down from x*_T and so shows what plain inversion loses;
+- "ddim" denoises the source from x*_T without that return, and so shows what plain inversion loses;
 - "negative_prompt" (Miyake et al., 2023) is "ddim" with the target guided away from the source prompt;
-- "null_text" (Mokady et al., CVPR 2023), the paper's, optimises the unconditional embedding of every step so that
+- "null_text" (Mokady et al., CVPR 2023), which PRISM uses, optimises the unconditional embedding of every step so that
   guided sampling follows the trajectory.
 """
 
@@ -27,7 +25,7 @@ from torch import Tensor
 from prism_lib.models import schedule as ddim
 from prism_lib.models.schedule import Schedule, clean_and_noise
 
-RECOMMENDED = "edit_friendly"  # of all, the least error to the truth on validation phantoms, and the most even one
+RECOMMENDED = "edit_friendly"  # the smallest error to the truth on validation phantoms
 
 # (latents (N, c, h, w), level, prompt embeddings (N, L, D)) -> the U-Net's prediction (N, c, h, w)
 Predict = Callable[[Tensor, int, Tensor], Tensor]
@@ -39,11 +37,11 @@ Step = Callable[[Schedule, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class InversionConfig:
-    """Settings of single methods.
+    """Settings of null-text and edit-friendly inversion.
 
-    Null-text: the guidance scale that the source is to follow, at most `inner_steps` of Adam per step, its first
-    learning rate and the loss that ends the first step early. Edit-friendly: `skip`, the share of the noisiest steps
-    that an edit leaves out, and `seed` of the noise.
+    Null-text: the `guidance_scale` of the source, at most `inner_steps` of Adam per step, its first `learning_rate`,
+    and the loss (`threshold`) below which the first step ends early. Edit-friendly: `skip`, the share of the noisiest
+    steps that an edit leaves out, and the `seed` of the noise.
     """
 
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 7.5
@@ -56,7 +54,7 @@ class InversionConfig:
 
 @plain_dataclass(frozen=True)
 class Source:
-    """A batch to invert: images (N, C, H, W), clean latents (N, c, h, w), embeddings (N, L, D) of prompt and of ""."""
+    """A batch to invert: images (N, C, H, W), clean latents (N, c, h, w), embeddings (N, L, D) of prompts and of ""."""
 
     images: Tensor
     clean: Tensor
@@ -93,7 +91,7 @@ def ddim_trajectory(
 def independent_trajectory(
     predict: Predict, source: Source, schedule: Schedule, config: InversionConfig, report: Report
 ) -> Trajectory:
-    """Every level noised on its own, by a generator per image that its pixels and the seed decide; no evaluation."""
+    """Every level noised independently; the seed of an image's noise is made of its pixels and `config.seed`."""
     latents = source.clean.expand(schedule.num_steps + 1, *source.clean.shape).clone()
     for n, image in enumerate(source.images):
         content = image.cpu().contiguous().numpy().tobytes() + str(config.seed).encode()
@@ -116,11 +114,10 @@ def null_text_trajectory(
 def optimise_null_text(
     predict: Predict, walked: Tensor, source: Source, schedule: Schedule, config: InversionConfig, report: Report
 ) -> Trajectory:
-    """The guided way down along a trajectory, and the embeddings that lead it (Mokady et al., algorithm 1).
+    """Embeddings under which guided sampling follows a trajectory, and the latents it gives (Mokady et al., alg. 1).
 
-    Images are independent: the loss is each one's mean, Adam works element by element, and an image that has met its
-    threshold keeps its embedding and leaves the batch. Only embeddings get gradients, and the conditional prediction of
-    a step is made once.
+    Images are independent: each has its own mean loss, Adam works element by element, and an image below its threshold
+    keeps its embedding and leaves the batch. The conditional prediction of a step is made once, without gradients.
     """
     latents, stored = walked.clone(), source.empty.new_zeros(schedule.num_steps + 1, *source.empty.shape)
     embeds, sample = source.empty, walked[-1]
@@ -148,7 +145,7 @@ def optimise_null_text(
             optimizer.step()
             embeds.data = torch.where(running[:, None, None], embeds.data, before)
             running[rows] &= losses.detach() >= config.threshold + index * 2e-5
-            # Counting what is left costs a GPU a synchronisation, so it is done every third step only.
+            # Counting the running images synchronises a GPU, so it is done every third step only.
             if sample.device.type == "cpu" or inner % 3 == 2:
                 rows = running.nonzero()[:, 0]
                 if not len(rows):
@@ -161,10 +158,10 @@ def optimise_null_text(
 
 
 def ddpm_mean(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
-    """The mean mu of a DDPM step (eta 1), to which edit-friendly inversion adds its noise map.
+    """The mean of a DDPM step (eta 1), to which edit-friendly inversion adds its noise map.
 
-    The source's noise map, scaled, is its stored latent minus its mean; the target adds the same. So no map is divided
-    by a deviation, which the last step may have none of (Huberman-Spiegelglas et al., CVPR 2024).
+    The source's noise map, already scaled, is its stored latent minus this mean; the target adds the same. No map is
+    divided by the standard deviation, which can be 0 at the last step (Huberman-Spiegelglas et al., CVPR 2024).
     """
     here, below = schedule.alphas[level], schedule.alphas[level - 1]
     variance = max(0.0, (1 - below) / (1 - here) * (1 - here / below))
@@ -174,12 +171,12 @@ def ddpm_mean(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int
 
 @plain_dataclass(frozen=True)
 class Method:
-    """An inversion: the way up, and what an edit does on the way down.
+    """An inversion: `abduce` finds the trajectory, `step` and the flags say how an edit follows it back.
 
     `returns`: the source goes back to the stored trajectory after every step. `corrects`: the target takes over that
-    correction: True, False or None for as the edit says. `negative`: what the target is guided away from: "edit" for
-    the edit's own choice, "source" for the source prompt, "stored" for the trajectory's embeddings. `random`: a seed
-    decides the trajectory. `walks`: how many walks of T steps the inversion makes.
+    correction (None: as the edit's `correct_drift` says). `negative`: the target is guided away from the edit's own
+    choice ("edit"), the source prompt ("source") or the trajectory's embeddings ("stored"). `random`: the trajectory
+    depends on a seed. `walks`: the number of walks of T steps that the inversion makes.
     """
 
     abduce: Abduce = ddim_trajectory
@@ -201,7 +198,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def method_of(name: str) -> Method:
-    """The inversion of a name; ValueError lists the names there are."""
+    """The inversion of this name; ValueError lists the known names."""
     if name not in METHODS:
         raise ValueError(f"unknown inversion method {name!r}; known: {', '.join(METHODS)}")
     return METHODS[name]

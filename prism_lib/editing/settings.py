@@ -1,8 +1,7 @@
 """Settings of an edit, and what a model recommends for it.
 
-What suits one model does not suit another, so tuned settings lie in `editing.json` beside a model's weights: its
-defaults, and exceptions by what is edited. A model without that file gets the defaults of `EditConfig`, which are those
-published for prompt-to-prompt.
+Good settings differ between models, so `editing.json` beside a model's weights holds its defaults, and exceptions by
+what is edited. A model without that file gets the defaults of `EditConfig`, those published for prompt-to-prompt.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -40,11 +39,11 @@ class EditConfig:
     `guidance_scale`. A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the
     target's attention to the words of the edit inside the cross window; `word_windows` gives words of the target prompt
     a cross window of their own, {"without": 0.8}. With `correct_drift` the target takes over the correction that the
-    inversion gives the source, so that an edit without a change reproduces it.
+    inversion gives the source, so that an edit that changes no word reproduces the source.
 
-    `local_blend` confines the edit in latent space to where its words look (Hertz et al., 2023). `confine` does so by
-    the evidence of the automatic mask: latents with less than this share of the greatest evidence return to the
-    source's; 0 is off. `protect_text` keeps letters burnt into the corners out of the automatic mask.
+    `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
+    limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
+    keeps letters burnt into the corners out of the automatic mask.
     """
 
     guidance_scale: Scale = 7.5
@@ -78,22 +77,18 @@ AnySettings = TypeVar("AnySettings", bound=EditConfig | Mapping[str, Any])
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Rule:
-    """Settings of edits that remove, or add, one of some phrases; without phrases, of all that do so."""
+    """Settings of edits that remove or add (`when`) one of the `phrases`; without phrases, any phrase."""
 
     when: Literal["remove", "add"]
     settings: dict[str, Any]
     phrases: tuple[str, ...] = ()
 
-    def holds(self, phrase: str, adds: bool) -> bool:
-        """Whether the rule is about this phrase of an edit."""
-        return (self.when == "add") == adds and (not self.phrases or phrase in self.phrases)
-
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Recommendation:
-    """What `editing.json` holds: `defaults`, then `rules` in the order they are applied, and where they were measured.
+    """The content of `editing.json`: `defaults`, `rules` in the order of their application, and where `measured`.
 
-    An edit of several phrases takes the widest window, the greatest factor and the least confinement among them.
+    An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -109,26 +104,24 @@ class Recommendation:
         found = [self._of(phrase.lower(), pair) for phrase in pair.target_words] or [self._of("", pair)]
         merge = {"addition_factor": max, "guidance_start": min, "guidance_end": max, "confine": min}
         merged = {name: choose(asdict(one)[name] for one in found) for name, choose in merge.items()}
-        return {name: getattr(found[0], name) for name in _NAMES} | merged
+        return {item.name: getattr(found[0], item.name) for item in fields(EditConfig)} | merged
 
     def _of(self, phrase: str, pair: PromptPair) -> EditConfig:
         """The settings of one phrase, which is added unless the edit adds nothing or the target denies the phrase."""
-        adds = pair.adds and not pair.lost.intersection(phrase.split())
+        when = "add" if pair.adds and not pair.lost.intersection(phrase.split()) else "remove"
         settings = dict(self.defaults)
         for rule in self.rules:
-            settings |= rule.settings if rule.holds(phrase, adds) else {}
+            if rule.when == when and (not rule.phrases or phrase in rule.phrases):
+                settings |= rule.settings
         return EditConfig(**settings)
 
 
-_NAMES = tuple(item.name for item in fields(EditConfig))
-
-
 def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, **overrides: Any) -> EditConfig:
-    """What a model recommends for an edit, with ``overrides`` (fields of `EditConfig`) in place of its own.
+    """What a model recommends for an edit; `overrides` (fields of `EditConfig`) replace its values.
 
-    ``model`` is a pipeline or the folder that it is loaded from. The factor of additions is 1 where the edit adds
-    nothing, and a recommended start of guidance never lies after a given end. ValueError for a field that is unknown or
-    out of range.
+    `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
+    recommended start of guidance is never after an overridden end. ValueError for an unknown field or a value out of
+    range.
     """
     settings = {**_recommendation(_folder(model)).settings(pair), **overrides}
     if "guidance_start" not in overrides and "guidance_end" in overrides:
@@ -137,17 +130,15 @@ def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, *
 
 
 def resolved(pipe: StableDiffusionPipeline, pair: PromptPair, settings: Settings) -> EditConfig:
-    """An `EditConfig` as it is; overrides on top of what the model recommends."""
+    """An `EditConfig` as it is; a mapping as overrides of what the model recommends."""
     return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, **settings)
 
 
 def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
-    """All combinations of some fields, the others as in ``settings``: `grid({}, self_replace_steps=(0.2, 0.4))`."""
+    """All combinations of some fields, with the others as in `settings`: `grid({}, self_replace_steps=(0.2, 0.4))`."""
     if empty := [name for name, choices in values.items() if isinstance(choices, str) or not len(choices)]:
         raise ValueError(f"{empty[0]} is {values[empty[0]]!r}; expected values to try")
-    rows: Iterable[dict[str, Any]] = (
-        dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())
-    )
+    rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     made = (replace(settings, **row) if isinstance(settings, EditConfig) else {**settings, **row} for row in rows)
     return [cast(AnySettings, one) for one in made]
 
@@ -159,7 +150,7 @@ def _folder(model: StableDiffusionPipeline | str | Path) -> str:
 
 @cache
 def _recommendation(folder: str) -> Recommendation:
-    """What lies beside the weights; ValueError names a file that is wrong."""
+    """The content of the file beside the weights; ValueError names a wrong file."""
     path = Path(folder) / FILE
     if not folder or not path.is_file():
         logger.warning("%s has no %s: edits take the published settings", folder or "this pipeline", FILE)

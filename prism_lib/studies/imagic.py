@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -73,16 +73,9 @@ class Imagic(Editor):
         with self._adapted(pipe, seed), torch.no_grad():
             set_peft_model_state_dict(pipe.unet, fit.adapters, _ADAPTER)
             mixed = self.eta * target + (1 - self.eta) * fit.embedding
-            samples = sample_images(
-                pipe,
-                mixed,
-                empty,
-                channels=len(fit.image),
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                seed=seed % 2**32,
-            )
-            return samples.cpu()
+            how: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "seed": seed % 2**32}
+            how |= {"guidance_scale": self.guidance_scale, "channels": len(fit.image)}
+            return sample_images(pipe, mixed, empty, **how).cpu()
 
     def _tuned(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Fit:
         seed = seed_of(image, self.seed)

@@ -122,16 +122,16 @@ def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) 
     """The rows of D_k, drawn from a split; a smaller k keeps the larger one's rows as far as it has them."""
     half = config.images // 2
     together = round(half * strength)
-    wanted = dict(zip(GROUPS, (together, half - together, half - together, together), strict=True))
+    wanted = (together, half - together, half - together, together)
     member = groups(table, config.target, config.shortcut)
     shuffled = table.sample(frac=1, random_state=config.draw_seed)
     parts = []
-    for group, (name, count) in enumerate(wanted.items()):
+    for group, count in enumerate(wanted):
         rows = shuffled[member.loc[shuffled.index] == group]
         if len(rows) < count:
             raise ValueError(
-                f"the training split has {len(rows)} images of group {name!r} ({config.target} and {config.shortcut}); "
-                f"{config.images} images at strength {strength:g} need {count}"
+                f"the training split has {len(rows)} images of group {GROUPS[group]!r} ({config.target} and "
+                f"{config.shortcut}); {config.images} images at strength {strength:g} need {count}"
             )
         parts.append(rows.head(count))
     return pd.concat(parts, ignore_index=True)

@@ -188,9 +188,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def launch(config: BulkConfig, processes: int) -> None:
-    """`bulk.generate` in this process or in several, which end with it; RuntimeError if one of them fails.
+    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
-    0 stands for one process per GPU, or without one for `processes_for`. On CPUs the model is loaded once and processes
+    0 stands for one process per GPU, or without one for `processes_for`. A process that accelerate or torchrun has
+    started, on one node or several, starts no others. On CPUs the model is loaded once and processes
     are forked from there, which halves the seconds that a start takes. They are spawned where a fork would break a GPU,
     a pool of threads, a compiler or the libraries of macOS.
     """
@@ -202,7 +203,7 @@ def launch(config: BulkConfig, processes: int) -> None:
 
     gpus = torch.cuda.device_count()
     processes = processes or gpus or processes_for()
-    if processes == 1:
+    if processes == 1 or "RANK" in os.environ:
         bulk.generate(config)
         return
     method, pipe = "spawn", None

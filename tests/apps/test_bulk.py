@@ -450,6 +450,29 @@ def test_as_many_processes_work_as_were_asked_for(config, tmp_path, threads):
 
 
 @pytest.mark.slow
+def test_processes_of_a_launcher_start_no_others(config, tmp_path):
+    """As with accelerate or torchrun on several nodes."""
+    (tmp_path / "who.py").write_text(
+        WHO.replace("    bulk.PartialState()  # as in a notebook that has generated before\n", "")
+    )
+    (tmp_path / "run.json").write_text(json.dumps(asdict(config)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "who.py",
+        "run.json",
+        "0",
+        "note",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(paths.root())}
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert {path.name for path in (tmp_path / "out").glob("000001-*")} == {"000001-0000True", "000001-0001False"}
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_reported(config, tmp_path):
     error = run_who(config, tmp_path, 2, "kill").stderr.splitlines()[-1]
     assert "a process of the run failed" in error and "SIGKILL" in error and "goes on where it stopped" in error

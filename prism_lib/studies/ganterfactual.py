@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,12 +28,12 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
 from prism_lib.devices import autocast, default_device
 from prism_lib.evaluation.evaluate import train_judge
-from prism_lib.files import atomic, stable_seed, write_text
+from prism_lib.files import stable_seed, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig, load_classifier
 from prism_lib.studies.editors import Editor, Pairs, Results, unmasked
-from prism_lib.training.checkpoints import write_tensors
+from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 
 DIRECTIONS = ("remove", "add")
 Images = dict[str, Tensor]  # by direction
@@ -95,10 +94,12 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{target} holds a run with other settings; choose another output folder")
     write_text(path, text)
+    finished = target / "generators.safetensors"
+    if finished.is_file():
+        return target
     training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
-    state = target / "state.pt"
-    start = training.load(state) if state.is_file() else 0
-    pixels = {value: _read(folder, rows) for value, rows in sides.items()} if start < config.steps else {}
+    start = load_checkpoint(target, training.states, training.optimizer).get("step", 0)
+    pixels = {value: _read(folder, rows) for value, rows in sides.items()}
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
         negative, positive = (
@@ -106,8 +107,8 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         )
         training.step(negative.float() / 127.5 - 1, positive.float() / 127.5 - 1)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            training.save(state, step + 1)
-    write_tensors(target / "generators.safetensors", training.generators.state_dict())
+            save_checkpoint(target, step + 1, training.states, training.optimizer, {}, keep=1)
+    write_tensors(finished, training.generators.state_dict())
     return target
 
 
@@ -148,7 +149,7 @@ def load_generators(folder: Path) -> nn.ModuleDict:
 
 
 class _Training:
-    """Networks, optimizers and one step of training; images are (B, 1, H, W) in [-1, 1]."""
+    """Networks, their optimizer and one step of training; images are (B, 1, H, W) in [-1, 1]."""
 
     def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
         if size % 16:
@@ -161,9 +162,11 @@ class _Training:
             self.generators = _generators(config)
             self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
-        self.parts = [self.generators.to(self.device), self.discriminators.to(self.device)]
-        adam = partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.5, 0.999))
-        self.optimizers = [adam(part.parameters()) for part in self.parts]
+        parts = {"generators": self.generators.to(self.device), "discriminators": self.discriminators.to(self.device)}
+        self.states = {name: part.state_dict() for name, part in parts.items()}
+        # One Adam for both: it leaves alone what has no gradient in a step.
+        weights = [weight for part in parts.values() for weight in part.parameters()]
+        self.optimizer = torch.optim.Adam(weights, lr=config.learning_rate, betas=(0.5, 0.999))
 
     def step(self, negative: Tensor, positive: Tensor) -> None:
         """One step of the generators, then one of the discriminators."""
@@ -172,14 +175,14 @@ class _Training:
         given, wanted = {"remove": positive, "add": negative}, {"remove": negative, "add": positive}
         self.discriminators.requires_grad_(False)
         loss, fakes = self._generator_loss(given, wanted)
-        self._optimise(0, loss)
+        self._optimise(loss)
         self.discriminators.requires_grad_(True)
         errors = []
         for name in DIRECTIONS:
             for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0)):
                 score = self._judged(name, image)
                 errors.append(F.mse_loss(score, torch.full_like(score, real)))
-        self._optimise(1, 0.5 * torch.stack(errors).sum())
+        self._optimise(0.5 * torch.stack(errors).sum())
 
     def _generator_loss(self, given: Images, wanted: Images) -> tuple[Tensor, Images]:
         config, total, fakes = self.config, torch.zeros((), device=self.device), {}
@@ -207,25 +210,10 @@ class _Training:
     def _judged(self, name: str, images: Tensor) -> Tensor:
         return self._called(self.discriminators[name], images)
 
-    def _optimise(self, index: int, loss: Tensor) -> None:
-        self.optimizers[index].zero_grad()
+    def _optimise(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimizers[index].step()
-
-    def save(self, path: Path, step: int) -> None:
-        """Weights and Adam's moments after ``step`` steps."""
-        parts, optimizers = ([each.state_dict() for each in group] for group in (self.parts, self.optimizers))
-        with atomic(path) as file:
-            torch.save({"step": step, "parts": parts, "optimizers": optimizers}, file)
-
-    def load(self, path: Path) -> int:
-        """Continue from what `save` wrote; returns the steps done."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        for part, weights in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(weights)
-        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(moments)
-        return int(state["step"])
+        self.optimizer.step()
 
 
 def _generators(config: GanConfig) -> nn.ModuleDict:

@@ -81,6 +81,11 @@ def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
+def image_batches(folder: Folder, table: pd.DataFrame) -> Iterator[Tensor]:
+    """`read_images` of 64 rows at a time."""
+    return (read_images(folder, table.iloc[first : first + 64]) for first in range(0, len(table), 64))
+
+
 def content_hash(folder: Path, hashes: Mapping[str, str]) -> str:
     """SHA-256 over metadata.csv and the images, given the SHA-256 of each file by name in the order of the table."""
     content = hashlib.sha256((folder / "metadata.csv").read_bytes())

@@ -35,13 +35,7 @@ def sample_captions(
 
 
 def draw_captions(
-    table: pd.DataFrame,
-    labels: Sequence[str],
-    source: str,
-    vocab: Vocabulary,
-    seed: int | str,
-    count: int,
-    share: float,
+    table: pd.DataFrame, labels: list[str], source: str, vocab: Vocabulary, seed: int | str, count: int, share: float
 ) -> list[list[str]]:
     """`sample_captions` of a table that is not on disk yet."""
     columns = ["file_name", *labels, *(name for name in DETAIL_COLUMNS if name in table)]

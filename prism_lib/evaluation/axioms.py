@@ -6,14 +6,13 @@ distances to the original in units of the autoencoder's own error; images are in
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 
-from prism_lib.data.folder import read_images
+from prism_lib.data.folder import Folder, read_images
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.editing.settings import Settings
@@ -26,12 +25,7 @@ PATHS = ("image", "raw")
 
 
 def composition(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    settings: Settings,
-    rounds: int = 3,
-    **how: Any,
+    pipe: StableDiffusionPipeline, folder: Folder, cases: pd.DataFrame, settings: Settings, rounds: int = 3, **how: Any
 ) -> pd.DataFrame:
     """Edit nothing, again and again: a row per image, columns `image_k` and `raw_k` after round k.
 
@@ -56,7 +50,7 @@ def composition(
 
 def reversibility(
     pipe: StableDiffusionPipeline,
-    folder: str | Path,
+    folder: Folder,
     cases: pd.DataFrame,
     evaluation: Evaluation,
     settings: Settings,

@@ -6,7 +6,7 @@ means with bootstrap intervals over patients. The judge only reads; it never gui
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
-from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.folder import image_batches, load_table, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
@@ -30,6 +30,8 @@ from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
 from prism_lib.records import Timer
 
+Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, images (N, C, H, W), a pair each
+
 
 def load_judge(name: str) -> Classifier | None:
     """The classifier below PRISM_WEIGHTS with this name, or None for an empty one."""
@@ -39,7 +41,7 @@ def load_judge(name: str) -> Classifier | None:
 def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
-    pixels = torch.cat([(chunk.mean(1, keepdim=True) * 255).round().byte() for chunk in _chunks(folder, table)])
+    pixels = torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
     labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
     model = train_classifier(pixels, labels, config)
     save_classifier(model, config, output)
@@ -51,14 +53,9 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
     if judge is None:
         return {}
     table = load_table(folder, split)
-    probabilities = torch.cat([judge.read(chunk) for chunk in _chunks(folder, table)])
+    probabilities = torch.cat([judge.read(part) for part in image_batches(folder, table)])
     labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
     return auc(probabilities, labels, judge.labels)
-
-
-def _chunks(folder: str | Path, table: pd.DataFrame) -> Iterator[Tensor]:
-    """The images of a table, 64 at a time."""
-    return (read_images(folder, table.iloc[first : first + 64]) for first in range(0, len(table), 64))
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,7 @@ def edit_jobs(
 
 
 def _edit_batch(
-    settings: Settings,
-    how: Mapping[str, Any],
-    pipe: StableDiffusionPipeline,
-    batch: tuple[int, Tensor, Sequence[PromptPair]],
+    settings: Settings, how: Mapping[str, Any], pipe: StableDiffusionPipeline, batch: Batch
 ) -> tuple[list[Counterfactual], float]:
     _, images, pairs = batch
     with Timer() as timer:
@@ -233,21 +227,18 @@ def _appearance(e: Evaluation) -> dict[str, Any]:
     }
 
 
-def _against_truth(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
+def _against_truth(e: Evaluation, marker: Tensor) -> dict[str, Any]:
     assert e.truth is not None and e.truth_mask is not None
     open_pixels = e.mask > 0
-    columns = {
+    # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
+    marker_changed = (e.edited != e.factual).any(1, keepdim=True) & marker & ~e.truth_mask
+    return {
         "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask).tolist(),
         "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask).tolist(),
         "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask).tolist(),
         "latent_outside_l1_ratio": metrics.outside_l1_ratio(e.raw, e.reconstruction, e.factual, e.truth_mask).tolist(),
+        "marker_changed": marker_changed.flatten(1).sum(1).tolist(),
     }
-    if marker is not None:
-        # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
-        elsewhere = marker & ~e.truth_mask
-        changed = (e.edited != e.factual).any(1, keepdim=True) & elsewhere
-        columns["marker_changed"] = changed.flatten(1).sum(1).tolist()
-    return columns
 
 
 def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or (N, L), labels (0 or 1)
 and groups (N,). A metric of images has one value per image. Wrong shapes or ranges, NaN and empty regions are errors.
+Order: identity, error to the truth, readings of the judge, image-text similarity, groups of patients, intervals.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-
-# --- identity -------------------------------------------------------------------------------------
 
 
 def l1(images: Tensor, others: Tensor) -> Tensor:
@@ -59,9 +58,6 @@ def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Ten
     return _ratio(l1(images, original), l1(reconstruction, original), "the autoencoder has no error")
 
 
-# --- against the true counterfactual --------------------------------------------------------------
-
-
 def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """Error to the true counterfactual where pixels had to change, over the original's error there, (N,).
 
@@ -76,11 +72,8 @@ def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, m
 
     ``edited`` is the decoded image before the pixel composite, ``reconstruction`` the decoded latents of the original.
     """
-    return _ratio(
-        masked_l1(edited, original, mask, outside=True),
-        masked_l1(reconstruction, original, mask, outside=True),
-        "the reconstruction has no error outside the mask",
-    )
+    cost, own = (masked_l1(images, original, mask, outside=True) for images in (edited, reconstruction))
+    return _ratio(cost, own, "the reconstruction has no error outside the mask")
 
 
 def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:
@@ -103,9 +96,6 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
     return mask.flatten(1).sum(1) / area
 
 
-# --- by the judge ---------------------------------------------------------------------------------
-
-
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
     """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1.
 
@@ -126,9 +116,6 @@ def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
     return ((before >= 0.5) != (after >= 0.5)).float().mean(1)
 
 
-# --- in the space of an image-text model ---------------------------------------------------------
-
-
 def directional_similarity(
     image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
 ) -> Tensor:
@@ -145,9 +132,6 @@ def directional_similarity(
         raise ValueError(f"embeddings of images {bad} are not finite")
     before, after, source, target = (embedding / embedding.norm(dim=-1, keepdim=True) for embedding in embeddings)
     return cosine_similarity(after - before, target - source, dim=-1)
-
-
-# --- a classifier among groups of patients --------------------------------------------------------
 
 
 def group_accuracy(
@@ -190,9 +174,6 @@ def agreement(probabilities: Tensor, others: Tensor) -> float:
     return float(((probabilities >= 0.5) == (others >= 0.5)).double().mean())
 
 
-# --- uncertainty ----------------------------------------------------------------------------------
-
-
 LEVEL, RESAMPLES = 0.95, 2000
 
 
@@ -215,13 +196,10 @@ def bootstrap_ci(
     *,
     seed: int = 0,
 ) -> Interval:
-    """95 % percentile bootstrap over patients (Efron 1979): images of one patient are drawn together.
+    """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 
-    Args:
-        values: (N,) or (N, K), a row per image; columns stay together. (N, K, R) holds R runs, such as models of other
-            seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007).
-        patients: the patient of each row; without it every row is its own patient.
-        statistic: of the resampled rows, their mean by default.
+    Rows of one patient are drawn together; without ``patients`` every row is its own. (N, K, R) holds R runs, such as
+    models of other seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007).
     """
     if values.ndim not in (1, 2, 3) or not torch.isfinite(values).all():
         raise ValueError(f"values must be finite, (N,), (N, K) or (N, K, R); got shape {tuple(values.shape)}")
@@ -244,9 +222,6 @@ def bootstrap_ci(
     estimates = [float(statistic(rows)) for rows in drawn]
     low, high = np.quantile(estimates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
-
-
-# --- what may come in -----------------------------------------------------------------------------
 
 
 def _check_images(**images: Tensor) -> None:

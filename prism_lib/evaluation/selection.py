@@ -31,7 +31,6 @@ class Scorer(Protocol):
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
         """One mapping per candidate, all with the same names."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ class IdentityScorer:
     """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        """Both of counterfactual and input."""
         images, factual = stack(candidates), stack(candidates, "factual")
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
@@ -94,7 +92,6 @@ class GuideScorer:
             raise ValueError(f"a guide reads labels, and the edit {self.edit.key} names none")
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        """Probabilities in [0, 1] and their gains in [-1, 1]."""
         after, before = (self._towards(stack(candidates, name)) for name in ("image", "factual"))
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 

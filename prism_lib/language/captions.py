@@ -36,9 +36,9 @@ class Statement:
     title: str = CHEST.title
 
 
-def explicit(said: Statement) -> str:
+def explicit(said: Statement, yes: str = "with", no: str = "without") -> str:
     """chest x-ray with cardiomegaly, without pleural effusion, with support devices"""
-    clauses = [f"{'with' if clause.present else 'without'} {clause.phrase}" for clause in said.clauses]
+    clauses = [f"{yes if clause.present else no} {clause.phrase}" for clause in said.clauses]
     return f"{said.subject} {', '.join(clauses)}".strip()
 
 
@@ -52,22 +52,10 @@ def _prism(said: Statement) -> str:
     return f"Normal {title} with no significant findings" if said.normal else said.title
 
 
-def _present(said: Statement) -> str:
+def _only(said: Statement, present: bool, word: str, conjunction: str) -> str:
     """chest x-ray with cardiomegaly and support devices"""
-    phrases = [clause.phrase for clause in said.clauses if clause.present]
-    return f"{said.subject} with {_enumerate(phrases, 'and')}" if phrases else said.subject
-
-
-def _absent(said: Statement) -> str:
-    """chest x-ray without pleural effusion or support devices"""
-    phrases = [clause.phrase for clause in said.clauses if not clause.present]
-    return f"{said.subject} without {_enumerate(phrases, 'or')}" if phrases else said.subject
-
-
-def _negated(said: Statement) -> str:
-    """chest x-ray showing cardiomegaly, no pleural effusion"""
-    clauses = [f"{'showing' if clause.present else 'no'} {clause.phrase}" for clause in said.clauses]
-    return f"{said.subject} {', '.join(clauses)}".strip()
+    phrases = [clause.phrase for clause in said.clauses if clause.present == present]
+    return f"{said.subject} {word} {_enumerate(phrases, conjunction)}" if phrases else said.subject
 
 
 def _report(said: Statement) -> str:
@@ -76,19 +64,14 @@ def _report(said: Statement) -> str:
     return " ".join(sentences) or said.subject
 
 
-def _patient(said: Statement) -> str:
-    """chest x-ray of a patient with cardiomegaly, without pleural effusion"""
-    return explicit(replace(said, subject=f"{said.subject} of a patient"))
-
-
 TEMPLATES: Mapping[str, Callable[[Statement], str]] = {
     "explicit": explicit,
     "prism": _prism,
-    "present": _present,
-    "absent": _absent,
-    "negated": _negated,
+    "present": lambda said: _only(said, True, "with", "and"),
+    "absent": lambda said: _only(said, False, "without", "or"),
+    "negated": lambda said: explicit(said, "showing", "no"),
     "report": _report,
-    "patient": _patient,
+    "patient": lambda said: explicit(replace(said, subject=f"{said.subject} of a patient")),
 }
 
 

@@ -107,10 +107,7 @@ CHEST = Vocabulary(
         "Pleural Effusion": ("pleural fluid",),
         "Support Devices": ("medical devices",),
     },
-    details={
-        "Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES),
-        "Support Devices": DEVICE_KINDS,
-    },
+    details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
     aliases=_ALIASES,
 )
 PHANTOM = replace(

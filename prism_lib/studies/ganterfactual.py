@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, load_info, load_table, read_images
+from prism_lib.data.folder import Folder, image_batches, load_info, load_table
 from prism_lib.devices import autocast, default_device
 from prism_lib.evaluation.evaluate import train_judge
 from prism_lib.files import stable_seed, write_text
@@ -235,5 +235,4 @@ def _translate(network: nn.Module, images: Tensor) -> Tensor:
 
 def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
     """All images of the rows as uint8 (N, 1, H, W)."""
-    parts = [read_images(folder, rows.iloc[n : n + 64]) for n in range(0, len(rows), 64)]
-    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in parts])
+    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, rows)])

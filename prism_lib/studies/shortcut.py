@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, load_info, load_table, read_images
+from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
 from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
@@ -175,8 +175,8 @@ def examples(
 
 def load_images(folder: Folder, rows: pd.DataFrame, config: ShortcutConfig) -> TrainingSet:
     """The rows as they are."""
-    chunks = [read_images(folder, rows.iloc[start : start + 64]) for start in range(0, len(rows), 64)]
-    return _training_set(torch.cat([_resized(chunk, config.size) for chunk in chunks]), rows, config)
+    parts = [_resized(part, config.size) for part in image_batches(folder, rows)]
+    return _training_set(torch.cat(parts), rows, config)
 
 
 def added_images(rows: pd.DataFrame, source: Source, config: ShortcutConfig) -> TrainingSet:

@@ -61,10 +61,9 @@ class Summary:
 
 
 def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
-    """Make every counterfactual of the plan that `config.out` does not hold yet; the manifest is then complete.
+    """Make every counterfactual of the plan that `config.out` lacks, in one process or in several (`cli.launch`).
 
-    Runs in this process or in every one of several (`cli.launch`). `pipe` replaces `config.model`. Data, edits,
-    settings, prompts, disk and write access are checked before the first image is touched.
+    `pipe` replaces `config.model`. Data, edits, settings, prompts and disk are checked before the first image.
     """
     usual = default_device()
     state = PartialState(cpu=usual.type == "cpu")  # else processes on CPUs do not find each other
@@ -94,10 +93,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
-    """(source file, edit key) -> image, of a finished run: what `augmentation.Files` takes.
-
-    Raises ValueError if an edit was made in several ways: then choose rows of the manifest.
-    """
+    """(source file, edit key) -> image of a run, for `augmentation.Files`; ValueError if one has several settings."""
     found: dict[tuple[str, str], Path] = {}
     for row in _read_manifest(Path(out) / MANIFEST):
         key = row["source_file"], row["edit"]
@@ -105,9 +101,6 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
             raise ValueError(f"{out} has {key[1]} of {key[0]} with more than one setting: choose rows of {MANIFEST}")
         found[key] = Path(out) / row["file_name"]
     return found
-
-
-# --- before the work ------------------------------------------------------------------------------
 
 
 def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
@@ -136,12 +129,12 @@ def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None
 def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeline) -> list[Task]:
     """The tasks with their outputs: the image's own path, the edit's key and a digest of all that decides the content.
 
-    Of the model that is weights, schedule, words and what it recommends, wherever it was loaded from. ValueError names
-    the row whose settings do not go with what the model recommends.
+    ValueError names the row whose settings do not go with what the model recommends.
     """
-    model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
-    common = {"data": load_info(config.data)["content_hash"], "bits": config.bits}
-    common["model"] = json.dumps(model, sort_keys=True, default=str)
+    model = json.dumps(
+        [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()], sort_keys=True, default=str
+    )
+    common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": model}
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:
@@ -176,10 +169,7 @@ def _record(settings: EditConfig) -> dict[str, Any]:
 
 
 def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tuple[int, list[list[Task]]]:
-    """The number of this run and the batches to do, which the main process finds and sends to all.
-
-    A batch of which anything is missing is done whole, so that its images have the neighbours they always had.
-    """
+    """The number of this run and the batches of which anything is missing; each is done whole, to stay equal."""
     sent: list[Any] = [None]
     if state.is_main_process:
         for leftover in (*(out / "images").rglob(".partial-*"), *out.glob(".partial-*")):
@@ -191,14 +181,8 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
     return run, [planned[k] for k in pending]
 
 
-# --- the work -------------------------------------------------------------------------------------
-
-
 class Chooser:
-    """Chooses among the candidates of an image; every guide and every image-text model is loaded once, at the start.
-
-    A guide that is missing, is the judge or does not read its edit raises ValueError or FileNotFoundError.
-    """
+    """Chooses among the candidates of an image. Guides and image-text models are loaded, and checked, at the start."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._guide = cache(load_guide)
@@ -212,10 +196,7 @@ class Chooser:
         return [IdentityScorer(), *guide, *similarity]
 
     def choose(self, task: Task, candidates: Sequence[Counterfactual]) -> tuple[Counterfactual | None, dict[str, Any]]:
-        """The result of one image, None if nothing passed, and the columns of settings, status and scores.
-
-        Candidates are scored image by image, so that no score depends on an image's neighbours.
-        """
+        """The result of one image (alone: no score depends on neighbours), None if nothing passed, and its columns."""
         choice = task.settings.choice
         if choice is None:
             return candidates[0], _columns(task, MADE, candidates[0], candidates[0].scores)
@@ -243,12 +224,7 @@ def _columns(
 
 
 def _work(
-    config: BulkConfig,
-    pipe: StableDiffusionPipeline,
-    chooser: Chooser,
-    own: Sequence[list[Task]],
-    part: Path,
-    show: bool,
+    config: BulkConfig, pipe: StableDiffusionPipeline, chooser: Chooser, own: list[list[Task]], part: Path, show: bool
 ) -> None:
     """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest."""
     with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
@@ -274,14 +250,10 @@ def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[T
 
 def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
+    images, sources = _images(config, batch), [pair.source for pair in pairs]
+    steps, drawn = settings.num_inference_steps, InversionConfig(seed=settings.seed or 0)
     inversion = invert(
-        pipe,
-        _images(config, batch),
-        [pair.source for pair in pairs],
-        method=settings.method,
-        num_inference_steps=settings.num_inference_steps,
-        config=InversionConfig(seed=settings.seed or 0),
-        batch_size=size,
+        pipe, images, sources, method=settings.method, num_inference_steps=steps, config=drawn, batch_size=size
     )
     return sweep(pipe, inversion, pairs, [{**tried, "batch_size": size} for tried in settings.candidates])
 
@@ -301,9 +273,6 @@ def _write(path: Path, content: bytes) -> None:
             partial.write_bytes(content)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-# --- the manifest ---------------------------------------------------------------------------------
 
 
 def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:

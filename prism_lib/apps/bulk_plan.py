@@ -32,10 +32,10 @@ ALL = "all"
 MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
 MOST_CANDIDATES = 256
 _WHAT = ("file_name", "edit", "source", "target", "words")
-# Settings of single edits, with values of their types. `batch_size` is the run's, or a row's result could depend on its
-# neighbours.
+# Settings of single edits; `batch_size` is the run's, so that no row's result depends on its neighbours.
 _EDIT = {name: value for name, value in asdict(EditConfig()).items() if name not in ("mask", "batch_size")}
 
+Row = Mapping[str, Any]  # of the file of edits, or of the folder's table
 Values = Annotated[list[Any], Field(min_length=1)]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -78,8 +78,7 @@ _ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run 
 class BulkConfig:
     """A bulk run: every task of `edits` on the images in `data`, into `out`.
 
-    `method` to `at_most` hold where a row has none of its own. Batches are the same whatever the number of processes,
-    so the files are too. With 16 bits the edit keeps its finer levels, and an 8-bit input's pixels v become 257 v.
+    `method` to `at_most` hold where a row has none of its own. With 16 bits an 8-bit input's pixels v become 257 v.
     """
 
     data: str  # a prepared folder
@@ -188,12 +187,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of edits {path}")
-    readers: dict[str, Callable[[str], Any]] = {
-        ".csv": _read_csv,
-        ".json": json.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
-    }
+    readers: dict[str, Callable[[str], Any]] = {".csv": _read_csv, ".json": json.loads}
+    readers |= dict.fromkeys((".yaml", ".yml"), yaml.safe_load)
     if path.suffix not in readers:
         raise ValueError(f"{path} is no file of edits: expected one of {', '.join(readers)}")
     try:
@@ -206,8 +201,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines(), strict=True)
-    rows = list(reader)
+    rows = list(csv.DictReader(text.splitlines(), strict=True))
     for number, row in enumerate(rows, 1):
         if None in row:
             raise ValueError(f"row {number} has more cells than the heading: put text with commas in quotes")
@@ -215,14 +209,8 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
 
 
 def _tasks(
-    number: int,
-    row: Mapping[str, Any],
-    config: BulkConfig,
-    images: Mapping[str, Mapping[str, Any]],
-    labels: Sequence[str],
-    vocab: Vocabulary,
+    number: int, row: Row, config: BulkConfig, images: Mapping[str, Row], labels: Sequence[str], vocab: Vocabulary
 ) -> Iterator[Task]:
-    """The tasks of one row of the file of edits."""
     settings, edit = _settings(row, config), _edit(row, vocab)
     name = str(row.get("file_name", ALL))
     if name != ALL and name not in images:
@@ -247,7 +235,7 @@ def _tasks(
         raise ValueError(f"edit {edit.key} applies to none of the {len(images)} images in {config.data}")
 
 
-def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
+def _edit(row: Row, vocab: Vocabulary) -> Edit:
     """The edit of a row: a key, a sentence, or two prompts."""
     if "edit" in row:
         if twice := [name for name in ("source", "target", "words") if name in row]:
@@ -258,7 +246,7 @@ def _edit(row: Mapping[str, Any], vocab: Vocabulary) -> Edit:
     return Edit.text(str(row.get("source", "")), str(row.get("target", "")), tuple(words))
 
 
-def _settings(row: Mapping[str, Any], config: BulkConfig) -> Settings:
+def _settings(row: Row, config: BulkConfig) -> Settings:
     """The run's settings, replaced by what the row says, and every candidate of a sweep checked."""
     given = {name: value for name, value in row.items() if name not in _WHAT}
     if unknown := [name for name in given if name not in (*_ROW, *_EDIT)]:

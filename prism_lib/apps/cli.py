@@ -33,10 +33,7 @@ class NotebookFailedError(RuntimeError):
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> float:
-    """Run the jobs in order into ``folder`` and return the seconds it took; the first failure stops the run.
-
-    With ``resume``, notebooks at the front whose key stands in the folder's `state.json` are not run again.
-    """
+    """Run the jobs in order and return the seconds; ``resume`` skips those at the front with their key in the state."""
     state, done, total = folder / "state.json", {}, 0.0
     with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged: no notebook counts as finished
         done = dict(json.loads(state.read_text(encoding="utf-8")))
@@ -68,15 +65,8 @@ def execute(job: Job, folder: Path) -> None:
         from nbclient.exceptions import DeadKernelError
 
         try:
-            papermill.execute_notebook(
-                job.notebook,
-                target,
-                dict(job.parameters),
-                kernel_name="python3",
-                language="python",
-                progress_bar=sys.stderr.isatty(),
-                km=kernel,
-            )
+            how = {"kernel_name": "python3", "language": "python", "progress_bar": sys.stderr.isatty(), "km": kernel}
+            papermill.execute_notebook(job.notebook, target, dict(job.parameters), **how)
         except papermill.PapermillExecutionError as error:
             source = [line for line in error.source.splitlines() if line.strip()][:3]
             cell = "\n".join(f"    {line}" for line in source)
@@ -104,9 +94,6 @@ def _kernel(cwd: Path) -> Iterator[Any]:
         yield kernel
     finally:
         run_sync(kernel.shutdown_kernel)(now=True)
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb == "figures":
             return _check_figures(options.dataset)
         if options.verb == "doctor":
-            from prism_lib.apps import doctor  # it imports torch's device and every version
+            from prism_lib.apps import doctor  # it imports torch
 
             return doctor.report(print)
         return _generate(options) if options.verb == "generate" else _run(options, words)
@@ -190,10 +177,8 @@ def _generate(options: argparse.Namespace) -> int:
 def launch(config: BulkConfig, processes: int) -> None:
     """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
-    0 stands for one process per GPU, or without one for `processes_for`. A process that accelerate or torchrun has
-    started, on one node or several, starts no others. On CPUs the model is loaded once and processes
-    are forked from there, which halves the seconds that a start takes. They are spawned where a fork would break a GPU,
-    a pool of threads, a compiler or the libraries of macOS.
+    0 stands for one process per GPU, or `processes_for`; a process of accelerate or torchrun starts no others.
+    On CPUs processes are forked once the model is loaded, but spawned where a GPU, threads or a compiler forbid it.
     """
     import torch
     from torch import multiprocessing
@@ -216,9 +201,8 @@ def launch(config: BulkConfig, processes: int) -> None:
         shared = (processes, port, config, pipe)
         multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        message = f"a process of the run failed: {reason}; the same command goes on where it stopped"
-        raise RuntimeError(message) from error
+        reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
+        raise RuntimeError(f"{reason}; the same command goes on where it stopped") from error
 
 
 def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: Any) -> None:
@@ -235,7 +219,6 @@ def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: An
 
 
 def _check_figures(datasets: Sequence[str]) -> int:
-    """Print which figures, tables and pages do not follow from the records; 1 if there are any."""
     from prism_lib.reporting.pages import check_figures  # it imports pandas
 
     folder = paths.root() / "figures"

@@ -21,7 +21,6 @@ from prism_lib import devices, paths, records
 
 WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
 FREE_GB, MEMORY_GB = 5.0, 4.0
-_IMPORT_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,9 @@ def report(show: Callable[[str], None]) -> int:
         show(f"{verdict:<7} {check.name:<11} {check.detail}")
         if not check.ok:
             show(f"{'':<7} {'':<11} -> {check.remedy}")
-    if failed:
-        show(f"\n{failed} of these must be put right before the notebooks run; do what the arrows say.")
-    else:
-        show(f"\nThe notebooks run here{', and the notes above say what could be better' if noted else ''}.")
+    well = f"The notebooks run here{', and the notes above say what could be better' if noted else ''}."
+    wrong = f"{failed} of these must be put right before the notebooks run; do what the arrows say."
+    show(f"\n{wrong if failed else well}")
     return int(failed > 0)
 
 
@@ -110,7 +108,7 @@ def _torchvision() -> Check:
         return Check("torchvision", True, "not installed, and not needed")
     command = [sys.executable, "-c", "import torchvision"]
     try:  # in a process of its own: a broken one can take the interpreter down
-        subprocess.run(command, check=True, capture_output=True, timeout=_IMPORT_SECONDS)
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
     except (subprocess.SubprocessError, OSError):
         detail = f"installed, but cannot be imported beside torch {torch.__version__}"
         return Check("torchvision", False, detail, f"{sys.executable} -m pip uninstall torchvision")

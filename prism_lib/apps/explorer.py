@@ -97,8 +97,6 @@ class Explorer(widgets.VBox):
         self._enable()
         self.source.guarded(self.source.open_phantom)()
 
-    # --- what happens on a click -------------------------------------------------------------------
-
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
         self.outcome = None
@@ -181,8 +179,6 @@ class Explorer(widgets.VBox):
         ready = self.outcome is not None and not self.outcome.preview
         self.save.disabled = self.show_code.disabled = not ready
         self.undo.disabled = not self.session.history
-
-    # --- where no one can click --------------------------------------------------------------------
 
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""

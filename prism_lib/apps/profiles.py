@@ -134,10 +134,9 @@ def plan(
     only: Sequence[str] = (),
     figures_dir: Path | None = None,
 ) -> list[Job]:
-    """The notebooks to run, in order, with every parameter checked.
+    """The notebooks to run, in order, with every parameter checked; `start` and `only` are numbers or names.
 
-    `overrides` are the names and values of `-p`, for every selected notebook that has the name; `start` and `only`
-    select by number or by name; `figures_dir` replaces `figures/<dataset>/`.
+    `overrides` (`-p`) go to every selected notebook that has the name; `figures_dir` replaces `figures/<dataset>/`.
     """
     if not profile.sections:
         raise UsageError(f"profile {profile.name!r} has no notebooks yet")

@@ -60,11 +60,6 @@ class Recipe:
             raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
         EditConfig(**self.settings)
 
-    @property
-    def inversion_key(self) -> tuple[str, ...]:
-        """What the inversion depends on: recipes that share it can share the inversion."""
-        return (self.model, self.image, self.source, self.method, str(self.steps))
-
     def run(
         self,
         pipe: StableDiffusionPipeline | None = None,
@@ -83,7 +78,6 @@ class Recipe:
         return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
-        """Abduction of the image (1, C, H, W) under the source prompt."""
         return invert(pipe, image, [self.source], method=self.method, num_inference_steps=self.steps, callback=callback)
 
     def mask_tensor(self, images: Tensor) -> Tensor | None:

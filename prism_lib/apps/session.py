@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 PREVIEW_STEPS = 5
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
-Progress = Callable[[float], None]
 
 
 class CancelledError(Exception):
@@ -96,6 +95,11 @@ class Outcome:
         return self.result.settings
 
 
+Progress = Callable[[float], None]
+Preview = Callable[[Outcome], None]
+Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sentence
+
+
 class Session:
     """A model, the image at hand, and every counterfactual made so far."""
 
@@ -114,7 +118,7 @@ class Session:
         self.history: list[list[Outcome]] = []
         self.running = False
         self._masks: dict[str, Tensor] = {}  # that were uploaded
-        self._inversions: dict[tuple[str, ...], Inversion] = {}
+        self._inversions: dict[tuple[str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread()
 
@@ -123,8 +127,6 @@ class Session:
         """A session with a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
         pipe = load_pipeline(model)
         return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
-
-    # --- the image at hand -------------------------------------------------------------------------
 
     def open_phantom(self, seed: int, index: int) -> Case:
         """A phantom patient, whose labels are known."""
@@ -182,8 +184,6 @@ class Session:
         judge = self.judge
         return {} if judge is None else dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 
-    # --- edits -------------------------------------------------------------------------------------
-
     def edit(self, remove: Sequence[str] = (), add: Sequence[str] = (), text: str = "") -> Edit:
         """The edit of toggled labels, or of words: a sentence, or "source prompt -> target prompt"."""
         with _faults_of("edit"):
@@ -221,17 +221,7 @@ class Session:
         said = [label for label in self.vocab.phrases if label in known or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
-    # --- runs --------------------------------------------------------------------------------------
-
-    def start(
-        self,
-        recipes: Sequence[Recipe],
-        edit: Edit,
-        *,
-        progress: Progress,
-        preview: Callable[[Outcome], None],
-        done: Callable[[list[Outcome], str], None],
-    ) -> None:
+    def start(self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
         """Run in the background. `done` gets the outcomes, or none and a sentence; all calls come from the thread."""
         if self.running:
             raise Fault("run", "An edit is running: wait for it or cancel it.")
@@ -265,12 +255,7 @@ class Session:
         return not self.running
 
     def run(
-        self,
-        recipes: Sequence[Recipe],
-        edit: Edit,
-        *,
-        progress: Progress | None = None,
-        preview: Callable[[Outcome], None] | None = None,
+        self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress | None = None, preview: Preview | None = None
     ) -> list[Outcome]:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case
@@ -300,10 +285,10 @@ class Session:
         return after_step
 
     def _outcome(self, case: Case, recipe: Recipe, edit: Edit, callback: Callback) -> Outcome:
-        key = recipe.inversion_key
+        key = recipe.image, recipe.source, recipe.method, recipe.steps
         if key not in self._inversions:
             inversion = recipe.invert(self.pipe, case.image, callback)
-            self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
+            self._inversions = {old: kept for old, kept in self._inversions.items() if old[0] == case.name}
             self._inversions[key] = inversion
         uploaded = self._masks.get(str(recipe.mask))
         mask = None if uploaded is None else (uploaded > 0.5).float()
@@ -335,8 +320,6 @@ class Session:
         del self.history[-1:]
         return self.history[-1] if self.history else []
 
-    # --- files -------------------------------------------------------------------------------------
-
     def code(self, outcome: Outcome) -> str:
         """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
         self._keep_uploads(outcome)
@@ -366,7 +349,6 @@ class Session:
         return folder
 
     def _keep_uploads(self, outcome: Outcome) -> None:
-        """Write what was uploaded and is named in the recipe."""
         keep_upload(outcome.recipe.image, outcome.result.factual)
         if (mask := self._masks.get(str(outcome.recipe.mask))) is not None:
             keep_upload(str(outcome.recipe.mask), mask[0])

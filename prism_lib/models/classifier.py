@@ -79,9 +79,7 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
         torch.manual_seed(config.seed)
         if config.network == "resnet18":
             # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
-            return resnet18(
-                spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2, feed_forward=True
-            )
+            return resnet18(spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2)
         if config.network != "densenet":
             return EfficientNetBN(config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=outputs)
         return DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
@@ -143,17 +141,15 @@ def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, gr
     return known
 
 
-def _batches(
-    count: int, config: ClassifierConfig, groups: Tensor | None, generator: torch.Generator
-) -> Iterator[Tensor]:
+def _batches(count: int, config: ClassifierConfig, groups: Tensor | None, random: torch.Generator) -> Iterator[Tensor]:
     """The rows of each optimizer step, without end: epochs of all images, or groups drawn equally often."""
     while config.objective == "erm" or groups is None:
-        order = torch.randperm(count, generator=generator)[: count - count % config.batch_size]
+        order = torch.randperm(count, generator=random)[: count - count % config.batch_size]
         yield from order.split(config.batch_size)
     _, member, sizes = groups.unique(return_inverse=True, return_counts=True)
     weights = 1 / sizes[member].float()
     while True:
-        yield torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
+        yield torch.multinomial(weights, config.batch_size, replacement=True, generator=random)
 
 
 class _WorstGroup:
@@ -165,7 +161,6 @@ class _WorstGroup:
         self.step = step
 
     def __call__(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """The objective of one batch's losses (B,)."""
         onehot = F.one_hot(self.member[rows], len(self.q)).to(losses)  # (B, G)
         group_losses = (onehot * losses[:, None]).sum(0) / onehot.sum(0).clamp(min=1)
         q = self.q.to(losses) * (self.step * group_losses.detach()).exp()
@@ -202,7 +197,6 @@ class Classifier:
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
-        """What `save_classifier` wrote."""
         network, config = load_classifier(folder)
         return cls(network, config.labels)
 

@@ -131,14 +131,8 @@ def assembled(
 
 def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's noise schedule, every choice explicit."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type=prediction_type,
-        **_DDIM,
-    )
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, **betas, **_DDIM)
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
@@ -354,10 +348,7 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
 
 
 def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
-    """Distance of two phrases in the text encoder, in units of that between "with" and "without" the first.
-
-    Near 0 an edit that names one may show the other.
-    """
+    """Distance of two phrases to the text encoder, in units of "with" to "without" the first; near 0 edits mix them."""
     texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
     one, two, without = encode_prompts(pipeline, texts).mean(1)
     return float((one - two).norm() / (one - without).norm())

@@ -128,9 +128,7 @@ def refuse_pickles(path: Path) -> None:
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
     if any(file.suffix == ".safetensors" or file.name == "model_index.json" for file in files):
         return
-    for file in files:
-        if file.suffix not in PICKLES:
-            continue
+    for file in (file for file in files if file.suffix in PICKLES):
         way = _SCRIPT.format(options=f"--checkpoint_path {file}")
         if file.suffix != ".ckpt":
             saved = f'torch.load("{file}", weights_only=True), "{file.with_suffix(".safetensors")}"'
@@ -156,13 +154,9 @@ def _place(source: str, slot: str) -> Path:
 
 def _from_folder(kind: Any, folder: Path) -> Any:
     """A component folder; diffusers renames the attention weights of its early versions."""
-    part, report = kind.from_pretrained(
-        folder,
-        use_safetensors=True,
-        output_loading_info=True,
-        low_cpu_mem_usage=False,  # with `ignore_mismatched_sizes` it makes the report complete
-        ignore_mismatched_sizes=True,
-    )
+    # These three make the report complete.
+    options = {"output_loading_info": True, "low_cpu_mem_usage": False, "ignore_mismatched_sizes": True}
+    part, report = kind.from_pretrained(folder, use_safetensors=True, **options)
     misshapen = [key for key, *_ in report["mismatched_keys"]]
     _check_keys(folder, report["missing_keys"], report["unexpected_keys"], misshapen)
     return part
@@ -201,11 +195,8 @@ def _check_fit(pipeline: StableDiffusionPipeline, source: str | Path) -> None:
     """The parts of a pipeline must agree on latent channels and on the width of the text."""
     unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
     takes, gives, read = unet.in_channels, unet.out_channels, unet.cross_attention_dim
-    width = pipeline.text_encoder.config.hidden_size
-    fault = ""
+    misfit = f"{source} does not fit: the U-Net"
     if (takes, gives) != (latent, latent):
-        fault = f"takes {takes} channels and gives {gives}, the autoencoder has {latent}"
-    elif read != width:
-        fault = f"reads text of width {read}, the text encoder gives {width}"
-    if fault:
-        raise ValueError(f"{source} does not fit: the U-Net {fault}")
+        raise ValueError(f"{misfit} takes {takes} channels and gives {gives}, the autoencoder has {latent}")
+    if read != (width := pipeline.text_encoder.config.hidden_size):
+        raise ValueError(f"{misfit} reads text of width {read}, the text encoder gives {width}")

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -101,9 +102,8 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
             set_learning_rate(optimizer, schedule, step)
             batch = _vae_batch(pools, config, step).to(device, memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
-            total = losses["l1"] + config.gradient_weight * losses["gradient"]
-            total = total + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]
-            total.backward()
+            loss = losses["l1"] + config.gradient_weight * losses["gradient"]
+            (loss + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -297,22 +297,19 @@ def pretrain(config: PretrainConfig) -> Path:
 
     ``output/clip`` keeps the whole CLIP, as it was before the details.
     """
-    output = Path(config.output)
-    final = output / "pipeline"
+    output, final = Path(config.output), Path(config.output) / "pipeline"
     if final.is_dir():
         return final
     table = load_table(config.dataset, "train")
     captions = sample_captions(config.dataset, table, config.seed, 2, 0.5)
-    texts = [text for several in captions for text in several] + corpus()
-    pipeline = build_pipeline(config.pipeline, config.seed, texts)
+    pipeline = build_pipeline(config.pipeline, config.seed, [*chain(*captions), *corpus()])
     require_captions_fit(pipeline.tokenizer, "train", table["file_name"], captions)
     history = train_vae(pipeline.vae, config.vae, output / "vae")
     if config.decoder is not None:
         history += train_vae(pipeline.vae, config.decoder, output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
-    info = load_info(config.dataset)
     if truth_is_known(config.dataset):
-        teach_details(pipeline, vocabulary(info["config"]["vocabulary"]), config.details)
+        teach_details(pipeline, vocabulary(load_info(config.dataset)["config"]["vocabulary"]), config.details)
     write_text(output / "vae" / "history.json", json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):
         with atomic(folder) as partial:

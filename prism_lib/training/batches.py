@@ -18,8 +18,10 @@ from diffusers.training_utils import compute_snr
 from joblib import Parallel, delayed
 from torch import Tensor
 
+from prism_lib.data.folder import load_table
 from prism_lib.files import stable_seed
 from prism_lib.training.cache import Cache
+from prism_lib.training.config import FinetuneConfig
 
 TIMESTEP_BINS = 5
 
@@ -61,7 +63,6 @@ class Order:
         self._lock = threading.Lock()  # batches may be drawn by several threads
 
     def rows(self, start: int, count: int) -> Tensor:
-        """The rows (count,) from a position on."""
         with self._lock:
             return torch.stack([self._row(position) for position in range(start, start + count)])
 
@@ -127,6 +128,22 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
 
 
+def batches_from(start: int, config: FinetuneConfig, train: Cache, draws: DrawConfig, gpu: bool) -> Generator[Draw]:
+    """The batches of the micro-steps from optimizer step ``start`` on, in order; for a GPU in pinned memory."""
+    weights = None
+    if config.balance:
+        column = load_table(config.dataset, "train")[config.balance]
+        weights = balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
+    order = Order(len(train), config.seed, weights)
+
+    def draw(micro: int) -> Draw:
+        batch = draw_batch(train, order, draws, micro)
+        return batch.each(Tensor.pin_memory) if gpu else batch
+
+    numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
+    return drawn_ahead(draw, numbers, config.draw_workers if gpu else 0)
+
+
 def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: int) -> Generator[Draw]:
     """``draw(number)`` of each number in order; threads draw ahead, so that a GPU does not wait. 0 draw when needed."""
     if threads:
@@ -143,8 +160,7 @@ def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) ->
     total = batches * config.batch_size
     spread = ((torch.arange(total) + 0.5) * config.num_timesteps / total).long()
     spread = spread[torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed(seed, "validation")))]
-    order = Order(len(cache), seed)
-    parts = enumerate(spread.split(config.batch_size))
+    order, parts = Order(len(cache), seed), enumerate(spread.split(config.batch_size))
     return [draw_batch(cache, order, single, k)._replace(timesteps=part) for k, part in parts]
 
 

@@ -33,8 +33,7 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-XXXXXXXX`` and drop all but the newest ``keep`` checkpoints.
 
-    ``states`` are tensors by file and name, such as ``{"unet": unet.state_dict()}``, ``info`` is plain JSON. Raises
-    OSError when the disk is full; the checkpoints before stay as they are.
+    ``states`` are tensors by file and name, ``info`` is plain JSON. OSError when the disk is full; older ones stay.
     """
     moments = {
         f"{index}.{name}": torch.as_tensor(value)
@@ -59,8 +58,7 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.
 
     Raises ValueError naming the file when one is missing, was altered, or is of another model.
     """
-    found = _checkpoints(folder)
-    if not found:
+    if not (found := _checkpoints(folder)):
         return {}
     newest = found[-1]
     try:
@@ -84,8 +82,7 @@ def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None
         with atomic(path) as partial:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(_existing(path)).free
-        raise OSError(f"cannot write {path} ({free / 2**30:.1f} GiB are free there): {error}") from error
+        raise OSError(f"cannot write {path} ({_free(path) / 2**30:.1f} GiB are free there): {error}") from error
 
 
 @torch.no_grad()
@@ -107,14 +104,13 @@ def set_learning_rate(optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaL
 
 def require_space(folder: Path, size: float, what: str) -> None:
     """Raise OSError before long work when ``folder`` has no room for ``size`` bytes of ``what``."""
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < size:
+    if (free := _free(folder)) < size:
         raise OSError(f"{what} need {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free")
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+def _free(path: Path) -> int:
+    """Bytes left where the path is, or would be."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -150,13 +150,11 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     """Tokens of the vocabulary's details that no plain caption has, sorted; ValueError for a detail without one."""
     own = {detail for details in vocab.details.values() for detail in details}
     plain = {token for text in corpus(vocab, details=False) for token in tokenizer(text).input_ids}
-    found: set[int] = set()
-    for detail in sorted(own):
-        fresh = set(tokenizer(detail).input_ids) - plain
-        if not fresh:
+    fresh = {detail: set(tokenizer(detail).input_ids) - plain for detail in sorted(own)}
+    for detail, tokens in fresh.items():
+        if not tokens:
             raise ValueError(f"no word of {detail!r} is its own: plain captions have them all")
-        found |= fresh
-    return sorted(found)
+    return sorted(set().union(*fresh.values()))
 
 
 def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig) -> None:

@@ -70,21 +70,19 @@ def load_config(path: str | Path) -> FinetuneConfig:
 
 def save_config(config: FinetuneConfig) -> Path:
     """Write ``output/config.json``, which `load_config` reads; ValueError if another run's stands there."""
-    output = Path(config.output)
-    path = output / "config.json"
+    path, own = Path(config.output) / "config.json", asdict(config)
     if not path.is_file():
-        return write_text(path, json.dumps(asdict(config), indent=1))
-    found, own = asdict(load_config(path)), asdict(config)
-    changed = [name for name in own if found[name] != own[name] and name != "output"]  # a folder may be moved
-    if changed:
-        raise ValueError(f"{output} holds a run with another {', '.join(changed)}; choose another output folder")
+        return write_text(path, json.dumps(own, indent=1))
+    found = asdict(load_config(path))
+    # A folder may be moved.
+    if changed := [name for name in own if found[name] != own[name] and name != "output"]:
+        raise ValueError(f"{config.output} holds a run with another {', '.join(changed)}; choose another output folder")
     return path
 
 
 def require_same_origin(config: FinetuneConfig) -> None:
     """ValueError if the weights or data that the run in ``output`` began from (``origin.json``) have changed since."""
-    output = Path(config.output)
-    path = output / "origin.json"
+    path = Path(config.output) / "origin.json"
     origin: dict[str, str] = {}
     with suppress(FileNotFoundError):  # a finished run may outlive them
         origin["weights"] = weights_hash(config.pipeline)
@@ -96,6 +94,6 @@ def require_same_origin(config: FinetuneConfig) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name in origin if found.get(name, origin[name]) != origin[name]]:
         raise ValueError(
-            f"{output} holds a run that began from other {' and '.join(changed)} than {config.pipeline} and "
+            f"{config.output} holds a run that began from other {' and '.join(changed)} than {config.pipeline} and "
             f"{config.dataset} have now; delete it, or choose another output folder"
         )

@@ -6,8 +6,8 @@ From a terminal: ``accelerate launch -m prism_lib.training.finetuning CONFIG.jso
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -42,8 +42,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     began from other weights or data, RuntimeError when another process works in ``output``, FloatingPointError naming
     images when the loss is not finite, MemoryError with the settings that help, OSError when the disk is full.
     """
-    output = Path(config.output)
-    final = output / "pipeline"
+    output, final = Path(config.output), Path(config.output) / "pipeline"
     accelerator = _accelerator(config)
     with exclusive(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -75,8 +74,7 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 def check_run(config: FinetuneConfig) -> None:
     """Raise ValueError or ImportError at once for what would stop a run after long work."""
     _refuse_sharding()
-    absent = sorted(set(config.trackers) - {str(name) for name in filter_trackers(config.trackers, config.output)})
-    if absent:
+    if absent := sorted({*config.trackers} - {str(name) for name in filter_trackers(config.trackers, config.output)}):
         raise ImportError(f"trackers {', '.join(absent)} are not installed")
     for split in ("train", "val"):
         if not len(load_table(config.dataset, split)):
@@ -96,8 +94,7 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
     if processes == 1:
         return finetune(config)
     # Without a GPU the launcher would start processes that each train alone.
-    device = nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true")
-    with device:
+    with nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true"):
         notebook_launcher(_finetune_forked, (config,), num_processes=processes, mixed_precision=config.mixed_precision)
     return Path(config.output) / "pipeline"
 
@@ -130,16 +127,14 @@ def _refuse_sharding() -> None:
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """``accelerate launch -m prism_lib.training.finetuning CONFIG.json``."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    if len(argv) != 1:
-        sys.stderr.write("usage: accelerate launch -m prism_lib.training.finetuning CONFIG.json\n")
-        return 2
+    parser = argparse.ArgumentParser(prog="accelerate launch -m prism_lib.training.finetuning")
+    parser.add_argument("config", metavar="CONFIG.json")
+    config = parser.parse_args(arguments).config
     logging.basicConfig(level=logging.INFO)
-    finetune(load_config(argv[0]))
-    return 0
+    finetune(load_config(config))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

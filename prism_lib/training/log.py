@@ -27,19 +27,16 @@ class JsonlTracker(GeneralTracker):
         self.tracker = path  # accelerate's name of it
         super().__init__()
         if path.is_file():
-            kept = [json.dumps(row) for row in _rows(path) if row["step"] <= step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in _rows(path) if row["step"] <= step))
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Append ``values``."""
         with self.tracker.open("a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line that was cut off by a kill is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_log(output: str | Path) -> pd.DataFrame:
@@ -74,11 +71,9 @@ def summary(log: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def text_samples(
-    pipeline_folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0
-) -> tuple[Tensor, list[str]]:
+def text_samples(folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0) -> tuple[Tensor, list[str]]:
     """Text-to-image samples (N, C, H, W) for the first ``count`` distinct captions of validation, gray or colour."""
-    pipeline = load_pipeline(pipeline_folder)
+    pipeline = load_pipeline(folder)
     table = load_table(dataset, "val")
     texts = table["text"].drop_duplicates().head(count).tolist()
     embeddings = encode_prompts(pipeline, [*texts, ""])

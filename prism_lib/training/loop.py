@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -33,17 +33,7 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import assembled, sample_images
-from prism_lib.training.batches import (
-    Draw,
-    DrawConfig,
-    Order,
-    balancing_weights,
-    by_timestep,
-    diffusion_loss,
-    draw_batch,
-    drawn_ahead,
-    validation_draws,
-)
+from prism_lib.training.batches import Draw, DrawConfig, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import (
     load_checkpoint,
@@ -76,9 +66,8 @@ class Run:
         )
         self.averaged.requires_grad_(False)
         optimizer = _optimizer(config, list(self.trained.values()))
-        self.schedule = get_scheduler(
-            config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
-        )
+        length = {"num_warmup_steps": config.warmup, "num_training_steps": config.steps}
+        self.schedule = get_scheduler(config.schedule, optimizer, **length)
         if accelerator.is_main_process:
             size = sum(value.nbytes for value in self.trained.values())
             require_space(self.output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
@@ -91,8 +80,7 @@ class Run:
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         self.start = int(state.get("step", 0))
-        self.best = state.get("best", math.inf)  # lowest validation loss
-        self.stale = state.get("stale", 0)  # validations since
+        self.best, self.stale = state.get("best", math.inf), state.get("stale", 0)  # lowest loss, validations since
         self.timed, self.seconds = 0, 0.0  # steps since the last row of the log, and their time without `after_step`
         self.ema = EMAModel(self.shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.shadow_params = list(self.shadow.values())  # the averaged U-Net's own: no second copy in memory
@@ -113,17 +101,12 @@ class Run:
             world=accelerator.num_processes,
             noisy_share=config.noisy_share,
         )
-        self.batches = _batches(config, accelerator, train, self.draws, self.start)
+        self.batches = batches_from(self.start, config, train, self.draws, accelerator.device.type == "cuda")
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps with a progress bar on the main process."""
-        self.bar = tqdm(
-            range(self.start, self.config.steps),
-            initial=self.start,
-            total=self.config.steps,
-            desc="fine-tuning",
-            disable=not self.accelerator.is_local_main_process,
-        )
+        start, total, hidden = self.start, self.config.steps, not self.accelerator.is_local_main_process
+        self.bar = tqdm(range(start, total), "fine-tuning", total, initial=start, disable=hidden)
         return iter(() if self.stopped else self.bar)
 
     @property
@@ -166,11 +149,9 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        scheduler, gamma = self.pipeline.scheduler, self.config.snr_gamma
         there = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
-        _, latents, noise, timesteps, embeddings = there
         with self.accelerator.autocast():
-            return diffusion_loss(unet, scheduler, latents, noise, timesteps, embeddings, gamma)
+            return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 
     def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
         names = [self.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine]
@@ -194,7 +175,7 @@ class Run:
         if config.sample_every and done % config.sample_every == 0:
             self.save_samples(done)
         if done % config.checkpoint_every == 0 or last or stop:
-            info: dict[str, Any] = {"processes": self.accelerator.num_processes, "best": self.best, "stale": self.stale}
+            info = {"processes": self.accelerator.num_processes, "best": self.best, "stale": self.stale}
             if self.accelerator.scaler is not None:
                 info["scaler"] = self.accelerator.scaler.state_dict()
             states = {"unet": self.trained, "ema": self.shadow}
@@ -223,13 +204,11 @@ class Run:
         return {"validation_loss": float(losses.mean())} | {f"validation_loss_{key}": bins[key] for key in bins}
 
     @torch.no_grad()
-    def save_samples(self, step: int) -> Path:
+    def save_samples(self, step: int) -> None:
         """A strip of text-to-image samples from the averaged weights, for the first captions of validation."""
         rows = self.validation.caption_rows[:8, 0]
-        prompt, empty = (
-            self.validation.embeddings[index].float().to(self.accelerator.device)
-            for index in (rows, torch.zeros_like(rows))
-        )
+        both = self.validation.embeddings[torch.cat([rows, torch.zeros_like(rows)])]
+        prompt, empty = both.float().to(self.accelerator.device).chunk(2)
         channels = read_images(self.config.dataset, load_table(self.config.dataset, "val").head(1)).shape[1]
         own = assembled(self.pipeline.vae, None, None, self.averaged, self.pipeline.scheduler)
         with self.accelerator.autocast():
@@ -238,7 +217,6 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         strip = torch.cat(list(images), dim=2).permute(1, 2, 0).squeeze(2)  # (H, 8 W) or (H, 8 W, 3)
         Image.fromarray((strip * 255).round().byte().cpu().numpy()).save(path)
-        return path
 
     def save_pipeline(self, final: Path) -> None:
         """Write the result, whole or not at all; with early stop, of the step that validated best."""
@@ -261,12 +239,10 @@ class Run:
 def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> list[Cache]:
     """The encoded splits "train" and "val"; the frozen parts move to the device, the text encoder back again."""
     folder, dtype = Path(config.cache or Path(config.output) / "cache"), PRECISIONS[config.mixed_precision]
-    captions = {}
+    captions, drawn = {}, (config.seed, config.captions_per_image, config.explicit_share)
     for split in ("train", "val"):
         table = load_table(config.dataset, split)
-        captions[split] = sample_captions(
-            config.dataset, table, config.seed, config.captions_per_image, config.explicit_share
-        )
+        captions[split] = sample_captions(config.dataset, table, *drawn)
         require_captions_fit(pipeline.tokenizer, split, table["file_name"], captions[split])
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(accelerator.device)
@@ -288,31 +264,11 @@ def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: Stabl
     return unet
 
 
-def _batches(
-    config: FinetuneConfig, accelerator: Accelerator, train: Cache, draws: DrawConfig, start: int
-) -> Generator[Draw]:
-    """The batches of the micro-steps that are left, in order."""
-    weights = None
-    if config.balance:
-        column = load_table(config.dataset, "train")[config.balance]
-        weights = balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
-    order, on_gpu = Order(len(train), config.seed, weights), accelerator.device.type == "cuda"
-
-    def draw(micro: int) -> Draw:
-        batch = draw_batch(train, order, draws, micro)
-        return batch.each(Tensor.pin_memory) if on_gpu else batch
-
-    numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
-    return drawn_ahead(draw, numbers, config.draw_workers if on_gpu else 0)
-
-
-def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> Any:
+    rates: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    eight_bit: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    return eight_bit
+        return torch.optim.AdamW(parameters, fused=True, **rates)
+    return bitsandbytes().optim.AdamW8bit(parameters, **rates)
 
 
 def bitsandbytes() -> ModuleType:
@@ -334,6 +290,6 @@ def _advice(config: FinetuneConfig) -> str:
         ('optimizer="adamw8bit"', config.optimizer == "adamw" and not config.lora_rank),
         ("lora_rank=8", not config.lora_rank),
     ]
-    helps = [name for name, possible in remedies if possible]
-    advice = f"try, in this order: {', '.join(helps)}" if helps else "the model needs a larger device or smaller images"
+    helps = ", ".join(name for name, possible in remedies if possible)
+    advice = f"try, in this order: {helps}" if helps else "the model needs a larger device or smaller images"
     return f"out of memory at batch_size={config.batch_size}; {advice}"

@@ -77,10 +77,7 @@ def counterfactual_sheet(
     title: str = "",
     edited_name: str = "counterfactual",
 ) -> Figure:
-    """A row per image: original | counterfactual | true counterfactual, where it is known | signed difference.
-
-    ``notes`` are texts right of each row, several lines allowed.
-    """
+    """A row per image: original | counterfactual | truth, where known | signed difference; ``notes`` right of it."""
     count = _check(original, "original")
     columns = {"original": original, edited_name: edited}
     columns |= {} if truth is None else {"true counterfactual": truth}
@@ -190,10 +187,7 @@ def grouped_dots(
 def pareto(
     values: Mapping[str, tuple[float, float, float, float]], *, xlabel: str, ylabel: str = "", title: str = ""
 ) -> Figure:
-    """A point per name, ``(cost, error, low, high)``, both better when small; a line joins those that nothing beats.
-
-    Costs are drawn on a logarithmic axis. Points off the front are gray, and named only where there are few.
-    """
+    """A point per name, ``(cost, error, low, high)``; a line joins those that nothing beats, others are gray."""
     front, best = [], float("inf")
     for name, (_, error, _, _) in sorted(values.items(), key=lambda item: item[1][:2]):
         if error < best:
@@ -295,7 +289,6 @@ def _show(axis: Axes, image: Tensor) -> None:
 
 
 def _bare(axis: Axes) -> None:
-    """No ticks and no frame, but room for a label."""
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 

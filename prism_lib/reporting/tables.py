@@ -158,10 +158,7 @@ def absent(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def table(metrics: Mapping[str, Mapping[str, float] | pd.Series], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)` where there are bounds, empty where missing.
-
-    ``columns``: metric name to heading, in the order to show.
-    """
+    """Metrics as text, a row per key: `0.12 (0.10 to 0.15)`, empty where missing; ``columns``: metric to heading."""
     rows = {key: [_cell(values, metric) for metric in columns] for key, values in metrics.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns.values()))
 
@@ -186,10 +183,7 @@ def markdown(text: pd.DataFrame, corner: str = "") -> str:
 
 
 def frame(record: Record) -> pd.DataFrame:
-    """A record's metrics as numbers: a row per edit, method or training set, columns as they are named there.
-
-    What lies deeper than the row becomes columns joined by " / "; lists, which are curves, are left out.
-    """
+    """A record's metrics as numbers, a row per edit or method; deeper names are joined by " / ", lists are left out."""
     metrics, kind = record["metrics"], KINDS.get(record["name"])
     nested = any(isinstance(value, Mapping) for value in metrics.values())
     depth = 0 if not nested else kind.rows if kind else 1

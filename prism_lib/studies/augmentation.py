@@ -37,16 +37,13 @@ def counterfactuals(pipe: StableDiffusionPipeline, folder: Folder, editor: Edito
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
-        return _gray(stack(editor(pipe, images, pairs, change)))
+        return stack(editor(pipe, images, pairs, change)).mean(1, keepdim=True)
 
     return source
 
 
 def synthetic(pipe: StableDiffusionPipeline, folder: Folder, *, seed: int = 0, **how: Any) -> Source:
-    """Samples from the same target prompts, without the image ("SD synthetic" in the paper).
-
-    ``how`` are settings of `sample_images`.
-    """
+    """Samples from the same target prompts, without the image; ``how`` are settings of `sample_images`."""
 
     def source(rows: pd.DataFrame, change: Edit) -> Tensor:
         targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
@@ -56,7 +53,7 @@ def synthetic(pipe: StableDiffusionPipeline, folder: Folder, *, seed: int = 0, *
             sample_images(pipe, embed[None], embeds[-1:], seed=_seed(seed, name, change), **how)
             for embed, name in zip(embeds[:-1], rows["file_name"], strict=True)
         ]
-        return _gray(torch.cat(samples).cpu())
+        return torch.cat(samples).cpu().mean(1, keepdim=True)
 
     return source
 
@@ -115,10 +112,6 @@ class Cached:
     def _digest(self, name: str, change: Edit) -> str:
         content = "\0".join([self.settings, name, change.key])
         return f"{change.key}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _gray(images: Tensor) -> Tensor:
-    return images.mean(1, keepdim=True)
 
 
 def _seed(seed: int, name: str, change: Edit) -> int:

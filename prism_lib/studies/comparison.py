@@ -1,8 +1,7 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
 
-`vary` makes variants of a base editor; `measure` edits the same images with every editor. `compare_methods` tunes every
-method within one budget on validation patients, by the mean error to the true counterfactual where pixels had to
-change, and measures the best of each on test patients.
+`compare_methods` tunes every method within one budget on validation patients, by the mean error to the true
+counterfactual where pixels had to change, and measures the best of each on test patients.
 """
 
 from __future__ import annotations
@@ -100,15 +99,13 @@ class Comparison(NamedTuple):
 class ComparisonConfig:
     """What `compare_methods` compares, and how much work goes into it.
 
-    `methods` are names of `candidates` or `GAN`; none stand for all. `images` are test patients for each edit,
-    `tuning_images` validation patients, `budget` the most settings of a method. The GAN has one setting; its guide is
-    never the judge. Both are trained in `mixed_precision`; the editors use that of the pipeline.
+    GAN and guide, which is never the judge, are trained in `mixed_precision`; the editors use that of the pipeline.
     """
 
-    methods: tuple[str, ...] = ()
-    images: Positive = 3
-    tuning_images: Positive = 1
-    budget: Positive = BUDGET
+    methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
+    images: Positive = 3  # test patients for each edit
+    tuning_images: Positive = 1  # validation patients for each edit
+    budget: Positive = BUDGET  # the most settings of a method
     steps: Positive = 25
     imagic_steps: Positive = 200
     gan_steps: Positive = 2000
@@ -128,10 +125,7 @@ class ComparisonConfig:
 
 
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
-    """Every combination of the values of some fields of `PromptToPrompt` or of its settings, by name.
-
-    `vary(base, self_replace_steps=[0, 0.4])` gives "self_replace_steps 0" and "self_replace_steps 0.4".
-    """
+    """Variants with every combination of ``values`` of the editor's fields or settings; named as "mask off"."""
     own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
     known = own | {item.name for item in fields(EditConfig)}
     if unknown := sorted(set(values) - known):
@@ -159,10 +153,9 @@ def measure(
     share: bool = False,
     processes: int = 0,
 ) -> dict[str, Measurement]:
-    """Edit the images of ``cases`` with every editor, on all cores.
+    """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
 
-    Editors of equal `effect` are measured once, such as the base, which is in every study. With ``share`` editors share
-    what they invert; their seconds then say nothing. Results do not depend on the number of ``processes``.
+    With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
     """
     if not cases or not editors:
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
@@ -243,14 +236,9 @@ def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def summarise(
-    measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Per editor: means over images with 95 % bootstrap intervals over patients, seconds and U-Net evaluations.
-
-    With ``by_edit`` also those of each edit alone, by its key.
-    """
-    summary: dict[str, dict[str, Any]] = {}
+def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False) -> dict[str, Any]:
+    """Means with 95 % intervals over patients, seconds, U-Net evaluations, by editor; with ``by_edit`` by edit too."""
+    summary = {}
     for name, measurement in measured.items():
         table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
         values: dict[str, Any] = {"images": float(len(table))}
@@ -316,10 +304,7 @@ def compare_methods(
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
-    """`BUDGET` settings per method, ours begin with the default.
-
-    `steps` are the DDIM steps of all, `imagic_steps` the optimizer steps of each of Imagic's two fits.
-    """
+    """`BUDGET` settings per method, ours begin with the default; `imagic_steps` are those of each of Imagic's fits."""
     scales, windows = (3.0, 7.5), (0.4, 0.8)
     plain = grid(PLAIN, guidance_scale=scales, cross_replace_steps=windows)
     return {

@@ -129,11 +129,7 @@ class TwoMasks(Editor):
         return inversion, stack(edit(pipe, inversion, pairs), "mask")
 
     def edit(
-        self,
-        pipe: StableDiffusionPipeline,
-        inverted: tuple[Inversion, Tensor],
-        pairs: Pairs,
-        change: Edit,
+        self, pipe: StableDiffusionPipeline, inverted: tuple[Inversion, Tensor], pairs: Pairs, change: Edit
     ) -> Results:
         inversion, found = inverted
         # Soft, not cut off at a threshold: a rounding error must not move the mask's border.

@@ -97,10 +97,7 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
 
 
 def save_transition(original: Tensor, edited: Tensor, path: Path, frames: int = 12, seconds: float = 2.0) -> Path:
-    """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF that repeats every ``seconds``.
-
-    The frames are linear mixtures, so nothing shows that is in neither.
-    """
+    """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF of linear mixtures, repeated."""
     if original.shape != edited.shape or original.ndim != 3 or original.shape[0] not in (1, 3):
         raise ValueError(f"images must be (1 or 3, H, W), got {tuple(original.shape)} and {tuple(edited.shape)}")
     if frames < 2:

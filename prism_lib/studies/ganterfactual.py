@@ -1,8 +1,7 @@
 """GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
 
-Besides the CycleGAN's losses, a frozen classifier has to read the translation as its target; it must not be the judge
-that measures. There is a GAN for each label, without text and without a mask. A run that was stopped continues bit for
-bit: the images of a step follow from seed and step alone.
+A frozen classifier, not the judge that measures, has to read the translation as its target. There is a GAN for each
+label, without text or mask. A stopped run continues bit for bit: a step's images follow from seed and step alone.
 """
 
 from __future__ import annotations
@@ -78,10 +77,7 @@ class Ganterfactual(Editor):
 
 
 def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanConfig) -> Path:
-    """Train on the train split of a prepared folder; returns the folder below ``output`` with the generators.
-
-    An unfinished run of the same configuration goes on, a finished one is reused.
-    """
+    """Train on a prepared folder, or go on, or reuse; returns the folder below ``output`` with the generators."""
     table = load_table(folder, "train")
     if config.label not in classifier.labels or config.label not in table:
         raise ValueError(f"label {config.label!r} is not in {folder} or not among the classifier's")

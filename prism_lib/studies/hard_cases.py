@@ -1,7 +1,6 @@
 """Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
 
-The truth is known, so the other finding's share of the picture is the difference that its removal would make, and an
-image is hard for reasons that can be named.
+The truth is known: the other finding's share of the picture is the difference that its removal would make.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ def entanglement(
     editor: PromptToPrompt,
     seed: int = 0,
 ) -> Numbers:
-    """How much of another finding an edit carries along, by the folder's confounding, by wording and mask.
-
-    Prompts either name what is absent ("without cardiomegaly", as ours) or do not mention it, as PRISM's captions.
-    """
+    """How much of another finding an edit carries along, by the folder's confounding, the prompts' wording and mask."""
     require_truth(folder)
     cases = cases_with_both(folder, change, other, count)
     removed, wanted = (true_counterfactual(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
@@ -148,10 +144,7 @@ def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Num
 
 
 def corner_text(evaluation: Evaluation, marker: Tensor, seed: int = 0) -> Numbers:
-    """Mean |difference| to the input on the pixels of the side marker, ``marker`` bool (N, 1, H, W), by path.
-
-    "autoencoder": encoded and decoded, unedited; "latent path": edited, without the composite; "composite": the result.
-    """
+    """Mean |difference| to the input on ``marker`` bool (N, 1, H, W): autoencoder, edit before composite, result."""
     e, patients, numbers = evaluation, evaluation.table["patient_id"], {}
     for name, images in {"autoencoder": e.reconstruction, "latent path": e.raw, "composite": e.edited}.items():
         values = pd.Series(masked_l1(images, e.factual, marker).tolist())

@@ -6,7 +6,7 @@ embedding, by LoRA adapters that are removed again; (C) an image is sampled unde
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from prism_lib.language.edits import Edit, PromptPair
@@ -80,13 +81,13 @@ class Imagic(Editor):
     def _tuned(self, pipe: StableDiffusionPipeline, image: Tensor, pair: PromptPair) -> Fit:
         seed = seed_of(image, self.seed)
         noise = torch.Generator().manual_seed(seed)
-        clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype)
+        clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype).expand(self.batch_size, -1, -1, -1)
         embedding = nn.Parameter(encode_prompts(pipe, [pair.target]).to(pipe.unet.dtype))
-        self._fit(pipe, clean, embedding, [embedding], self.embedding_steps, self.embedding_learning_rate, noise)
+        _fit(pipe, clean, embedding, Adam([embedding], self.embedding_learning_rate), self.embedding_steps, noise)
         optimised = embedding.detach()
         with self._adapted(pipe, seed):
             weights = [value for value in pipe.unet.parameters() if value.requires_grad]
-            self._fit(pipe, clean, optimised, weights, self.unet_steps, self.unet_learning_rate, noise)
+            _fit(pipe, clean, optimised, Adam(weights, self.unet_learning_rate), self.unet_steps, noise)
             tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
             return Fit(image, optimised, {name: value.detach().clone() for name, value in tuned.items()})
 
@@ -102,28 +103,21 @@ class Imagic(Editor):
         finally:
             pipe.unet.unload_lora()
 
-    def _fit(
-        self,
-        pipe: StableDiffusionPipeline,
-        clean: Tensor,
-        embedding: Tensor,
-        parameters: Sequence[Tensor],
-        steps: int,
-        learning_rate: float,
-        noise: torch.Generator,
-    ) -> None:
-        """Minimise the diffusion loss of one image over `parameters`."""
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        rows, count = clean.expand(self.batch_size, -1, -1, -1), pipe.scheduler.config.num_train_timesteps
-        for _ in range(steps):
-            eps = torch.randn(rows.shape, generator=noise).to(rows)
-            timesteps = torch.randint(count, (len(rows),), generator=noise).to(rows.device)
-            states = embedding.expand(len(rows), -1, -1)
-            with mixed_calls(pipe.unet):
-                loss = diffusion_loss(pipe.unet, pipe.scheduler, rows, eps, timesteps, states).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+
+def _fit(
+    pipe: StableDiffusionPipeline, clean: Tensor, embedding: Tensor, adam: Adam, steps: int, noise: torch.Generator
+) -> None:
+    """Minimise the diffusion loss of copies of one image's latents, a batch, over the optimizer's parameters."""
+    count = pipe.scheduler.config.num_train_timesteps
+    for _ in range(steps):
+        eps = torch.randn(clean.shape, generator=noise).to(clean)
+        timesteps = torch.randint(count, (len(clean),), generator=noise).to(clean.device)
+        states = embedding.expand(len(clean), -1, -1)
+        with mixed_calls(pipe.unet):
+            loss = diffusion_loss(pipe.unet, pipe.scheduler, clean, eps, timesteps, states).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
 
 
 @contextmanager

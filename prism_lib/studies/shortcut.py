@@ -1,8 +1,7 @@
 """A shortcut in the training set, and what helps a classifier against it (FastDiME, Weng et al., ECCV 2024).
 
-In the training set D_k target and shortcut agree in k % of the images; the test set has every combination equally
-often. Training sets of the same images and number of steps are compared: as they are, reweighted by group, with
-Group-DRO, and with images added (`studies.augmentation`). A group is 2 target + shortcut. Finished readings are kept.
+Target and shortcut agree in k % of the training set D_k and in half of the test set. Training sets are compared as they
+are, reweighted by group, with Group-DRO, and with images added. A group is 2 target + shortcut. Readings are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, replace
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple, cast
@@ -36,30 +36,23 @@ GROUPS = ("neither", "shortcut_only", "target_only", "both")
 OBJECTIVES: dict[str, Objective] = {"as_is": "erm", "reweighted": "reweighted", "group_dro": "group_dro"}
 
 Key = tuple[float, str, int]  # strength, training set, seed
+Sources = Mapping[str, Source]
+Statistic = Callable[[Tensor], Tensor]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """What is compared.
-
-    Args:
-        target, shortcut: the label that the classifiers are judged by, and the one that goes with it in training.
-        strengths: k as a fraction, 1 for D_100; 0.5 is balanced.
-        images: images of the training set, half of them with the target.
-        added: images that a source adds, a quarter for each of four edits: either label removed or added alone.
-        size: pixels a side that the classifiers read.
-        seeds: of the classifiers: initial weights and order of the images.
-    """
+    """What is compared: the label that classifiers are judged by, and the one that goes with it in training."""
 
     target: str
     shortcut: str
-    strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0, 0.75, 0.5)
-    images: Annotated[int, Field(ge=4, multiple_of=2)] = 240
-    added: Annotated[int, Field(ge=4, multiple_of=4)] = 120
-    size: Annotated[int, Field(ge=32)] = 128
+    strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0, 0.75, 0.5)  # k as a fraction; 0.5 is balanced
+    images: Annotated[int, Field(ge=4, multiple_of=2)] = 240  # of the training set, half of them with the target
+    added: Annotated[int, Field(ge=4, multiple_of=4)] = 120  # by a source, a quarter for each edit of `additions`
+    size: Annotated[int, Field(ge=32)] = 128  # pixels a side that the classifiers read
     test_splits: tuple[str, ...] = ("val", "test")
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)  # initial weights and order of images
     draw_seed: int = 0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
@@ -161,7 +154,7 @@ def additions(rows: pd.DataFrame, config: ShortcutConfig) -> list[tuple[pd.DataF
 
 
 def examples(
-    folder: Folder, rows: pd.DataFrame, sources: Mapping[str, Source], config: ShortcutConfig, count: int = 1
+    folder: Folder, rows: pd.DataFrame, sources: Sources, config: ShortcutConfig, count: int = 1
 ) -> tuple[Tensor, list[str]]:
     """The first images of every edit and what each source makes of them, in rows of 1 + sources, with titles."""
     panels, titles = [], []
@@ -189,17 +182,10 @@ def added_images(rows: pd.DataFrame, source: Source, config: ShortcutConfig) -> 
     return _joined(*parts)
 
 
-def run(
-    folder: Folder,
-    config: ShortcutConfig,
-    sources: Mapping[str, Source],
-    cache: Path,
-    processes: int = 1,
-) -> Readings:
+def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, processes: int = 1) -> Readings:
     """Train every classifier whose readings are not in ``cache`` yet, and read the test set with it.
 
-    A source with an attribute `settings` is identified by that, any other by its name; `processes` as in
-    `devices.processes_for`.
+    A source is identified by its attribute `settings`, else by its name; processes: see `devices.processes_for`.
     """
     train = load_table(folder, "train")
     drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
@@ -221,15 +207,13 @@ def run(
                 sources[name](rows, edit)
 
     def jobs() -> Iterator[_Job]:
-        prepared: dict[tuple[float, str], TrainingSet] = {}
-        for strength, name, seed in missing:
-            if (strength, name) not in prepared:
-                data = load_images(folder, drawn[strength], config)
-                if name in sources:
-                    data = _joined(data, added_images(drawn[strength], sources[name], config))
-                prepared = {(strength, name): data}
-            classifier = replace(config.classifier, seed=seed, objective=OBJECTIVES.get(name, "erm"))
-            yield _Job(prepared[strength, name], classifier, test.images, files[strength, name, seed])
+        for (strength, name), keys in groupby(missing, key=lambda key: key[:2]):
+            data = load_images(folder, drawn[strength], config)
+            if name in sources:
+                data = _joined(data, added_images(drawn[strength], sources[name], config))
+            for key in keys:
+                classifier = replace(config.classifier, seed=key[2], objective=OBJECTIVES.get(name, "erm"))
+                yield _Job(data, classifier, test.images, files[key])
 
     trained = side_by_side(_train, jobs(), processes_for(processes))
     for _ in tqdm(trained, total=len(missing), desc="classifiers"):
@@ -295,11 +279,7 @@ def _measures(readings: Readings, config: ShortcutConfig, strength: float, name:
 
 
 def _interval(
-    readings: Readings,
-    config: ShortcutConfig,
-    strength: float,
-    names: Sequence[str],
-    statistic: Callable[[Tensor], Tensor],
+    readings: Readings, config: ShortcutConfig, strength: float, names: Sequence[str], statistic: Statistic
 ) -> metrics.Interval:
     """Bootstrap over test patients and seeds of a statistic of the training sets' worst-group accuracies."""
     column = config.classifier.labels.index(config.target)
@@ -318,9 +298,7 @@ def _interval(
     return metrics.bootstrap_ci(rows, readings.table["patient_id"].tolist(), of_worst)
 
 
-def _digest(
-    config: ShortcutConfig, strength: float, name: str, seed: int, content: str, sources: Mapping[str, Source]
-) -> str:
+def _digest(config: ShortcutConfig, strength: float, name: str, seed: int, content: str, sources: Sources) -> str:
     """A name for one classifier's readings, of all that decides them."""
     settings = asdict(config) | {"strengths": strength, "seeds": seed, "set": name, "content": content}
     settings |= {"source": getattr(sources[name], "settings", name)} if name in sources else {"added": 0}

@@ -7,15 +7,17 @@ a resumed run equals an uninterrupted one bit for bit, and the position inside a
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from joblib import Parallel, delayed
 from torch import Tensor
 
 from prism_lib.data.folder import load_table
@@ -145,12 +147,22 @@ def batches_from(start: int, config: FinetuneConfig, train: Cache, draws: DrawCo
 
 
 def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: int) -> Generator[Draw]:
-    """``draw(number)`` of each number in order; threads draw ahead, so that a GPU does not wait. 0 draw when needed."""
-    if threads:
-        parallel = Parallel(threads, backend="threading", return_as="generator", pre_dispatch="2 * n_jobs")
-        yield from parallel(delayed(draw)(number) for number in numbers)
-    else:
+    """``draw(number)`` of each number in order; threads draw ahead, so that a GPU does not wait. 0 draw when needed.
+
+    Two batches a thread are ahead and no more, whatever a step takes: joblib would draw the whole run into memory.
+    """
+    if not threads:
         yield from map(draw, numbers)
+        return
+    left, pool = iter(numbers), ThreadPoolExecutor(threads)
+    try:
+        ahead = deque(pool.submit(draw, number) for number in islice(left, 2 * threads))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(draw, number) for number in islice(left, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) -> list[Draw]:

@@ -1,5 +1,6 @@
 """What a step sees: every sample once per epoch, captions dropped as asked, the loss by hand."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -67,6 +68,15 @@ def test_batches_drawn_ahead_by_threads_are_the_same():
         assert torch.equal(one.rows, other.rows) and torch.equal(one.noise, other.noise)
         assert torch.equal(one.latents, other.latents) and torch.equal(one.timesteps, other.timesteps)
     assert sorted(asked) == list(range(5, count)), "each once"
+
+
+def test_few_batches_are_drawn_ahead_of_a_slow_step():
+    drawn = []
+    batches = drawn_ahead(lambda number: drawn.append(number) or number, range(1000), threads=2)
+    assert next(batches) == 0
+    time.sleep(0.2)
+    assert len(drawn) <= 5, "one in use and two a thread"
+    batches.close()
 
 
 @pytest.mark.parametrize("threads", [0, 2])

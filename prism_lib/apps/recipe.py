@@ -99,7 +99,8 @@ class Recipe:
     def code(self) -> str:
         """Three lines of Python that give the same image in a fresh kernel."""
         usual = asdict(Recipe("", "", "", (), ()))
-        given = {name: value for name, value in vars(self).items() if value != usual.get(name)}
+        always = ("image", "source", "target", "source_words", "target_words")
+        given = {name: value for name, value in vars(self).items() if name in always or value != usual[name]}
         arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"from prism_lib.apps import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 

@@ -114,9 +114,10 @@ def test_overlay_and_frame_leave_the_rest_alone():
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def test_a_recipe_survives_its_file_and_its_code(tmp_path):
+@pytest.mark.parametrize("words", [("b",), ()])  # none where the target only adds to the source
+def test_a_recipe_survives_its_file_and_its_code(tmp_path, words):
     recipe = Recipe(
-        "phantom:0/1", "a b", "a c", ("b",), ("c",), steps=7, mask=(1, 2, 3, 4), settings={"guidance_scale": 1.5}
+        "phantom:0/1", "a b", "a c", words, ("c",), steps=7, mask=(1, 2, 3, 4), settings={"guidance_scale": 1.5}
     )
     assert Recipe.load(recipe.save(tmp_path / "record.json", {"scores": {}})) == recipe
     lines = recipe.code().splitlines()

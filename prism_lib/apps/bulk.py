@@ -131,10 +131,9 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
 
     ValueError names the row whose settings do not go with what the model recommends.
     """
-    model = json.dumps(
-        [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()], sort_keys=True, default=str
-    )
-    common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": model}
+    model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
+    common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": digest}
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:

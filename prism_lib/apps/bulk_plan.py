@@ -168,6 +168,9 @@ def plan(config: BulkConfig) -> list[Task]:
                 tasks.setdefault((task.file_name, task.pair, task.settings.text), task)
         except ValueError as error:
             raise ValueError(f"{config.edits}, row {number}: {one_line(error)}") from None
+    idle = [name for name in _CHOICE if getattr(config, name)]
+    if idle and not any(task.settings.choice for task in tasks.values()):
+        raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
     for name in dict.fromkeys(task.file_name for task in tasks.values()):
         if not (Path(config.data) / name).is_file():
             raise FileNotFoundError(f"{config.data} lacks {name}, which its metadata.csv lists")

@@ -177,16 +177,18 @@ def _generate(options: argparse.Namespace) -> int:
 def launch(config: BulkConfig, processes: int) -> None:
     """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
-    0 stands for one process per GPU, or `processes_for`; a process of accelerate or torchrun starts no others.
-    On CPUs processes are forked once the model is loaded, but spawned where a GPU, threads or a compiler forbid it.
+    0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; a process of accelerate
+    or torchrun starts no others. On CPUs processes are forked once the model is loaded, but spawned where a GPU,
+    threads or a compiler forbid it.
     """
     import torch
     from torch import multiprocessing
 
     from prism_lib.apps import bulk
-    from prism_lib.devices import processes_for, threads
+    from prism_lib.devices import default_device, processes_for, threads
 
-    gpus = torch.cuda.device_count()
+    place = default_device()
+    gpus = 0 if place.type != "cuda" else torch.cuda.device_count() if place.index is None else 1
     processes = processes or gpus or processes_for()
     if processes == 1 or "RANK" in os.environ:
         bulk.generate(config)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib import paths
+from prism_lib import devices, paths
 from prism_lib.apps import bulk, bulk_plan, cli
 from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, plan
 from prism_lib.apps.profiles import one_line
@@ -415,6 +415,19 @@ def test_two_processes_write_the_files_of_one(config, done, tmp_path):
     assert written(tmp_path / "two") == written(done)
 
 
+def test_the_device_decides_how_many_processes_start(config, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(devices, "processes_for", lambda: 3)
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *_, nprocs, **__: started.append(nprocs))
+    monkeypatch.setattr(bulk, "generate", lambda _: started.append(1))
+    monkeypatch.setattr(bulk, "load_pipeline", lambda *_, **__: None)
+    for device in ("cuda", "cuda:1", "cpu"):
+        monkeypatch.setenv("PRISM_DEVICE", device)
+        cli.launch(config, 0)
+    assert started == [4, 1, 3]
+
+
 WHO = """
 import json, os, pathlib, signal, sys
 from prism_lib.apps import bulk, bulk_plan, cli
@@ -617,6 +630,13 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
 def test_a_bad_row_is_named(config, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         plan(with_edits(config, tmp_path, content))
+
+
+def test_a_choice_of_the_run_without_candidates_is_named(config, tmp_path):
+    with pytest.raises(ValueError, match="guide is given, but no sweep"):
+        plan(replace(config, guide="g"))
+    rows = [{"edit": "remove_support_devices", "sweep": {"guidance_scale": [2.0]}}, {"edit": "enlarge the heart"}]
+    assert plan(replace(with_edits(config, tmp_path, rows), guide="g")), "it is of the rows that sweep"
 
 
 def test_an_edit_that_contradicts_its_image_is_named(config, tmp_path):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path, for a file or a folder, that replaces ``path`` when the block ends.
 
-    Readers find the old content or the new one. If the block raises, the old content stays.
+    Readers of a file find the old content or the new one; an old folder is removed before the new one takes its
+    place. If the block raises, the old content stays.
     """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +59,17 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".lock-holder"
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
-                (folder / ".lock").unlink(missing_ok=True)
+        held = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise RuntimeError(f"{folder} is in use by {name}; choose another output folder") from None
+    with held:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:

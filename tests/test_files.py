@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from filelock import Timeout
 
 from prism_lib.files import atomic, exclusive, image_hash, write_text
 
@@ -32,6 +33,12 @@ def test_a_second_run_is_refused_and_the_first_one_frees_the_folder(tmp_path):
         pass
     with exclusive(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_the_work_waits_for_is_not_taken_for_the_folders(tmp_path):
+    with pytest.raises(Timeout), exclusive(tmp_path):
+        raise Timeout("a download")
     assert not list(tmp_path.iterdir())
 
 

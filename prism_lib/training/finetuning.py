@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, is_cuda_available, parse_fl
 from diffusers import StableDiffusionPipeline
 
 from prism_lib.data.folder import load_info, load_table
+from prism_lib.devices import default_device
 from prism_lib.files import exclusive
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
@@ -109,6 +110,7 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
     _refuse_sharding()
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision
     return Accelerator(
+        cpu=default_device().type == "cpu",  # else processes of torchrun do not find each other there
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=list(config.trackers) or None,

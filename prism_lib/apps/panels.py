@@ -99,7 +99,7 @@ class SourcePanel(Panel):
         self.folder = _control(text, "folder", "absolute, or below PRISM_DATA", value="prepared/phantom", **late)
         self.row = _control(widgets.Dropdown, "image", "the images of its test split", options=[])
         self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip="up to 10 MB")
-        self.path = _control(text, "or path", "of any size", placeholder="a file on this machine", **late)
+        self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
         self._forms = {
             "phantom": widgets.VBox([self.patient, self.seed]),
             "folder": widgets.VBox([self.folder, self.row]),

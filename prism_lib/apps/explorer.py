@@ -116,11 +116,11 @@ class Explorer(widgets.VBox):
         try:
             edit = self.session.edit(self.edit.pressed("remove"), self.edit.pressed("add"), self.edit.text.value)
             recipe, over = self.session.recipe(edit, **self.settings.values()), self.settings.sweep.value
+            recipes, progress = recipe.sweep(over) if over else [recipe], partial(self.progress.set_trait, "value")
             self._started = time.monotonic()
             self.progress.value, self.files.value = 0, ""
             self.status.say("Running.", "note")
             self.run.disabled, self.cancel.disabled = True, False
-            recipes, progress = recipe.sweep(over) if over else [recipe], partial(self.progress.set_trait, "value")
             self.session.start(recipes, edit, progress=progress, preview=self._show, done=self._done)
         except Exception as error:  # nothing that a click does may end in a traceback
             lines[error.control if isinstance(error, Fault) else "settings"].say(sentence(error))

@@ -54,7 +54,7 @@ def _remove(path: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder/.lock`` while the block runs; RuntimeError names the process that already holds it.
 
-    The operating system frees the lock of a process that was killed.
+    The operating system frees the lock of a process that was killed; what it had half written in the folder is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".lock-holder"
@@ -64,6 +64,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise RuntimeError(f"{folder} is in use by {name}; choose another output folder") from None
     with held:
+        for left in folder.glob(".partial-*"):
+            _remove(left)
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield

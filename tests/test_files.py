@@ -55,7 +55,10 @@ def test_a_live_process_keeps_its_lock_and_a_killed_one_loses_it(tmp_path):
     holder.wait()
     holder.stdout.close()
     assert (tmp_path / ".lock").is_file(), "kill -9 leaves the file"
+    (tmp_path / ".partial-1-pipeline" / "unet").mkdir(parents=True)
+    (tmp_path / ".partial-1-config.json").touch()
     with exclusive(tmp_path):
+        assert not list(tmp_path.glob(".partial-*"))
         assert str(os.getpid()) in (tmp_path / ".lock-holder").read_text()
 
 

@@ -171,7 +171,7 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
     """The number of this run and the batches of which anything is missing; each is done whole, to stay equal."""
     sent: list[Any] = [None]
     if state.is_main_process:
-        for leftover in (*(out / "images").rglob(".partial-*"), *out.glob(".partial-*")):
+        for leftover in (out / "images").rglob(".partial-*"):
             leftover.unlink()
         run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
         done = _merge(out)

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -66,7 +67,8 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     `pipe` replaces `config.model`. Data, edits, settings, prompts and disk are checked before the first image.
     """
     usual = default_device()
-    state = PartialState(cpu=usual.type == "cpu")  # else processes on CPUs do not find each other
+    # On a CPU processes find each other only if told so; checking the files of a large run takes its time.
+    state = PartialState(cpu=usual.type == "cpu", timeout=timedelta(hours=2))
     device = state.device if state.num_processes > 1 else usual
     out = Path(config.out).expanduser().resolve()
     tasks = plan(config)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prism_lib.files import exclusive
 
-FORMAT = 1
+FORMAT = 2  # 2: captions are drawn as training draws them, label policies are mappings
 SPLITS = ("train", "val", "test")
 
 Folder = str | os.PathLike[str]

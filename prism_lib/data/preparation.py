@@ -286,7 +286,7 @@ def _already_prepared(config: PrepareConfig) -> bool:
     if not (output / "dataset.json").is_file():
         raise FileExistsError(f"output {output} exists and is not a prepared data set: choose another place")
     asked = settings(config)
-    # Folders of an older version lack newer settings.
+    # Folders lack the settings that are newer than they are.
     there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]
     if differing := [name for name in asked if there[name] != asked[name]]:
         changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)

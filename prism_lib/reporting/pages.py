@@ -58,7 +58,7 @@ def identifiability_table(record: Record) -> str:
     images = next(iter(record["metrics"].values()))["images"]
     return (
         "Patients may share one image, bit for bit, and differ in their true counterfactuals. A fair draw is the "
-        "counterfactual of one of them, which is all that an image says.\n\n"
+        "counterfactual of one of these patients, drawn at random.\n\n"
         f"{markdown(table(undecided, labels), 'edit')}\n"
         f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
         f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"

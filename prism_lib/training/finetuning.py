@@ -44,6 +44,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     images when the loss is not finite, MemoryError with the settings that help, OSError when the disk is full.
     """
     output, final = Path(config.output), Path(config.output) / "pipeline"
+    if not final.is_dir():
+        check_run(config)  # before anything is written
     accelerator = _accelerator(config)
     with exclusive(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -53,7 +55,6 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         accelerator.wait_for_everyone()
         if final.is_dir():
             return final
-        check_run(config)
         # `Run` moves each part to the device of its process.
         pipeline = pipeline or load_pipeline(
             config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
@@ -91,7 +92,6 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
     """`finetune` from a notebook over several processes; nothing may have used a GPU in the notebook before."""
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
-    save_config(config)
     if processes == 1:
         return finetune(config)
     # Without a GPU the launcher would start processes that each train alone.

@@ -26,7 +26,6 @@ SMALL = {
     "EVERY": 2,
     "MIXED_PRECISION": "no",
     "IMAGES_PER_EDIT": 1,
-    "AXIOM_IMAGES": 1,
     "SHEET_ROWS": 1,
 }
 

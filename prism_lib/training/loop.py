@@ -254,7 +254,8 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDi
 def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Any:
     """The U-Net in float32 on the device; with adapters, where `lora_rank` is not 0, that alone learn."""
     unet = pipeline.unet.float().train().requires_grad_(config.lora_rank == 0).to(accelerator.device)
-    if accelerator.device.type == "cuda" and config.compile:  # without compiled code a small U-Net was a fifth slower
+    # On a GPU without compiled code a small U-Net was a fifth slower in this layout; on a CPU it is a tenth faster.
+    if accelerator.device.type == "cpu" or config.compile:
         unet.to(memory_format=torch.channels_last)
     if rank := config.lora_rank:
         with torch.random.fork_rng(devices=[]):

@@ -21,16 +21,18 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.any_table import Columns, table_source
 from prism_lib.data.chest import View, chexpert_source, nih_source, phantom_source
+from prism_lib.data.films import film_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
-from prism_lib.data.tables import Source, seeded_order
+from prism_lib.data.tables import Source, split_patients
 from prism_lib.data.writing import Outcome, Written, write_images
 from prism_lib.language.labels import vocabulary
 
 logger = logging.getLogger(__name__)
 
+FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -39,9 +41,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PrepareConfig:
-    """What to prepare and how. The dataset "table" is any images with a table, "dicom" the same with DICOM files."""
+    """What to prepare and how. The dataset "table" is any images with a table, "dicom" the same with DICOM files.
 
-    dataset: Literal["phantom", "chexpert", "nih", "isic2019", "isic2020", "ham10000", "table", "dicom"]
+    "films" is NIH's films with and without rendered devices.
+    """
+
+    dataset: Literal["phantom", "films", "chexpert", "nih", "isic2019", "isic2020", "ham10000", "table", "dicom"]
     output: Path  # the prepared folder; an existing one is reused if it was made with the same configuration
     data_root: Path | None = None  # the folder with the table and the images; the phantom has none
     size: Annotated[int, Field(ge=32)] = 256
@@ -65,6 +70,8 @@ class PrepareConfig:
     columns: Columns = field(default_factory=Columns)  # for the same two
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
+    copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
+    screened: Path | None = None  # for "films": a table with file_name and "Support Devices", 1 for films to leave out
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
@@ -95,6 +102,7 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     "chexpert": lambda c: chexpert_source(*_files(c), view=c.view, test=c.split[SPLITS.index("test")] == 0),
     "nih": lambda c: nih_source(*_files(c)),
+    "films": lambda c: film_source(nih_source(*_files(c)), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
     **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
@@ -171,21 +179,6 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
     return table.assign(text=[texts[0] for texts in captions])
 
 
-def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> dict[str, str]:
-    """Patient -> split; shares are exact to one patient, and a share above 0 gets at least one."""
-    order = seeded_order(patients, seed)
-    if len(order) < sum(share > 0 for share in shares):
-        raise ValueError(f"{len(order)} patients are too few for a split of {tuple(shares)}")
-    exact = [share * len(order) for share in shares]
-    sizes = [max(int(count), int(count > 0)) for count in exact]
-    while sum(sizes) != len(order):
-        step = 1 if sum(sizes) < len(order) else -1
-        movable = [i for i, size in enumerate(sizes) if step > 0 or size > 1]
-        sizes[max(movable, key=lambda i: step * (exact[i] - sizes[i]))] += step
-    names = [name for name, count in zip(SPLITS, sizes, strict=True) for _ in range(count)]
-    return dict(zip(order, names, strict=True))
-
-
 def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig) -> pd.DataFrame:
     """The table with its uncertain and blank labels replaced as the policies say."""
     columns = {}
@@ -198,7 +191,7 @@ def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig)
 
 def _work_key(plan: pd.DataFrame, config: PrepareConfig) -> str:
     """A hash of everything that decides an image file's bytes, its name, or its patient."""
-    files = plan[[column for column in plan if column in ("file_name", "path", "phantom_index")]]
+    files = plan[[column for column in plan if column in FILE_COLUMNS]]
     rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
     decisive = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")
     chosen = {name: value for name, value in settings(config).items() if name in decisive}

@@ -19,6 +19,7 @@ from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
 from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
 
+NO_DEVICES = Edit(remove=("Support Devices",))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 
@@ -94,7 +95,14 @@ class Truth(NamedTuple):
 
 
 def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth | None:
-    """The truth about an edit of a table's rows; None for real images, whose counterfactuals are not known."""
+    """The truth about an edit of a table's rows; None where it is not known.
+
+    It is known of phantoms, and of films with rendered devices where these are removed.
+    """
+    if edit == NO_DEVICES and "twin" in table and not table["twin"].eq(NOT_THERE).any():
+        images = read_images(folder, table.assign(file_name=table["twin"]))
+        changed = read_images(folder, table) != images
+        return Truth(images, changed, torch.zeros_like(changed))
     if (phantoms := _phantoms(folder, table)) is None:
         return None
     patients, size = phantoms

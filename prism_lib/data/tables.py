@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 
+from prism_lib.data.folder import SPLITS
 from prism_lib.data.images import IMAGE_SUFFIXES, Reader, Rejection
 
 
@@ -44,6 +45,21 @@ def draw_patients(table: pd.DataFrame, num_images: int, seed: int) -> pd.DataFra
     rank = {patient: place for place, patient in enumerate(seeded_order(table["patient_id"], seed))}
     order = table.assign(_rank=table["patient_id"].map(rank)).sort_values(["_rank", "name"])
     return order.drop(columns="_rank").head(num_images)
+
+
+def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> dict[str, str]:
+    """Patient -> split; shares are exact to one patient, and a share above 0 gets at least one."""
+    order = seeded_order(patients, seed)
+    if len(order) < sum(share > 0 for share in shares):
+        raise ValueError(f"{len(order)} patients are too few for a split of {tuple(shares)}")
+    exact = [share * len(order) for share in shares]
+    sizes = [max(int(count), int(count > 0)) for count in exact]
+    while sum(sizes) != len(order):
+        step = 1 if sum(sizes) < len(order) else -1
+        movable = [i for i, size in enumerate(sizes) if step > 0 or size > 1]
+        sizes[max(movable, key=lambda i: step * (exact[i] - sizes[i]))] += step
+    names = [name for name, count in zip(SPLITS, sizes, strict=True) for _ in range(count)]
+    return dict(zip(order, names, strict=True))
 
 
 def find_table(data_root: Path, patterns: Sequence[str]) -> Path:

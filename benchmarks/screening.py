@@ -1,0 +1,83 @@
+"""Which films show devices: NIH does not label them, and pairs of films need backgrounds without them.
+
+A classifier learns rendered devices against films as they are, on one half of the patients, and reads the other half.
+Films that it takes for films with devices leave the training set of the next round. It neither guides nor judges edits.
+From a terminal: ``python -m benchmarks.screening DATA_ROOT SCREENED.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from prism_lib.data.films import DEVICES
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.data.tables import seeded_order
+from prism_lib.files import atomic
+from prism_lib.models.classifier import ClassifierConfig, predict, train_classifier
+
+logger = logging.getLogger(__name__)
+
+SHOWS, CLEAN = 0.5, 0.2  # from and up to these probabilities a film counts as one with devices, and as clean
+
+
+def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 0) -> pd.DataFrame:
+    """A row per film of a prepared folder of "films": file_name of the source, probability, "Support Devices".
+
+    The last is 1, 0, or missing where the classifier is not sure. Halves are by patient.
+    """
+    if rounds < 1:
+        raise ValueError(f"screening needs at least one round, got {rounds}")
+    table = load_table(folder)
+    table = table[table["copy"] == 0].reset_index(drop=True)
+    images = (read_images(folder, table) * 255).round().byte()
+    order = seeded_order(table["patient_id"], seed)
+    half = table["patient_id"].astype(str).map({patient: place % 2 for place, patient in enumerate(order)})
+    probability = pd.Series(0.0, index=table.index)
+    for number in range(rounds):
+        kept = table["rendered"] | (probability < SHOWS)
+        found = probability.copy()
+        for part in (0, 1):
+            learn, read = (half != part) & kept, (half == part) & ~table["rendered"]
+            labels = torch.tensor(table.loc[learn, "rendered"].to_numpy(dtype=float))[:, None]
+            model = train_classifier(images[learn.to_numpy()], labels, config)
+            found[read] = predict(model, images[read.to_numpy()])[:, 0].tolist()
+        probability = found
+        logger.info("round %d: %.1f %% of the films show devices", number + 1, 100 * _shows(table, probability))
+    films = table.loc[~table["rendered"], ["source_file"]].rename(columns={"source_file": "file_name"})
+    read = probability[films.index]
+    verdict = pd.Series(float("nan"), index=films.index).mask(read >= SHOWS, 1).mask(read <= CLEAN, 0)
+    return films.assign(probability=read.round(4), **{DEVICES: verdict}).reset_index(drop=True)
+
+
+def _shows(table: pd.DataFrame, probability: pd.Series) -> float:
+    return float((probability[~table["rendered"]] >= SHOWS).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.screening DATA_ROOT SCREENED.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_root", type=Path, help="folder in NIH's format")
+    parser.add_argument("output", type=Path, help="table to write")
+    parser.add_argument("--size", type=int, default=192, help="pixels of the images that the classifier reads")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO)
+    config = ClassifierConfig(labels=(DEVICES,), epochs=given.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        films = PrepareConfig("films", Path(folder) / "films", given.data_root, size=given.size, num_images=10**6)
+        screened = screen(prepare(films), config, given.rounds)
+    with atomic(given.output) as partial:
+        screened.to_csv(partial, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Films with rendered devices: every pair differs by its devices alone, and patients stay apart."""
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from prism_lib.data.chest import NIH_COLUMNS, NOT_THERE
+from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.data.rows import editable, sample_captions, true_counterfactual
+from prism_lib.language.edits import Edit
+from prism_lib.phantom.patients import render, sample_patients
+
+REMOVE = Edit(remove=("Support Devices",))
+SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder in NIH's format: phantoms without devices stand for films, two of each of nine patients."""
+    root, rows = tmp_path_factory.mktemp("films") / "nih", []
+    (root / "images").mkdir(parents=True)
+    patients = sample_patients(18, 7).intervene(support_devices=0)
+    for number, image in enumerate((render(patients, SIZE)[:, 0] * 255).byte().numpy()):
+        name = f"{number // 2:08d}_{number % 2:03d}.png"
+        Image.fromarray(image).save(root / "images" / name)
+        rows.append([name, ["No Finding", "Effusion"][number % 2], number // 2, 50, "F", "PA"])
+    pd.DataFrame(rows, columns=list(NIH_COLUMNS)).to_csv(root / "Data_Entry_2017_v2020.csv", index=False)
+    return root
+
+
+def config(root, output, **changes):
+    return PrepareConfig("films", output, root, size=SIZE, vocabulary="phantom", **changes)
+
+
+@pytest.fixture(scope="module")
+def films(root, tmp_path_factory):
+    return prepare(config(root, tmp_path_factory.mktemp("data") / "films", copies=3))
+
+
+def test_every_film_has_a_twin_with_devices_and_train_has_more_copies(films):
+    table = load_table(films)
+    assert table.groupby("patient_id")["split"].nunique().eq(1).all()
+    first = table[table["copy"] == 0]
+    assert len(first) == 36 and first["rendered"].sum() == 18
+    assert set(table.loc[table["copy"] > 0, "split"]) == {"train"}
+    train = first.query("split == 'train' and not rendered")
+    assert (table["copy"] > 0).sum() == 2 * len(train)
+    assert table.loc[table["rendered"], "kinds"].ne(NOT_THERE).all()
+    assert table.loc[~table["rendered"], "kinds"].eq(NOT_THERE).all()
+    assert load_info(films)["duplicates"] == {"across_splits": 0, "within_split": 0}
+
+
+def test_the_truth_about_removed_devices_is_the_twin(films):
+    cases = editable(load_table(films, "test"), REMOVE)
+    factual, truth = read_images(films, cases), true_counterfactual(films, cases, REMOVE)
+    assert truth.changed.flatten(1).any(1).all() and not truth.marker.any()
+    assert torch.equal(factual[~truth.changed], truth.images[~truth.changed])
+    assert (factual[truth.changed] - truth.images[truth.changed]).mean() > 0.02, "devices are dense"
+    assert true_counterfactual(films, cases, Edit(remove=("Pleural Effusion",))) is None
+    assert true_counterfactual(films, cases, Edit(add=("Support Devices",))) is None
+
+
+def test_captions_say_nothing_about_devices_where_nothing_is_known(films):
+    table = load_table(films, "train")
+    for row, captions in zip(table.to_dict("records"), sample_captions(films, table, 0, 4, 0.5), strict=True):
+        told = any("devices" in text for text in captions)
+        assert told == row["rendered"] == (row["Support Devices"] == 1)
+
+
+def test_screened_films_are_left_out_or_count_as_clean(root, tmp_path):
+    names = [f"{number // 2:08d}_{number % 2:03d}.png" for number in range(18)]
+    verdict = ["1", "0", ""] * 6
+    screened = tmp_path / "screened.csv"
+    pd.DataFrame({"file_name": names, "Support Devices": verdict}).to_csv(screened, index=False)
+    table = load_table(prepare(config(root, tmp_path / "films", screened=screened)))
+    assert len(table) == 24 and not set(table["source_file"]) & set(names[::3])
+    plain = table[~table["rendered"]].set_index("source_file")["Support Devices"]
+    assert plain[names[1::3]].eq(0).all() and plain[names[2::3]].isna().all()
+    pd.DataFrame({"file_name": names, "Support Devices": ["yes"] * 18}).to_csv(screened, index=False)
+    with pytest.raises(ValueError, match=r"screened.csv, line 2.*'yes'"):
+        prepare(config(root, tmp_path / "other", screened=screened))
+
+
+def test_the_number_of_processes_changes_nothing(root, films, tmp_path):
+    again = prepare(config(root, tmp_path / "films", copies=3, processes=2))
+    assert load_info(again)["content_hash"] == load_info(films)["content_hash"]

@@ -197,7 +197,7 @@ def _composited(
     if areas.keep is not None:
         mask = masks.without(mask, areas.keep, config.mask.feather)
     unbounded = areas.off and areas.keep is None
-    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask)
+    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask, config.mask.replaced)
     scores = _scores(images, image, raw, reconstruction, mask)
     return [
         Counterfactual(

@@ -23,8 +23,6 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0)]
 
-_REPLACED = 0.12  # from this change of gray on, no detail of the input is kept
-
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class MaskConfig:
@@ -33,7 +31,8 @@ class MaskConfig:
     A pixel is weak from max(`min_change`, `weak` x noise) and strong from max(2 `min_change`, `strong` x noise), where
     noise is the image's median change. Seeds need at least `seed_evidence`, and pixels that they grow into at least
     `grow_evidence`, as shares of the image's greatest evidence. Evidence is attention at `attention_weight` 1 and noise
-    difference at 0. The mask is closed over `close` pixels, widened by `dilate` and faded over `feather`.
+    difference at 0. The mask is closed over `close` pixels, widened by `dilate` and faded over `feather`. From a change
+    of `replaced` on, no detail of the input is kept.
     """
 
     min_change: Positive = 0.015
@@ -47,6 +46,7 @@ class MaskConfig:
     dilate: Pixels = 1
     feather: Pixels = 1
     softness: Positive = 0.2
+    replaced: Positive = 0.12
 
 
 _USUAL = MaskConfig()
@@ -197,14 +197,16 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
     return torch.from_numpy(found)[:, None].to(images.device)
 
 
-def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
+def composite(
+    images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, replaced: float = _USUAL.replaced
+) -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
     The detail that the autoencoder loses (images - reconstruction) is kept where the edit changes little.
     """
     change = edited - reconstruction
     # Where an edit removes a lead, the lost detail is the lead's own and would leave a ghost of it.
-    kept = (1 - _maximum(change.abs(), 2) / _REPLACED).clamp(min=0)
+    kept = (1 - _maximum(change.abs(), 2) / replaced).clamp(min=0)
     new = edited + kept * (images - reconstruction)
     return torch.where(mask > 0, (images + mask * (new - images)).clamp(0, 1), images)
 

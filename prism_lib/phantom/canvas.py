@@ -109,6 +109,21 @@ class Anchors:
         return np.stack([x, self.apex + v * (self.base - self.apex)], axis=1)
 
 
+def exposed(film: Tensor) -> Tensor:
+    """Share (H, H) in [0, 1] of a device that shows: none in black padding or beyond the collimator."""
+    width = film.shape[-1] // 64 | 1
+    mean = F.avg_pool2d(film[None, None], width, 1, width // 2, count_include_pad=False)[0, 0]
+    return ((mean - 0.01) / 0.02).clamp(0, 1)
+
+
+def film_contrast(film: Tensor, body: Anchors) -> float:
+    """How steep the film's gray is, 0.45 to 1.2: the span of gray in the chest over that of an average film."""
+    rows, columns = slice(int(max(body.apex, 0)), int(body.base)), slice(int(max(body.left, 0)), int(body.right))
+    chest = film[rows, columns][::4, ::4].flatten().sort().values
+    span = float(chest[int(0.95 * len(chest))] - chest[int(0.05 * len(chest))])
+    return min(max(span / 0.55, 0.45), 1.2)
+
+
 def spline(knots: ArrayLike, smooth: bool = True) -> Points:
     """Evenly spaced points along a smooth curve, or along straight lines, through knots (K, 2) in pixels."""
     line = np.asarray(knots, dtype=np.float64)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prism_lib.language.labels import DEVICE_KINDS
 from prism_lib.phantom.anatomy import point_spread
-from prism_lib.phantom.canvas import STEP, Anchors, Canvas, Dice, Points, beside, spline
+from prism_lib.phantom.canvas import STEP, Anchors, Canvas, Dice, Points, beside, exposed, film_contrast, spline
 
 
 def _striped(canvas: Canvas, path: Points, width: float, wall: float, stripe: float, gap: float, side: float) -> None:
@@ -98,7 +98,7 @@ def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
     tip = dice.uniform(-0.20, -0.13), dice.uniform(0.34, 0.58)
     dialysis = entry == "jugular" and dice.chance(0.25)
     width = 4.4 if dialysis else 1.7 if entry == "arm" else 2.4
-    path, strength = spline(body.at(*_vein(dice, side, tip, entry))), dice.uniform(0.30, 0.80)
+    path, strength = spline(body.at(*_vein(dice, side, tip, entry))), dice.uniform(0.22, 0.70)
     canvas.line(path, width, strength, hollow=0.45)
     if dialysis:
         canvas.line(path, 0.8, 0.5 * strength)
@@ -118,17 +118,18 @@ def _connector(dice: Dice, canvas: Canvas, at: Points, angle: float, style: int)
     if dice.chance(0.6):
         canvas.shape(at, (dice.uniform(14, 20), dice.uniform(13, 17)), dice.uniform(0.03, 0.10), angle, 2.6)
     if style == 0:  # grabber: a frame of wire round a spring
-        canvas.stroke(at, angle, [[(-14, -2.5), (2, -4), (6, 0), (2, 4), (-14, 2.5)]], 1.3, 1.0)
-        canvas.stroke(at, angle, [[(-12, 0), (4, 0)], [(-4, -3), (-4, 3)], [(2, -4), (2, 4)]], 1.0, 0.9)
+        large, wide = dice.uniform(1.0, 1.4), dice.uniform(3.5, 6)
+        frame = [(-14, -2.5), (2, -wide), (6, 0), (2, wide), (-14, 2.5)]
+        canvas.stroke(at, angle, [[(x * large, y) for x, y in frame]], 1.3, 0.9)
+        canvas.stroke(at, angle, [[(-12, 0), (4, 0)], [(-4, -3), (-4, 3)], [(2, -wide), (2, wide)]], 1.0, 0.8)
         canvas.shape(at, (2.0, 2.0), 1.2)
     elif style == 1:  # snap: stud in a ring
         canvas.shape(at, (5.5, 5.5), 0.45)
-        canvas.shape(at, (2.2, 2.2), 1.4)
+        canvas.shape(at, (2.2, 2.2), 1.1)
         canvas.shape(at, (5.5, 5.5), 0.8, rim=1.0)
     elif style == 2:  # lobed ring
-        turns = [(4.5 * math.cos(t), 4.5 * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 7)[:-1]]
-        for x, y in turns:
-            canvas.shape(at + np.array([x, y]) * canvas.mm, (2.0, 2.0), 0.9)
+        for t in np.linspace(0, 2 * math.pi, 7)[:-1]:
+            canvas.shape(at + np.array([math.cos(t), math.sin(t)]) * 4.5 * canvas.mm, (2.0, 2.0), 0.9)
         canvas.shape(at, (4.5, 4.5), 1.0, rim=1.2)
     else:  # a radiolucent electrode leaves the crimped end of the wire
         canvas.stroke(at, angle, [[(-3, 0), (3, 0)]], 2.0, 0.9)
@@ -163,12 +164,16 @@ def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         normal = np.array([-run[1], run[0]]) * (1 if run[0] > 0 else -1)
         sag = (dice.uniform(-0.10, 0.30), dice.uniform(-0.10, 0.32))
         knots = [out, out + 0.35 * run + sag[0] * normal, out + 0.72 * run + sag[1] * normal]
-        if dice.chance(0.18):
-            radius, phase = dice.uniform(18, 42) * mm, math.atan2(run[1], run[0]) - math.pi / 2
+        if dice.chance(0.12):
+            radius, phase = dice.uniform(18, 55) * mm, math.atan2(run[1], run[0]) - math.pi / 2
             turn = [phase + t for t in np.linspace(0.5, 2 * math.pi + 0.3, 8)]
-            ring = [radius * (1 + 0.04 * j) * np.array([math.cos(t), math.sin(t)]) for j, t in enumerate(turn)]
+            oval = radius * np.array([dice.uniform(0.6, 1.3), dice.uniform(0.6, 1.3)])
+            ring = [(1 + 0.04 * j) * oval * (math.cos(t), math.sin(t)) for j, t in enumerate(turn)]
             loop = [knots[1] + spot for spot in ring]
             knots = [knots[0], *loop, knots[2]]
+        elif dice.chance(0.35):  # slack
+            bend = dice.uniform(0.12, 0.30) * (1 if dice.chance(0.5) else -1) * normal
+            knots = [out, out + 0.22 * run + bend, out + 0.50 * run - 0.7 * bend, out + 0.78 * run + sag[1] * normal]
         path = spline([*knots, end])
         for shift in (-0.75, 0.75) if double else (0.0,):
             strand = beside(path, shift * width * mm)
@@ -193,10 +198,9 @@ def _airway_tube(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         return
     path = spline(body.at((lean + side * dice.uniform(0.0, 0.16), -0.75), (lean, -0.22), (lean, 0.0), tip))
     canvas.line(path, width, wall, hollow=0.74)
-    canvas.line(beside(path, side * 0.42 * width * canvas.mm), 1.3, dice.uniform(0.5, 1.0))
-    cord = beside(path, -side * dice.uniform(9, 16) * canvas.mm)
-    if dice.chance(0.3):
-        canvas.line(cord[: len(cord) // 2], 1.8, 0.15)
+    canvas.line(beside(path, side * 0.42 * width * canvas.mm), 1.3, dice.uniform(0.35, 0.85))
+    if dice.chance(0.3):  # line to the cuff's balloon
+        canvas.line(beside(path, -side * dice.uniform(9, 16) * canvas.mm)[: len(path) // 2], 1.8, 0.15)
 
 
 def _gastric_tube(dice: Dice, body: Anchors, canvas: Canvas) -> None:
@@ -209,18 +213,24 @@ def _gastric_tube(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         canvas.line(path, 3.0, dice.uniform(0.35, 0.6), hollow=0.4)
         canvas.line(canvas.near_end(path, 0, 22), 4.2, 1.4)
         return
-    _striped(canvas, path, dice.uniform(4.5, 6), dice.uniform(0.14, 0.3), dice.uniform(0.5, 1.0), 90, 0.0)
+    _striped(canvas, path, dice.uniform(4.5, 6), dice.uniform(0.10, 0.26), dice.uniform(0.3, 0.8), 90, 0.0)
 
 
 def _chest_drain(dice: Dice, body: Anchors, canvas: Canvas) -> None:
-    """Drain through the lateral chest wall to apex or base: stripe with a gap at the last side hole."""
+    """Drain through the lateral wall to apex or base: a stripe with a gap at the last side hole, or a thin pigtail."""
     side, up = (1 if dice.chance(0.5) else -1), dice.chance(0.65)
     entry = side * dice.uniform(1.02, 1.12), dice.uniform(0.50, 0.85)
     tip = (side * dice.uniform(0.35, 0.6), dice.uniform(0.05, 0.3)) if up else (side * 0.3, dice.uniform(0.7, 1.0))
     way = (side * dice.uniform(0.78, 0.92), (0.55 * entry[1] + 0.45 * tip[1]) if up else entry[1] + 0.02)
     out = [(side * 1.9, entry[1] + dice.uniform(0.2, 0.9)), (side * 1.35, entry[1] + dice.uniform(0.12, 0.3))]
-    path = spline(body.at(*out, entry, way, tip))
-    width, wall = dice.uniform(6, 10), dice.uniform(0.08, 0.2)
+    knots = body.at(*out, entry, way, tip)
+    if dice.chance(0.2):  # pigtail
+        turns = np.linspace(0, 1.7 * math.pi, 8)
+        curl = np.stack([-side * np.sin(turns), np.cos(turns) - 1], axis=1) * dice.uniform(8, 14) * canvas.mm
+        path = spline(np.concatenate([knots, knots[-1] + curl[1:]]))
+        canvas.line(path, dice.uniform(3.2, 4.5), dice.uniform(0.25, 0.6), hollow=0.6)
+        return
+    path, width, wall = spline(knots), dice.uniform(6, 10), dice.uniform(0.08, 0.2)
     _striped(canvas, path, width, wall, dice.uniform(0.5, 1.1), dice.uniform(30, 70), dice.uniform(-0.6, 0.6))
 
 
@@ -350,8 +360,7 @@ def with_devices(films: Tensor, seeds: Sequence[int], kinds: Sequence[str] = KIN
     for film, seed in zip(films[:, 0], seeds, strict=True):
         attenuation, seen = _devices(film, int(seed), kinds)
         scatter = Dice(seed, len(KINDS)).uniform(0.10, 0.20)
-        blurred = point_spread(attenuation[None])[0]
-        gray = 1 - (1 - film) * (scatter + (1 - scatter) * torch.exp(-blurred))
+        gray = 1 - (1 - film) * (scatter + (1 - scatter) * torch.exp(-point_spread(attenuation[None])[0]))
         images.append(torch.where((gray * 255).round() == (film * 255).round(), film, (gray * 255).round() / 255))
         drawn.append(seen)
     result = torch.stack(images)[:, None] if images else films.clone()
@@ -379,12 +388,14 @@ def _devices(film: Tensor, seed: int, kinds: Sequence[str]) -> tuple[Tensor, tup
     rank = {kind: d.uniform(0, 1) / CATALOGUE[kind][0] for kind, d in dice.items()}  # below 1: drawn
     least = min(rank.values())
     total, seen = torch.zeros_like(film), []
-    contrast = math.exp(Dice(seed, len(KINDS) + 1).uniform(math.log(0.5), math.log(1.7)))
+    contrast = film_contrast(film, body) * math.exp(Dice(seed, len(KINDS) + 1).uniform(math.log(0.5), math.log(1.7)))
+    field = exposed(film)
     for kind, d in dice.items():
         if rank[kind] < 1 or rank[kind] == least:
             canvas = Canvas(body, contrast * d.uniform(0.8, 1.25))
             CATALOGUE[kind][1](d, body, canvas)
-            if ((1 - film) * canvas.map.clamp(max=1)).max() > 0.02:
+            shown = canvas.map * field
+            if ((1 - film) * shown.clamp(max=1)).max() > 0.02:
                 seen.append(kind)
-            total += canvas.map
+            total += shown
     return total, tuple(seen)

@@ -102,11 +102,10 @@ def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
     canvas.line(path, width, strength, hollow=0.45)
     if dialysis:
         canvas.line(path, 0.8, 0.5 * strength)
-    if entry == "arm" or dice.chance(0.3):
-        return
+    lumens = 0 if entry == "arm" or dice.chance(0.3) else dice.between(1, 3)
     hub = path[0] + np.array([side * 6.0, 3.0]) * canvas.mm
-    canvas.stroke(hub, 0.3 * side, [[(-6, 0), (6, 0)]], 5.0, 0.35)
-    for k in range(dice.between(1, 3)):
+    canvas.stroke(hub, 0.3 * side, [[(-6, 0), (6, 0)]], 5.0, 0.35 * (lumens > 0))
+    for k in range(lumens):
         end = hub + np.array([side * dice.uniform(60, 120), dice.uniform(-60, 80) + 20 * k]) * canvas.mm
         middle = (hub + end) / 2 + np.array([0.0, dice.uniform(-15, 15)]) * canvas.mm
         canvas.line(spline([hub, middle, end]), 2.2, 0.18, hollow=0.5)
@@ -186,8 +185,7 @@ def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
 def _airway_tube(dice: Dice, body: Anchors, canvas: Canvas) -> None:
     """Endotracheal tube with its marker line, or a tracheostomy tube with flange and connector."""
     lean, side = dice.uniform(-0.03, 0.03), (1 if dice.chance(0.5) else -1)
-    width, wall = dice.uniform(9.5, 12), dice.uniform(0.16, 0.34)
-    tip = (lean + 0.01, dice.uniform(0.10, 0.30))
+    width, wall, tip = dice.uniform(9.5, 12), dice.uniform(0.16, 0.34), (lean + 0.01, dice.uniform(0.10, 0.30))
     if dice.chance(0.3):  # tracheostomy
         top = body.at((lean + dice.uniform(-0.05, 0.05), dice.uniform(-0.22, -0.10)))[0]
         bend = top + np.array([side * dice.uniform(0, 12), 14.0]) * canvas.mm

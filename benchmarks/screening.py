@@ -25,13 +25,13 @@ from prism_lib.models.classifier import ClassifierConfig, predict, train_classif
 
 logger = logging.getLogger(__name__)
 
-SHOWS, CLEAN = 0.5, 0.2  # from and up to these probabilities a film counts as one with devices, and as clean
+SHOWS = 0.5  # from this probability on a film counts as one with devices, below it as clean
 
 
 def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 0) -> pd.DataFrame:
     """A row per film of a prepared folder of "films": file_name of the source, probability, "Support Devices".
 
-    The last is 1, 0, or missing where the classifier is not sure. Halves are by patient.
+    Halves are by patient.
     """
     if rounds < 1:
         raise ValueError(f"screening needs at least one round, got {rounds}")
@@ -53,8 +53,7 @@ def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 
         logger.info("round %d: %.1f %% of the films show devices", number + 1, 100 * _shows(table, probability))
     films = table.loc[~table["rendered"], ["source_file"]].rename(columns={"source_file": "file_name"})
     read = probability[films.index]
-    verdict = pd.Series(float("nan"), index=films.index).mask(read >= SHOWS, 1).mask(read <= CLEAN, 0)
-    return films.assign(probability=read.round(4), **{DEVICES: verdict}).reset_index(drop=True)
+    return films.assign(probability=read.round(4), **{DEVICES: (read >= SHOWS).astype(int)}).reset_index(drop=True)
 
 
 def _shows(table: pd.DataFrame, probability: pd.Series) -> float:

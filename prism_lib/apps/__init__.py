@@ -1,6 +1,6 @@
-"""What people start: the command line, bulk generation, the explorer.
+"""The programs that users start: the command line, bulk generation and the explorer.
 
-Profiles, files of edits and clicks enter. Runs, manifests and recipes leave. No method is defined here.
+Input: profiles, files of edits, and clicks. Output: runs, manifests and recipes. No editing method is defined here.
 """
 
 import lazy_loader as lazy

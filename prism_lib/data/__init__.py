@@ -1,6 +1,7 @@
-"""Data sets on disk. Tables and images of any source enter; a folder in the imagefolder convention leaves.
+"""Preparation and reading of data sets on disk.
 
-Its rows are split by patient. Its readers are here too, and find the rows that an edit suits.
+Input: tables and images of any source. Output: a prepared folder in the imagefolder convention, with rows split by
+patient. The functions that read this folder, and select the rows to which an edit applies, are here as well.
 """
 
 import lazy_loader as lazy

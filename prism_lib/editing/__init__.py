@@ -1,7 +1,7 @@
-"""Counterfactuals: abduction (`invert`), action (a pair of prompts), prediction (`edit`, `sweep`).
+"""Counterfactuals in three steps: abduction (`invert`), action (a pair of prompts), prediction (`edit`, `sweep`).
 
-A pipeline, images and prompt pairs enter; edited images with masks and scores leave. Pixels outside the mask are the
-input's own. How strongly and how long an edit acts is recommended by the model and can be overridden.
+Input: a pipeline, images and prompt pairs. Output: edited images with masks and scores. Pixels outside the mask equal
+those of the input. The strength and the duration of an edit are settings; their defaults are stored with the model.
 """
 
 import lazy_loader as lazy

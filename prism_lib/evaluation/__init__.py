@@ -1,6 +1,7 @@
-"""What an edit is worth.
+"""Measurement of edits.
 
-Prepared folders, edits and a judge enter; tables of numbers with intervals leave. The judge reads and never guides.
+Input: prepared folders, edits and a judge. Output: tables of numbers with intervals. The judge is a classifier that
+only reads edits; it does not guide or select them.
 """
 
 import lazy_loader as lazy

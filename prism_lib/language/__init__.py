@@ -1,6 +1,7 @@
-"""What findings are called and how an edit is said.
+"""The names of findings and the wording of captions and edits.
 
-Labels, phrases and sentences enter; captions, prompt pairs and edits leave. Nothing here needs a model or an image.
+Input: labels, phrases and sentences. Output: captions, prompt pairs and edits. No module here needs a model or an
+image.
 """
 
 import lazy_loader as lazy

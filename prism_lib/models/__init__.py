@@ -1,7 +1,7 @@
-"""Networks: load, build, call.
+"""Loading, building and calling of networks.
 
-A name, a folder or a hub id enters; a `StableDiffusionPipeline`, a classifier or an image-text model leaves. No other
-room loads weights.
+Input: a name, a folder or a hub id. Output: a `StableDiffusionPipeline`, a classifier or an image-text model. No
+other subpackage loads weights.
 """
 
 import lazy_loader as lazy

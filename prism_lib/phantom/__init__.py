@@ -1,7 +1,8 @@
 """A chest phantom whose counterfactuals are exact.
 
-A seed and attributes enter; images, true counterfactuals and masks of what had to change leave. It is a small
-structural causal model: keep the noise, change an attribute, render again.
+Input: a seed and attributes. Output: images, true counterfactuals and masks of the pixels that had to change. The
+phantom is a small structural causal model. For a counterfactual it keeps the noise, changes an attribute and renders
+again.
 """
 
 import lazy_loader as lazy

@@ -1,6 +1,7 @@
 """Figures and tables.
 
-Records, images and numbers enter; plots, sheets and Markdown leave. Everything is redrawn from records alone.
+Input: records, images and numbers. Output: plots, sheets and Markdown. Tables and plots can be redrawn from the
+records alone.
 """
 
 import lazy_loader as lazy

@@ -1,7 +1,7 @@
 """The experiments of the paper.
 
-Editors, prepared folders and budgets enter; comparisons, ablations and trained classifiers leave. Each study resumes
-where it was interrupted.
+Input: editors (methods behind one call), prepared folders and budgets. Output: comparisons, ablations and trained
+classifiers. An interrupted study resumes where it stopped.
 """
 
 import lazy_loader as lazy

@@ -1,7 +1,7 @@
-"""Fine-tuning of the U-Net, and a small Stable Diffusion from nothing.
+"""Fine-tuning of the U-Net, and training of a small Stable Diffusion from scratch.
 
-A prepared folder and a configuration enter; checkpoints, from which a run resumes to the bit, and a pipeline folder
-leave. The outputs of the frozen parts are computed once and cached.
+Input: a prepared folder and a configuration. Output: checkpoints and a pipeline folder. A run that resumes from a
+checkpoint ends in bit-identical weights. The outputs of the frozen parts are computed once and cached.
 """
 
 import lazy_loader as lazy

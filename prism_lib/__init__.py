@@ -1,7 +1,8 @@
 """PRISM: language-guided counterfactuals of medical images, measured against a known truth.
 
-The notebooks choose, call and show; the rooms here hold the logic (docs/architecture.md). Import from a room (`from
-prism_lib.editing import edit, invert`): nothing is imported at start-up, so that the `prism` command is quick.
+The notebooks call this library and show the results. Its ten subpackages are called rooms (docs/architecture.md).
+Import from a room (`from prism_lib.editing import edit, invert`): nothing is imported at start-up, so that the `prism`
+command is quick.
 """
 
 import logging

@@ -36,11 +36,18 @@ def classifiers_table(record: Record) -> str:
     strength = max(study["strengths"])
     text = table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
     gap = metrics.get("gap_closed")
-    closed = "" if gap is None else f" PRISM closes {gap:.0%} of the gap to true counterfactuals."
+    closed = (
+        ""
+        if gap is None
+        else (
+            f" Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach {gap:.0%}."
+        )
+    )
     return (
         f"{markdown(text, 'training set')}\n"
-        f"{study['target']} where {study['shortcut']} goes with it in {strength:.0%} of {study['images']} training "
-        f"images; {study['added']} images added; {len(study['seeds'])} seeds. {_source(record)}.{closed}\n"
+        f"The classifier reads {study['target']}. In {strength:.0%} of the {study['images']} training images, "
+        f"{study['shortcut']} has the same label. {study['added']} images are added; {len(study['seeds'])} seeds. "
+        f"{_source(record)}.{closed}\n"
     )
 
 
@@ -60,7 +67,7 @@ def identifiability_table(record: Record) -> str:
         "Patients may share one image, bit for bit, and differ in their true counterfactuals. A fair draw is the "
         "counterfactual of one of these patients, drawn at random.\n\n"
         f"{markdown(table(undecided, labels), 'edit')}\n"
-        f"Decided by the image, with less than 0.005 of error: {', '.join(decided) or 'none'}. "
+        f"The error of a fair draw is below 0.005 for: {', '.join(decided) or 'none'}. "
         f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
     )
 
@@ -82,7 +89,8 @@ def long_section(records: Mapping[str, Record]) -> str:
     if "ablations" in records and (points := tradeoff(records["ablations"]["metrics"])):
         parts.append(_picture(records["ablations"], "ablations_pareto", "error to the truth against seconds per image"))
         parts.append(
-            f"{len(points)} variants of inversion and editing; the line joins those that no other beats in both. "
+            f"{len(points)} variants of inversion and editing. The line joins the variants for which no other has both "
+            f"a smaller error and a shorter time. "
             f"{_source(records['ablations'])}.\n"
         )
     if "classifiers" in records:

@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-figures: $(READY)  ## make the phantom figures from the start (about 10 minutes on 2 cores)
+figures: $(READY)  ## make the phantom figures from the start (about 6 minutes on 2 cores)
 	$(BIN)/prism run phantom --only $(FIGURES)
 
 study: $(READY)  ## all notebooks of the profile, the long ones too (70 to 100 minutes on 2 cores)

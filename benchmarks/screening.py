@@ -31,7 +31,8 @@ SHOWS = 0.5  # from this probability on a film counts as one with devices, below
 def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 0) -> pd.DataFrame:
     """A row per film of a prepared folder of "films": file_name of the source, probability, "Support Devices".
 
-    Halves are by patient.
+    The last is 1, or 0 for films taken upright (PA), or missing: most films taken at the bedside (AP) show devices that
+    are too thin for the classifier. Halves are by patient.
     """
     if rounds < 1:
         raise ValueError(f"screening needs at least one round, got {rounds}")
@@ -51,9 +52,12 @@ def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 
             found[read] = predict(model, images[read.to_numpy()])[:, 0].tolist()
         probability = found
         logger.info("round %d: %.1f %% of the films show devices", number + 1, 100 * _shows(table, probability))
-    films = table.loc[~table["rendered"], ["source_file"]].rename(columns={"source_file": "file_name"})
-    read = probability[films.index]
-    return films.assign(probability=read.round(4), **{DEVICES: (read >= SHOWS).astype(int)}).reset_index(drop=True)
+    films = table[~table["rendered"]].assign(probability=probability.round(4))
+    films[DEVICES] = (
+        (films["probability"] >= SHOWS).astype(float).where((films["probability"] >= SHOWS) | (films["view"] == "PA"))
+    )
+    named = films[["source_file", "probability", DEVICES]].reset_index(drop=True)
+    return named.set_axis(["file_name", "probability", DEVICES], axis=1)
 
 
 def _shows(table: pd.DataFrame, probability: pd.Series) -> float:

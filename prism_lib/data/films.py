@@ -80,7 +80,8 @@ def film_source(
     """Pairs of films with and without rendered devices, from the gray films of another source.
 
     `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
-    count as clean. The column "twin" of a film with devices is the file name of the one without.
+    count as clean, and only these have a pair outside the train split. The column "twin" of a film with devices is the
+    file name of the one without.
     """
     table = films.table.assign(**{DEVICES: float("nan")})
     if screened is not None:
@@ -99,6 +100,8 @@ def film_source(
         some = some.assign(name=key, copy=copy, film_seed=draws, rendered=False, twin=NOT_THERE)
         twin = some["split"] + "/" + key + ".png"
         devices = some.assign(name=key + "_devices", rendered=True, twin=twin, **{DEVICES: 1.0})
+        if screened is not None:  # the truth of a film with devices of its own would not be one
+            devices = devices[(some["split"] == "train") | (some[DEVICES] == 0)]
         if copy:
             chosen = draws % 1000 < 1000 * RENDERED_SHARE
             some, devices = some[~chosen], devices[chosen].assign(twin=NOT_THERE)

@@ -75,7 +75,9 @@ def test_screened_films_are_left_out_or_count_as_clean(root, tmp_path):
     screened = tmp_path / "screened.csv"
     pd.DataFrame({"file_name": names, "Support Devices": verdict}).to_csv(screened, index=False)
     table = load_table(prepare(config(root, tmp_path / "films", screened=screened)))
-    assert len(table) == 24 and not set(table["source_file"]) & set(names[::3])
+    assert not set(table["source_file"]) & set(names[::3])
+    paired = table[table["rendered"] & (table["split"] != "train")]
+    assert len(table) < 24 and set(paired["source_file"]) <= set(names[1::3]) and len(paired)
     plain = table[~table["rendered"]].set_index("source_file")["Support Devices"]
     assert plain[names[1::3]].eq(0).all() and plain[names[2::3]].isna().all()
     pd.DataFrame({"file_name": names, "Support Devices": ["yes"] * 18}).to_csv(screened, index=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from prism_lib.data.films import DEVICES
+from prism_lib.data.chest import DEVICES
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.tables import seeded_order

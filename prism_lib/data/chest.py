@@ -1,19 +1,26 @@
-"""Chest X-rays: CheXpert (Irvin et al., AAAI 2019), ChestX-ray14 (Wang et al., CVPR 2017) and the phantom."""
+"""Chest X-rays: CheXpert (Irvin et al., AAAI 2019), ChestX-ray14 (Wang et al., CVPR 2017), the phantom, rendered films.
+
+Films come as they are and with rendered devices: a pair whose truth is known to the pixel (see `phantom.films`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Picture, Rejection
-from prism_lib.data.tables import Source, draw_patients, refuse
+from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
 from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING, PHANTOM_LABELS
 
+DEVICES = "Support Devices"
 CHEXPERT_COLUMNS = {
     **{"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"},
     **{label: label for label in CHEXPERT_LABELS},
@@ -89,7 +96,7 @@ def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) 
     table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
     table = pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
     table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root))
-    labels = (NO_FINDING, *NIH_LABELS.values(), "Support Devices")
+    labels = (NO_FINDING, *NIH_LABELS.values(), DEVICES)
     return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
 
 
@@ -101,7 +108,7 @@ def _nih_labels(findings: pd.Series, path: Path) -> pd.DataFrame:
     refuse(unknown, findings, path, f"unknown label (known: {', '.join(names)})")
     refuse(listed.map(lambda parts: NO_FINDING in parts and len(parts) > 1), findings, path, "contradiction")
     columns = {label: listed.map(lambda parts, n=name: float(n in parts)) for name, label in names.items()}
-    return pd.DataFrame({**columns, "Support Devices": float("nan")}, index=findings.index)
+    return pd.DataFrame({**columns, DEVICES: float("nan")}, index=findings.index)
 
 
 NOT_THERE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
@@ -134,3 +141,96 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     table["phantom_index"] = patients.index
     policy = "every label is known, 1 or 0: the phantom's causal model set it"
     return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size))
+
+
+RENDERED_SHARE = 0.6  # of the further copies of a film
+RENDERED_POLICY = (
+    f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere; "
+    "other labels: "
+)
+
+
+@dataclass(frozen=True)
+class RenderedFilms:
+    """A `Reader` of films; "copy" above 0 is moved and windowed, and "rendered" gets devices by "film_seed"."""
+
+    films: ImageFiles
+
+    def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
+        """The pictures in the rows' order, with the kinds of their devices in the column "kinds"."""
+        import torch  # only in a process that renders
+
+        from prism_lib.phantom.films import with_devices
+
+        columns = ("source_file", "path", "film_seed", "copy", "rendered")
+        for name, path, seed, copy, devices in zip(*(rows[column] for column in columns), strict=True):
+            try:
+                pixels = moved(self.films, Path(path), seed) if copy else self.films.read(Path(path)).pixels
+            except ValueError as error:
+                yield Rejection(name, str(error))
+                continue
+            kinds: Sequence[str] = ()
+            if devices:
+                rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed])
+                pixels, (kinds,) = (rendered.images[0, 0] * 255).round().byte().numpy(), rendered.kinds
+            yield Picture(pixels, {"kinds": "|".join(kinds) or NOT_THERE})
+
+
+def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
+    """A film turned by up to 4 degrees, zoomed by 0.96 to 1.15, shifted by up to 3 % and with gamma 0.8 to 1.25.
+
+    Chests are never mirrored.
+    """
+    random = np.random.default_rng(seed)
+    # Moved at twice the size, so that the reduction hides the interpolation.
+    large = replace(films, size=2 * films.size, max_upscale=2 * films.max_upscale).read(path).pixels
+    side, angle, zoom = len(large), np.deg2rad(random.uniform(-4, 4)), random.uniform(0.96, 1.15)
+    shift = side * random.uniform(-0.03, 0.03, 2)
+    cos, sin, centre = np.cos(angle) / zoom, np.sin(angle) / zoom, side / 2
+    x0, y0 = (centre - cos * centre - sin * centre + shift[0], centre + sin * centre - cos * centre + shift[1])
+    turned = Image.fromarray(large).transform(
+        (side, side), Image.Transform.AFFINE, (cos, sin, x0, -sin, cos, y0), Image.Resampling.BICUBIC
+    )
+    small = np.asarray(turned.resize((films.size, films.size), Image.Resampling.LANCZOS), dtype=float) / 255
+    gamma = 0.8 * (1.25 / 0.8) ** random.uniform()
+    return (255 * small**gamma).round().astype(np.uint8)
+
+
+def film_source(
+    films: Source, reader: ImageFiles, shares: Sequence[float], seed: int, copies: int, screened: Path | None
+) -> Source:
+    """Pairs of films with and without rendered devices; further `copies` of the train split come once, and moved.
+
+    `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
+    count as clean. The column "twin" of a film with devices is the file name of the one without.
+    """
+    table = films.table.assign(**{DEVICES: float("nan")})
+    if screened is not None:
+        verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
+        known = tables.label_values(verdict[DEVICES], screened, DEVICES)
+        table[DEVICES] = table["source_file"].map(dict(zip(verdict["file_name"], known, strict=True)))
+        table = table[table[DEVICES] != 1]
+    if "split" not in table:
+        table["split"] = table["patient_id"].map(split_patients(table["patient_id"], shares, seed))
+    names = table["name"]
+    parts = []
+    for copy in range(copies):
+        some = table if copy == 0 else table[table["split"] == "train"]
+        key = names[some.index] + f"_{copy}"
+        draws = key.map(lambda name: zlib.crc32(f"{seed}:{name}".encode()))
+        some = some.assign(name=key, copy=copy, film_seed=draws, rendered=False, twin=NOT_THERE)
+        twin = some["split"] + "/" + key + ".png"
+        devices = some.assign(name=key + "_devices", rendered=True, twin=twin, **{DEVICES: 1.0})
+        if screened is not None:
+            # A film that may show devices of its own has no true pair, and words about devices that are said of such
+            # films alone would come to mean what else differs in them.
+            clean = some[DEVICES] == 0
+            devices = devices[(some["split"] == "train") | clean]
+            devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
+        if copy:
+            chosen = draws % 1000 < 1000 * RENDERED_SHARE
+            some, devices = some[~chosen], devices[chosen].assign(twin=NOT_THERE)
+        parts += [some, devices]
+    pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
+    labels = tuple(dict.fromkeys((*films.labels, DEVICES)))
+    return Source(pairs, labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)

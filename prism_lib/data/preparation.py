@@ -20,8 +20,7 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from prism_lib.data.any_table import Columns, table_source
-from prism_lib.data.chest import View, chexpert_source, nih_source, phantom_source
-from prism_lib.data.films import film_source
+from prism_lib.data.chest import View, chexpert_source, film_source, nih_source, phantom_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
 from prism_lib.data.rows import draw_captions

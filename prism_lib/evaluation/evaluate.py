@@ -211,6 +211,41 @@ def batch_difference(
     return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
 
 
+def composition(
+    pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, settings: Settings, **how: Any
+) -> pd.DataFrame:
+    """Edit nothing: a row per image, with the distance of the composite (`image`) and of the decoded latents (`raw`).
+
+    ``how`` is what `edit_jobs` takes. The axioms are of Monteiro et al. (ICLR 2023), see `metrics.relative_l1`.
+    """
+    original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
+    ((results, _),) = edit_jobs(pipe, [(original, pairs)], settings, **how)
+    reconstruction = stack(results, "reconstruction")
+    distances = {
+        name: metrics.relative_l1(stack(results, name), original, reconstruction).tolist() for name in ("image", "raw")
+    }
+    return cases[["file_name", "patient_id"]].assign(**distances)
+
+
+def reversibility(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    evaluation: Evaluation,
+    settings: Settings,
+    **how: Any,
+) -> pd.DataFrame:
+    """Undo the ``evaluation`` of an edit of ``cases``: a row per image, with the distance in column `image`."""
+    names = [table["file_name"].tolist() for table in (cases, evaluation.table)]
+    if names[0] != names[1]:
+        raise ValueError(f"the cases are {names[0]}, but the evaluated edit is of {names[1]}")
+    there = prompt_pairs(folder, cases, evaluation.edit)
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
+    ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
+    distances = metrics.relative_l1(stack(returned), evaluation.factual, evaluation.reconstruction)
+    return cases[["file_name", "patient_id"]].assign(image=distances.tolist())
+
+
 def _appearance(e: Evaluation) -> dict[str, Any]:
     """What needs neither truth nor judge."""
     open_pixels = e.mask > 0

@@ -1,7 +1,6 @@
-"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge.
+"""Edit held-out images and measure the result, against the truth of phantoms and by a judge.
 
-`choose_cases` picks images that an edit applies to, `evaluate_edits` edits and measures each of them, `summarise` gives
-means with bootstrap intervals over patients. The judge only reads; it never guides or selects.
+The judge only reads; it never guides or selects. Intervals are over patients.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
+    """One edit on N images (N, C, H, W) with masks (N, 1, H, W), a row of `table` each; `settings` each once.
 
-    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
+    ``seconds`` are those of inversion and edit alone.
     """
 
     edit: Edit
@@ -103,9 +102,8 @@ def edit_jobs(
 ) -> list[tuple[list[Counterfactual], float]]:
     """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
 
-    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
-    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
-    `inversion.invert` takes (method, num_inference_steps).
+    ``processes`` of one thread share batches and change no result, 0: as many as suit; ``batch_size`` 0: by the device.
+    ``how`` is what `inversion.invert` takes (method, num_inference_steps).
     """
     size = batch_size or devices.batch_for(pipe)
     batches = [
@@ -145,10 +143,7 @@ def evaluate_edits(
     judge: Classifier | None = None,
     **how: Any,
 ) -> list[Evaluation]:
-    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table).
-
-    ``how``: method, num_inference_steps, processes and batch_size, see `edit_jobs`.
-    """
+    """Invert, edit and measure the images of every edit's ``cases`` (rows of a table); ``how`` as in `edit_jobs`."""
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
         evaluate_results(folder, rows, change, edited, judge, seconds)
@@ -214,9 +209,9 @@ def batch_difference(
 def composition(
     pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, settings: Settings, **how: Any
 ) -> pd.DataFrame:
-    """Edit nothing: a row per image, with the distance of the composite (`image`) and of the decoded latents (`raw`).
+    """Edit nothing: per image the distance of the composite (`image`) and of the decoded latents (`raw`).
 
-    ``how`` is what `edit_jobs` takes. The axioms are of Monteiro et al. (ICLR 2023), see `metrics.relative_l1`.
+    ``how`` is what `edit_jobs` takes; the distance is `metrics.relative_l1`.
     """
     original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
     ((results, _),) = edit_jobs(pipe, [(original, pairs)], settings, **how)
@@ -247,7 +242,6 @@ def reversibility(
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:
-    """What needs neither truth nor judge."""
     open_pixels = e.mask > 0
     bounded = ~open_pixels.flatten(1).all(1)  # elsewhere no pixel lies outside the mask
     outside = torch.zeros(len(bounded))

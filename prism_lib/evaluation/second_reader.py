@@ -1,7 +1,6 @@
-"""A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
+"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F).
 
-An image-text-to-text model that transformers loads (LLaVA, Idefics, Qwen-VL, MedGemma, ...) becomes a classifier, so
-it gives the measures of a judge. Its answers may be wrong: look first at its `judge_auc` on the originals.
+Its answers may be wrong: look first at its `judge_auc` on the originals.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO"
 
 
 class QuestionReader(nn.Module):
-    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token.
-
-    Nothing is sampled: the same image and question give the same number.
-    """
+    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token."""
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()

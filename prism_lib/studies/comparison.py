@@ -1,7 +1,6 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
 
-`compare_methods` tunes every method within one budget on validation patients, by the mean error to the true
-counterfactual where pixels had to change, and measures the best of each on test patients.
+Every method is tuned within one budget on validation patients, and its best measured on test patients.
 """
 
 from __future__ import annotations
@@ -97,10 +96,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """What `compare_methods` compares, and how much work goes into it.
-
-    GAN and guide, which is never the judge, are trained in `mixed_precision`; the editors use that of the pipeline.
-    """
+    """What `compare_methods` compares; GAN and guide, which is never the judge, are trained in `mixed_precision`."""
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
     images: Positive = 3  # test patients for each edit
@@ -153,7 +149,7 @@ def measure(
     share: bool = False,
     processes: int = 0,
 ) -> dict[str, Measurement]:
-    """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
+    """Edit the images of ``cases`` with every editor; editors of equal `effect` are measured once.
 
     With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
     """
@@ -197,7 +193,7 @@ def measure(
 
 
 class _Job(NamedTuple):
-    """A batch of images (N, C, H, W) for editors that share what they invert."""
+    """Images (N, C, H, W) for editors that share what they invert."""
 
     editors: Mapping[Place, Editor]
     images: Tensor
@@ -274,10 +270,7 @@ def compare_methods(
     judge: Classifier | None = None,
     processes: int = 0,
 ) -> Comparison:
-    """Train the GAN, tune every method on validation patients, compare all on test patients.
-
-    GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
-    """
+    """Train the GAN (kept below ``output``), tune every method on validation patients, compare all on test patients."""
     require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}

@@ -1,7 +1,6 @@
 """GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
 
-A frozen classifier, not the judge that measures, has to read the translation as its target. There is a GAN for each
-label, without text or mask. A stopped run continues bit for bit: a step's images follow from seed and step alone.
+A frozen classifier, not the judge, has to read the translation as its target. A stopped run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -122,10 +121,7 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
-
-    Each combination of prepared folder and settings has a folder of its own below ``output``.
-    """
+    """The editor with a GAN for every label that ``edits`` change; each data and settings have their own folder."""
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)
@@ -145,7 +141,7 @@ def load_generators(folder: Path) -> nn.ModuleDict:
 
 
 class _Training:
-    """Networks, their optimizer and one step of training; images are (B, 1, H, W) in [-1, 1]."""
+    """Images are (B, 1, H, W) in [-1, 1]."""
 
     def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
         if size % 16:
@@ -213,7 +209,7 @@ class _Training:
 
 
 def _generators(config: GanConfig) -> nn.ModuleDict:
-    """The paper's U-Nets: four halvings, instance norm, leaky ReLU; tanh follows where they are called."""
+    """The paper's U-Nets; tanh follows where they are called."""
     widths = [config.filters * factor for factor in (1, 2, 4, 8, 8)]
     how = {"strides": [2] * 4, "norm": "INSTANCE", "act": ("LEAKYRELU", {"negative_slope": 0.2})}
     return nn.ModuleDict({name: UNet(2, 1, 1, widths, **how) for name in DIRECTIONS})
@@ -230,5 +226,4 @@ def _translate(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
-    """All images of the rows as uint8 (N, 1, H, W)."""
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, rows)])

@@ -1,7 +1,4 @@
-"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
-
-The truth is known: the other finding's share of the picture is the difference that its removal would make.
-"""
+"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I)."""
 
 from __future__ import annotations
 
@@ -58,10 +55,9 @@ def entanglement(
 
 
 def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tensor) -> Tensor:
-    """How much of the other finding an edit removed, (N,): 0 is nothing, 1 all of it.
+    """How much of the other finding an edit removed, (N,), over ``region`` (N, 1, H, W): 0 is nothing, 1 all of it.
 
-    <edited - factual, without - factual> / |without - factual|^2 over ``region`` (N, 1, H, W); ``without`` is the true
-    image without the other finding.
+    <edited - factual, without - factual> / |without - factual|^2; ``without`` is the truth without the other finding.
     """
     removal = (without - factual) * region
     size = removal.square().sum((1, 2, 3))
@@ -109,11 +105,7 @@ def study(
 
 
 def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What makes each image hard, a bool column per stratum; ``cases`` are the rows that were edited, in their order.
-
-    Kinds of devices; "with LABEL" for the findings that stay; "over bone and heart", where most of the true change lies
-    on pixels brighter than the median; "faint", where the true change is weaker than that of half of these images.
-    """
+    """What makes each of ``cases`` hard: a bool column per kind of device, finding that stays, place, faintness."""
     changed, truth = evaluation.truth_mask, evaluation.truth
     assert changed is not None and truth is not None
     pixels = changed.flatten(1).sum(1)

@@ -40,11 +40,15 @@ def load_judge(name: str) -> Classifier | None:
 def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
-    pixels = torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
     labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
-    model = train_classifier(pixels, labels, config)
+    model = train_classifier(gray_bytes(folder, table), labels, config)
     save_classifier(model, config, output)
     return Classifier(model, config.labels)
+
+
+def gray_bytes(folder: str | Path, table: pd.DataFrame) -> Tensor:
+    """All images of a table's rows as uint8 (N, 1, H, W)."""
+    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
 
 def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test") -> dict[str, float]:
@@ -81,13 +85,15 @@ class Evaluation:
         return self.factual[:count], self.edited[:count], None if self.truth is None else self.truth[:count]
 
 
-def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
-    """The first ``count`` images of a split that the edit applies to, one per patient; ValueError for too few."""
-    rows = editable(load_table(folder, split), edit).drop_duplicates("patient_id")
+def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test", having: str = "") -> pd.DataFrame:
+    """The first ``count`` images of a split that the edit applies to (``having`` another label), one per patient."""
+    rows = editable(load_table(folder, split), edit)
+    if having and (having not in rows or having in (*edit.remove, *edit.add)):
+        raise ValueError(f"{having!r} is no other label of {folder} than those that {edit.key} changes")
+    rows = (rows[rows[having] == 1] if having else rows).drop_duplicates("patient_id")
     if len(rows) < count:
-        raise ValueError(
-            f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for"
-        )
+        found = f"{len(rows)} patients of split {split!r} in {folder}" + (f" with {having!r}" if having else "")
+        raise ValueError(f"{edit.key} applies to {found}; {count} were asked for")
     return rows.head(count).reset_index(drop=True)
 
 
@@ -317,8 +323,7 @@ def interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> di
     """Mean of a column with its bootstrap interval over patients, or alone where there is one patient."""
     if patients.nunique() < 2:
         return {name: float(values.mean())}
-    rows = torch.tensor(values.to_numpy(dtype=float))
-    return metrics.bootstrap_ci(rows, patients.tolist(), seed=seed).named(name)
+    return metrics.bootstrap_ci(torch.tensor(values.to_numpy(float)), patients.tolist(), seed=seed).named(name)
 
 
 def notes(evaluation: Evaluation) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
@@ -188,10 +189,8 @@ def bootstrap_ci(
     owners = list(range(len(values)) if patients is None else patients)
     if len(owners) != len(values):
         raise ValueError(f"{len(values)} values but {len(owners)} patients")
-    rows: dict[Hashable, list[int]] = {}
-    for index, owner in enumerate(owners):
-        rows.setdefault(owner, []).append(index)
-    groups = [np.array(indices) for indices in rows.values()]
+    positions = pd.Series(range(len(owners)))
+    groups = [rows.to_numpy() for _, rows in positions.groupby(owners, sort=False, dropna=False)]
     if len(groups) < 2:
         raise ValueError(f"an interval needs at least 2 patients, got {len(groups)}")
     values = values.double().cpu()

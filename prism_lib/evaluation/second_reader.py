@@ -32,7 +32,11 @@ class QuestionReader(nn.Module):
         if not questions:
             raise ValueError("there are no questions")
         self.model, self.processor = model, processor
-        self.prompts = [self._prompt(question) for question in questions]
+        self.prompts = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            self.prompts.append(str(processor.apply_chat_template(chat, add_generation_prompt=True)))
         tokens = [
             [processor.tokenizer(word, add_special_tokens=False).input_ids for word in words] for words in (YES, NO)
         ]
@@ -41,11 +45,6 @@ class QuestionReader(nn.Module):
         self.yes, self.no = sorted(first[0] - first[1]), sorted(first[1] - first[0])
         if not self.yes or not self.no:
             raise ValueError("yes and no begin with the same token in this model's tokenizer")
-
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        chat = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
@@ -23,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, image_batches, load_info, load_table
+from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
-from prism_lib.evaluation.evaluate import train_judge
+from prism_lib.evaluation.evaluate import gray_bytes, train_judge
 from prism_lib.files import stable_seed, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case
@@ -94,7 +93,7 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         return target
     training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
     start = load_checkpoint(target, training.states, training.optimizer).get("step", 0)
-    pixels = {value: _read(folder, rows) for value, rows in sides.items()}
+    pixels = {value: gray_bytes(folder, rows) for value, rows in sides.items()}
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
         negative, positive = (
@@ -152,7 +151,8 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generators = _generators(config)
-            self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
+            how = {"spatial_dims": 2, "channels": 2 * config.filters, "in_channels": 1, "norm": "INSTANCE"}
+            self.discriminators = nn.ModuleDict({name: PatchDiscriminator(**how) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
         parts = {"generators": self.generators.to(self.device), "discriminators": self.discriminators.to(self.device)}
         self.states = {name: part.state_dict() for name, part in parts.items()}
@@ -172,7 +172,7 @@ class _Training:
         errors = []
         for name in DIRECTIONS:
             for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0)):
-                score = self._judged(name, image)
+                score = self._called(self.discriminators[name], image)
                 errors.append(F.mse_loss(score, torch.full_like(score, real)))
         self._optimise(0.5 * torch.stack(errors).sum())
 
@@ -180,7 +180,7 @@ class _Training:
         config, total, fakes = self.config, torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
-            score = self._judged(name, fake)
+            score = self._called(self.discriminators[name], fake)
             read = self._called(self.classifier, (fake + 1) / 2)[:, self.column].sigmoid()
             intended = torch.full_like(read, float(name == "add"))
             returned = self._translated(other, fake)
@@ -199,9 +199,6 @@ class _Training:
     def _translated(self, name: str, images: Tensor) -> Tensor:
         return self._called(self.generators[name], images).tanh()
 
-    def _judged(self, name: str, images: Tensor) -> Tensor:
-        return self._called(self.discriminators[name], images)
-
     def _optimise(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
@@ -215,15 +212,7 @@ def _generators(config: GanConfig) -> nn.ModuleDict:
     return nn.ModuleDict({name: UNet(2, 1, 1, widths, **how) for name in DIRECTIONS})
 
 
-def _discriminator(config: GanConfig) -> nn.Module:
-    return PatchDiscriminator(spatial_dims=2, channels=2 * config.filters, in_channels=1, norm="INSTANCE")
-
-
 def _translate(network: nn.Module, images: Tensor) -> Tensor:
     """Images (N, 1, H, W) in [0, 1], through a generator and back to [0, 1]."""
     device = next(network.parameters()).device
     return torch.cat([(network(part.to(device) * 2 - 1).tanh() + 1) / 2 for part in images.split(8)])
-
-
-def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
-    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, rows)])

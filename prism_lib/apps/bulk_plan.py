@@ -22,8 +22,8 @@ from prism_lib.apps.profiles import coerce, one_line
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig, grid
-from prism_lib.evaluation import criteria
-from prism_lib.evaluation.criteria import Criteria
+from prism_lib.evaluation import selection
+from prism_lib.evaluation.selection import Criteria
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import Vocabulary, vocabulary
 from prism_lib.paths import SHIPPED
@@ -56,11 +56,11 @@ class Choice:
             raise ValueError(f"sweep: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(_EDIT)}")
         if not (self.best or self.guide or self.similarity):
             raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
-        known = (*criteria.EDIT, *criteria.IDENTITY)
-        known += (*(criteria.GUIDE if self.guide else ()), *(criteria.SIMILARITY if self.similarity else ()))
+        known = (*selection.EDIT, *selection.IDENTITY)
+        known += (*(selection.GUIDE if self.guide else ()), *(selection.SIMILARITY if self.similarity else ()))
         for score in (self.criteria.best, *self.at_least, *self.at_most):
             if score not in known:
-                takers = {"a guide": criteria.GUIDE, "a similarity": criteria.SIMILARITY}
+                takers = {"a guide": selection.GUIDE, "a similarity": selection.SIMILARITY}
                 hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
                 raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
 

@@ -8,16 +8,17 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["axioms", "metrics", "novelty"],
+    submodules=["metrics", "novelty"],
     submod_attrs={
         "evaluate": [
-            "Evaluation", "batch_difference", "choose_cases", "evaluate_edits", "evaluate_results", "interval",
-            "judge_auc", "load_judge", "notes", "reread", "summarise", "summarise_rows", "train_judge",
+            "Evaluation", "batch_difference", "choose_cases", "composition", "evaluate_edits", "evaluate_results",
+            "interval", "judge_auc", "load_judge", "notes", "reread", "reversibility", "summarise", "summarise_rows",
+            "train_judge",
         ],
-        "criteria": ["Criteria"],
         "second_reader": ["load_reader"],
         "selection": [
-            "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select", "select_each",
+            "Criteria", "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select",
+            "select_each",
         ],
     },
 )  # fmt: skip

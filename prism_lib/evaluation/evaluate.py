@@ -1,7 +1,6 @@
-"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge.
+"""Edit held-out images and measure the result, against the truth of phantoms and by a judge.
 
-`choose_cases` picks images that an edit applies to, `evaluate_edits` edits and measures each of them, `summarise` gives
-means with bootstrap intervals over patients. The judge only reads; it never guides or selects.
+The judge only reads; it never guides or selects. Intervals are over patients.
 """
 
 from __future__ import annotations
@@ -41,11 +40,15 @@ def load_judge(name: str) -> Classifier | None:
 def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
-    pixels = torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
     labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
-    model = train_classifier(pixels, labels, config)
+    model = train_classifier(gray_bytes(folder, table), labels, config)
     save_classifier(model, config, output)
     return Classifier(model, config.labels)
+
+
+def gray_bytes(folder: str | Path, table: pd.DataFrame) -> Tensor:
+    """All images of a table's rows as uint8 (N, 1, H, W)."""
+    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
 
 def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test") -> dict[str, float]:
@@ -60,9 +63,9 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
+    """One edit on N images (N, C, H, W) with masks (N, 1, H, W), a row of `table` each; `settings` each once.
 
-    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
+    ``seconds`` are those of inversion and edit alone.
     """
 
     edit: Edit
@@ -82,13 +85,15 @@ class Evaluation:
         return self.factual[:count], self.edited[:count], None if self.truth is None else self.truth[:count]
 
 
-def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test") -> pd.DataFrame:
-    """The first ``count`` images of a split that the edit applies to, one per patient; ValueError for too few."""
-    rows = editable(load_table(folder, split), edit).drop_duplicates("patient_id")
+def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test", having: str = "") -> pd.DataFrame:
+    """The first ``count`` images of a split that the edit applies to (``having`` another label), one per patient."""
+    rows = editable(load_table(folder, split), edit)
+    if having and (having not in rows or having in (*edit.remove, *edit.add)):
+        raise ValueError(f"{having!r} is no other label of {folder} than those that {edit.key} changes")
+    rows = (rows[rows[having] == 1] if having else rows).drop_duplicates("patient_id")
     if len(rows) < count:
-        raise ValueError(
-            f"{edit.key} applies to {len(rows)} patients of split {split!r} in {folder}; {count} were asked for"
-        )
+        found = f"{len(rows)} patients of split {split!r} in {folder}" + (f" with {having!r}" if having else "")
+        raise ValueError(f"{edit.key} applies to {found}; {count} were asked for")
     return rows.head(count).reset_index(drop=True)
 
 
@@ -103,9 +108,8 @@ def edit_jobs(
 ) -> list[tuple[list[Counterfactual], float]]:
     """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
 
-    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
-    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
-    `inversion.invert` takes (method, num_inference_steps).
+    ``processes`` of one thread share batches and change no result, 0: as many as suit; ``batch_size`` 0: by the device.
+    ``how`` is what `inversion.invert` takes (method, num_inference_steps).
     """
     size = batch_size or devices.batch_for(pipe)
     batches = [
@@ -145,10 +149,7 @@ def evaluate_edits(
     judge: Classifier | None = None,
     **how: Any,
 ) -> list[Evaluation]:
-    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table).
-
-    ``how``: method, num_inference_steps, processes and batch_size, see `edit_jobs`.
-    """
+    """Invert, edit and measure the images of every edit's ``cases`` (rows of a table); ``how`` as in `edit_jobs`."""
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
         evaluate_results(folder, rows, change, edited, judge, seconds)
@@ -211,8 +212,42 @@ def batch_difference(
     return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
 
 
+def composition(
+    pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, settings: Settings, **how: Any
+) -> pd.DataFrame:
+    """Edit nothing: per image the distance of the composite (`image`) and of the decoded latents (`raw`).
+
+    ``how`` is what `edit_jobs` takes; the distance is `metrics.relative_l1`.
+    """
+    original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
+    ((results, _),) = edit_jobs(pipe, [(original, pairs)], settings, **how)
+    reconstruction = stack(results, "reconstruction")
+    distances = {
+        name: metrics.relative_l1(stack(results, name), original, reconstruction).tolist() for name in ("image", "raw")
+    }
+    return cases[["file_name", "patient_id"]].assign(**distances)
+
+
+def reversibility(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    cases: pd.DataFrame,
+    evaluation: Evaluation,
+    settings: Settings,
+    **how: Any,
+) -> pd.DataFrame:
+    """Undo the ``evaluation`` of an edit of ``cases``: a row per image, with the distance in column `image`."""
+    names = [table["file_name"].tolist() for table in (cases, evaluation.table)]
+    if names[0] != names[1]:
+        raise ValueError(f"the cases are {names[0]}, but the evaluated edit is of {names[1]}")
+    there = prompt_pairs(folder, cases, evaluation.edit)
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
+    ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
+    distances = metrics.relative_l1(stack(returned), evaluation.factual, evaluation.reconstruction)
+    return cases[["file_name", "patient_id"]].assign(image=distances.tolist())
+
+
 def _appearance(e: Evaluation) -> dict[str, Any]:
-    """What needs neither truth nor judge."""
     open_pixels = e.mask > 0
     bounded = ~open_pixels.flatten(1).all(1)  # elsewhere no pixel lies outside the mask
     outside = torch.zeros(len(bounded))
@@ -288,8 +323,7 @@ def interval(name: str, values: pd.Series, patients: pd.Series, seed: int) -> di
     """Mean of a column with its bootstrap interval over patients, or alone where there is one patient."""
     if patients.nunique() < 2:
         return {name: float(values.mean())}
-    rows = torch.tensor(values.to_numpy(dtype=float))
-    return metrics.bootstrap_ci(rows, patients.tolist(), seed=seed).named(name)
+    return metrics.bootstrap_ci(torch.tensor(values.to_numpy(float)), patients.tolist(), seed=seed).named(name)
 
 
 def notes(evaluation: Evaluation) -> list[str]:

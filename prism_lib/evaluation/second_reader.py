@@ -1,7 +1,6 @@
-"""A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
+"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F).
 
-An image-text-to-text model that transformers loads (LLaVA, Idefics, Qwen-VL, MedGemma, ...) becomes a classifier, so
-it gives the measures of a judge. Its answers may be wrong: look first at its `judge_auc` on the originals.
+Its answers may be wrong: look first at its `judge_auc` on the originals.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO"
 
 
 class QuestionReader(nn.Module):
-    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token.
-
-    Nothing is sampled: the same image and question give the same number.
-    """
+    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token."""
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()
@@ -36,7 +32,11 @@ class QuestionReader(nn.Module):
         if not questions:
             raise ValueError("there are no questions")
         self.model, self.processor = model, processor
-        self.prompts = [self._prompt(question) for question in questions]
+        self.prompts = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            self.prompts.append(str(processor.apply_chat_template(chat, add_generation_prompt=True)))
         tokens = [
             [processor.tokenizer(word, add_special_tokens=False).input_ids for word in words] for words in (YES, NO)
         ]
@@ -45,11 +45,6 @@ class QuestionReader(nn.Module):
         self.yes, self.no = sorted(first[0] - first[1]), sorted(first[1] - first[0])
         if not self.yes or not self.no:
             raise ValueError("yes and no begin with the same token in this model's tokenizer")
-
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        chat = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

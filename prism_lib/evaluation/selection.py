@@ -1,29 +1,56 @@
 """Choose among the candidates of a sweep: score all of them, filter, take the best that passes.
 
-A `Scorer` turns counterfactuals into named numbers; `select` applies the criteria to the numbers of every candidate.
 The judge, which measures counterfactuals, must not choose them: `load_guide` refuses it under every name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from pydantic import FiniteFloat
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from prism_lib import paths
-from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
-from prism_lib.evaluation.criteria import Criteria
 from prism_lib.files import file_hash, image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.image_text import ImageTextModel
+
+if TYPE_CHECKING:  # a plan of a bulk run is checked without transformers
+    from prism_lib.editing.counterfactuals import Counterfactual
+    from prism_lib.models.image_text import ImageTextModel
+
+EDIT = ("mask_area", "change", "change_outside_mask")
+SIMILARITY = ("image_image", "image_text_source", "image_text", "directional", "consistency")
+IDENTITY = ("ssim", "identity_l1")
+GUIDE = ("guide", "guide_gain")
 
 Scores = dict[str, float]
+
+
+@checked(frozen=True)
+class Criteria:
+    """The score to maximise, and bounds (inclusive) that a candidate has to keep; they depend on the scoring model."""
+
+    best: str = "directional"
+    at_least: Mapping[str, FiniteFloat] = field(default_factory=dict)
+    at_most: Mapping[str, FiniteFloat] = field(default_factory=dict)
+
+    def failures(self, scores: Mapping[str, float]) -> tuple[str, ...]:
+        """Why a candidate does not pass, () if it does; ValueError for a score that is not there."""
+        names = {self.best, *self.at_least, *self.at_most}
+        if missing := sorted(names - set(scores)):
+            raise ValueError(f"no score {', '.join(missing)}; the scorers give {', '.join(scores)}")
+        found = [f"{name} is {scores[name]}" for name in sorted(names) if not math.isfinite(scores[name])]
+        found += [f"{n} {scores[n]:.4g} < {bound:g}" for n, bound in self.at_least.items() if scores[n] < bound]
+        found += [f"{n} {scores[n]:.4g} > {bound:g}" for n, bound in self.at_most.items() if scores[n] > bound]
+        return tuple(found)
 
 
 class Scorer(Protocol):
@@ -74,7 +101,7 @@ class IdentityScorer:
     """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        images, factual = stack(candidates), stack(candidates, "factual")
+        images, factual = (torch.stack([getattr(c, name) for c in candidates]) for name in ("image", "factual"))
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
 
@@ -92,12 +119,12 @@ class GuideScorer:
             raise ValueError(f"a guide reads labels, and the edit {self.edit.key} names none")
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        after, before = (self._towards(stack(candidates, name)) for name in ("image", "factual"))
+        after, before = (self._towards([getattr(c, name) for c in candidates]) for name in ("image", "factual"))
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 
-    def _towards(self, images: Tensor) -> Tensor:
+    def _towards(self, images: Sequence[Tensor]) -> Tensor:
         """Probability of the target value of each label that the edit changes, (N, changes)."""
-        probabilities = self.guide.read(images)
+        probabilities = self.guide.read(torch.stack(list(images)))
         of = dict(zip(self.guide.labels, probabilities.unbind(1), strict=True))
         return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 

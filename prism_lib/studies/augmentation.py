@@ -1,8 +1,4 @@
-"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
-
-A `Source` gives an image for each row of a prepared table under an edit; `Cached` keeps what a slow source gave, so an
-interrupted study continues where it stopped and every strength and seed uses the same images.
-"""
+"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them."""
 
 from __future__ import annotations
 
@@ -71,10 +67,7 @@ def truth(folder: Folder) -> Source:
 
 
 class Files:
-    """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
-
-    ``settings`` is a digest of all names, which in a bulk run contain all that decides the content.
-    """
+    """Images made before, as by `bulk.files`: (file_name, edit key) -> path; `settings` is a digest of the names."""
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
         self.images = images
@@ -119,6 +112,5 @@ def _seed(seed: int, name: str, change: Edit) -> int:
 
 
 def _read(path: Path) -> Tensor:
-    """(1, H, W) in [0, 1]."""
     with Image.open(path) as file:
         return torch.from_numpy(np.array(file.convert("L"))).float().div(255)[None]

@@ -1,7 +1,6 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
 
-`compare_methods` tunes every method within one budget on validation patients, by the mean error to the true
-counterfactual where pixels had to change, and measures the best of each on test patients.
+Every method is tuned within one budget on validation patients, and its best measured on test patients.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ COLUMNS = (
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
 Place = tuple[Edit, str]  # an edit and an editor's effect
+Job = tuple[Mapping[Place, Editor], Tensor, Sequence[PromptPair], Edit]  # editors that share what they invert
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -97,10 +97,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """What `compare_methods` compares, and how much work goes into it.
-
-    GAN and guide, which is never the judge, are trained in `mixed_precision`; the editors use that of the pipeline.
-    """
+    """What `compare_methods` compares; GAN and guide, which is never the judge, are trained in `mixed_precision`."""
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
     images: Positive = 3  # test patients for each edit
@@ -153,7 +150,7 @@ def measure(
     share: bool = False,
     processes: int = 0,
 ) -> dict[str, Measurement]:
-    """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
+    """Edit the images of ``cases`` with every editor; editors of equal `effect` are measured once.
 
     With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
     """
@@ -174,7 +171,7 @@ def measure(
         images, pairs = inputs[change]
         for first in range(0, len(images), size):
             rows = slice(first, first + size)
-            jobs.append(_Job(group, images[rows], pairs[rows], change))
+            jobs.append((group, images[rows], pairs[rows], change))
     found: dict[Place, list[_Made]] = defaultdict(list)
     count = copies_for(pipe, processes, len(jobs))
     for made in tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure"):
@@ -196,15 +193,6 @@ def measure(
     }
 
 
-class _Job(NamedTuple):
-    """A batch of images (N, C, H, W) for editors that share what they invert."""
-
-    editors: Mapping[Place, Editor]
-    images: Tensor
-    pairs: Sequence[PromptPair]
-    change: Edit
-
-
 class _Made(NamedTuple):
     """What one editor made of a batch, in how many seconds and rows of U-Net calls."""
 
@@ -213,14 +201,15 @@ class _Made(NamedTuple):
     rows: int
 
 
-def _edit(pipe: StableDiffusionPipeline, job: _Job) -> dict[Place, _Made]:
+def _edit(pipe: StableDiffusionPipeline, job: Job) -> dict[Place, _Made]:
     """Runs in a process of its own; the inversion counts for the first editor."""
+    editors, images, pairs, change = job
     made: dict[Place, _Made] = {}
     inverted: Any = None
-    for place, editor in job.editors.items():
+    for place, editor in editors.items():
         with counted_rows(pipe.unet) as rows, Timer() as timer:
-            inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
-            results = editor.edit(pipe, inverted, job.pairs, job.change)
+            inverted = inverted if made else editor.invert(pipe, images, pairs)
+            results = editor.edit(pipe, inverted, pairs, change)
         made[place] = _Made(results, timer.seconds, sum(rows))
     return made
 
@@ -274,10 +263,7 @@ def compare_methods(
     judge: Classifier | None = None,
     processes: int = 0,
 ) -> Comparison:
-    """Train the GAN, tune every method on validation patients, compare all on test patients.
-
-    GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
-    """
+    """Train the GAN (kept below ``output``), tune every method on validation patients, compare all on test patients."""
     require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}

@@ -1,7 +1,6 @@
 """What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
 
-Each result is a `Counterfactual`, so every method is measured by the same functions as ours. `studies.imagic` and
-`studies.ganterfactual` hold the two that train. Classes of diffusers share the caller's networks, not its scheduler.
+Classes of diffusers share the caller's networks, not its scheduler.
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 
 
 class Editor:
-    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
-
-    Editors with equal `inverts` may share what `invert` gives.
-    """
+    """A method: `invert` the images, then `edit` what that gave; editors with equal `inverts` may share the first."""
 
     @property
     def inverts(self) -> Hashable:
@@ -81,10 +77,9 @@ class Editor:
 
 @dataclass(frozen=True)
 class PromptToPrompt(Editor):
-    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
+    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults; `mask` "off": the raw decode.
 
-    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask`
-    "off" gives the raw decode, nothing put back into the input.
+    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is.
     """
 
     method: str = RECOMMENDED
@@ -108,10 +103,9 @@ class PromptToPrompt(Editor):
 
 @dataclass(frozen=True)
 class TwoMasks(Editor):
-    """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
+    """Edit-friendly inversion edited between two masks, after RadEdit (Perez-Garcia et al., ECCV 2024), no injection.
 
-    Drawn masks, as in RadEdit, would give this method the truth; so the edit mask is the one that our own editor finds,
-    `margin` pixels wider, and everything further away is kept. No attention is injected.
+    Drawn masks would give it the truth, so the edit mask is the one that our own editor finds, `margin` pixels wider.
     """
 
     guidance_scale: float = 7.5
@@ -178,8 +172,7 @@ class SDEdit(Editor):
 class LEdits(Editor):
     """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
 
-    `threshold` is the quantile that opens the mask; `intersect` also uses the attention, which needs a U-Net that
-    attends at a quarter of the latents' size. One image at a time: diffusers' concepts belong to a batch.
+    `threshold` is the quantile that opens the mask; `intersect` needs a U-Net that attends at a quarter of the latents.
     """
 
     edit_guidance_scale: float = 5.0
@@ -223,11 +216,9 @@ class LEdits(Editor):
 
 @dataclass(frozen=True)
 class Edict(Editor):
-    """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
+    """EDICT: two latents that denoise each other, so a step can be undone (Wallace et al., CVPR 2023).
 
-    A step makes x from y's noise and then y from the new x's, and mixes the two a little, because they would drift
-    apart. `strength` is the share of the steps that are walked, `mixing` the paper's p: 1 does not mix. Latents are
-    float64, as published: mixing multiplies rounding by 1 / p a step.
+    `strength` is the share of the steps walked, `mixing` the paper's p: it multiplies rounding by 1 / p a step.
     """
 
     guidance_scale: float = 3.0

@@ -1,7 +1,6 @@
 """GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
 
-A frozen classifier, not the judge that measures, has to read the translation as its target. There is a GAN for each
-label, without text or mask. A stopped run continues bit for bit: a step's images follow from seed and step alone.
+A frozen classifier, not the judge, has to read the translation as its target. A stopped run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
@@ -24,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, image_batches, load_info, load_table
+from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
-from prism_lib.evaluation.evaluate import train_judge
+from prism_lib.evaluation.evaluate import gray_bytes, train_judge
 from prism_lib.files import stable_seed, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case
@@ -95,7 +93,7 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
         return target
     training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
     start = load_checkpoint(target, training.states, training.optimizer).get("step", 0)
-    pixels = {value: _read(folder, rows) for value, rows in sides.items()}
+    pixels = {value: gray_bytes(folder, rows) for value, rows in sides.items()}
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
         negative, positive = (
@@ -122,10 +120,7 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
-
-    Each combination of prepared folder and settings has a folder of its own below ``output``.
-    """
+    """The editor with a GAN for every label that ``edits`` change; each data and settings have their own folder."""
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)
@@ -145,7 +140,7 @@ def load_generators(folder: Path) -> nn.ModuleDict:
 
 
 class _Training:
-    """Networks, their optimizer and one step of training; images are (B, 1, H, W) in [-1, 1]."""
+    """Images are (B, 1, H, W) in [-1, 1]."""
 
     def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
         if size % 16:
@@ -156,7 +151,8 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generators = _generators(config)
-            self.discriminators = nn.ModuleDict({name: _discriminator(config) for name in DIRECTIONS})
+            how = {"spatial_dims": 2, "channels": 2 * config.filters, "in_channels": 1, "norm": "INSTANCE"}
+            self.discriminators = nn.ModuleDict({name: PatchDiscriminator(**how) for name in DIRECTIONS})
         self.device = next(self.classifier.parameters()).device
         parts = {"generators": self.generators.to(self.device), "discriminators": self.discriminators.to(self.device)}
         self.states = {name: part.state_dict() for name, part in parts.items()}
@@ -176,7 +172,7 @@ class _Training:
         errors = []
         for name in DIRECTIONS:
             for image, real in ((wanted[name], 1.0), (fakes[name].detach(), 0.0)):
-                score = self._judged(name, image)
+                score = self._called(self.discriminators[name], image)
                 errors.append(F.mse_loss(score, torch.full_like(score, real)))
         self._optimise(0.5 * torch.stack(errors).sum())
 
@@ -184,7 +180,7 @@ class _Training:
         config, total, fakes = self.config, torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
-            score = self._judged(name, fake)
+            score = self._called(self.discriminators[name], fake)
             read = self._called(self.classifier, (fake + 1) / 2)[:, self.column].sigmoid()
             intended = torch.full_like(read, float(name == "add"))
             returned = self._translated(other, fake)
@@ -203,9 +199,6 @@ class _Training:
     def _translated(self, name: str, images: Tensor) -> Tensor:
         return self._called(self.generators[name], images).tanh()
 
-    def _judged(self, name: str, images: Tensor) -> Tensor:
-        return self._called(self.discriminators[name], images)
-
     def _optimise(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
@@ -213,22 +206,13 @@ class _Training:
 
 
 def _generators(config: GanConfig) -> nn.ModuleDict:
-    """The paper's U-Nets: four halvings, instance norm, leaky ReLU; tanh follows where they are called."""
+    """The paper's U-Nets; tanh follows where they are called."""
     widths = [config.filters * factor for factor in (1, 2, 4, 8, 8)]
     how = {"strides": [2] * 4, "norm": "INSTANCE", "act": ("LEAKYRELU", {"negative_slope": 0.2})}
     return nn.ModuleDict({name: UNet(2, 1, 1, widths, **how) for name in DIRECTIONS})
-
-
-def _discriminator(config: GanConfig) -> nn.Module:
-    return PatchDiscriminator(spatial_dims=2, channels=2 * config.filters, in_channels=1, norm="INSTANCE")
 
 
 def _translate(network: nn.Module, images: Tensor) -> Tensor:
     """Images (N, 1, H, W) in [0, 1], through a generator and back to [0, 1]."""
     device = next(network.parameters()).device
     return torch.cat([(network(part.to(device) * 2 - 1).tanh() + 1) / 2 for part in images.split(8)])
-
-
-def _read(folder: Folder, rows: pd.DataFrame) -> Tensor:
-    """All images of the rows as uint8 (N, 1, H, W)."""
-    return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, rows)])

@@ -1,7 +1,4 @@
-"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
-
-The truth is known: the other finding's share of the picture is the difference that its removal would make.
-"""
+"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I)."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, load_table, read_images, require_truth
-from prism_lib.data.rows import editable, marker_masks, prompt_pairs, true_counterfactual
+from prism_lib.data.folder import load_info, read_images, require_truth
+from prism_lib.data.rows import marker_masks, prompt_pairs, true_counterfactual
 from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
@@ -37,7 +34,7 @@ def entanglement(
 ) -> Numbers:
     """How much of another finding an edit carries along, by the folder's confounding, the prompts' wording and mask."""
     require_truth(folder)
-    cases = cases_with_both(folder, change, other, count)
+    cases = choose_cases(folder, change, count, having=other)
     removed, wanted = (true_counterfactual(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
     assert removed is not None and wanted is not None
     images, confounding = read_images(folder, cases), load_info(folder)["config"]["confounding"]
@@ -58,27 +55,15 @@ def entanglement(
 
 
 def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tensor) -> Tensor:
-    """How much of the other finding an edit removed, (N,): 0 is nothing, 1 all of it.
+    """How much of the other finding an edit removed, (N,), over ``region`` (N, 1, H, W): 0 is nothing, 1 all of it.
 
-    <edited - factual, without - factual> / |without - factual|^2 over ``region`` (N, 1, H, W); ``without`` is the true
-    image without the other finding.
+    <edited - factual, without - factual> / |without - factual|^2; ``without`` is the truth without the other finding.
     """
     removal = (without - factual) * region
     size = removal.square().sum((1, 2, 3))
     if bool((size == 0).any()):
         raise ValueError(f"image {int((size == 0).nonzero()[0])} shows nothing of the other finding in the region")
     return ((edited - factual) * removal).sum((1, 2, 3)) / size
-
-
-def cases_with_both(folder: str | Path, change: Edit, other: str, count: int, split: str = "test") -> pd.DataFrame:
-    """The first ``count`` phantoms that the edit suits and that have the other finding, one per patient."""
-    rows = editable(load_table(folder, split), change)
-    if other not in rows or other in (*change.remove, *change.add):
-        raise ValueError(f"{other!r} is no other label of {folder} than those that {change.key} changes")
-    rows = rows[rows[other] == 1].drop_duplicates("patient_id")
-    if len(rows) < count:
-        raise ValueError(f"{len(rows)} patients of {split!r} suit {change.key} and have {other!r}; {count} are needed")
-    return rows.head(count).reset_index(drop=True)
 
 
 def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
@@ -109,11 +94,7 @@ def study(
 
 
 def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What makes each image hard, a bool column per stratum; ``cases`` are the rows that were edited, in their order.
-
-    Kinds of devices; "with LABEL" for the findings that stay; "over bone and heart", where most of the true change lies
-    on pixels brighter than the median; "faint", where the true change is weaker than that of half of these images.
-    """
+    """What makes each of ``cases`` hard: a bool column per kind of device, finding that stays, place, faintness."""
     changed, truth = evaluation.truth_mask, evaluation.truth
     assert changed is not None and truth is not None
     pixels = changed.flatten(1).sum(1)
@@ -145,8 +126,7 @@ def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Num
 
 def corner_text(evaluation: Evaluation, marker: Tensor, seed: int = 0) -> Numbers:
     """Mean |difference| to the input on ``marker`` bool (N, 1, H, W): autoencoder, edit before composite, result."""
-    e, patients, numbers = evaluation, evaluation.table["patient_id"], {}
-    for name, images in {"autoencoder": e.reconstruction, "latent path": e.raw, "composite": e.edited}.items():
-        values = pd.Series(masked_l1(images, e.factual, marker).tolist())
-        numbers[name] = interval("marker_l1", values, patients, seed)
-    return numbers
+    e = evaluation
+    paths = {"autoencoder": e.reconstruction, "latent path": e.raw, "composite": e.edited}
+    errors = {name: pd.Series(masked_l1(images, e.factual, marker).tolist()) for name, images in paths.items()}
+    return {name: interval("marker_l1", values, e.table["patient_id"], seed) for name, values in errors.items()}

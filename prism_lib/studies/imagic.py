@@ -1,8 +1,4 @@
-"""Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
-
-(A) the target's text embedding is optimised until it explains the image; (B) the U-Net is tuned to the image under that
-embedding, by LoRA adapters that are removed again; (C) an image is sampled under a mixture of both embeddings.
-"""
+"""Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding (A), then LoRA adapters (B); interpolate (C)."""
 
 from __future__ import annotations
 
@@ -93,7 +89,6 @@ class Imagic(Editor):
 
     @contextmanager
     def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
-        """The U-Net with fresh adapters, which are taken off again."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapters = LoraConfig(r=self.rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
@@ -107,7 +102,6 @@ class Imagic(Editor):
 def _fit(
     pipe: StableDiffusionPipeline, clean: Tensor, embedding: Tensor, adam: Adam, steps: int, noise: torch.Generator
 ) -> None:
-    """Minimise the diffusion loss of copies of one image's latents, a batch, over the optimizer's parameters."""
     count = pipe.scheduler.config.num_train_timesteps
     for _ in range(steps):
         eps = torch.randn(clean.shape, generator=noise).to(clean)
@@ -122,7 +116,6 @@ def _fit(
 
 @contextmanager
 def _frozen(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The U-Net without gradients of its own weights; each weight then gets back what it had."""
     before = {name: value.requires_grad for name, value in unet.named_parameters()}
     unet.requires_grad_(False)
     try:

@@ -1,7 +1,6 @@
 """A shortcut in the training set, and what helps a classifier against it (FastDiME, Weng et al., ECCV 2024).
 
-Target and shortcut agree in k % of the training set D_k and in half of the test set. Training sets are compared as they
-are, reweighted by group, with Group-DRO, and with images added. A group is 2 target + shortcut. Readings are kept.
+Target and shortcut agree in k % of the training set D_k and in half of the test set. A group is 2 target + shortcut.
 """
 
 from __future__ import annotations
@@ -78,6 +77,9 @@ class TrainingSet(NamedTuple):
     groups: Tensor
 
 
+Job = tuple[TrainingSet, ClassifierConfig, Tensor, Path]  # one classifier, images to read, file of its readings
+
+
 class Readings(NamedTuple):
     """What every classifier reads on the test set: (strength, training set, seed) -> probabilities (N, L)."""
 
@@ -85,15 +87,6 @@ class Readings(NamedTuple):
     labels: Tensor
     groups: Tensor
     probabilities: Mapping[Key, Tensor]
-
-
-class _Job(NamedTuple):
-    """One classifier: its training set, the images that it reads afterwards, and the file for its readings."""
-
-    data: TrainingSet
-    config: ClassifierConfig
-    test: Tensor
-    file: Path
 
 
 def groups(table: pd.DataFrame, target: str, shortcut: str) -> pd.Series:
@@ -206,35 +199,32 @@ def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, p
             for rows, edit in additions(drawn[strength], config):
                 sources[name](rows, edit)
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[Job]:
         for (strength, name), keys in groupby(missing, key=lambda key: key[:2]):
             data = load_images(folder, drawn[strength], config)
             if name in sources:
                 data = _joined(data, added_images(drawn[strength], sources[name], config))
             for key in keys:
                 classifier = replace(config.classifier, seed=key[2], objective=OBJECTIVES.get(name, "erm"))
-                yield _Job(data, classifier, test.images, files[key])
+                yield data, classifier, test.images, files[key]
 
     trained = side_by_side(_train, jobs(), processes_for(processes))
-    for _ in tqdm(trained, total=len(missing), desc="classifiers"):
-        pass
+    list(tqdm(trained, total=len(missing), desc="classifiers"))
     read = {key: load_file(path)["probabilities"] for key, path in files.items()}
     return Readings(table, test.labels, test.groups, read)
 
 
-def _train(job: _Job) -> None:
-    """Train one classifier and keep what it reads; runs in a process of its own."""
-    data = job.data
-    model = train_classifier(data.images, data.labels, job.config, groups=data.groups, progress=False)
-    with atomic(job.file) as partial:
-        save_file({"probabilities": predict(model, job.test).contiguous()}, partial)
+def _train(job: Job) -> None:
+    data, config, test, file = job
+    model = train_classifier(data.images, data.labels, config, groups=data.groups, progress=False)
+    with atomic(file) as partial:
+        save_file({"probabilities": predict(model, test).contiguous()}, partial)
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
-    """The numbers of the record `classifiers`: per strength and training set, means over seeds.
+    """The record `classifiers`: per strength and training set, means over seeds, intervals over patients and seeds.
 
-    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to "as_is" at the
-    greatest strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
+    `worst_group_gain`: "prism" over "as_is" at the greatest strength; `gap_closed`: its share of the gain of "true".
     """
     summary: dict[str, Any] = {}
     names = list(dict.fromkeys(name for _, name, _ in readings.probabilities))
@@ -258,7 +248,6 @@ def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
 
 
 def _measures(readings: Readings, config: ShortcutConfig, strength: float, name: str) -> dict[str, Any]:
-    """Means over seeds of one training set's classifiers, and every seed's worst group."""
     column = config.classifier.labels.index(config.target)
     labels, group = readings.labels[:, column], readings.groups
     read = [readings.probabilities[strength, name, seed] for seed in config.seeds]
@@ -299,7 +288,6 @@ def _interval(
 
 
 def _digest(config: ShortcutConfig, strength: float, name: str, seed: int, content: str, sources: Sources) -> str:
-    """A name for one classifier's readings, of all that decides them."""
     settings = asdict(config) | {"strengths": strength, "seeds": seed, "set": name, "content": content}
     settings |= {"source": getattr(sources[name], "settings", name)} if name in sources else {"added": 0}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]

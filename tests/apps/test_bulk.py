@@ -28,8 +28,15 @@ from prism_lib.devices import threads
 from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import FILE, EditConfig, grid
-from prism_lib.evaluation.criteria import SIMILARITY, Criteria
-from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, load_guide, select_each
+from prism_lib.evaluation.selection import (
+    SIMILARITY,
+    Criteria,
+    GuideScorer,
+    IdentityScorer,
+    SimilarityScorer,
+    load_guide,
+    select_each,
+)
 from prism_lib.files import exclusive
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import load_image_text_model

@@ -17,7 +17,7 @@ from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.masks import MaskConfig, evidence_region
 from prism_lib.editing.settings import EditConfig, grid
-from prism_lib.evaluation import criteria
+from prism_lib.evaluation import selection
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import encode_prompts, predict_noise
 from tests.tiny import REMOVE, SOURCE, UNCHANGED, tiny_images, tiny_pipeline
@@ -414,7 +414,7 @@ def test_pixels_outside_the_automatic_mask_are_the_inputs_own():
     assert 0 < outside.float().mean() < 1
     assert torch.equal(result.image[outside], inversion.images[0][outside])
     assert result.scores["mask_area"] == pytest.approx(1 - outside.float().mean().item())
-    assert tuple(result.scores) == criteria.EDIT, "a choice is planned by these names"
+    assert tuple(result.scores) == selection.EDIT, "a choice is planned by these names"
 
 
 @pytest.mark.parametrize("mask", ["auto", "off", box(slice(0, 32), slice(0, 32))])

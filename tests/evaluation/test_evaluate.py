@@ -5,25 +5,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prism_lib.data.folder import load_table
-from prism_lib.data.rows import marker_masks, sample_captions
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.rows import marker_masks, prompt_pairs, sample_captions
+from prism_lib.editing.counterfactuals import edit, stack
+from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
-from prism_lib.evaluation import evaluate
+from prism_lib.evaluation import evaluate, metrics
 from prism_lib.evaluation.evaluate import (
     Evaluation,
     batch_difference,
     choose_cases,
+    composition,
     evaluate_edits,
     judge_auc,
     load_judge,
+    reversibility,
     summarise,
+    summarise_rows,
 )
-from prism_lib.language.edits import Edit
+from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
 from prism_lib.phantom.patients import marker_mask, sample_patients
 from tests.tiny import tiny_pipeline
 
 REMOVE = Edit(remove=("Support Devices",))
+HOW = {"num_inference_steps": 2}
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
 
 
@@ -146,3 +152,32 @@ def test_no_judge_no_verdict(phantom_folder):
     assert judge_auc(None, phantom_folder) == {}
     with pytest.raises(FileNotFoundError, match="no classifier"):
         load_judge("nobody")
+
+
+@pytest.fixture(scope="module")
+def three_cases(phantom_folder):
+    return choose_cases(phantom_folder, REMOVE, 3)
+
+
+def test_a_null_edit_changes_no_pixel_and_its_latent_path_costs_the_autoencoder(phantom_folder, three_cases):
+    table = composition(tiny_pipeline(), phantom_folder, three_cases, EditConfig(), **HOW)
+    assert table["image"].tolist() == [0.0] * 3
+    assert table["raw"].tolist() == pytest.approx([1.0] * 3, abs=1e-4), "the autoencoder's own error"
+    summary = summarise_rows(table)
+    assert summary["raw"] == pytest.approx(1.0, abs=1e-4) and summary["images"] == 3
+
+
+def test_an_edit_that_is_undone_comes_back(phantom_folder, three_cases):
+    pipe = tiny_pipeline()
+    (known,) = evaluate_edits(pipe, phantom_folder, {REMOVE: three_cases}, EditConfig(), **HOW)
+    table = reversibility(pipe, phantom_folder, three_cases, known, EditConfig(), **HOW)
+    back = [
+        PromptPair(pair.target, pair.source, pair.target_words, pair.source_words)
+        for pair in prompt_pairs(phantom_folder, three_cases, REMOVE)
+    ]
+    inversion = invert(pipe, known.edited, [pair.source for pair in back], **HOW)
+    returned = stack(edit(pipe, inversion, back, EditConfig()))
+    expected = metrics.relative_l1(returned, read_images(phantom_folder, three_cases), known.reconstruction)
+    assert table["image"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    with pytest.raises(ValueError, match="the evaluated edit is of"):
+        reversibility(pipe, phantom_folder, three_cases.tail(2), known, EditConfig(), **HOW)

@@ -12,8 +12,7 @@ from prism_lib import paths
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import metrics, selection
-from prism_lib.evaluation.criteria import Criteria
-from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, SimilarityScorer, select, select_each
+from prism_lib.evaluation.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, select, select_each
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import ImageTextModel, load_image_text_model

@@ -91,7 +91,7 @@ def test_images_without_truth_are_not_studied(phantom_folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def both(phantom_folder):
-    return hard_cases.cases_with_both(phantom_folder, HEART, OTHER, 2)
+    return choose_cases(phantom_folder, HEART, 2, having=OTHER)
 
 
 def test_nothing_half_and_all_of_it():
@@ -148,9 +148,9 @@ def test_bad_input_of_entanglement_is_named(phantom_folder, both):
     with pytest.raises(ValueError, match="image 0 shows nothing of the other finding"):
         carried_along(image, image, image, image == 0)
     with pytest.raises(ValueError, match="'Cardiomegaly' is no other label"):
-        hard_cases.cases_with_both(phantom_folder, HEART, "Cardiomegaly", 2)
-    with pytest.raises(ValueError, match="500 are needed"):
-        hard_cases.cases_with_both(phantom_folder, HEART, OTHER, 500)
+        choose_cases(phantom_folder, HEART, 2, having="Cardiomegaly")
+    with pytest.raises(ValueError, match=r"with .*; 500 were asked for"):
+        choose_cases(phantom_folder, HEART, 500, having=OTHER)
 
 
 def test_entanglement_needs_the_truth(phantom_folder, monkeypatch):

@@ -202,7 +202,8 @@ def film_source(
     """Pairs of films with and without rendered devices; further `copies` of the train split come once, and moved.
 
     `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
-    count as clean. Of other films, devices are in no caption, and val and test have no pair. The column "twin" of a film with devices is the file name of the one without.
+    count as clean. Of other films, devices are in no caption, and val and test have no pair. The column "twin" of a
+    film with devices is the file name of the one without.
     """
     table = films.table.assign(**{DEVICES: float("nan")})
     if screened is not None:

@@ -1,7 +1,4 @@
-"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F).
-
-Its answers may be wrong: look first at its `judge_auc` on the originals.
-"""
+"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F)."""
 
 from __future__ import annotations
 

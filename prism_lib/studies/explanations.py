@@ -64,10 +64,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 def attention_maps(
     pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
-
-    Means over heads, coarse layers and steps (Hertz et al., 2023); zeros for a prompt without such words.
-    """
+    """Where an edit's words looked in source and target: two times (N, 1, H, W), maximum 1, zeros without words."""
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]

@@ -1,7 +1,4 @@
-"""Edit held-out images and measure the result, against the truth of phantoms and by a judge.
-
-The judge only reads; it never guides or selects. Intervals are over patients.
-"""
+"""Edit held-out images and measure the result, against the truth of phantoms and by a judge that only reads."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
-from prism_lib.data.folder import image_batches, load_table, read_images
+from prism_lib.data.folder import Folder, image_batches, load_table, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
@@ -46,7 +43,7 @@ def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, imag
     return Classifier(model, config.labels)
 
 
-def gray_bytes(folder: str | Path, table: pd.DataFrame) -> Tensor:
+def gray_bytes(folder: Folder, table: pd.DataFrame) -> Tensor:
     """All images of a table's rows as uint8 (N, 1, H, W)."""
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
@@ -56,17 +53,13 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
     if judge is None:
         return {}
     table = load_table(folder, split)
-    probabilities = torch.cat([judge.read(part) for part in image_batches(folder, table)])
     labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
-    return auc(probabilities, labels, judge.labels)
+    return auc(torch.cat([judge.read(part) for part in image_batches(folder, table)]), labels, judge.labels)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images (N, C, H, W) with masks (N, 1, H, W), a row of `table` each; `settings` each once.
-
-    ``seconds`` are those of inversion and edit alone.
-    """
+    """One edit on N images (N, C, H, W) with masks (N, 1, H, W), a row of `table` each; distinct `settings`."""
 
     edit: Edit
     table: pd.DataFrame
@@ -207,25 +200,17 @@ def batch_difference(
     **how: Any,
 ) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
-    some = cases.head(4)
-    (alone,) = evaluate_edits(pipe, folder, {evaluation.edit: some}, settings, batch_size=1, **how)
-    return float((alone.edited - evaluation.edited[: len(some)]).abs().max())
+    (alone,) = evaluate_edits(pipe, folder, {evaluation.edit: cases.head(4)}, settings, batch_size=1, **how)
+    return float((alone.edited - evaluation.edited[: len(alone.table)]).abs().max())
 
 
 def composition(
     pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, settings: Settings, **how: Any
 ) -> pd.DataFrame:
-    """Edit nothing: per image the distance of the composite (`image`) and of the decoded latents (`raw`).
-
-    ``how`` is what `edit_jobs` takes; the distance is `metrics.relative_l1`.
-    """
-    original, pairs = read_images(folder, cases), prompt_pairs(folder, cases, Edit())
-    ((results, _),) = edit_jobs(pipe, [(original, pairs)], settings, **how)
-    reconstruction = stack(results, "reconstruction")
-    distances = {
-        name: metrics.relative_l1(stack(results, name), original, reconstruction).tolist() for name in ("image", "raw")
-    }
-    return cases[["file_name", "patient_id"]].assign(**distances)
+    """Edit nothing: per image `metrics.relative_l1` of the composite (`image`) and of the decoded latents (`raw`)."""
+    (e,) = evaluate_edits(pipe, folder, {Edit(): cases}, settings, **how)
+    image, raw = (metrics.relative_l1(images, e.factual, e.reconstruction).tolist() for images in (e.edited, e.raw))
+    return cases[["file_name", "patient_id"]].assign(image=image, raw=raw)
 
 
 def reversibility(
@@ -237,9 +222,9 @@ def reversibility(
     **how: Any,
 ) -> pd.DataFrame:
     """Undo the ``evaluation`` of an edit of ``cases``: a row per image, with the distance in column `image`."""
-    names = [table["file_name"].tolist() for table in (cases, evaluation.table)]
-    if names[0] != names[1]:
-        raise ValueError(f"the cases are {names[0]}, but the evaluated edit is of {names[1]}")
+    given, evaluated = cases["file_name"].tolist(), evaluation.table["file_name"].tolist()
+    if given != evaluated:
+        raise ValueError(f"the cases are {given}, but the evaluated edit is of {evaluated}")
     there = prompt_pairs(folder, cases, evaluation.edit)
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
     ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
@@ -288,7 +273,7 @@ def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:
     if len(changed) == 1 and changed[0] in judge.labels and decided:
         column, target = judge.labels.index(changed[0]), int(bool(e.edit.add))
         p_before, p_after = before[:, column], after[:, column]
-        columns |= {
+        columns = {
             "p_before": p_before.tolist(),
             "p_after": p_after.tolist(),
             "cpg": metrics.counterfactual_prediction_gain(p_before, p_after, target).tolist(),

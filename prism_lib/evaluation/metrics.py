@@ -50,10 +50,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Tensor:
-    """L1 to the original in units of the autoencoder's own error, (N,); 1 is as close as the model can decode.
-
-    *Composition* of null edits, *reversibility* of edits that are undone (Monteiro et al., ICLR 2023).
-    """
+    """L1 to the original in units of the autoencoder's own error, (N,) (Monteiro et al., ICLR 2023)."""
     return _ratio(l1(images, original), l1(reconstruction, original), "the autoencoder has no error")
 
 
@@ -106,10 +103,7 @@ def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
 def directional_similarity(
     image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
 ) -> Tensor:
-    """cos(I_after - I_before, T_after - T_before) of normalised embeddings (N, D), (N,); 0 if either stands still.
-
-    Gal et al., StyleGAN-NADA, 2022.
-    """
+    """cos(I_after - I_before, T_after - T_before) of normalised (N, D), 0 if either stands still (Gal et al., 2022)."""
     embeddings = (image_before, image_after, text_before, text_after)
     if len({embedding.shape for embedding in embeddings}) != 1:
         raise ValueError(f"embeddings differ in shape: {[tuple(embedding.shape) for embedding in embeddings]}")
@@ -219,13 +213,14 @@ def _check_images(**images: Tensor) -> None:
         raise ValueError(f"images differ in shape: {shapes}")
 
 
-def _check_mask(mask: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
-        raise ValueError(f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
+def _check_masks(*masks: Tensor) -> None:
+    for mask in masks:
+        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
+            raise ValueError(f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
 
 
 def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
-    _check_mask(mask)
+    _check_masks(mask)
     if mask.shape[0] != images.shape[0] or mask.shape[-2:] != images.shape[-2:]:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for images of shape {tuple(images.shape)}")
     region = ~mask if outside else mask
@@ -235,8 +230,7 @@ def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
 
 
 def _true_area(mask: Tensor, true_mask: Tensor) -> Tensor:
-    _check_mask(mask)
-    _check_mask(true_mask)
+    _check_masks(mask, true_mask)
     if mask.shape != true_mask.shape:
         raise ValueError(f"masks differ in shape: {tuple(mask.shape)} and {tuple(true_mask.shape)}")
     area = true_mask.flatten(1).sum(1)

@@ -1,7 +1,4 @@
-"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F).
-
-Its answers may be wrong: look first at its `judge_auc` on the originals.
-"""
+"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F)."""
 
 from __future__ import annotations
 
@@ -59,10 +56,7 @@ class QuestionReader(nn.Module):
 
 
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
-    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Classifier`; None for "".
-
-    One question for each of `labels` that the vocabulary has words for (not "No Finding"). Safetensors only.
-    """
+    """A folder's (also below PRISM_RUNS or PRISM_WEIGHTS) or hub id's model as a `Classifier`; None for ""."""
     if not name_or_path:
         return None
     read = tuple(label for label in labels if label in vocabulary.phrases)

@@ -1,7 +1,4 @@
-"""Choose among the candidates of a sweep: score all of them, filter, take the best that passes.
-
-The judge, which measures counterfactuals, must not choose them: `load_guide` refuses it under every name.
-"""
+"""Choose among the candidates of a sweep by scores and bounds; the judge, which measures, must not choose them."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ class SimilarityScorer:
     model: ImageTextModel
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        """Every distinct image and text is encoded once, however many candidates share it."""
         before, after = self._images([c.factual for c in candidates]), self._images([c.image for c in candidates])
         source, target = (self._texts([getattr(c.pair, side) for c in candidates]) for side in ("source", "target"))
         return _rows(

@@ -1,7 +1,4 @@
-"""What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
-
-Every method is tuned within one budget on validation patients, and its best measured on test patients.
-"""
+"""Editors on the same images, tuned within one budget: quality, seconds and U-Net evaluations."""
 
 from __future__ import annotations
 
@@ -150,10 +147,7 @@ def measure(
     share: bool = False,
     processes: int = 0,
 ) -> dict[str, Measurement]:
-    """Edit the images of ``cases`` with every editor; editors of equal `effect` are measured once.
-
-    With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
-    """
+    """Edit ``cases`` with every editor, those of equal `effect` once; `share`: inversions are shared, seconds not."""
     if not cases or not editors:
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}

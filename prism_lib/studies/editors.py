@@ -1,7 +1,4 @@
-"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
-
-Classes of diffusers share the caller's networks, not its scheduler.
-"""
+"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results."""
 
 from __future__ import annotations
 
@@ -77,10 +74,7 @@ class Editor:
 
 @dataclass(frozen=True)
 class PromptToPrompt(Editor):
-    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults; `mask` "off": the raw decode.
-
-    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is.
-    """
+    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours by default; `settings` as in `editing.edit`."""
 
     method: str = RECOMMENDED
     num_inference_steps: Steps = 50
@@ -103,10 +97,7 @@ class PromptToPrompt(Editor):
 
 @dataclass(frozen=True)
 class TwoMasks(Editor):
-    """Edit-friendly inversion edited between two masks, after RadEdit (Perez-Garcia et al., ECCV 2024), no injection.
-
-    Drawn masks would give it the truth, so the edit mask is the one that our own editor finds, `margin` pixels wider.
-    """
+    """After RadEdit (Perez-Garcia et al., ECCV 2024), without injection, between our mask and one `margin` wider."""
 
     guidance_scale: float = 7.5
     num_inference_steps: Steps = 50
@@ -170,10 +161,7 @@ class SDEdit(Editor):
 
 @dataclass(frozen=True)
 class LEdits(Editor):
-    """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
-
-    `threshold` is the quantile that opens the mask; `intersect` needs a U-Net that attends at a quarter of the latents.
-    """
+    """LEDITS++ (Brack et al., CVPR 2024): adds the target prompt, removes the source; `threshold` is a quantile."""
 
     edit_guidance_scale: float = 5.0
     threshold: Below1 = 0.9
@@ -252,8 +240,7 @@ class Edict(Editor):
         levels = range(1, int(self.strength * self.num_inference_steps) + 1)
         for level in tqdm(levels if up else levels[::-1], desc="EDICT", leave=False):
             # The latents take turns at going first.
-            y, x = pair[::-1] if level % 2 else pair
-            y, x = y.double(), x.double()
+            y, x = (latents.double() for latents in (pair[::-1] if level % 2 else pair))
             here, below = schedule.alphas[level], schedule.alphas[level - 1]
             scale = (below / here) ** 0.5  # a DDIM step is scale * sample + shift * noise
             shift = (1 - below) ** 0.5 - scale * (1 - here) ** 0.5

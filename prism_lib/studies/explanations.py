@@ -23,10 +23,7 @@ from prism_lib.models.schedule import Schedule
 
 
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
-    """A row per image and region: how much of the change of images (N, C, H, W) lies there, and of which sign.
-
-    `brighter` and `darker` are shares of a boolean region's pixels; `share_of_change` is NaN where nothing changed.
-    """
+    """Per image (N, C, H, W) and boolean region: `share_of_change` (NaN if there is none), shares of pixels by sign."""
     if edited.shape != original.shape:
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
     difference = (edited - original).mean(1, keepdim=True)
@@ -64,10 +61,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 def attention_maps(
     pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
-
-    Means over heads, coarse layers and steps (Hertz et al., 2023); zeros for a prompt without such words.
-    """
+    """Where an edit's words looked in source and target: two times (N, 1, H, W), maximum 1, zeros without words."""
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]

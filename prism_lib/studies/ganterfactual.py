@@ -1,7 +1,4 @@
-"""GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
-
-A frozen classifier, not the judge, has to read the translation as its target. A stopped run continues bit for bit.
-"""
+"""GANterfactual (Mertes et al., 2022): a CycleGAN guided by a frozen classifier; a stopped run goes on bit for bit."""
 
 from __future__ import annotations
 

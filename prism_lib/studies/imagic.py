@@ -52,13 +52,11 @@ class Imagic(Editor):
         return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
 
     def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> list[Fit]:
-        """Steps A and B for every image."""
         with _frozen(pipe.unet):
             progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
             return [self._tuned(pipe, image, pair) for image, pair in progress]
 
     def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
-        """Step C."""
         images = torch.stack([fit.image for fit in inverted])
         with _frozen(pipe.unet):
             edited = torch.cat([self._sampled(pipe, fit, pair) for fit, pair in zip(inverted, pairs, strict=True)])

@@ -49,19 +49,16 @@ def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 
             learn, read = (half != part) & kept, (half == part) & ~table["rendered"]
             labels = torch.tensor(table.loc[learn, "rendered"].to_numpy(dtype=float))[:, None]
             model = train_classifier(images[learn.to_numpy()], labels, config)
-            found[read] = predict(model, images[read.to_numpy()])[:, 0].tolist()
+            found = found.mask(read, pd.Series(predict(model, images[read.to_numpy()])[:, 0], table.index[read]))
         probability = found
-        logger.info("round %d: %.1f %% of the films show devices", number + 1, 100 * _shows(table, probability))
+        logger.info(
+            "round %d: %.1f %% of the films show devices", number + 1, 100 * (found[~table["rendered"]] >= SHOWS).mean()
+        )
     films = table[~table["rendered"]].assign(probability=probability.round(4))
-    films[DEVICES] = (
-        (films["probability"] >= SHOWS).astype(float).where((films["probability"] >= SHOWS) | (films["view"] == "PA"))
-    )
+    shows = films["probability"] >= SHOWS
+    films[DEVICES] = shows.astype(float).where(shows | (films["view"] == "PA"))
     named = films[["source_file", "probability", DEVICES]].reset_index(drop=True)
     return named.set_axis(["file_name", "probability", DEVICES], axis=1)
-
-
-def _shows(table: pd.DataFrame, probability: pd.Series) -> float:
-    return float((probability[~table["rendered"]] >= SHOWS).mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

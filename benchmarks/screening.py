@@ -49,7 +49,8 @@ def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 
             learn, read = (half != part) & kept, (half == part) & ~table["rendered"]
             labels = torch.tensor(table.loc[learn, "rendered"].to_numpy(dtype=float))[:, None]
             model = train_classifier(images[learn.to_numpy()], labels, config)
-            found = found.mask(read, pd.Series(predict(model, images[read.to_numpy()])[:, 0], table.index[read]))
+            probabilities = predict(model, images[read.to_numpy()])[:, 0].tolist()
+            found = found.mask(read, pd.Series(probabilities, table.index[read]))
         probability = found
         logger.info(
             "round %d: %.1f %% of the films show devices", number + 1, 100 * (found[~table["rendered"]] >= SHOWS).mean()

@@ -177,9 +177,8 @@ def _generate(options: argparse.Namespace) -> int:
 def launch(config: BulkConfig, processes: int) -> None:
     """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
-    0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; a process of accelerate
-    or torchrun starts no others. On CPUs processes are forked once the model is loaded, but spawned where a GPU,
-    threads or a compiler forbid it.
+    0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; under accelerate or
+    torchrun it starts none. CPU processes are forked with the model loaded, spawned where threads or compile forbid it.
     """
     import torch
     from torch import multiprocessing

@@ -36,13 +36,8 @@ def classifiers_table(record: Record) -> str:
     strength = max(study["strengths"])
     text = table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
     gap = metrics.get("gap_closed")
-    closed = (
-        ""
-        if gap is None
-        else (
-            f" Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach {gap:.0%}."
-        )
-    )
+    gain = " Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach"
+    closed = "" if gap is None else f"{gain} {gap:.0%}."
     return (
         f"{markdown(text, 'training set')}\n"
         f"The classifier reads {study['target']}. In {strength:.0%} of the {study['images']} training images, "
@@ -90,8 +85,7 @@ def long_section(records: Mapping[str, Record]) -> str:
         parts.append(_picture(records["ablations"], "ablations_pareto", "error to the truth against seconds per image"))
         parts.append(
             f"{len(points)} variants of inversion and editing. The line joins the variants for which no other has both "
-            f"a smaller error and a shorter time. "
-            f"{_source(records['ablations'])}.\n"
+            f"a smaller error and a shorter time. {_source(records['ablations'])}.\n"
         )
     if "classifiers" in records:
         parts.append(classifiers_table(records["classifiers"]))

@@ -30,7 +30,6 @@ DIFFERENCE_LIMIT = 0.5
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them
-_FEW = 10  # points that can all be named
 MODES = ("curtain", "fade")
 LINE = (255, 176, 0)  # orange of the colour-blind safe palette: seen on black and on white
 TINT = np.array([86, 180, 233], np.float32)  # sky blue of the same palette
@@ -125,9 +124,12 @@ def _cells(rows: int, columns: int, notes: bool, title: bool) -> tuple[Figure, n
 
 def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
     """Draw edited minus original, (C, H, W) each, averaged over channels; red is brighter, blue is darker."""
-    difference = (edited.float() - original.float()).mean(0).detach().cpu().numpy()
     _bare(axis)
-    return axis.imshow(difference, cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
+    return axis.imshow(_change(edited, original), cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
+
+
+def _change(after: Tensor, before: Tensor) -> np.ndarray:
+    return (after.float() - before.float()).mean(0).detach().cpu().numpy()
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
@@ -193,7 +195,7 @@ def pareto(
         if error < best:
             front.append(name)
             best = error
-    named = {name: values[name][:2] for name in values if name in front or len(values) <= _FEW}
+    named = {name: values[name][:2] for name in values if name in front or len(values) <= 10}  # so few can all be named
     color = sns.color_palette("colorblind")[0]
     with _style():
         figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
@@ -338,8 +340,7 @@ def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str 
 
 def difference(after: Tensor, before: Tensor) -> np.ndarray:
     """The signed difference in the colours of every figure: red brighter, blue darker, white unchanged."""
-    change = (after.float() - before.float()).mean(0).detach().cpu().numpy()
-    unit = (change / (2 * DIFFERENCE_LIMIT) + 0.5).clip(0, 1)
+    unit = (_change(after, before) / (2 * DIFFERENCE_LIMIT) + 0.5).clip(0, 1)
     return (colormaps[DIFFERENCE_COLORS](unit)[..., :3] * 255).round().astype(np.uint8)
 
 

@@ -111,7 +111,7 @@ def test_edits_that_an_image_leaves_open_are_named(folder):
     )
     section = long_section(load_all("phantom", folder))
     assert "| add x | 0.50 | 0.50 | 0.50 |" in section
-    assert "0.005 of error: remove x. 4 patients an edit" in section
+    assert "below 0.005 for: remove x. 4 patients an edit" in section
 
 
 def test_what_was_measured_once_is_one_point_of_the_tradeoff():

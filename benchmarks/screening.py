@@ -37,6 +37,8 @@ def screen(folder: Path, config: ClassifierConfig, rounds: int = 2, seed: int = 
     if rounds < 1:
         raise ValueError(f"screening needs at least one round, got {rounds}")
     table = load_table(folder)
+    if not {"copy", "rendered", "view"} <= set(table.columns):
+        raise ValueError(f"{folder} does not hold films with rendered devices: prepare the data set 'films'")
     table = table[table["copy"] == 0].reset_index(drop=True)
     images = (read_images(folder, table) * 255).round().byte()
     order = seeded_order(table["patient_id"], seed)
@@ -73,11 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
     config = ClassifierConfig(labels=(DEVICES,), epochs=given.epochs)
-    with tempfile.TemporaryDirectory() as folder:
+    if given.output.is_dir():
+        parser.error(f"{given.output} is a folder; name the table to write")
+    with atomic(given.output) as partial, tempfile.TemporaryDirectory() as folder:
+        partial.touch()  # a place that cannot be written is found before the work
         films = PrepareConfig("films", Path(folder) / "films", given.data_root, size=given.size, num_images=10**6)
-        screened = screen(prepare(films), config, given.rounds)
-    with atomic(given.output) as partial:
-        screened.to_csv(partial, index=False)
+        screen(prepare(films), config, given.rounds).to_csv(partial, index=False)
 
 
 if __name__ == "__main__":

@@ -205,12 +205,19 @@ def film_source(
     count as clean. Of other films, devices are in no caption, and val and test have no pair. The column "twin" of a
     film with devices is the file name of the one without.
     """
+    if films.table.empty:
+        return films  # the rejections say why
     table = films.table.assign(**{DEVICES: float("nan")})
     if screened is not None:
         verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
+        refuse(verdict["file_name"].duplicated(), verdict["file_name"], screened, "repeated file_name")
         known = tables.label_values(verdict[DEVICES], screened, DEVICES)
+        if not table["source_file"].isin(verdict["file_name"]).any():
+            raise ValueError(f"{screened} names none of the films, such as {table['source_file'].iloc[0]!r}")
         table[DEVICES] = table["source_file"].map(dict(zip(verdict["file_name"], known, strict=True)))
         table = table[table[DEVICES] != 1]
+        if table.empty:
+            raise ValueError(f"{screened} leaves out every film: all show devices")
     if "split" not in table:
         table["split"] = table["patient_id"].map(split_patients(table["patient_id"], shares, seed))
     names = table["name"]

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from prism_lib.data.any_table import Columns, table_source
-from prism_lib.data.chest import View, chexpert_source, film_source, nih_source, phantom_source
+from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
 from prism_lib.data.rows import draw_captions
@@ -83,6 +83,14 @@ class PrepareConfig:
             raise ValueError(f"mode of dataset {self.dataset!r} is {_own_mode(self)!r}, not {self.mode!r}")
         if self.columns.header and self.dataset != "dicom":
             raise ValueError("header fields can be copied from the dataset 'dicom' only")
+        if self.dataset != "films":
+            if self.copies > 1 or self.screened:
+                raise ValueError("copies and screened are settings of the dataset 'films' only")
+        elif self.size < 128:
+            raise ValueError(f"devices need films of 128 pixels or more; size is {self.size}")
+        elif self.screened and self.blank.get(DEVICES, self.blank.get("*")) == "zeros":
+            # Rendered devices of films that were not screened as clean have a blank label too.
+            raise ValueError(f"blank {DEVICES!r} of screened films means unknown, and cannot become zeros")
 
 
 def _own_mode(config: PrepareConfig) -> Mode:
@@ -141,7 +149,10 @@ def prepare(config: PrepareConfig) -> Path:
         duplicates, within = _duplicates(usable, written)
         if config.duplicates == "reject":
             rejected += duplicates
-            usable = usable[~usable["file_name"].isin([item.file for item in duplicates])]
+            same = usable["file_name"].isin([item.file for item in duplicates])
+            if config.dataset == "films":  # a film goes with its copies and its twin
+                same = usable["source_file"].isin(usable.loc[same, "source_file"])
+            usable = usable[~same]
         # Columns that come from the image files, such as their pixel spacing.
         more = pd.DataFrame([written[name].columns for name in usable["file_name"]], index=usable.index)
         metadata = _metadata(usable.join(more), source.labels, config, set(plan["split"]))

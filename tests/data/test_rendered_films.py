@@ -1,5 +1,7 @@
 """Films with rendered devices: every pair differs by its devices alone, and patients stay apart."""
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -88,3 +90,51 @@ def test_screened_films_are_left_out_or_count_as_clean(root, tmp_path):
 def test_the_number_of_processes_changes_nothing(root, films, tmp_path):
     again = prepare(config(root, tmp_path / "films", copies=3, processes=2))
     assert load_info(again)["content_hash"] == load_info(films)["content_hash"]
+
+
+@pytest.mark.parametrize(
+    ("names", "verdicts", "message"),
+    [
+        (["00000000_000.png"] * 2, [0, 1], r"line 3: repeated file_name: '00000000_000.png'"),
+        (["other.png"], [0], r"screened.csv names none of the films, such as '0000"),
+        (
+            [f"{number // 2:08d}_{number % 2:03d}.png" for number in range(18)],
+            [1] * 18,
+            "screened.csv leaves out every",
+        ),
+    ],
+)
+def test_a_screened_table_that_does_not_fit_is_refused(root, tmp_path, names, verdicts, message):
+    screened = tmp_path / "screened.csv"
+    pd.DataFrame({"file_name": names, "Support Devices": verdicts}).to_csv(screened, index=False)
+    with pytest.raises(ValueError, match=message):
+        prepare(config(root, tmp_path / "films", screened=screened))
+    assert [path.name for path in tmp_path.iterdir()] == ["screened.csv"]
+
+
+def test_settings_that_contradict_films_are_refused(root, tmp_path):
+    for dataset, size, changes, message in (
+        ("films", 64, {}, "128 pixels or more; size is 64"),
+        ("films", 128, {"screened": tmp_path, "blank": {"*": "zeros"}}, "blank 'Support Devices' of screened films"),
+        ("nih", 128, {"copies": 2}, "dataset 'films' only"),
+        ("nih", 128, {"screened": tmp_path}, "dataset 'films' only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PrepareConfig(dataset, tmp_path / "films", root, size=size, **changes)
+
+
+def test_a_film_in_two_splits_goes_with_its_twin_and_its_copies(root, tmp_path):
+    again = shutil.copytree(root, tmp_path / "nih")
+    for path in sorted((again / "images").glob("*_000.png"))[1:]:
+        shutil.copy(again / "images" / "00000000_000.png", path)
+    films = prepare(config(again, tmp_path / "films", copies=3))
+    table = load_table(films)
+    assert table[table["source_file"].str.endswith("_000.png")]["split"].unique().tolist() == ["test"]
+    assert set(table["twin"]) - {NOT_THERE} <= set(table["file_name"])
+
+
+def test_films_that_are_not_there_are_named(root, tmp_path):
+    (tmp_path / "nih").mkdir()
+    shutil.copy(root / "Data_Entry_2017_v2020.csv", tmp_path / "nih")
+    with pytest.raises(ValueError, match=r"18 of 18 files cannot be used.*00000000_000.png: not found below"):
+        prepare(config(tmp_path / "nih", tmp_path / "films"))

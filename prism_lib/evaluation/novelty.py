@@ -1,6 +1,7 @@
-"""Is an image like the training images? Mahalanobis distance of log errors (Graham et al., CVPR Workshops, 2023).
+"""Is an image like those that a model was trained on? A distance, and the threshold from which it is new.
 
-The reference, `novelty.json` beside the weights, holds for exactly these weights.
+After Graham et al. (CVPR Workshops, 2023): Mahalanobis distance of log errors of noise prediction and autoencoder.
+`novelty.json` beside the weights holds the reference for exactly these weights.
 """
 
 from __future__ import annotations

@@ -56,7 +56,10 @@ class QuestionReader(nn.Module):
 
 
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
-    """A folder's (also below PRISM_RUNS or PRISM_WEIGHTS) or hub id's model as a `Classifier`; None for ""."""
+    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Classifier`; None for "".
+
+    One question for each of `labels` that the vocabulary has words for (not "No Finding"). Safetensors only.
+    """
     if not name_or_path:
         return None
     read = tuple(label for label in labels if label in vocabulary.phrases)

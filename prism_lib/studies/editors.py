@@ -97,7 +97,10 @@ class PromptToPrompt(Editor):
 
 @dataclass(frozen=True)
 class TwoMasks(Editor):
-    """After RadEdit (Perez-Garcia et al., ECCV 2024), without injection, between our mask and one `margin` wider."""
+    """Edit-friendly inversion edited between two masks, after RadEdit (Perez-Garcia et al., ECCV 2024), no injection.
+
+    Drawn masks would give it the truth, so the edit mask is the one that our own editor finds, `margin` pixels wider.
+    """
 
     guidance_scale: float = 7.5
     num_inference_steps: Steps = 50

@@ -23,7 +23,10 @@ from prism_lib.models.schedule import Schedule
 
 
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Per image (N, C, H, W) and boolean region: `share_of_change` (NaN if there is none), shares of pixels by sign."""
+    """A row per image and region: how much of the change of images (N, C, H, W) lies there, and of which sign.
+
+    `brighter` and `darker` are shares of a boolean region's pixels; `share_of_change` is NaN where nothing changed.
+    """
     if edited.shape != original.shape:
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
     difference = (edited - original).mean(1, keepdim=True)

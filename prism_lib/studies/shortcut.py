@@ -216,7 +216,7 @@ def _train(job: Job) -> None:
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
-    """The record `classifiers`: per strength and training set, means over seeds, intervals over patients and seeds.
+    """The record `classifiers`: per strength and training set, means over seeds; 95 % intervals over patients and seeds.
 
     `worst_group_gain`: "prism" over "as_is" at the greatest strength; `gap_closed`: its share of the gain of "true".
     """

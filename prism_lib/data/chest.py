@@ -145,7 +145,8 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
 
 RENDERED_SHARE = 0.6  # of the further copies of a film
 RENDERED_POLICY = (
-    f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere; "
+    f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere "
+    "and, with screening, where devices were rendered into a film that may show others; "
     "other labels: "
 )
 
@@ -202,7 +203,7 @@ def film_source(
     """Pairs of films with and without rendered devices; further `copies` of the train split come once, and moved.
 
     `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
-    count as clean. Of other films, devices are in no caption, and val and test have no pair. The column "twin" of a
+    count as clean; devices of others are in no caption, and others have no pair in val and test. The column "twin" of a
     film with devices is the file name of the one without.
     """
     if films.table.empty:

@@ -1,4 +1,8 @@
-"""Edit held-out images and measure the result, against the truth of phantoms and by a judge that only reads."""
+"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge.
+
+`choose_cases` picks images that an edit applies to, `evaluate_edits` edits and measures each of them, `summarise` gives
+means with bootstrap intervals over patients. The judge only reads; it never guides or selects.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,10 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images (N, C, H, W) with masks (N, 1, H, W), a row of `table` each; distinct `settings`."""
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
+
+    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
+    """
 
     edit: Edit
     table: pd.DataFrame
@@ -101,8 +108,9 @@ def edit_jobs(
 ) -> list[tuple[list[Counterfactual], float]]:
     """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
 
-    ``processes`` of one thread share batches and change no result, 0: as many as suit; ``batch_size`` 0: by the device.
-    ``how`` is what `inversion.invert` takes (method, num_inference_steps).
+    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
+    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
+    `inversion.invert` takes (method, num_inference_steps).
     """
     size = batch_size or devices.batch_for(pipe)
     batches = [
@@ -142,7 +150,10 @@ def evaluate_edits(
     judge: Classifier | None = None,
     **how: Any,
 ) -> list[Evaluation]:
-    """Invert, edit and measure the images of every edit's ``cases`` (rows of a table); ``how`` as in `edit_jobs`."""
+    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table).
+
+    ``how``: method, num_inference_steps, processes and batch_size, see `edit_jobs`.
+    """
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
         evaluate_results(folder, rows, change, edited, judge, seconds)

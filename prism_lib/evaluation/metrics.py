@@ -1,7 +1,8 @@
-"""Metrics of edits and of classifiers, and their intervals: pure functions of tensors, images have one value each.
+"""Metrics of edits and of classifiers, and their intervals: pure functions of tensors.
 
 Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or (N, L), labels (0 or 1)
-and groups (N,). Wrong shapes or ranges, NaN and empty regions are errors.
+and groups (N,). A metric of images has one value per image. Wrong shapes or ranges, NaN and empty regions are errors.
+Order: identity, error to the truth, readings of the judge, image-text similarity, groups of patients, intervals.
 """
 
 from __future__ import annotations
@@ -50,18 +51,28 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Tensor:
-    """L1 to the original in units of the autoencoder's own error, (N,) (Monteiro et al., ICLR 2023)."""
+    """L1 to the original in units of the autoencoder's own error, (N,); 1 is as close as the model can decode.
+
+    Of images after null edits this is *composition*, of images edited and edited back *reversibility* (Monteiro et al.,
+    "Measuring axiomatic soundness of counterfactual image models", ICLR 2023); ``reconstruction`` is the autoencoder's.
+    """
     return _ratio(l1(images, original), l1(reconstruction, original), "the autoencoder has no error")
 
 
 def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """L1_mask(edited, truth) / L1_mask(original, truth), (N,): 0 is the truth, 1 no edit at all, above 1 harm."""
+    """Error to the true counterfactual where pixels had to change, over the original's error there, (N,).
+
+    L1_mask(edited, truth) / L1_mask(original, truth): 0 is the truth, 1 is no edit at all, above 1 is harm.
+    """
     empty = "the original already equals the true counterfactual inside the mask"
     return _ratio(masked_l1(edited, truth, mask), masked_l1(original, truth, mask), empty)
 
 
 def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """L1 of the edit before the composite, outside the mask, in units of the autoencoder's own error there, (N,)."""
+    """What an edit costs where nothing had to change, in units of the autoencoder's own error there, (N,).
+
+    ``edited`` is the decoded image before the pixel composite, ``reconstruction`` the decoded latents of the original.
+    """
     cost, own = (masked_l1(images, original, mask, outside=True) for images in (edited, reconstruction))
     return _ratio(cost, own, "the reconstruction has no error outside the mask")
 
@@ -87,7 +98,10 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
 
 
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
-    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1."""
+    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1.
+
+    It equals PRISM's |p_after - p_before| for an edit in the intended direction and is negative in the other.
+    """
     _check_probabilities(1, before=before, after=after)
     if target not in (0, 1):
         raise ValueError(f"target must be 0 or 1, got {target!r}")
@@ -95,7 +109,10 @@ def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -
 
 
 def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
-    """Share of the labels (N, L) that the edit flipped, (N,); leave out the edited one and what follows from it."""
+    """Share of the other labels that the edit flipped, (N,); probabilities (N, L) of the labels not edited.
+
+    Leave out labels that follow from the edited one by definition, such as "No Finding".
+    """
     _check_probabilities(2, before=before, after=after)
     return ((before >= 0.5) != (after >= 0.5)).float().mean(1)
 
@@ -103,7 +120,10 @@ def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
 def directional_similarity(
     image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
 ) -> Tensor:
-    """cos(I_after - I_before, T_after - T_before) of normalised (N, D), 0 if either stands still (Gal et al., 2022)."""
+    """cos(I_after - I_before, T_after - T_before), (N,) (Gal et al., StyleGAN-NADA, 2022); 0 if either stands still.
+
+    Embeddings (N, D) of one image-text model; they are normalised first, as CLIP compares directions on the sphere.
+    """
     embeddings = (image_before, image_after, text_before, text_after)
     if len({embedding.shape for embedding in embeddings}) != 1:
         raise ValueError(f"embeddings differ in shape: {[tuple(embedding.shape) for embedding in embeddings]}")
@@ -127,7 +147,10 @@ def group_accuracy(
 
 
 def equalised_odds_difference(probabilities: Tensor, labels: Tensor, attribute: Tensor) -> float:
-    """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)|, a is 0 or 1 (Hardt et al., 2016); 0 is fair."""
+    """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair.
+
+    ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute must occur.
+    """
     _check_groups(probabilities, labels, attribute)
     rates = {}
     for value, side in product((0, 1), (0, 1)):
@@ -174,9 +197,10 @@ def bootstrap_ci(
     *,
     seed: int = 0,
 ) -> Interval:
-    """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,), (N, K) or (N, K, R).
+    """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 
-    A patient's rows are drawn together, R runs independently of patients (the pigeonhole bootstrap, Owen 2007).
+    Rows of one patient are drawn together; without ``patients`` every row is its own. (N, K, R) holds R runs, such as
+    models of other seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007).
     """
     if values.ndim not in (1, 2, 3) or not torch.isfinite(values).all():
         raise ValueError(f"values must be finite, (N,), (N, K) or (N, K, R); got shape {tuple(values.shape)}")

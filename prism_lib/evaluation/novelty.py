@@ -1,7 +1,8 @@
 """Is an image like those that a model was trained on? A distance, and the threshold from which it is new.
 
-After Graham et al. (CVPR Workshops, 2023): Mahalanobis distance of log errors of noise prediction and autoencoder.
-`novelty.json` beside the weights holds the reference for exactly these weights.
+After Graham et al. (CVPR Workshops, 2023): logarithms of the errors of noise prediction at several noise levels and of
+the autoencoder's round trip; the score is their Mahalanobis distance to those of images like the training images. The
+reference is `novelty.json` beside the weights and holds for exactly these weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _FLOOR = 1e-8  # of an error, so that a blank image has a logarithm
 
 @dataclass(frozen=True)
 class Reference:
-    """Mean and covariance of log errors on known images; `share` of held-out ones have a score below `threshold`."""
+    """Mean and covariance of the log errors on known images, and the score from which an image is new.
+
+    `weights` is the hash of the U-Net and autoencoder measured; `share` of held-out images lie below `threshold`.
+    """
 
     weights: str
     mean: tuple[float, ...]
@@ -51,7 +55,10 @@ class Reference:
 
 @torch.no_grad()
 def log_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
-    """Log errors (N, 1 + len(TIMESTEPS)) of images (N, C, H, W): autoencoder, then noise prediction without words."""
+    """Log errors (N, 1 + len(TIMESTEPS)) of images (N, C, H, W): autoencoder, then noise prediction without words.
+
+    All images meet the same noise, so that a row does not depend on the others.
+    """
     return torch.cat([_batch_errors(pipe, batch) for batch in tqdm(images.split(8), "novelty", leave=False)])
 
 
@@ -74,7 +81,10 @@ def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
 
 
 def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) -> Reference:
-    """The reference of a model from images (N, C, H, W) like its training images; half of them give the threshold."""
+    """The reference of a model from images (N, C, H, W) of its training distribution that it was not trained on.
+
+    Half of them give mean and covariance, the other half the threshold that `share` of them stay below.
+    """
     if len(images) < 4 * (1 + len(TIMESTEPS)):
         raise ValueError(f"{len(images)} images are too few to measure what is usual; at least 20 are needed")
     if not 0.5 <= share < 1:

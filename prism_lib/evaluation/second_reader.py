@@ -1,4 +1,8 @@
-"""A second reader: yes-or-no questions to a vision-language model of transformers, as a classifier (paper's App. F)."""
+"""A second reader: yes-or-no questions to a vision-language model on this machine (App. F of the paper).
+
+An image-text-to-text model that transformers loads (LLaVA, Idefics, Qwen-VL, MedGemma, ...) becomes a classifier, so
+it gives the measures of a judge. Its answers may be wrong: look first at its `judge_auc` on the originals.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,10 @@ YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO"
 
 
 class QuestionReader(nn.Module):
-    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token."""
+    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token.
+
+    Nothing is sampled: the same image and question give the same number.
+    """
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()

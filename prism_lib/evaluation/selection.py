@@ -1,4 +1,8 @@
-"""Choose among the candidates of a sweep by scores and bounds; the judge, which measures, must not choose them."""
+"""Choose among the candidates of a sweep: score all of them, filter, take the best that passes.
+
+A `Scorer` turns counterfactuals into named numbers; `select` applies the criteria to the numbers of every candidate.
+The judge, which measures counterfactuals, must not choose them: `load_guide` refuses it under every name.
+"""
 
 from __future__ import annotations
 

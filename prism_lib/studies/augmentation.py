@@ -1,4 +1,8 @@
-"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them."""
+"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
+
+A `Source` gives an image for each row of a prepared table under an edit; `Cached` keeps what a slow source gave, so an
+interrupted study continues where it stopped and every strength and seed uses the same images.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,10 @@ def truth(folder: Folder) -> Source:
 
 
 class Files:
-    """Images made before, as by `bulk.files`: (file_name, edit key) -> path; `settings` is a digest of the names."""
+    """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
+
+    ``settings`` is a digest of all names, which in a bulk run contain all that decides the content.
+    """
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
         self.images = images

@@ -1,4 +1,8 @@
-"""Editors on the same images, tuned within one budget: quality, seconds and U-Net evaluations."""
+"""What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
+
+`compare_methods` tunes every method within one budget on validation patients, by the mean error to the true
+counterfactual where pixels had to change, and measures the best of each on test patients.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,10 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """What `compare_methods` compares; GAN and guide, which is never the judge, are trained in `mixed_precision`."""
+    """What `compare_methods` compares, and how much work goes into it.
+
+    GAN and guide, which is never the judge, are trained in `mixed_precision`; the editors use that of the pipeline.
+    """
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
     images: Positive = 3  # test patients for each edit
@@ -147,7 +154,10 @@ def measure(
     share: bool = False,
     processes: int = 0,
 ) -> dict[str, Measurement]:
-    """Edit ``cases`` with every editor, those of equal `effect` once; `share`: inversions are shared, seconds not."""
+    """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
+
+    With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
+    """
     if not cases or not editors:
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
@@ -257,7 +267,10 @@ def compare_methods(
     judge: Classifier | None = None,
     processes: int = 0,
 ) -> Comparison:
-    """Train the GAN (kept below ``output``), tune every method on validation patients, compare all on test patients."""
+    """Train the GAN, tune every method on validation patients, compare all on test patients.
+
+    GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
+    """
     require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}

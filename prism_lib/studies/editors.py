@@ -1,4 +1,8 @@
-"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results."""
+"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
+
+Each result is a `Counterfactual`, so every method is measured by the same functions as ours. `studies.imagic` and
+`studies.ganterfactual` hold the two that train. Classes of diffusers share the caller's networks, not its scheduler.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,10 @@ PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 
 
 class Editor:
-    """A method: `invert` the images, then `edit` what that gave; editors with equal `inverts` may share the first."""
+    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
+
+    Editors with equal `inverts` may share what `invert` gives.
+    """
 
     @property
     def inverts(self) -> Hashable:
@@ -74,7 +81,11 @@ class Editor:
 
 @dataclass(frozen=True)
 class PromptToPrompt(Editor):
-    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours by default; `settings` as in `editing.edit`."""
+    """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
+
+    `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask`
+    "off" gives the raw decode, nothing put back into the input.
+    """
 
     method: str = RECOMMENDED
     num_inference_steps: Steps = 50
@@ -97,9 +108,10 @@ class PromptToPrompt(Editor):
 
 @dataclass(frozen=True)
 class TwoMasks(Editor):
-    """Edit-friendly inversion edited between two masks, after RadEdit (Perez-Garcia et al., ECCV 2024), no injection.
+    """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
 
-    Drawn masks would give it the truth, so the edit mask is the one that our own editor finds, `margin` pixels wider.
+    Drawn masks, as in RadEdit, would give this method the truth; so the edit mask is the one that our own editor finds,
+    `margin` pixels wider, and everything further away is kept. No attention is injected.
     """
 
     guidance_scale: float = 7.5
@@ -164,7 +176,11 @@ class SDEdit(Editor):
 
 @dataclass(frozen=True)
 class LEdits(Editor):
-    """LEDITS++ (Brack et al., CVPR 2024): adds the target prompt, removes the source; `threshold` is a quantile."""
+    """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
+
+    `threshold` is the quantile that opens the mask; `intersect` also uses the attention, which needs a U-Net that
+    attends at a quarter of the latents' size. One image at a time: diffusers' concepts belong to a batch.
+    """
 
     edit_guidance_scale: float = 5.0
     threshold: Below1 = 0.9
@@ -207,9 +223,11 @@ class LEdits(Editor):
 
 @dataclass(frozen=True)
 class Edict(Editor):
-    """EDICT: two latents that denoise each other, so a step can be undone (Wallace et al., CVPR 2023).
+    """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
 
-    `strength` is the share of the steps walked, `mixing` the paper's p: it multiplies rounding by 1 / p a step.
+    A step makes x from y's noise and then y from the new x's, and mixes the two a little, because they would drift
+    apart. `strength` is the share of the steps that are walked, `mixing` the paper's p: 1 does not mix. Latents are
+    float64, as published: mixing multiplies rounding by 1 / p a step.
     """
 
     guidance_scale: float = 3.0

@@ -23,9 +23,10 @@ from prism_lib.models.schedule import Schedule
 
 
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
-    """A row per image and region: how much of the change of images (N, C, H, W) lies there, and of which sign.
+    """A row per image and region: how much of the change lies there, and of which sign.
 
-    `brighter` and `darker` are shares of a boolean region's pixels; `share_of_change` is NaN where nothing changed.
+    Images are (N, C, H, W), regions boolean (N, 1, H, W). `brighter` and `darker` are shares of the region's pixels,
+    `share_of_change` is that of the image's absolute change (NaN where nothing changed).
     """
     if edited.shape != original.shape:
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
@@ -64,7 +65,11 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 def attention_maps(
     pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Where an edit's words looked in source and target: two times (N, 1, H, W), maximum 1, zeros without words."""
+    """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
+
+    Cross-attention to the edit's words, averaged over heads, coarse layers and the steps of `editing.edit`
+    (Hertz et al., 2023). A prompt without such words has a map of zeros.
+    """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
     tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]
@@ -77,7 +82,11 @@ def attention_maps(
 
 
 def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
-    """Whose attention the edited image uses, "source" or "own" (`cross`, `self`), and `local_blend`: a row per step."""
+    """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
+
+    Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
+    "source" or "own"; `local_blend`, whether latents far from the edit's words return to the source.
+    """
     levels, count = Schedule.from_config(pipe.scheduler.config, num_inference_steps), num_inference_steps
     columns: dict[str, list[object]] = {"timestep": [levels.timesteps[count - step] for step in range(count)]}
     for name, share in {"cross": config.cross_replace_steps, "self": config.self_replace_steps}.items():

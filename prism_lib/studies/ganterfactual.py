@@ -1,4 +1,8 @@
-"""GANterfactual (Mertes et al., 2022): a CycleGAN guided by a frozen classifier; a stopped run goes on bit for bit."""
+"""GANterfactual (Mertes et al., Frontiers in AI 2022): a CycleGAN between images with and without a finding.
+
+A frozen classifier, not the judge that measures, has to read the translation as its target. There is a GAN for each
+label, without text or mask. A stopped run continues bit for bit: a step's images follow from seed and step alone.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +121,10 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change; each data and settings have their own folder."""
+    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
+
+    Each combination of prepared folder and settings has a folder of its own below ``output``.
+    """
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)

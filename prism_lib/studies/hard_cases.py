@@ -1,4 +1,7 @@
-"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I)."""
+"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
+
+The truth is known: the other finding's share of the picture is the difference that its removal would make.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,11 @@ def study(
 
 
 def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What makes each of ``cases`` hard: a bool column per kind of device, finding that stays, place, faintness."""
+    """What makes each image hard, a bool column per stratum; ``cases`` are the rows that were edited, in their order.
+
+    Kinds of devices; "with LABEL" for the findings that stay; "over bone and heart", where most of the true change lies
+    on pixels brighter than the median; "faint", where the true change is weaker than that of half of these images.
+    """
     changed, truth = evaluation.truth_mask, evaluation.truth
     assert changed is not None and truth is not None
     pixels = changed.flatten(1).sum(1)

@@ -1,4 +1,8 @@
-"""Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding (A), then LoRA adapters (B); interpolate (C)."""
+"""Imagic as an editor (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
+
+(A) the target's text embedding is optimised until it explains the image; (B) the U-Net is tuned to the image under that
+embedding, by LoRA adapters that are removed again; (C) an image is sampled under a mixture of both embeddings.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A shortcut that agrees with the target in k % of the training set D_k, and remedies (FastDiME, Weng et al., 2024)."""
+"""A shortcut in the training set, and what helps a classifier against it (FastDiME, Weng et al., ECCV 2024).
+
+Target and shortcut agree in k % of the training set D_k and in half of the test set. Training sets are compared as they
+are, reweighted by group, with Group-DRO, and with images added. A group is 2 target + shortcut. Readings are kept.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +177,10 @@ def added_images(rows: pd.DataFrame, source: Source, config: ShortcutConfig) -> 
 
 
 def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, processes: int = 1) -> Readings:
-    """Train every classifier without readings in ``cache`` and read the test set; source ids: `settings` or name."""
+    """Train every classifier whose readings are not in ``cache`` yet, and read the test set with it.
+
+    A source is identified by its attribute `settings`, else by its name; processes: see `devices.processes_for`.
+    """
     train = load_table(folder, "train")
     drawn = {strength: training_rows(train, config, strength) for strength in config.strengths}
     for rows in drawn.values() if sources else ():
@@ -216,9 +223,10 @@ def _train(job: Job) -> None:
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:
-    """The record `classifiers`: per strength and training set, means over seeds; 95 % intervals over patients and seeds.
+    """The numbers of the record `classifiers`: per strength and training set, means over seeds.
 
-    `worst_group_gain`: "prism" over "as_is" at the greatest strength; `gap_closed`: its share of the gain of "true".
+    Intervals are 95 %, over test patients and seeds. ``worst_group_gain`` is what "prism" adds to "as_is" at the
+    greatest strength and ``gap_closed`` the share of the true counterfactuals' gain that this is, where there is one.
     """
     summary: dict[str, Any] = {}
     names = list(dict.fromkeys(name for _, name, _ in readings.probabilities))

@@ -178,7 +178,8 @@ def launch(config: BulkConfig, processes: int) -> None:
     """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
     0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; under accelerate or
-    torchrun it starts none. CPU processes are forked with the model loaded, spawned where threads or compile forbid it.
+    torchrun it starts none. CPU processes are forked with the model loaded, or spawned where a GPU, threads or a
+    compiler forbid it.
     """
     import torch
     from torch import multiprocessing

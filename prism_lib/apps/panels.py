@@ -352,7 +352,9 @@ def _score_table(outcome: Outcome) -> str:
     rows = [(html.escape(label), f"{before:.2f} → {scores[f'reads {label}']:.2f}", "") for label, before in reads]
     head = "<tr><th>judge</th><th>before → after</th><th></th></tr>" if rows else ""
     numbers = [(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in _NAMES.items() if name in scores]
-    judged, measured = (
-        "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in part) for part in (rows, numbers)
-    )
+    judged, measured = ("".join(map(_table_row, part)) for part in (rows, numbers))
     return f"<table>{head}{judged}<tr><th>measured</th><th></th><th></th></tr>{measured}</table>"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"

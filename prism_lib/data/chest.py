@@ -5,7 +5,6 @@ Films come as they are and with rendered devices: a pair whose truth is known to
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
+from prism_lib.files import stable_seed
 from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING, PHANTOM_LABELS
 
 DEVICES = "Support Devices"
@@ -226,7 +226,7 @@ def film_source(
     for copy in range(copies):
         some = table if copy == 0 else table[table["split"] == "train"]
         key = names[some.index] + f"_{copy}"
-        draws = key.map(lambda name: zlib.crc32(f"{seed}:{name}".encode()))
+        draws = key.map(lambda name: stable_seed(seed, name))
         some = some.assign(name=key, copy=copy, film_seed=draws, rendered=False, twin=NOT_THERE)
         twin = some["split"] + "/" + key + ".png"
         devices = some.assign(name=key + "_devices", rendered=True, twin=twin, **{DEVICES: 1.0})

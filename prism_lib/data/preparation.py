@@ -150,7 +150,7 @@ def prepare(config: PrepareConfig) -> Path:
         if config.duplicates == "reject":
             rejected += duplicates
             same = usable["file_name"].isin([item.file for item in duplicates])
-            if config.dataset == "films":  # a film goes with its copies and its twin
+            if "source_file" in usable:  # a film goes with its copies and its twin
                 same = usable["source_file"].isin(usable.loc[same, "source_file"])
             usable = usable[~same]
         # Columns that come from the image files, such as their pixel spacing.

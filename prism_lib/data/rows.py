@@ -12,14 +12,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prism_lib.data.chest import NOT_THERE
+from prism_lib.data.chest import DEVICES, NOT_THERE
 from prism_lib.data.folder import Folder, load_info, load_table, read_images
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
 from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
 
-NO_DEVICES = Edit(remove=("Support Devices",))
+NO_DEVICES = Edit(remove=(DEVICES,))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 

@@ -101,7 +101,9 @@ class IdentityScorer:
     """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        images, factual = (torch.stack([getattr(c, name) for c in candidates]) for name in ("image", "factual"))
+        from prism_lib.editing.counterfactuals import stack  # late, as above
+
+        images, factual = stack(candidates), stack(candidates, "factual")
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
 
@@ -119,12 +121,14 @@ class GuideScorer:
             raise ValueError(f"a guide reads labels, and the edit {self.edit.key} names none")
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        after, before = (self._towards([getattr(c, name) for c in candidates]) for name in ("image", "factual"))
+        from prism_lib.editing.counterfactuals import stack  # late, as above
+
+        after, before = (self._towards(stack(candidates, name)) for name in ("image", "factual"))
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 
-    def _towards(self, images: Sequence[Tensor]) -> Tensor:
+    def _towards(self, images: Tensor) -> Tensor:
         """Probability of the target value of each label that the edit changes, (N, changes)."""
-        probabilities = self.guide.read(torch.stack(list(images)))
+        probabilities = self.guide.read(images)
         of = dict(zip(self.guide.labels, probabilities.unbind(1), strict=True))
         return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
 from prism_lib.phantom.anatomy import stamp
@@ -132,10 +133,7 @@ def spline(knots: ArrayLike, smooth: bool = True) -> Points:
         t = np.concatenate([[0.0], gaps.cumsum()])
         slope = np.gradient(line, t, axis=0)
         s = np.linspace(0, t[-1], 24 * len(gaps) + 1)
-        k = np.clip(np.searchsorted(t, s, side="right") - 1, 0, len(gaps) - 1)
-        h, w = gaps[k][:, None], ((s - t[k]) / gaps[k])[:, None]
-        value = (2 * w**3 - 3 * w**2 + 1) * line[k] + (3 * w**2 - 2 * w**3) * line[k + 1]
-        line = value + h * ((w**3 - 2 * w**2 + w) * slope[k] + (w**3 - w**2) * slope[k + 1])
+        line = CubicHermiteSpline(t, line, slope)(s)
     length = np.concatenate([[0.0], np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum()])
     even = np.linspace(0, length[-1], max(2, int(length[-1] / STEP) + 1))
     return np.stack([np.interp(even, length, line[:, axis]) for axis in (0, 1)], axis=1)

@@ -55,7 +55,6 @@ COLUMNS = (
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
 Place = tuple[Edit, str]  # an edit and an editor's effect
-Job = tuple[Mapping[Place, Editor], Tensor, Sequence[PromptPair], Edit]  # editors that share what they invert
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -175,7 +174,7 @@ def measure(
         images, pairs = inputs[change]
         for first in range(0, len(images), size):
             rows = slice(first, first + size)
-            jobs.append((group, images[rows], pairs[rows], change))
+            jobs.append(_Job(group, images[rows], pairs[rows], change))
     found: dict[Place, list[_Made]] = defaultdict(list)
     count = copies_for(pipe, processes, len(jobs))
     for made in tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure"):
@@ -205,15 +204,23 @@ class _Made(NamedTuple):
     rows: int
 
 
-def _edit(pipe: StableDiffusionPipeline, job: Job) -> dict[Place, _Made]:
+class _Job(NamedTuple):
+    """A batch of images (N, C, H, W) for editors that share what they invert."""
+
+    editors: Mapping[Place, Editor]
+    images: Tensor
+    pairs: Sequence[PromptPair]
+    change: Edit
+
+
+def _edit(pipe: StableDiffusionPipeline, job: _Job) -> dict[Place, _Made]:
     """Runs in a process of its own; the inversion counts for the first editor."""
-    editors, images, pairs, change = job
     made: dict[Place, _Made] = {}
     inverted: Any = None
-    for place, editor in editors.items():
+    for place, editor in job.editors.items():
         with counted_rows(pipe.unet) as rows, Timer() as timer:
-            inverted = inverted if made else editor.invert(pipe, images, pairs)
-            results = editor.edit(pipe, inverted, pairs, change)
+            inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
+            results = editor.edit(pipe, inverted, job.pairs, job.change)
         made[place] = _Made(results, timer.seconds, sum(rows))
     return made
 

@@ -78,7 +78,13 @@ class TrainingSet(NamedTuple):
     groups: Tensor
 
 
-Job = tuple[TrainingSet, ClassifierConfig, Tensor, Path]  # one classifier, images to read, file of its readings
+class _Job(NamedTuple):
+    """One classifier: its training set, the images that it reads afterwards, and the file for its readings."""
+
+    data: TrainingSet
+    config: ClassifierConfig
+    test: Tensor
+    file: Path
 
 
 class Readings(NamedTuple):
@@ -200,26 +206,28 @@ def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, p
             for rows, edit in additions(drawn[strength], config):
                 sources[name](rows, edit)
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[_Job]:
         for (strength, name), keys in groupby(missing, key=lambda key: key[:2]):
             data = load_images(folder, drawn[strength], config)
             if name in sources:
                 data = _joined(data, added_images(drawn[strength], sources[name], config))
             for key in keys:
                 classifier = replace(config.classifier, seed=key[2], objective=OBJECTIVES.get(name, "erm"))
-                yield data, classifier, test.images, files[key]
+                yield _Job(data, classifier, test.images, files[key])
 
     trained = side_by_side(_train, jobs(), processes_for(processes))
-    list(tqdm(trained, total=len(missing), desc="classifiers"))
+    for _ in tqdm(trained, total=len(missing), desc="classifiers"):
+        pass
     read = {key: load_file(path)["probabilities"] for key, path in files.items()}
     return Readings(table, test.labels, test.groups, read)
 
 
-def _train(job: Job) -> None:
-    data, config, test, file = job
-    model = train_classifier(data.images, data.labels, config, groups=data.groups, progress=False)
-    with atomic(file) as partial:
-        save_file({"probabilities": predict(model, test).contiguous()}, partial)
+def _train(job: _Job) -> None:
+    """Train one classifier and keep what it reads; runs in a process of its own."""
+    data = job.data
+    model = train_classifier(data.images, data.labels, job.config, groups=data.groups, progress=False)
+    with atomic(job.file) as partial:
+        save_file({"probabilities": predict(model, job.test).contiguous()}, partial)
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Where devices lie in a film and how they are drawn: the chest's box, dice, curves, a map of attenuation.
 
-Lengths are in millimetres; places are (u, v) in the chest: u = -1 at the lateral border of the right lung (left in the
-picture), 0 at the midline, 1 at the left lung's border; v = 0 at the apices, 1 at the diaphragm.
+Lengths are in mm, places (u, v): u = -1, 1 at the picture's left and right lung border, v = 0, 1 at apices, diaphragm.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class Dice:
         return self.uniform(0, 1) < probability
 
     def between(self, low: int, high: int) -> int:
-        """A whole number, both ends included."""
         return int(self.uniform(low, high + 1 - 1e-6))
 
 

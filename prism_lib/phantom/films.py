@@ -79,12 +79,11 @@ def _pacemaker(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         course = body.at(*(dice.near(spot, 0.02) for spot in (*vein, *route)))
         path = spline(np.concatenate([socket[None], np.reshape(coil, (-1, 2)), course]))
         canvas.line(path, 2.0, strength)
-        canvas.line(canvas.near_end(path, 0, 3), 2.6, 1.6)
-        canvas.line(canvas.near_end(path, 12, 15), 2.6, 1.6)
+        parts = [(0, 3, 2.6, 1.6), (12, 15, 2.6, 1.6)]
         if shock and k == 0:
-            canvas.line(canvas.near_end(path, 20, 68), 3.6, 2.0)
-            if dice.chance(0.5):
-                canvas.line(canvas.near_end(path, 150, 215), 3.6, 2.0)
+            parts += [(20, 68, 3.6, 2.0), (150, 215, 3.6, 2.0)][: 1 + dice.chance(0.5)]
+        for start, stop, width, dense in parts:
+            canvas.line(canvas.near_end(path, start, stop), width, dense)
 
 
 def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
@@ -108,6 +107,10 @@ def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         canvas.stroke(end, dice.uniform(0, 3), [[(-8, 0), (8, 0)]], 6.0, 0.25)
 
 
+# Discs of a grabber, a snap (stud in a ring), a lobed ring and a radiolucent pad: radius, strength, rim.
+_DISCS = (((2, 1.2, 0),), ((5.5, 0.45, 0), (2.2, 1.1, 0), (5.5, 0.8, 1)), ((4.5, 1.0, 1.2),), ((4, 0.25, 0),))
+
+
 def _connector(dice: Dice, canvas: Canvas, at: Points, angle: float, style: int) -> None:
     """What joins a cable to its electrode: snap, ring, clip with a spring, or a pad that hardly shows."""
     if dice.chance(0.6):
@@ -117,18 +120,13 @@ def _connector(dice: Dice, canvas: Canvas, at: Points, angle: float, style: int)
         frame = [(-14, -2.5), (2, -wide), (6, 0), (2, wide), (-14, 2.5)]
         canvas.stroke(at, angle, [[(x * large, y) for x, y in frame]], 1.3, 0.9)
         canvas.stroke(at, angle, [[(-12, 0), (4, 0)], [(-4, -3), (-4, 3)], [(2, -wide), (2, wide)]], 1.0, 0.8)
-        canvas.shape(at, (2.0, 2.0), 1.2)
-    elif style == 1:  # snap: stud in a ring
-        canvas.shape(at, (5.5, 5.5), 0.45)
-        canvas.shape(at, (2.2, 2.2), 1.1)
-        canvas.shape(at, (5.5, 5.5), 0.8, rim=1.0)
     elif style == 2:  # lobed ring
         for t in np.linspace(0, 2 * math.pi, 7)[:-1]:
             canvas.shape(at + np.array([math.cos(t), math.sin(t)]) * 4.5 * canvas.mm, (2.0, 2.0), 0.9)
-        canvas.shape(at, (4.5, 4.5), 1.0, rim=1.2)
-    else:  # a radiolucent electrode leaves the crimped end of the wire
+    elif style == 3:  # a radiolucent electrode leaves the crimped end of the wire
         canvas.stroke(at, angle, [[(-3, 0), (3, 0)]], 2.0, 0.9)
-        canvas.shape(at, (4.0, 4.0), 0.25)
+    for radius, strength, rim in _DISCS[style]:
+        canvas.shape(at, (radius, radius), strength, rim=rim)
     canvas.stroke(at, angle, [[(-26, 0), (-12, 0)]], dice.uniform(3.0, 4.2), dice.uniform(0.25, 0.6))
 
 
@@ -311,9 +309,8 @@ def _clothes(dice: Dice, body: Anchors, canvas: Canvas) -> None:
             canvas.shape(pendant, (dice.uniform(4, 8), dice.uniform(6, 9)), 1.4)
 
 
-Drawer = Callable[[Dice, Anchors, Canvas], None]
 # Kind: how often it is in a film, and what draws it.
-CATALOGUE: dict[str, tuple[float, Drawer]] = {
+CATALOGUE: dict[str, tuple[float, Callable[[Dice, Anchors, Canvas], None]]] = {
     DEVICE_KINDS[0]: (0.20, _pacemaker),
     DEVICE_KINDS[1]: (0.30, _central_line),
     DEVICE_KINDS[2]: (0.60, _ecg),

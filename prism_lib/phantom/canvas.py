@@ -1,7 +1,6 @@
 """Where devices lie in a film and how they are drawn: the chest's box, dice, curves, a map of attenuation.
 
-Lengths are in millimetres; places are (u, v) in the chest: u = -1 at the lateral border of the right lung (left in the
-picture), 0 at the midline, 1 at the left lung's border; v = 0 at the apices, 1 at the diaphragm.
+Lengths are in mm, places (u, v): u = -1, 1 at the picture's left and right lung border, v = 0, 1 at apices, diaphragm.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 from prism_lib.phantom.anatomy import stamp
 
 Points = NDArray[np.float64]  # (P, 2), x first
+Pair = tuple[float, float]
 STEP = 0.45  # pixels between the points of a curve
 CHEST = 285.0  # millimetres between the lungs' lateral borders
 
@@ -31,19 +31,16 @@ class Dice:
         self.generator = torch.Generator().manual_seed((int(seed) * 1_000_003 + stream * 7919) % 2**63)
 
     def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high)."""
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
-    def near(self, point: tuple[float, float], spread: float) -> tuple[float, float]:
+    def near(self, point: Pair, spread: float) -> Pair:
         """A point in (u, v) beside another."""
         return point[0] + self.uniform(-spread, spread), point[1] + self.uniform(-spread, spread)
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
         return self.uniform(0, 1) < probability
 
     def between(self, low: int, high: int) -> int:
-        """A whole number, both ends included."""
         return int(self.uniform(low, high + 1 - 1e-6))
 
 
@@ -64,46 +61,43 @@ class Anchors:
         small = F.avg_pool2d(F.interpolate(film[None, None], (64, 64), mode="area"), 3, 1, 1, count_include_pad=False)
         gray = small[0, 0].numpy().astype(np.float64)
         across = gray[14:34].mean(0)
-        # A column's brightness over that of the lungs beside it, with a mild preference for the picture's middle.
-        scores = {
-            x: across[x - 2 : x + 3].mean()
-            - (across[x - 15 : x - 6].mean() + across[x + 7 : x + 16].mean()) / 2
-            - 0.0008 * (x - 31.5) ** 2
-            for x in range(23, 42)
-        }
-        middle = max(scores, key=scores.__getitem__)
+
+        def bright(x: int) -> float:
+            """A column's brightness over that of the lungs beside it; mildly prefers the picture's middle."""
+            lungs = (across[x - 15 : x - 6].mean() + across[x + 7 : x + 16].mean()) / 2
+            return float(across[x - 2 : x + 3].mean() - lungs - 0.0008 * (x - 31.5) ** 2)
+
+        middle = max(range(23, 42), key=bright)
         across = gray[18:38].mean(0)
 
-        def edge(profile: Points, start: int, stop: int, step: int, usual: float, low: float, high: float) -> float:
-            """Pixels from the dark ``start`` to where 70 % of the contrast on the way to ``stop`` is reached."""
-            dark, ahead = profile[start], profile[start:stop:step]
-            if len(ahead) < 3 or ahead.max() - dark < 0.06:
+        def edge(ahead: Points, start: int, step: int, usual: int, low: int, high: int) -> int:
+            """Where 70 % of the contrast on the way from a dark start is reached."""
+            if len(ahead) < 3 or ahead.max() - ahead[0] < 0.06:
                 return usual
-            k = int(np.argmax(ahead > 0.3 * dark + 0.7 * ahead.max()))
-            return float(min(max(k, low), high))
+            k = int(np.argmax(ahead > 0.3 * ahead[0] + 0.7 * ahead.max()))
+            return min(max(start + step * k, low), high)
 
         half, top, bottom = [], [], []
         for sign in (-1, 1):
             lung = min(range(7, 19), key=lambda d: across[min(max(middle + sign * d, 0), 63)])
             column = middle + sign * lung
             end = max(column - 14, 0) if sign < 0 else min(column + 15, 63)
-            half.append(lung + edge(across, column, end, sign, 21.0 - lung, 17 - lung, 28 - lung))
+            half.append(edge(across[column:end:sign], lung, 1, 21, 17, 28))
             down = gray[:, max(column - 3, 0) : column + 4].mean(1)
             row = 14 + int(np.argmin(down[14:38]))
-            top.append(row - edge(down, row, max(row - 24, 0), -1, row - 8.0, row - 15, row - 3))
-            bottom.append(row + edge(down, row, 63, 1, 47.0 - row, 38 - row, 58 - row))
-        scale = film.shape[-1] / 64
-        sides = [min(max(h, 0.85 * sum(half) / 2), 1.15 * sum(half) / 2) for h in half]
-        centre, apex, base = middle + 0.5, sum(top) / 2, sum(bottom) / 2
-        box = centre, centre - sides[0], centre + sides[1], apex, max(base, apex + 28)
-        return cls(film.shape[-1], *(value * scale for value in box))
+            top.append(edge(down[row : max(row - 24, 0) : -1], row, -1, 8, 3, 15))
+            bottom.append(edge(down[row:63], row, 1, 47, 38, 58))
+        left, right = (min(max(h, 0.85 * sum(half) / 2), 1.15 * sum(half) / 2) for h in half)
+        centre, apex = middle + 0.5, sum(top) / 2
+        box = centre, centre - left, centre + right, apex, max(sum(bottom) / 2, apex + 28)
+        return cls(film.shape[-1], *(value * film.shape[-1] / 64 for value in box))
 
     @property
     def mm(self) -> float:
         """Pixels a millimetre."""
         return (self.right - self.left) / CHEST
 
-    def at(self, *places: tuple[float, float]) -> Points:
+    def at(self, *places: Pair) -> Points:
         """Places (u, v) in the chest as pixels (P, 2)."""
         u, v = np.asarray(places, dtype=np.float64).T
         x = self.middle + np.where(u < 0, u * (self.middle - self.left), u * (self.right - self.middle))
@@ -163,31 +157,26 @@ class Canvas:
         low = np.maximum(np.floor(points.min(0)).astype(int) - reach, 0)
         wide, tall = np.minimum(np.ceil(points.max(0)).astype(int) + reach + 1, self.size) - low
         pixels = torch.from_numpy(points - low).float()[None]
-        side = int(max(wide, tall))
-        chord = stamp(pixels, torch.full(pixels.shape[:2], radius), side)
-        if hollow:
-            chord = chord - stamp(pixels, torch.full(pixels.shape[:2], radius * hollow), side)
+        radii = torch.full(pixels.shape[:2], radius), torch.full(pixels.shape[:2], radius * hollow)
+        outer, inner = (stamp(pixels, each, int(max(wide, tall)))[0, :tall, :wide] for each in radii)
         full = 2 * radius * math.sqrt(1 - hollow**2)
         box = self.map[low[1] : low[1] + tall, low[0] : low[0] + wide]
-        box += self.contrast * strength * chord[0, :tall, :wide].clamp(min=0) / full
+        box += self.contrast * strength * (outer - inner).clamp(min=0) / full
 
     def shape(
-        self, centre: Points, half: tuple[float, float], strength: float, angle: float = 0.0, power: float = 2.0,
-        rim: float = 0.0,
-    ) -> None:  # fmt: skip
+        self, at: Points, half: Pair, strength: float, angle: float = 0, power: float = 2, rim: float = 0
+    ) -> None:
         """A plate bounded by a superellipse with half axes in mm; with ``rim`` only the border of that width."""
         reach = math.ceil(1.5 * max(half) * self.mm) + 2
-        x0, y0 = (int(v) for v in np.clip(np.round(centre) - reach, 0, self.size))
-        x1, y1 = (int(v) for v in np.clip(np.round(centre) + reach, 0, self.size))
-        dx = torch.arange(x0, x1)[None, :] - float(centre[0])
-        dy = torch.arange(y0, y1)[:, None] - float(centre[1])
+        (x0, y0), (x1, y1) = (np.clip(np.round(at) + far, 0, self.size).astype(int) for far in (-reach, reach))
+        dx, dy = torch.arange(x0, x1)[None, :] - float(at[0]), torch.arange(y0, y1)[:, None] - float(at[1])
         cos, sin = math.cos(angle), math.sin(angle)
         along, beyond = (cos * dx + sin * dy) / half[0], (cos * dy - sin * dx) / half[1]
         radial = (along.abs().pow(power) + beyond.abs().pow(power)).pow(1 / power) / self.mm
         depth = (1 - radial) * min(half) * self.mm  # pixels below the edge
         cover = (depth + 0.5).clamp(0, 1)
         if rim:
-            cover = cover - (depth - max(rim * self.mm, 1.0) + 0.5).clamp(0, 1)
+            cover -= (depth - max(rim * self.mm, 1.0) + 0.5).clamp(0, 1)
         self.map[y0:y1, x0:x1] += self.contrast * strength * cover
 
     def stroke(self, origin: Points, angle: float, lines: Sequence[ArrayLike], width: float, strength: float) -> None:

@@ -1,16 +1,12 @@
 """Devices rendered into any frontal chest film; the film itself is the exact counterfactual without them.
 
-A device is an attenuation map a >= 0 that multiplies the transmitted intensity 1 - gray, beside a share of scatter s:
-gray' = 1 - (1 - gray) (s + (1 - s) exp(-a)). The film's grain goes on below it. Places and lengths are those of
-`canvas`: (u, v) in the chest's box, and millimetres.
-
-What a kind looks like depends on the film's seed and on the kind only: without "pacemaker" in `kinds` the same lines
-stay where they were.
+Attenuation a and a share of scatter s make gray' = 1 - (1 - gray) (s + (1 - s) exp(-a)); places are those of `canvas`.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,12 +79,11 @@ def _pacemaker(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         course = body.at(*(dice.near(spot, 0.02) for spot in (*vein, *route)))
         path = spline(np.concatenate([socket[None], np.reshape(coil, (-1, 2)), course]))
         canvas.line(path, 2.0, strength)
-        canvas.line(canvas.near_end(path, 0, 3), 2.6, 1.6)
-        canvas.line(canvas.near_end(path, 12, 15), 2.6, 1.6)
+        parts = [(0, 3, 2.6, 1.6), (12, 15, 2.6, 1.6)]
         if shock and k == 0:
-            canvas.line(canvas.near_end(path, 20, 68), 3.6, 2.0)
-            if dice.chance(0.5):
-                canvas.line(canvas.near_end(path, 150, 215), 3.6, 2.0)
+            parts += [(20, 68, 3.6, 2.0), (150, 215, 3.6, 2.0)][: 1 + dice.chance(0.5)]
+        for start, stop, width, dense in parts:
+            canvas.line(canvas.near_end(path, start, stop), width, dense)
 
 
 def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
@@ -112,6 +107,10 @@ def _central_line(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         canvas.stroke(end, dice.uniform(0, 3), [[(-8, 0), (8, 0)]], 6.0, 0.25)
 
 
+# Discs of a grabber, a snap (stud in a ring), a lobed ring and a radiolucent pad: radius, strength, rim.
+_DISCS = (((2, 1.2, 0),), ((5.5, 0.45, 0), (2.2, 1.1, 0), (5.5, 0.8, 1)), ((4.5, 1.0, 1.2),), ((4, 0.25, 0),))
+
+
 def _connector(dice: Dice, canvas: Canvas, at: Points, angle: float, style: int) -> None:
     """What joins a cable to its electrode: snap, ring, clip with a spring, or a pad that hardly shows."""
     if dice.chance(0.6):
@@ -121,18 +120,13 @@ def _connector(dice: Dice, canvas: Canvas, at: Points, angle: float, style: int)
         frame = [(-14, -2.5), (2, -wide), (6, 0), (2, wide), (-14, 2.5)]
         canvas.stroke(at, angle, [[(x * large, y) for x, y in frame]], 1.3, 0.9)
         canvas.stroke(at, angle, [[(-12, 0), (4, 0)], [(-4, -3), (-4, 3)], [(2, -wide), (2, wide)]], 1.0, 0.8)
-        canvas.shape(at, (2.0, 2.0), 1.2)
-    elif style == 1:  # snap: stud in a ring
-        canvas.shape(at, (5.5, 5.5), 0.45)
-        canvas.shape(at, (2.2, 2.2), 1.1)
-        canvas.shape(at, (5.5, 5.5), 0.8, rim=1.0)
     elif style == 2:  # lobed ring
         for t in np.linspace(0, 2 * math.pi, 7)[:-1]:
             canvas.shape(at + np.array([math.cos(t), math.sin(t)]) * 4.5 * canvas.mm, (2.0, 2.0), 0.9)
-        canvas.shape(at, (4.5, 4.5), 1.0, rim=1.2)
-    else:  # a radiolucent electrode leaves the crimped end of the wire
+    elif style == 3:  # a radiolucent electrode leaves the crimped end of the wire
         canvas.stroke(at, angle, [[(-3, 0), (3, 0)]], 2.0, 0.9)
-        canvas.shape(at, (4.0, 4.0), 0.25)
+    for radius, strength, rim in _DISCS[style]:
+        canvas.shape(at, (radius, radius), strength, rim=rim)
     canvas.stroke(at, angle, [[(-26, 0), (-12, 0)]], dice.uniform(3.0, 4.2), dice.uniform(0.25, 0.6))
 
 
@@ -141,7 +135,7 @@ _LEADS = ((-0.80, 0.00), (0.80, -0.02), (0.90, 1.02), (-0.90, 1.05), (0.25, 0.78
 
 def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
     """One to six cables from electrodes across the chest to one or two places where they leave the picture."""
-    size, mm = body.size, canvas.mm
+    size, mm, far = body.size, canvas.mm, body.size + 12.0
     exits = [dice.uniform(0, 1) for _ in range(2)]
     style, width = dice.between(0, 3), dice.uniform(2.0, 3.0)
     strength, core, double = dice.uniform(0.16, 0.45), dice.uniform(0.0, 0.35), dice.chance(0.2)
@@ -149,27 +143,21 @@ def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         target = _LEADS[k] if dice.chance(0.7) else _LEADS[dice.between(0, 6)]
         end = body.at(dice.near(target, 0.20))[0]
         way = (exits[0] if dice.chance(0.7) else exits[1]) + dice.uniform(-0.03, 0.03)
-        if way < 0.4:  # upper left corner, upper edge, lower edge, right edge
-            out = np.array([-12.0, (0.02 + 1.8 * way) * size])
-        elif way < 0.55:
-            out = np.array([(way - 0.4) * 6.6 * size, -12.0])
-        elif way < 0.75:
-            out = np.array([(way - 0.55) * 5 * size, size + 12.0])
-        else:
-            out = np.array([size + 12.0, (way - 0.75) * 4 * size])
+        edges = [(-12.0, (0.02 + 1.8 * way) * size), ((way - 0.4) * 6.6 * size, -12.0)]  # left and upper
+        edges += [((way - 0.55) * 5 * size, far), (far, (way - 0.75) * 4 * size)]  # lower and right
+        out = np.array(edges[bisect((0.4, 0.55, 0.75), way)])
         if dice.chance(0.15):  # a cable that only passes
-            end = np.array([size + 12.0 if out[0] < size / 2 else -12.0, dice.uniform(0.1, 1.0) * size])
+            end = np.array([far if out[0] < size / 2 else -12.0, dice.uniform(0.1, 1.0) * size])
         run = end - out
         normal = np.array([-run[1], run[0]]) * (1 if run[0] > 0 else -1)
         sag = (dice.uniform(-0.10, 0.30), dice.uniform(-0.10, 0.32))
         knots = [out, out + 0.35 * run + sag[0] * normal, out + 0.72 * run + sag[1] * normal]
         if dice.chance(0.12):
             radius, phase = dice.uniform(18, 55) * mm, math.atan2(run[1], run[0]) - math.pi / 2
-            turn = [phase + t for t in np.linspace(0.5, 2 * math.pi + 0.3, 8)]
+            turn = phase + np.linspace(0.5, 2 * math.pi + 0.3, 8)
             oval = radius * np.array([dice.uniform(0.6, 1.3), dice.uniform(0.6, 1.3)])
-            ring = [(1 + 0.04 * j) * oval * (math.cos(t), math.sin(t)) for j, t in enumerate(turn)]
-            loop = [knots[1] + spot for spot in ring]
-            knots = [knots[0], *loop, knots[2]]
+            loop = [knots[1] + (1 + 0.04 * j) * oval * (math.cos(t), math.sin(t)) for j, t in enumerate(turn)]
+            knots[1:2] = loop
         elif dice.chance(0.35):  # slack
             bend = dice.uniform(0.12, 0.30) * (1 if dice.chance(0.5) else -1) * normal
             knots = [out, out + 0.22 * run + bend, out + 0.50 * run - 0.7 * bend, out + 0.78 * run + sag[1] * normal]
@@ -243,7 +231,7 @@ def _sternum(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         ends = np.linspace(-1.4, 2 * math.pi - dice.uniform(1.5, 2.4), 14)
         canvas.stroke(centre, tilt, [[(wide * math.cos(t), tall * math.sin(t)) for t in ends]], 0.8, strength)
         start, knot = (0.0 if flat else wide), dice.uniform(0.6, 2.4) if flat else dice.uniform(-0.4, 0.4)
-        tail = [(start, 0), (start + 5 * math.cos(knot), 5 * math.sin(knot))]
+        tail = (start, 0), (start + 5 * math.cos(knot), 5 * math.sin(knot))
         canvas.stroke(centre, tilt, [tail], 1.4, 1.2 * strength)
     for _ in range(dice.between(3, 10) if dice.chance(0.5) else 0):
         clip = body.at((dice.uniform(0.02, 0.38), dice.uniform(0.25, 0.85)))[0]
@@ -321,9 +309,8 @@ def _clothes(dice: Dice, body: Anchors, canvas: Canvas) -> None:
             canvas.shape(pendant, (dice.uniform(4, 8), dice.uniform(6, 9)), 1.4)
 
 
-Drawer = Callable[[Dice, Anchors, Canvas], None]
 # Kind: how often it is in a film, and what draws it.
-CATALOGUE: dict[str, tuple[float, Drawer]] = {
+CATALOGUE: dict[str, tuple[float, Callable[[Dice, Anchors, Canvas], None]]] = {
     DEVICE_KINDS[0]: (0.20, _pacemaker),
     DEVICE_KINDS[1]: (0.30, _central_line),
     DEVICE_KINDS[2]: (0.60, _ecg),
@@ -348,24 +335,7 @@ class Rendered:
 
 
 def with_devices(films: Tensor, seeds: Sequence[int], kinds: Sequence[str] = KINDS) -> Rendered:
-    """Render one or more kinds of device into each film.
-
-    ``films`` is (N, 1, H, H) in [0, 1] on 8-bit gray levels, bright where dense, 128 pixels or more; one seed a film
-    decides everything that is random; ``kinds`` restricts what may be drawn.
-    """
-    _check(films, seeds, kinds)
-    images, drawn = [], []
-    for film, seed in zip(films[:, 0], seeds, strict=True):
-        attenuation, seen = _devices(film, int(seed), kinds)
-        scatter = Dice(seed, len(KINDS)).uniform(0.10, 0.20)
-        gray = 1 - (1 - film) * (scatter + (1 - scatter) * torch.exp(-point_spread(attenuation[None])[0]))
-        images.append(torch.where((gray * 255).round() == (film * 255).round(), film, (gray * 255).round() / 255))
-        drawn.append(seen)
-    result = torch.stack(images)[:, None] if images else films.clone()
-    return Rendered(result, result != films, tuple(drawn))
-
-
-def _check(films: Tensor, seeds: Sequence[int], kinds: Sequence[str]) -> None:
+    """Render devices of ``kinds`` into films (N, 1, H, H), bright where dense; a seed and a kind decide its look."""
     if films.ndim != 4 or films.shape[1] != 1 or films.shape[2] != films.shape[3] or films.shape[3] < 128:
         raise ValueError(f"films must be (N, 1, H, H) with H of 128 pixels or more; got {tuple(films.shape)}")
     if len(seeds) != len(films):
@@ -377,6 +347,14 @@ def _check(films: Tensor, seeds: Sequence[int], kinds: Sequence[str]) -> None:
         raise ValueError("films must be floating point on 8-bit gray levels, multiples of 1/255")
     if films.numel() and (films.min() < 0 or films.max() > 1):
         raise ValueError(f"films must lie in [0, 1]; got {films.min():g} to {films.max():g}")
+    images, drawn = films.clone(), []
+    for image, film, seed in zip(images[:, 0], films[:, 0], seeds, strict=True):
+        attenuation, seen = _devices(film, int(seed), kinds)
+        scatter = Dice(seed, len(KINDS)).uniform(0.10, 0.20)
+        gray = 1 - (1 - film) * (scatter + (1 - scatter) * torch.exp(-point_spread(attenuation[None])[0]))
+        image.copy_(torch.where((gray * 255).round() == (film * 255).round(), film, (gray * 255).round() / 255))
+        drawn.append(seen)
+    return Rendered(images, images != films, tuple(drawn))
 
 
 def _devices(film: Tensor, seed: int, kinds: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:

@@ -73,17 +73,14 @@ class Explorer(widgets.VBox):
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
-        controls = widgets.VBox(
-            [self.source, self.edit, buttons, self.progress, self.status, self.settings],
-            layout={"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"},
-        )
-        shown = widgets.VBox(
-            [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files],
-            layout={"flex": "1 1 640px", "min_width": "330px"},
-        )
+        left = {"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"}
+        controls = [self.source, self.edit, buttons, self.progress, self.status, self.settings]
+        right = {"flex": "1 1 640px", "min_width": "330px"}
+        shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
+        columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"model {session.model}, {records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
-        body = widgets.HBox([controls, shown], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+        body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
         self._enable()

@@ -82,11 +82,9 @@ class SourcePanel(Panel):
 
     def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int) -> None:
         self._session, self._opened = session, opened
-        self.kind = widgets.ToggleButtons(
-            options=["phantom", "folder", "own file"],
-            tooltips=["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"],
-            style={"button_width": "104px"},
-        )
+        kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
+        about = ["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"]
+        self.kind = widgets.ToggleButtons(options=kinds, tooltips=about, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
         self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
@@ -142,11 +140,8 @@ class EditPanel(Panel):
         self._session = session
         self._rows = widgets.VBox()
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
-        self.text = widgets.Text(
-            placeholder="remove the pacemaker, keep the effusion",
-            tooltip="a sentence, or 'source prompt -> target prompt'",
-            layout={"width": "98%"},
-        )
+        hint, about = "remove the pacemaker, keep the effusion", "a sentence, or 'source prompt -> target prompt'"
+        self.text = widgets.Text(placeholder=hint, tooltip=about, layout={"width": "98%"})
         super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
 
     def show(self, case: Case) -> None:
@@ -254,9 +249,8 @@ class ResultPanel(Panel):
         about, wide = "slide from the original to the counterfactual", {"flex": "1 1 auto"}
         self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
         self.share.add_class("prism-slider")
-        self.mode = widgets.ToggleButtons(
-            options=list(MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
-        )
+        modes, narrow = ["draw a curtain", "cross-fade"], {"button_width": "80px"}
+        self.mode = widgets.ToggleButtons(options=list(MODES), tooltips=modes, style=narrow)
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
         ends = [_caption("original"), self.share, _caption("counterfactual")]
         large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]

@@ -140,7 +140,6 @@ class Session:
         return self._open(f"file:{Path(folder).resolve() / file_name}", file_name, known)
 
     def open_file(self, path: str) -> Case:
-        """An image file of this machine, without labels."""
         return self._open(f"file:{Path(path).expanduser().resolve()}", Path(path).name, {})
 
     def open_upload(self, name: str, content: bytes) -> Case:
@@ -162,16 +161,14 @@ class Session:
 
     def _unlike(self, image: Tensor) -> str:
         """That an image is unlike those the model was trained on and what to do about it, or nothing."""
-        if self.reference is None:
-            return ""
-        score = self.reference.scores(novelty.log_errors(self.pipe, image)).item()
-        if not self.reference.is_new(score):
+        known = self.reference
+        score = 0.0 if known is None else known.scores(novelty.log_errors(self.pipe, image)).item()
+        if known is None or not known.is_new(score):
             return ""
         return (
-            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, "
-            f"{self.reference.share:.0%} of its own kind stay below {self.reference.threshold:.1f}): do not read "
-            f"anything into the counterfactual. Load a model trained on such images, for example one from "
-            f'02_finetuning: explore("my-run/pipeline").'
+            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, {known.share:.0%} of "
+            f"its own kind stay below {known.threshold:.1f}): do not read anything into the counterfactual. Load a "
+            'model trained on such images, for example one from 02_finetuning: explore("my-run/pipeline").'
         )
 
     def _readings(self, image: Tensor) -> dict[str, float]:

@@ -230,7 +230,6 @@ def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -
 
 
 def _state(case: Case, label: str) -> str:
-    """What is known of a label and what the judge reads, in a few words."""
     known = {True: "present", False: "absent", None: ""}[label_state(label, case.labels.get(label))]
     read = f"judge {case.readings[label]:.2f}" if label in case.readings else ""
     return f'<span class="prism-state">{", ".join(filter(None, (known, read)))}</span>'
@@ -308,7 +307,6 @@ class ResultPanel(Panel):
 
 
 def _caption(text: str, width: str = "auto") -> widgets.HTML:
-    """Words beside a picture, as wide as they are or wrapped to a width."""
     return widgets.HTML(f'<span class="prism-note">{text}</span>', layout={"flex": "0 0 auto", "width": width})
 
 

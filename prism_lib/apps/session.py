@@ -161,9 +161,10 @@ class Session:
 
     def _unlike(self, image: Tensor) -> str:
         """That an image is unlike those the model was trained on and what to do about it, or nothing."""
-        known = self.reference
-        score = 0.0 if known is None else known.scores(novelty.log_errors(self.pipe, image)).item()
-        if known is None or not known.is_new(score):
+        if (known := self.reference) is None:
+            return ""
+        score = known.scores(novelty.log_errors(self.pipe, image)).item()
+        if not known.is_new(score):
             return ""
         return (
             f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, {known.share:.0%} of "
@@ -172,7 +173,6 @@ class Session:
         )
 
     def _readings(self, image: Tensor) -> dict[str, float]:
-        """The judge's probability of each of its labels on an image (1, C, H, W); {} without a judge."""
         judge = self.judge
         return {} if judge is None else dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 
@@ -221,8 +221,7 @@ class Session:
         self.running = True
 
         def work() -> None:
-            made: list[Outcome] = []
-            said = ""
+            made, said = [], ""
             try:
                 made = self.run(recipes, edit, progress=progress, preview=preview)
             except CancelledError:
@@ -299,7 +298,6 @@ class Session:
         return ""
 
     def _scores(self, case: Case, edit: Edit, result: Counterfactual) -> dict[str, float]:
-        """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
         scores |= {f"reads {label}": value for label, value in self._readings(image).items()}

@@ -258,7 +258,8 @@ class ResultPanel(Panel):
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
         pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
-        self.on_change(self._draw, self.share, self.mode)
+        for control in (self.share, self.mode):
+            control.observe(self._draw, "value")
 
     def show_case(self, case: Case) -> None:
         """A new image, not edited yet."""

@@ -1,8 +1,6 @@
-"""The counterfactual explorer: `explore()` in a notebook gives a panel to click in.
+"""The counterfactual explorer: `explore()` gives a panel to click in, in JupyterLab, VS Code and Voila.
 
-`apps.session` does the work and ipywidgets show it, so it works in JupyterLab, VS Code and Voila. Edits run in the
-background; where no one can click, as under papermill, the notebook keeps a picture.
-"""
+Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture."""
 
 from __future__ import annotations
 
@@ -41,21 +39,14 @@ STYLE = """<style>
 
 
 def explore(
-    model: str = SHIPPED,
-    judge: str = "phantom-judge",
-    vocabulary: str = "phantom",
-    mode: str = "L",
-    *,
-    seed: int = 4001,
-    patient: int = 1,
-    steps: int = 20,
+    model: str = SHIPPED, judge: str = "phantom-judge", vocabulary: str = "phantom", mode: str = "L", **start: int
 ) -> Explorer:
     """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
-    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
+    are offered; `mode` is "L" (gray) or "RGB". `start`: `seed` and `patient` of the first phantom, `steps` of DDIM.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), seed=seed, patient=patient, steps=steps)
+    return Explorer(Session.load(model, judge, vocabulary, mode), **start)
 
 
 class Explorer(widgets.VBox):
@@ -70,8 +61,10 @@ class Explorer(widgets.VBox):
         self.settings = SettingsPanel(session, steps)
         self.source = SourcePanel(session, self._opened, seed, patient)
         self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
-        self.cancel = _button("Cancel", "stop", "stop after the step it is in", lambda _: session.cancel())
-        self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "98%"})
+        self.cancel = _button(
+            "Cancel", "stop", "stop after the step it is in", lambda _: session.cancel(), disabled=True
+        )
+        self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
         self.undo = _button("Undo", "undo", "back to the counterfactual before", guarded(self._undo))
@@ -80,25 +73,24 @@ class Explorer(widgets.VBox):
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
-        controls = widgets.VBox(
-            [self.source, self.edit, buttons, self.progress, self.status, self.settings],
-            layout={"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"},
-        )
-        shown = widgets.VBox(
-            [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files],
-            layout={"flex": "1 1 640px", "min_width": "330px"},
-        )
+        left = {"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"}
+        controls = [self.source, self.edit, buttons, self.progress, self.status, self.settings]
+        right = {"flex": "1 1 640px", "min_width": "330px"}
+        shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
+        columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"model {session.model}, {records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
-        body = widgets.HBox([controls, shown], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+        body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
-        self.cancel.disabled = True
         self._enable()
         self.source.guarded(self.source.open_phantom)()
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
+        self._show_case(case)
+
+    def _show_case(self, case: Case) -> None:
         self.outcome = None
         self.result.show_case(case)
         self._show_box()
@@ -135,13 +127,16 @@ class Explorer(widgets.VBox):
                 self._restore()
             return
         self.status.say(f"Done in {time.monotonic() - self._started:.1f} s.", "note")
-        if self._at_hand(outcomes[0]):
-            self.result.show_candidates(outcomes)
-            self._show(outcomes[0])
+        self._show_run(outcomes)
 
     def _at_hand(self, outcome: Outcome) -> bool:
         """Whether an outcome is of the image on the screen: another may have been opened during the run."""
         return self.session.case is not None and self.session.case.name == outcome.recipe.image
+
+    def _show_run(self, outcomes: list[Outcome]) -> None:
+        if self._at_hand(outcomes[0]):
+            self.result.show_candidates(outcomes)
+            self._show(outcomes[0])
 
     def _show(self, outcome: Outcome) -> None:
         if self._at_hand(outcome):
@@ -151,15 +146,10 @@ class Explorer(widgets.VBox):
 
     def _restore(self) -> None:
         """The latest run of the image at hand, or the image alone."""
-        if self.session.case is None:
-            return
-        self.outcome = None
-        self.result.show_case(self.session.case)
-        kept = [run for run in self.session.history if self._at_hand(run[0])]
-        if kept:
-            self.result.show_candidates(kept[-1])
-            self._show(kept[-1][0])
-        self._enable()
+        if self.session.case is not None:
+            self._show_case(self.session.case)
+        for outcomes in [run for run in self.session.history if self._at_hand(run[0])][-1:]:
+            self._show_run(outcomes)
 
     def _undo(self, _: Any) -> None:
         self.session.undo()

@@ -1,8 +1,4 @@
-"""The panels of the explorer: where the image comes from, what to change, how, and the result.
-
-Each panel is a column of ipywidgets with a line of its own for what went wrong in it. The explorer (`apps.explorer`)
-connects them.
-"""
+"""The panels that `apps.explorer` connects: where the image comes from, what to change, how, and the result."""
 
 from __future__ import annotations
 
@@ -77,7 +73,6 @@ class Panel(widgets.VBox):
         return handler
 
     def on_change(self, act: Callable[..., None], *controls: widgets.Widget) -> None:
-        """Call a guarded handler whenever a control has a new value."""
         for control in controls:
             control.observe(self.guarded(act), "value")
 
@@ -87,11 +82,9 @@ class SourcePanel(Panel):
 
     def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int) -> None:
         self._session, self._opened = session, opened
-        self.kind = widgets.ToggleButtons(
-            options=["phantom", "folder", "own file"],
-            tooltips=["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"],
-            style={"button_width": "104px"},
-        )
+        kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
+        about = ["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"]
+        self.kind = widgets.ToggleButtons(options=kinds, tooltips=about, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
         self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
@@ -100,12 +93,7 @@ class SourcePanel(Panel):
         self.row = _control(widgets.Dropdown, "image", "the images of its test split", options=[])
         self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip="up to 10 MB")
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
-        self._forms = {
-            "phantom": widgets.VBox([self.patient, self.seed]),
-            "folder": widgets.VBox([self.folder, self.row]),
-            "own file": widgets.VBox([self.upload, self.path]),
-        }
-        self._form = widgets.VBox([self._forms["phantom"]])
+        self._form = widgets.VBox([self.patient, self.seed])
         super().__init__("Image", [self.kind, self._form])
         self.on_change(self._show_form, self.kind)
         self.on_change(self.open_phantom, self.patient, self.seed)
@@ -118,7 +106,8 @@ class SourcePanel(Panel):
         self._opened(self._session.open_phantom(self.seed.value, self.patient.value))
 
     def _show_form(self, change: Any) -> None:
-        self._form.children = [self._forms[self.kind.value]]
+        forms = {"phantom": [self.patient, self.seed], "folder": [self.folder, self.row]}
+        self._form.children = forms.get(self.kind.value, [self.upload, self.path])
         if self.kind.value == "phantom":
             self.open_phantom()
         elif self.kind.value == "folder" and not self.row.options:
@@ -129,16 +118,14 @@ class SourcePanel(Panel):
 
     def _list_folder(self, change: Any = None) -> None:
         self.row.options = []
-        table = load_table(self._folder(), "test")
-        self.row.options = table["file_name"].head(MAX_CHOICES).tolist()
+        self.row.options = load_table(self._folder(), "test")["file_name"].head(MAX_CHOICES).tolist()
 
     def _open_row(self, change: Any) -> None:
         if self.row.value:
             self._opened(self._session.open_row(self._folder(), self.row.value))
 
     def _open_upload(self, change: Any) -> None:
-        if self.upload.value:
-            file = self.upload.value[0]
+        for file in self.upload.value:  # one or none
             self._opened(self._session.open_upload(file["name"], bytes(file["content"])))
 
     def _open_path(self, change: Any) -> None:
@@ -153,11 +140,8 @@ class EditPanel(Panel):
         self._session = session
         self._rows = widgets.VBox()
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
-        self.text = widgets.Text(
-            placeholder="remove the pacemaker, keep the effusion",
-            tooltip="a sentence, or 'source prompt -> target prompt'",
-            layout={"width": "98%"},
-        )
+        hint, about = "remove the pacemaker, keep the effusion", "a sentence, or 'source prompt -> target prompt'"
+        self.text = widgets.Text(placeholder=hint, tooltip=about, layout={"width": "98%"})
         super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
 
     def show(self, case: Case) -> None:
@@ -180,7 +164,6 @@ class EditPanel(Panel):
             self.buttons[verb, label].value = False
 
     def pressed(self, verb: str) -> list[str]:
-        """The labels whose button for this verb is down."""
         return [label for (name, label), button in self.buttons.items() if name == verb and button.value]
 
 
@@ -189,11 +172,11 @@ class SettingsPanel(Panel):
 
     def __init__(self, session: Session, steps: int) -> None:
         self._session, self._file = session, ""
-        self._usual = recommended(session.pipe, NO_EDIT)
+        self._usual = vars(recommended(session.pipe, NO_EDIT))
         self.sliders = {}
         slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
         for field, (name, high, step, tooltip) in SLIDERS.items():
-            value = getattr(self._usual, field)
+            value = self._usual[field]
             self.sliders[field] = _control(slider, name, tooltip, value=value, max=max(high, value), step=step)
         about = "inversion: what explains the image"
         self.method = _control(choice, "method", about, options=list(METHODS), value=RECOMMENDED)
@@ -220,18 +203,15 @@ class SettingsPanel(Panel):
 
     def _read_mask(self, change: Any) -> None:
         self._file = ""
-        if self.mask_file.value:
-            file = self.mask_file.value[0]
+        for file in self.mask_file.value:  # one or none
             self._file = self._session.upload_mask(file["name"], bytes(file["content"]))
             self.line.say(f"Mask: {file['name']}.", "note")
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
         """The rectangle (top, left, bottom, right), where one is asked for."""
-        if self.mask.value != "rectangle":
-            return None
         (top, bottom), (left, right) = self.rows.value, self.columns.value
-        return top, left, bottom, right
+        return (top, left, bottom, right) if self.mask.value == "rectangle" else None
 
     def values(self) -> dict[str, Any]:
         """The settings as arguments of `Session.recipe`."""
@@ -239,20 +219,17 @@ class SettingsPanel(Panel):
             raise ValueError("Upload a mask, or choose another kind of mask.")
         masks = {"automatic": "auto", "off": "off", "rectangle": self.box, "file": self._file}
         # A slider that was not moved leaves its setting to what the model recommends for the edit.
-        values = {field: slider.value for field, slider in self.sliders.items()}
-        moved = {field: value for field, value in values.items() if value != getattr(self._usual, field)}
+        moved = {name: slider.value for name, slider in self.sliders.items() if slider.value != self._usual[name]}
         mask = masks[self.mask.value]
         return {"settings": moved, "method": self.method.value, "steps": self.steps.value, "mask": mask}
 
 
 def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -> widgets.Widget:
-    """A control as wide as its panel, with its name beside it."""
     style = {"description_width": "100px"}
     return kind(description=name, tooltip=tooltip, layout={"width": "98%"}, style=style, **more)
 
 
 def _state(case: Case, label: str) -> str:
-    """What is known of a label and what the judge reads, in a few words."""
     known = {True: "present", False: "absent", None: ""}[label_state(label, case.labels.get(label))]
     read = f"judge {case.readings[label]:.2f}" if label in case.readings else ""
     return f'<span class="prism-state">{", ".join(filter(None, (known, read)))}</span>'
@@ -271,9 +248,8 @@ class ResultPanel(Panel):
         about, wide = "slide from the original to the counterfactual", {"flex": "1 1 auto"}
         self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
         self.share.add_class("prism-slider")
-        self.mode = widgets.ToggleButtons(
-            options=list(MODES), tooltips=["draw a curtain", "cross-fade"], style={"button_width": "80px"}
-        )
+        modes, narrow = ["draw a curtain", "cross-fade"], {"button_width": "80px"}
+        self.mode = widgets.ToggleButtons(options=list(MODES), tooltips=modes, style=narrow)
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
         ends = [_caption("original"), self.share, _caption("counterfactual")]
         large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
@@ -282,8 +258,8 @@ class ResultPanel(Panel):
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
         pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
-        self.share.observe(self._draw, "value")
-        self.mode.observe(self._draw, "value")
+        for control in (self.share, self.mode):
+            control.observe(self._draw, "value")
 
     def show_case(self, case: Case) -> None:
         """A new image, not edited yet."""
@@ -300,7 +276,6 @@ class ResultPanel(Panel):
         self.mask.value = png(picture if box is None else framed(picture, box))
 
     def show(self, outcome: Outcome) -> None:
-        """One counterfactual."""
         result, used = outcome.result, outcome.used
         self._before, self._after = view(result.factual), view(result.image)
         self._draw()
@@ -333,7 +308,6 @@ class ResultPanel(Panel):
 
 
 def _caption(text: str, width: str = "auto") -> widgets.HTML:
-    """Words beside a picture, as wide as they are or wrapped to a width."""
     return widgets.HTML(f'<span class="prism-note">{text}</span>', layout={"flex": "0 0 auto", "width": width})
 
 
@@ -347,14 +321,10 @@ _NAMES = {
 
 
 def _score_table(outcome: Outcome) -> str:
-    scores = outcome.scores
-    reads = outcome.case.readings.items()
-    rows = [(html.escape(label), f"{before:.2f} → {scores[f'reads {label}']:.2f}", "") for label, before in reads]
-    head = "<tr><th>judge</th><th>before → after</th><th></th></tr>" if rows else ""
-    numbers = [(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in _NAMES.items() if name in scores]
-    judged, measured = ("".join(map(_table_row, part)) for part in (rows, numbers))
-    return f"<table>{head}{judged}<tr><th>measured</th><th></th><th></th></tr>{measured}</table>"
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    return f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
+    scores, row = outcome.scores, "<tr><td>{}</td><td>{}</td><td>{}</td></tr>"
+    rows = ["<tr><th>judge</th><th>before → after</th><th></th></tr>"] if outcome.case.readings else []
+    for label, before in outcome.case.readings.items():
+        rows.append(row.format(html.escape(label), f"{before:.2f} → {scores[f'reads {label}']:.2f}", ""))
+    rows.append("<tr><th>measured</th><th></th><th></th></tr>")
+    rows += [row.format(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in _NAMES.items() if name in scores]
+    return f"<table>{''.join(rows)}</table>"

@@ -1,13 +1,10 @@
-"""A recipe: all that decides one counterfactual, in words and numbers that fit on a line.
-
-Two runs of one recipe on one machine give the same image bit for bit, from a click in the explorer or from a JSON file.
-"""
+"""A recipe: all that decides one counterfactual; two runs of it on one machine give the same image bit for bit."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +68,18 @@ class Recipe:
         pipe = load_pipeline(self.model) if pipe is None else pipe
         if inversion is None:
             inversion = self.invert(pipe, load_image(self.image, image_size(pipe), self.mode), callback)
-        if mask is None:
-            mask = self.mask_tensor(inversion.images)
-        chosen = mask if mask is not None else str(self.mask)
+        chosen = self.own_mask(inversion.images) if mask is None else mask
         pair = PromptPair(self.source, self.target, self.source_words, self.target_words)
         return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
         return invert(pipe, image, [self.source], method=self.method, num_inference_steps=self.steps, callback=callback)
 
-    def mask_tensor(self, images: Tensor) -> Tensor | None:
-        """The user's own mask (1, 1, H, W), or None for "auto" and "off"."""
+    def own_mask(self, images: Tensor) -> Tensor | str:
+        """The user's own mask (1, 1, H, W), or "auto" or "off"."""
         height, width = images.shape[-2:]
         if isinstance(self.mask, str):
-            return (load_image(self.mask, height) > 0.5).float() if self.mask.startswith("file:") else None
+            return (load_image(self.mask, height) > 0.5).float() if self.mask.startswith("file:") else self.mask
         top, left, bottom, right = self.mask
         if not (0 <= top < bottom <= height and 0 <= left < right <= width):
             raise ValueError(f"the rectangle {self.mask} is empty or leaves the image of {height} x {width} pixels")
@@ -93,15 +88,12 @@ class Recipe:
         return mask
 
     def sweep(self, over: str) -> list[Recipe]:
-        """This recipe at several values of one setting."""
         return [replace(self, settings={**self.settings, over: value}) for value in SWEEPS[over]]
 
     def code(self) -> str:
         """Three lines of Python that give the same image in a fresh kernel."""
-        usual = asdict(Recipe("", "", "", (), ()))
-        always = ("image", "source", "target", "source_words", "target_words")
-        given = {name: value for name, value in vars(self).items() if name in always or value != usual[name]}
-        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        usual = [(each.name, each.default) for each in fields(self)] + [("settings", {})]
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if (name, value) not in usual)
         return f"from prism_lib.apps import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 
     def save(self, path: Path, more: Mapping[str, Any]) -> Path:
@@ -110,7 +102,6 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """The recipe in a file that `save` wrote."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
         except (ValueError, TypeError, KeyError) as error:

@@ -1,8 +1,4 @@
-"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, saved files.
-
-A `Session` belongs to one person in one kernel. It runs one edit at a time in a thread of its own, which the callback
-of every step can stop. What goes wrong is a `Fault`: a sentence, and the control beside which it should stand.
-"""
+"""What the explorer does, without what it looks like: images, edits, runs that can be cancelled, saved files."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +87,6 @@ class Outcome:
 
     @property
     def used(self) -> EditConfig:
-        """The settings that it was made with."""
         assert isinstance(self.result.settings, EditConfig)
         return self.result.settings
 
@@ -101,7 +97,7 @@ Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sente
 
 
 class Session:
-    """A model, the image at hand, and every counterfactual made so far."""
+    """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 
     def __init__(
         self,
@@ -129,7 +125,6 @@ class Session:
         return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
 
     def open_phantom(self, seed: int, index: int) -> Case:
-        """A phantom patient, whose labels are known."""
         name = f"phantom:{seed}/{index}"
         labels = phantom_patient(name).labels().to_dict("records")[0]
         known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
@@ -145,7 +140,6 @@ class Session:
         return self._open(f"file:{Path(folder).resolve() / file_name}", file_name, known)
 
     def open_file(self, path: str) -> Case:
-        """An image file of this machine, without labels."""
         return self._open(f"file:{Path(path).expanduser().resolve()}", Path(path).name, {})
 
     def open_upload(self, name: str, content: bytes) -> Case:
@@ -167,20 +161,18 @@ class Session:
 
     def _unlike(self, image: Tensor) -> str:
         """That an image is unlike those the model was trained on and what to do about it, or nothing."""
-        if self.reference is None:
+        if (known := self.reference) is None:
             return ""
-        score = self.reference.scores(novelty.log_errors(self.pipe, image)).item()
-        if not self.reference.is_new(score):
+        score = known.scores(novelty.log_errors(self.pipe, image)).item()
+        if not known.is_new(score):
             return ""
         return (
-            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, "
-            f"{self.reference.share:.0%} of its own kind stay below {self.reference.threshold:.1f}): do not read "
-            f"anything into the counterfactual. Load a model trained on such images, for example one from "
-            f'02_finetuning: explore("my-run/pipeline").'
+            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, {known.share:.0%} of "
+            f"its own kind stay below {known.threshold:.1f}): do not read anything into the counterfactual. Load a "
+            'model trained on such images, for example one from 02_finetuning: explore("my-run/pipeline").'
         )
 
     def _readings(self, image: Tensor) -> dict[str, float]:
-        """The judge's probability of each of its labels on an image (1, C, H, W); {} without a judge."""
         judge = self.judge
         return {} if judge is None else dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 
@@ -211,7 +203,7 @@ class Session:
             recommended(self.pipe, pair, **recipe.settings)  # do they go with what the model recommends?
             Schedule.from_config(self.pipe.scheduler.config, recipe.steps)
             if not isinstance(recipe.mask, str):
-                recipe.mask_tensor(self.case.image)
+                recipe.own_mask(self.case.image)
         return recipe
 
     def _labels(self, case: Case, edit: Edit) -> dict[str, float]:
@@ -229,8 +221,7 @@ class Session:
         self.running = True
 
         def work() -> None:
-            made: list[Outcome] = []
-            said = ""
+            made, said = [], ""
             try:
                 made = self.run(recipes, edit, progress=progress, preview=preview)
             except CancelledError:
@@ -255,28 +246,30 @@ class Session:
         return not self.running
 
     def run(
-        self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress | None = None, preview: Preview | None = None
+        self,
+        recipes: Sequence[Recipe],
+        edit: Edit,
+        *,
+        progress: Progress = lambda _: None,
+        preview: Preview | None = None,
     ) -> list[Outcome]:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case
         assert case is not None, "a recipe has been made, so there is an image"
         first = recipes[0]
         if preview is not None and first.steps >= 2 * PREVIEW_STEPS:
-            quick = self._outcome(case, replace(first, steps=PREVIEW_STEPS), edit, self._callback(None, 1))
+            quick = self._outcome(case, replace(first, steps=PREVIEW_STEPS), edit, self._callback(lambda _: None, 1))
             preview(replace(quick, preview=True))
         callback = self._callback(progress, sum(recipe.steps for recipe in recipes) + first.steps)
         made = [self._outcome(case, recipe, edit, callback) for recipe in recipes]
         self.history.append(made)
         return made
 
-    def _callback(self, progress: Progress | None, steps: int) -> Callback:
-        taken = 0
+    def _callback(self, progress: Progress, steps: int) -> Callback:
+        taken = count(1)
 
         def after_step(index: int, timestep: int, latents: Tensor) -> None:
-            nonlocal taken
-            taken += 1
-            if progress is not None:
-                progress(min(1.0, taken / steps))
+            progress(min(1.0, next(taken) / steps))
             if self._stop.is_set():
                 raise CancelledError
             if not bool(torch.isfinite(latents).all()):
@@ -305,7 +298,6 @@ class Session:
         return ""
 
     def _scores(self, case: Case, edit: Edit, result: Counterfactual) -> dict[str, float]:
-        """What is measured on a result: change, likeness, the judge's readings and, on phantoms, the truth."""
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
         scores |= {f"reads {label}": value for label, value in self._readings(image).items()}

@@ -143,7 +143,6 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size))
 
 
-RENDERED_SHARE = 0.6  # of the further copies of a film
 RENDERED_POLICY = (
     f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere "
     "and, with screening, where devices were rendered into a film that may show others; "
@@ -200,7 +199,7 @@ def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
 def film_source(
     films: Source, reader: ImageFiles, shares: Sequence[float], seed: int, copies: int, screened: Path | None
 ) -> Source:
-    """Pairs of films with and without rendered devices; further `copies` of the train split come once, and moved.
+    """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
     `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
     count as clean; devices of others are in no caption, and others have no pair in val and test. The column "twin" of a
@@ -236,9 +235,6 @@ def film_source(
             clean = some[DEVICES] == 0
             devices = devices[(some["split"] == "train") | clean]
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
-        if copy:
-            chosen = draws % 1000 < 1000 * RENDERED_SHARE
-            some, devices = some[~chosen], devices[chosen].assign(twin=NOT_THERE)
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
     labels = tuple(dict.fromkeys((*films.labels, DEVICES)))

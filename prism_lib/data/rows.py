@@ -66,6 +66,21 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
     return [edit.prompts(row, vocab) for row in table[info["labels"]].to_dict("records")]
 
 
+def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[int], list[str]]:
+    """For each row, the row of its true counterfactual without devices, and the prompt of that edit.
+
+    Where there is none, the row itself and "".
+    """
+    places = {name: row for row, name in enumerate(table["file_name"])}
+    twins, prompts = list(range(len(table))), [""] * len(table)
+    if "twin" in table:
+        known = table["twin"].isin(places) & table[DEVICES].eq(1)
+        pairs = prompt_pairs(folder, table[known], NO_DEVICES)
+        for row, twin, pair in zip(np.flatnonzero(known), table.loc[known, "twin"], pairs, strict=True):
+            twins[row], prompts[row] = places[twin], pair.target
+    return twins, prompts
+
+
 def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
     """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 

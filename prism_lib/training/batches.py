@@ -26,6 +26,7 @@ from prism_lib.training.cache import Cache
 from prism_lib.training.config import FinetuneConfig
 
 TIMESTEP_BINS = 5
+CHANGE_WEIGHT = 30.0  # of a cell that differs from its counterfactual by 1; devices change 2 cells in 100, by .4
 
 
 def diffusion_loss(
@@ -35,19 +36,26 @@ def diffusion_loss(
     noise: Tensor,
     timesteps: Tensor,
     embeddings: Tensor,
+    goals: Tensor | None = None,
+    weights: Tensor | None = None,
     snr_gamma: float = 0.0,
 ) -> Tensor:
     """Denoising loss per sample, (N,): squared error of epsilon or v (Ho et al. 2020; Salimans & Ho 2022).
 
-    ``snr_gamma`` > 0 weights it by Min-SNR (Hang et al., ICCV 2023).
+    ``snr_gamma`` > 0 weights it by Min-SNR (Hang et al., ICCV 2023), ``weights`` (N, 1, h, w) by cell. With ``goals``,
+    clean latents like ``latents``, the noisy latents are denoised towards these: epsilon is what stands between them.
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
     velocity = scheduler.config.prediction_type == "v_prediction"
+    snr = compute_snr(scheduler, timesteps)
+    if goals is not None:
+        noise = noise + snr.sqrt()[:, None, None, None].to(noise) * (latents - goals)
+        latents = goals
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    loss = (error if weights is None else error * weights).mean((1, 2, 3))
     if snr_gamma > 0:
-        snr = compute_snr(scheduler, timesteps)
         loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
     return loss
 
@@ -95,6 +103,8 @@ class Draw(NamedTuple):
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,)
     embeddings: Tensor  # (B, tokens, width), float32
+    goals: Tensor  # (B, c, h, w): the latents themselves, or those of their true counterfactuals
+    weights: Tensor  # (B, 1, h, w) of the cells: above 1 where latents and counterfactuals differ
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Draw:
         """The same with its tensors changed, such as moved to a GPU, but for the rows, which are for messages."""
@@ -111,15 +121,25 @@ class DrawConfig:
     rank: int = 0
     world: int = 1
     noisy_share: float = 0.5  # of timesteps drawn from the noisier half
+    pairs: float = 0.0  # share of the images with a true counterfactual that are denoised towards it
+    crop: int = 0  # side of random crops in cells; 0: whole images
 
 
 def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) -> Draw:
     """The batch of a process at a micro-step."""
     rows = order.rows((micro_step * config.world + config.rank) * config.batch_size, config.batch_size)
     generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, config.rank))
-    mean, std = cache.moments[rows].float().unbind(1)
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    noise = torch.randn(mean.shape, generator=generator)
+    chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, config.rank))
+    paired = torch.rand(len(rows), generator=chosen) < config.pairs
+    twins = cache.twins[rows] if config.pairs else rows
+    moments = torch.stack([cache.moments[rows], cache.moments[twins]]).float()
+    if config.crop:
+        moments = torch.stack([_cropped(m, config.crop, generator) for m in moments.unbind(1)], dim=1)
+    mean, std = moments.unbind(2)
+    latents, goals = mean + std * torch.randn(mean.shape[1:], generator=generator)
+    weights = 1 + CHANGE_WEIGHT * (mean[0] - mean[1]).abs().mean(1, keepdim=True)
+    goals = torch.where(paired[:, None, None, None], goals, latents)
+    noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
     if config.noisy_share > 0.5:
         moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
@@ -127,7 +147,16 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
-    return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
+    captions = torch.where(paired & (twins != rows), cache.twin_rows[rows], captions)
+    return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float(), goals, weights)
+
+
+def _cropped(moments: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """The same random square of everything in (..., h, w)."""
+    height, width = moments.shape[-2:]
+    top = int(torch.randint(height - side + 1, (), generator=generator))
+    left = int(torch.randint(width - side + 1, (), generator=generator))
+    return moments[..., top : top + side, left : left + side]
 
 
 def batches_from(start: int, config: FinetuneConfig, train: Cache, draws: DrawConfig, gpu: bool) -> Generator[Draw]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.rows import training_pairs
 from prism_lib.files import model_hash
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
@@ -65,6 +66,8 @@ class Cache:
     caption_rows: Tensor  # (N, k) rows of `embeddings`
     embeddings: Tensor | Rows  # (distinct captions + 1, tokens, width); row 0 is the empty prompt
     names: tuple[str, ...]  # (N,) file names
+    twins: Tensor  # (N,) rows of true counterfactuals, the row itself where there is none
+    twin_rows: Tensor  # (N,) rows of `embeddings`: the prompts that ask for them
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -83,7 +86,8 @@ def build_cache(
     ``dtype`` is that of the text embeddings. Latents are in float16: their deviation is far wider than its rounding.
     """
     table = load_table(dataset, split)
-    distinct = ["", *dict.fromkeys(text for texts in captions for text in texts)]
+    twins, prompts = training_pairs(dataset, table)
+    distinct = list(dict.fromkeys(["", *(text for texts in captions for text in texts), *prompts]))
     row = {text: i for i, text in enumerate(distinct)}
     vae = copy.deepcopy(pipeline.vae).to(memory_format=torch.channels_last)  # a quarter faster
     image_batch = CPU_IMAGE_BATCH if vae.device.type == "cpu" else IMAGE_BATCH
@@ -104,6 +108,8 @@ def build_cache(
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
         embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key),
         names=tuple(table["file_name"]),
+        twins=torch.tensor(twins),
+        twin_rows=torch.tensor([row[text] for text in prompts]),
     )
 
 

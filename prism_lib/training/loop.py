@@ -100,6 +100,8 @@ class Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             noisy_share=config.noisy_share,
+            pairs=config.pairs,
+            crop=config.crop,
         )
         self.batches = batches_from(self.start, config, train, self.draws, accelerator.device.type == "cuda")
 

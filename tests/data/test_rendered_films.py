@@ -10,7 +10,7 @@ from PIL import Image
 from prism_lib.data.chest import NIH_COLUMNS, NOT_THERE
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.data.rows import editable, sample_captions, true_counterfactual
+from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
 from prism_lib.language.edits import Edit
 from prism_lib.phantom.patients import render, sample_patients
 
@@ -48,7 +48,8 @@ def test_every_film_has_a_twin_with_devices_and_train_has_more_copies(films):
     assert len(first) == 36 and first["rendered"].sum() == 18
     assert set(table.loc[table["copy"] > 0, "split"]) == {"train"}
     train = first.query("split == 'train' and not rendered")
-    assert (table["copy"] > 0).sum() == 2 * len(train)
+    assert (table["copy"] > 0).sum() == 2 * 2 * len(train)
+    assert table.loc[table["rendered"], "twin"].isin(table["file_name"]).all()
     assert table.loc[table["rendered"], "kinds"].ne(NOT_THERE).all()
     assert table.loc[~table["rendered"], "kinds"].eq(NOT_THERE).all()
     assert load_info(films)["duplicates"] == {"across_splits": 0, "within_split": 0}
@@ -62,6 +63,15 @@ def test_the_truth_about_removed_devices_is_the_twin(films):
     assert (factual[truth.changed] - truth.images[truth.changed]).mean() > 0.02, "devices are dense"
     assert true_counterfactual(films, cases, Edit(remove=("Pleural Effusion",))) is None
     assert true_counterfactual(films, cases, Edit(add=("Support Devices",))) is None
+
+
+def test_training_pairs_are_the_twins_and_the_prompt_of_the_edit(films):
+    table = load_table(films, "train")
+    twins, prompts = training_pairs(films, table)
+    names = table["file_name"].tolist()
+    for number, row in enumerate(table.to_dict("records")):
+        assert names[twins[number]] == (row["twin"] if row["rendered"] else row["file_name"])
+        assert ("without support devices" in prompts[number]) == row["rendered"]
 
 
 def test_captions_say_nothing_about_devices_where_nothing_is_known(films):

@@ -9,6 +9,7 @@ import torch
 
 from prism_lib.models.pipeline import ddim_scheduler
 from prism_lib.training.batches import (
+    CHANGE_WEIGHT,
     DrawConfig,
     Order,
     balancing_weights,
@@ -21,12 +22,15 @@ from prism_lib.training.batches import (
 from prism_lib.training.cache import Cache
 
 
-def blank_cache(count, captions=1):
+def blank_cache(count, captions=1, side=2):
+    """Images of zeros in pairs: each has the one before it as its counterfactual, and the first its own."""
     return Cache(
-        torch.zeros(count, 2, 1, 2, 2),
+        torch.zeros(count, 2, 1, side, side),
         torch.full((count, 1), captions - 1),
         torch.arange(captions).float()[:, None, None],
         tuple(f"{k}.png" for k in range(count)),
+        (torch.arange(count) - 1).clamp(min=0),
+        torch.zeros(count, dtype=torch.long),
     )
 
 
@@ -168,3 +172,44 @@ def test_the_loss_is_zero_for_the_right_prediction_and_min_snr_weights_it(predic
     snr = alpha / (1 - alpha)
     expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
     assert torch.allclose(diffusion_loss(Oracle(truth + 1), *args, snr_gamma=5.0), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_pair_is_denoised_towards_the_counterfactual(prediction):
+    scheduler, timesteps = ddim_scheduler(prediction), torch.tensor([10, 800])
+    latents, noise, true = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    alpha = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    epsilon = (noisy - alpha.sqrt() * true) / (1 - alpha).sqrt()
+    right = epsilon if prediction == "epsilon" else scheduler.get_velocity(true, epsilon, timesteps)
+    args = (scheduler, latents, noise, timesteps, torch.zeros(2, 1, 1))
+    assert torch.allclose(diffusion_loss(Oracle(right), *args, true), torch.zeros(2), atol=1e-6)
+    weights = torch.tensor([1.0, 3.0])[:, None, None, None]
+    assert torch.allclose(diffusion_loss(Oracle(right + 1), *args, true, weights), weights.flatten(), rtol=1e-3)
+    same = diffusion_loss(Oracle(noise + 1), *args, latents)
+    assert torch.equal(same, diffusion_loss(Oracle(noise + 1), *args)), "an image that is its own changes nothing"
+
+
+def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
+    cache = blank_cache(1000, captions=3)
+    cache.moments[:, 0] = torch.arange(1000)[:, None, None, None]
+    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3), 0)
+    change = (draw.latents - draw.goals)[:, 0, 0, 0]
+    paired = change != 0
+    assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {1.0}
+    assert draw.embeddings[paired].eq(0).all(), "their prompt is that of the edit"
+    assert set(draw.weights.flatten().tolist()) == {1.0, 1 + CHANGE_WEIGHT}, "paired or not, but not the first row"
+    plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1), 0)
+    assert torch.equal(plain.latents, plain.goals) and plain.weights.eq(1).all()
+    assert torch.equal(plain.latents, draw.latents) and torch.equal(plain.noise, draw.noise)
+
+
+def test_a_crop_is_the_same_for_image_and_counterfactual_and_lies_anywhere():
+    cache = blank_cache(200, side=8)
+    cache.moments[:, 0] = torch.arange(64.0).reshape(1, 8, 8)
+    draw = draw_batch(cache, Order(200, 0), DrawConfig(200, 0.1, pairs=0.5, crop=3), 0)
+    assert draw.latents.shape == draw.noise.shape == (200, 1, 3, 3)
+    assert torch.equal(draw.latents, draw.goals)
+    corners = draw.latents[:, 0, 0, 0]
+    assert set((corners % 8).tolist()) == set(range(6)) == set((corners // 8).tolist())
+    assert (draw.latents[:, 0, 2, 2] - corners).eq(18).all()

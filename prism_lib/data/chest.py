@@ -210,11 +210,12 @@ def film_source(
     table = films.table.assign(**{DEVICES: float("nan")})
     if screened is not None:
         verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
-        refuse(verdict["file_name"].duplicated(), verdict["file_name"], screened, "repeated file_name")
+        films_read = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
+        refuse(films_read.duplicated(), verdict["file_name"], screened, "repeated file_name")
         known = tables.label_values(verdict[DEVICES], screened, DEVICES)
-        if not table["source_file"].isin(verdict["file_name"]).any():
+        if not table["name"].isin(films_read).any():
             raise ValueError(f"{screened} names none of the films, such as {table['source_file'].iloc[0]!r}")
-        table[DEVICES] = table["source_file"].map(dict(zip(verdict["file_name"], known, strict=True)))
+        table[DEVICES] = table["name"].map(dict(zip(films_read, known, strict=True)))
         table = table[table[DEVICES] != 1]
         if table.empty:
             raise ValueError(f"{screened} leaves out every film: all show devices")

@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, identifiability, screening
+from benchmarks import bulk, editing, full_size, identifiability
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
-from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.editing.counterfactuals import sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
@@ -135,18 +134,3 @@ def test_identifiability_asks_patients_that_an_edit_suits():
         assert len(patients) == 2
         _, changed = counterfactual(patients, 64, **edit.attributes)
         assert changed.flatten(1).any(1).all()
-
-
-def test_screening_refuses_a_wrong_place_and_a_wrong_folder_before_the_work(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
-        screening.main([str(tmp_path / "films"), str(tmp_path)])
-    assert f"{tmp_path} is a folder" in capsys.readouterr().err
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        screening.main([str(tmp_path / "films"), str(tmp_path / "file" / "screened.csv")])
-    with pytest.raises(FileNotFoundError, match="films is not a folder"):
-        screening.main([str(tmp_path / "films"), str(tmp_path / "screened.csv")])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    phantoms = prepare(PrepareConfig("phantom", tmp_path / "phantom", num_images=8, size=32, vocabulary="phantom"))
-    with pytest.raises(ValueError, match="does not hold films with rendered devices"):
-        screening.screen(phantoms, screening.ClassifierConfig(labels=(screening.DEVICES,)))

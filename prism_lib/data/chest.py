@@ -201,9 +201,9 @@ def film_source(
 ) -> Source:
     """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
-    `screened` is a table with the columns "file_name" and "Support Devices": films with 1 are left out, films with 0
-    count as clean; devices of others are in no caption, and others have no pair in val and test. The column "twin" of a
-    film with devices is the file name of the one without.
+    `screened` is a table with the columns "file_name" and "Support Devices": films with 1 and films that it does not
+    name are left out, films with 0 count as clean. Of films with an empty cell devices are in no caption, and they have
+    no pair in val and test. The column "twin" of a film with devices is the file name of the one without.
     """
     if films.table.empty:
         return films  # the rejections say why
@@ -216,7 +216,7 @@ def film_source(
         if not table["name"].isin(films_read).any():
             raise ValueError(f"{screened} names none of the films, such as {table['source_file'].iloc[0]!r}")
         table[DEVICES] = table["name"].map(dict(zip(films_read, known, strict=True)))
-        table = table[table[DEVICES] != 1]
+        table = table[table["name"].isin(films_read) & (table[DEVICES] != 1)]
         if table.empty:
             raise ValueError(f"{screened} leaves out every film: all show devices")
     if "split" not in table:

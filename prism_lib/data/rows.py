@@ -66,19 +66,20 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
     return [edit.prompts(row, vocab) for row in table[info["labels"]].to_dict("records")]
 
 
-def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[int], list[str]]:
-    """For each row, the row of its true counterfactual without devices, and the prompt of that edit.
+def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int, int]], list[str]]:
+    """For each row, the rows of its film with devices and without, and the prompt of the edit from one to the other.
 
-    Where there is none, the row itself and "".
+    Where only one of them is there, the row itself twice and "".
     """
     places = {name: row for row, name in enumerate(table["file_name"])}
-    twins, prompts = list(range(len(table))), [""] * len(table)
+    couples, prompts = [(row, row) for row in range(len(table))], [""] * len(table)
     if "twin" in table:
         known = table["twin"].isin(places) & table[DEVICES].eq(1)
         pairs = prompt_pairs(folder, table[known], NO_DEVICES)
-        for row, twin, pair in zip(np.flatnonzero(known), table.loc[known, "twin"], pairs, strict=True):
-            twins[row], prompts[row] = places[twin], pair.target
-    return twins, prompts
+        for row, twin, pair in zip(np.flatnonzero(known).tolist(), table.loc[known, "twin"], pairs, strict=True):
+            for either in (row, places[twin]):
+                couples[either], prompts[either] = (row, places[twin]), pair.target
+    return couples, prompts
 
 
 def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:

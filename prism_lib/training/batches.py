@@ -121,7 +121,7 @@ class DrawConfig:
     rank: int = 0
     world: int = 1
     noisy_share: float = 0.5  # of timesteps drawn from the noisier half
-    pairs: float = 0.0  # share of the images with a true counterfactual that are denoised towards it
+    pairs: float = 0.0  # share of the images in known pairs that are trained on as a pair
     crop: int = 0  # side of random crops in cells; 0: whole images
 
 
@@ -130,24 +130,26 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     rows = order.rows((micro_step * config.world + config.rank) * config.batch_size, config.batch_size)
     generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, config.rank))
     chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, config.rank))
-    paired = torch.rand(len(rows), generator=chosen) < config.pairs
-    twins = cache.twins[rows] if config.pairs else rows
-    moments = torch.stack([cache.moments[rows], cache.moments[twins]]).float()
+    factual, counterfactual = (cache.couples[rows] if config.pairs else torch.stack([rows, rows], 1)).unbind(1)
+    paired = (factual != counterfactual) & (torch.rand(len(rows), generator=chosen) < config.pairs)
+    moments = torch.stack([cache.moments[factual], cache.moments[counterfactual]]).float()
     if config.crop:
         moments = torch.stack([_cropped(m, config.crop, generator) for m in moments.unbind(1)], dim=1)
     mean, std = moments.unbind(2)
-    latents, goals = mean + std * torch.randn(mean.shape[1:], generator=generator)
+    first, second = mean + std * torch.randn(mean.shape[1:], generator=generator)
+    latents = torch.where((paired | (rows == factual))[:, None, None, None], first, second)
+    goals = torch.where(paired[:, None, None, None], second, latents)
     weights = 1 + CHANGE_WEIGHT * (mean[0] - mean[1]).abs().mean(1, keepdim=True)
-    goals = torch.where(paired[:, None, None, None], goals, latents)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
-    if config.noisy_share > 0.5:
-        moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
-        timesteps = torch.where(moved, (timesteps + config.num_timesteps) // 2, timesteps)
+    if config.noisy_share != 0.5:
+        moved = torch.rand(len(rows), generator=generator) < abs(2 * config.noisy_share - 1)
+        half = timesteps + config.num_timesteps if config.noisy_share > 0.5 else timesteps
+        timesteps = torch.where(moved, half // 2, timesteps)
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
-    captions = torch.where(paired & (twins != rows), cache.twin_rows[rows], captions)
+    captions = torch.where(paired, cache.edit_rows[rows], captions)
     return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float(), goals, weights)
 
 

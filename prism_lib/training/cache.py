@@ -66,8 +66,8 @@ class Cache:
     caption_rows: Tensor  # (N, k) rows of `embeddings`
     embeddings: Tensor | Rows  # (distinct captions + 1, tokens, width); row 0 is the empty prompt
     names: tuple[str, ...]  # (N,) file names
-    twins: Tensor  # (N,) rows of true counterfactuals, the row itself where there is none
-    twin_rows: Tensor  # (N,) rows of `embeddings`: the prompts that ask for them
+    couples: Tensor  # (N, 2) rows of the factual and of its true counterfactual, the row itself twice without them
+    edit_rows: Tensor  # (N,) rows of `embeddings`: the prompts that ask for the counterfactuals
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -86,7 +86,7 @@ def build_cache(
     ``dtype`` is that of the text embeddings. Latents are in float16: their deviation is far wider than its rounding.
     """
     table = load_table(dataset, split)
-    twins, prompts = training_pairs(dataset, table)
+    couples, prompts = training_pairs(dataset, table)
     distinct = list(dict.fromkeys(["", *(text for texts in captions for text in texts), *prompts]))
     row = {text: i for i, text in enumerate(distinct)}
     vae = copy.deepcopy(pipeline.vae).to(memory_format=torch.channels_last)  # a quarter faster
@@ -108,8 +108,8 @@ def build_cache(
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
         embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key),
         names=tuple(table["file_name"]),
-        twins=torch.tensor(twins),
-        twin_rows=torch.tensor([row[text] for text in prompts]),
+        couples=torch.tensor(couples),
+        edit_rows=torch.tensor([row[text] for text in prompts]),
     )
 
 

@@ -65,13 +65,16 @@ def test_the_truth_about_removed_devices_is_the_twin(films):
     assert true_counterfactual(films, cases, Edit(add=("Support Devices",))) is None
 
 
-def test_training_pairs_are_the_twins_and_the_prompt_of_the_edit(films):
+def test_training_pairs_are_a_film_with_devices_and_without_and_the_prompt_of_the_edit(films):
     table = load_table(films, "train")
-    twins, prompts = training_pairs(films, table)
-    names = table["file_name"].tolist()
-    for number, row in enumerate(table.to_dict("records")):
-        assert names[twins[number]] == (row["twin"] if row["rendered"] else row["file_name"])
-        assert ("without support devices" in prompts[number]) == row["rendered"]
+    couples, prompts = training_pairs(films, table)
+    for row, (first, second), prompt in zip(table.to_dict("records"), couples, prompts, strict=True):
+        factual, counterfactual = table.iloc[first], table.iloc[second]
+        assert row["file_name"] in (factual["file_name"], counterfactual["file_name"])
+        assert factual["rendered"] and factual["twin"] == counterfactual["file_name"]
+        assert "without support devices" in prompt
+    only = table[~table["rendered"]]
+    assert training_pairs(films, only)[0] == [(row, row) for row in range(len(only))], "no pair, no training on it"
 
 
 def test_captions_say_nothing_about_devices_where_nothing_is_known(films):

@@ -23,13 +23,13 @@ from prism_lib.training.cache import Cache
 
 
 def blank_cache(count, captions=1, side=2):
-    """Images of zeros in pairs: each has the one before it as its counterfactual, and the first its own."""
+    """Images of zeros, of which each even one has the next as its counterfactual."""
     return Cache(
         torch.zeros(count, 2, 1, side, side),
         torch.full((count, 1), captions - 1),
         torch.arange(captions).float()[:, None, None],
         tuple(f"{k}.png" for k in range(count)),
-        (torch.arange(count) - 1).clamp(min=0),
+        (torch.arange(count)[:, None] // 2 * 2 + torch.tensor([0, 1])).clamp(max=count - 1),
         torch.zeros(count, dtype=torch.long),
     )
 
@@ -196,12 +196,15 @@ def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
     draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3), 0)
     change = (draw.latents - draw.goals)[:, 0, 0, 0]
     paired = change != 0
-    assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {1.0}
+    assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {-1.0}
+    assert (draw.latents[paired, 0, 0, 0] % 2).eq(0).all(), (
+        "from the factual to the counterfactual, whichever was drawn"
+    )
     assert draw.embeddings[paired].eq(0).all(), "their prompt is that of the edit"
-    assert set(draw.weights.flatten().tolist()) == {1.0, 1 + CHANGE_WEIGHT}, "paired or not, but not the first row"
+    assert draw.weights.eq(1 + CHANGE_WEIGHT).all(), "trained on as a pair or not"
     plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1), 0)
     assert torch.equal(plain.latents, plain.goals) and plain.weights.eq(1).all()
-    assert torch.equal(plain.latents, draw.latents) and torch.equal(plain.noise, draw.noise)
+    assert torch.equal(plain.latents[~paired], draw.latents[~paired]) and torch.equal(plain.noise, draw.noise)
 
 
 def test_a_crop_is_the_same_for_image_and_counterfactual_and_lies_anywhere():

@@ -1,8 +1,4 @@
-"""Figures and tables.
-
-Input: records, images and numbers. Output: plots, sheets and Markdown. Tables and plots can be redrawn from the
-records alone.
-"""
+"""Figures and tables: plots, sheets and Markdown of records, images and numbers."""
 
 import lazy_loader as lazy
 

@@ -1,8 +1,4 @@
-"""The `prism` command: run the notebooks of a profile in order, or make counterfactuals in bulk.
-
-Faults of a command or a profile are found before the first notebook starts (`apps.profiles`). Executed copies and the
-state that `--resume` reads are left in `runs/<name>/`.
-"""
+"""The `prism` command: notebooks, with their copies and the state for `--resume` in `runs/<name>/`, or bulk runs."""
 
 from __future__ import annotations
 
@@ -68,13 +64,13 @@ def execute(job: Job, folder: Path) -> None:
             how = {"kernel_name": "python3", "language": "python", "progress_bar": sys.stderr.isatty(), "km": kernel}
             papermill.execute_notebook(job.notebook, target, dict(job.parameters), **how)
         except papermill.PapermillExecutionError as error:
-            source = [line for line in error.source.splitlines() if line.strip()][:3]
-            cell = "\n".join(f"    {line}" for line in source)
-            reason = f"{error.ename}: {error.evalue}"
-            raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
+            cell = [f"    {line}" for line in error.source.splitlines() if line.strip()][:3]
+            reason = "\n".join([" failed in this cell:", *cell, f"{error.ename}: {error.evalue}"])
         except DeadKernelError:
-            reason = "the kernel died, most often for want of memory"
-            raise NotebookFailedError(f"{job.name}: {reason}\nsee {target}") from None
+            reason = ": the kernel died, most often for want of memory"
+        else:
+            return
+    raise NotebookFailedError(f"{job.name}{reason}\nsee {target}")
 
 
 @contextmanager
@@ -98,18 +94,19 @@ def _kernel(cwd: Path) -> Iterator[Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `prism`."""
-    parser = argparse.ArgumentParser(
-        prog="prism", description="Run PRISM's notebooks, or make counterfactuals in bulk."
-    )
+    purpose = "Run PRISM's notebooks, or make counterfactuals in bulk."
+    parser = argparse.ArgumentParser(prog="prism", description=purpose)
+    pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the notebooks of a profile in order")
     run.add_argument("profile", metavar="PROFILE")
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
-    run.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="NN", help="run these notebooks and no others"
-    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    run.add_argument("--only", **several, metavar="NN", help="run these notebooks and no others")
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
     run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
+    value = "another value for a parameter; figures then go to the run's own folder"
+    run.add_argument("-p", **pair, dest="overrides", help=value)
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
     generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
     generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
@@ -117,11 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
     generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
     more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
-    value = "another value for a parameter; figures then go to the run's own folder"
-    for verb, text in ((run, value), (generate, more)):
-        verb.add_argument(
-            "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"), help=text
-        )
+    generate.add_argument("-p", **pair, dest="overrides", help=more)
     verbs.add_parser("profiles", help="list the profiles")
     figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
     figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
@@ -175,11 +168,9 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def launch(config: BulkConfig, processes: int) -> None:
-    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
+    """`bulk.generate` in this process or in several (0: one per GPU or `processes_for`); RuntimeError if one fails.
 
-    0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; a process of accelerate
-    or torchrun starts no others. On CPUs processes are forked once the model is loaded, but spawned where a GPU,
-    threads or a compiler forbid it.
+    A process of accelerate or torchrun starts no others. A GPU, threads and a compiler forbid to fork.
     """
     import torch
     from torch import multiprocessing
@@ -231,10 +222,9 @@ def _check_figures(datasets: Sequence[str]) -> int:
             problems += check_figures(dataset, pages=dataset == "phantom")
         except ValueError as error:
             problems.append(str(error))
-    for problem in problems:
-        print(problem)
     again = f"{len(problems)} problems; `prism run PROFILE --only 07` writes all of it anew"
-    print(f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}")
+    said = again if problems else "all follow from the records"
+    print(*problems, f"figures of {', '.join(found)}: {said}", sep="\n")
     return 1 if problems else 0
 
 

@@ -1,4 +1,7 @@
-"""Figures and tables: plots, sheets and Markdown of records, images and numbers."""
+"""Figures and tables.
+
+Input: records, images and numbers. Output: plots, sheets and Markdown; tables and plots follow from records alone.
+"""
 
 import lazy_loader as lazy
 

@@ -1,7 +1,4 @@
-"""Known records, and tables and drawings that are written from records alone.
-
-A record gives `tables/<record>.csv`, `.md` and `.tex`; a `Drawing` gives `plots/<name>.json`, and `plots.draw` its picture.
-"""
+"""Known records, and what is written from them alone: `tables/<record>.*`, and `plots/<name>.json` of drawings."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, f
     steps = line * np.arange(len(order))  # without them, names a line apart are at one height
     places = np.minimum(np.maximum.accumulate(heights - steps), max(1.0, steps[-1]) - steps[-1]) + steps
     arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-    look = {"textcoords": "axes fraction", "va": "center", "size": "x-small", "annotation_clip": False}
+    look: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "size": "x-small", "annotation_clip": False}
     for name, place in zip(order, places, strict=True):
         shade = "black" if name in front else "0.4"
         axis.annotate(name.replace("_", " "), points[name], (1.03, place), color=shade, arrowprops=arrow, **look)

@@ -259,16 +259,9 @@ def _write(path: Path, content: bytes) -> None:
 
 def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:
     """One row of the manifest; without content nothing passed, and it has the name that the file would have had."""
-    return {
-        "file_name": task.output,
-        "text": task.pair.target,
-        **task.about,
-        "source_file": task.file_name,
-        "source_text": task.pair.source,
-        "edit": task.edit.key,
-        **outcome,
-        "sha256": hashlib.sha256(content).hexdigest() if content else "",
-    }
+    source = {"source_file": task.file_name, "source_text": task.pair.source, "edit": task.edit.key}
+    digest = hashlib.sha256(content).hexdigest() if content else ""
+    return {"file_name": task.output, "text": task.pair.target, **task.about, **source, **outcome, "sha256": digest}
 
 
 def _merge(out: Path) -> set[str]:

@@ -57,7 +57,6 @@ class Drawing:
     ylabel: str = ""
 
     def to_json(self, record: Record) -> str:
-        """The numbers drawn and where they are from."""
         source = {field: record[field] for field in ("dataset", "commit", "created")}
         return json.dumps(asdict(self) | source, indent=1) + "\n"
 
@@ -74,7 +73,6 @@ def _quality(record: Record) -> list[Drawing]:
 
 
 def _dots(metric: str, title: str, label: str) -> Draw:
-    """Draws one metric of every row, with its interval."""
     return lambda record: [Drawing(record["name"], record["name"], "dots", intervals(record, metric), title, label)]
 
 
@@ -199,9 +197,7 @@ def as_tables(record: Record) -> dict[str, str]:
     numbers = frame(record)
     bounds = {f"{name}_{end}" for name in numbers.columns for end in ("low", "high")}
     shown = {name: HEADLINES.get(name, name.replace("_", " ")) for name in numbers.columns if name not in bounds}
-    rows = {str(row): values.dropna() for row, values in numbers.iterrows()}
-    text = table(rows, shown)
-    text.index = [row.replace("_", " ") for row in text.index]
+    text = table({str(row).replace("_", " "): values.dropna() for row, values in numbers.iterrows()}, shown)
     if len(text) == 1:  # one row of many numbers reads better as a column
         text = text.T
     source = f"Record {record['name']}: commit {record['commit'][:10]}, {record['device']}, {record['seconds']:.0f} s."

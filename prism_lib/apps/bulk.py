@@ -158,8 +158,7 @@ def _weights(choice: Choice | None) -> list[str]:
     return [file_hash(file) for file in (*guide, *(weight_files(choice.similarity) if choice.similarity else ()))]
 
 
-def _record(settings: EditConfig) -> dict[str, Any]:
-    """All settings but `batch_size`, which does not decide the result."""
+def _record(settings: EditConfig) -> dict[str, Any]:  # `batch_size` does not decide the result
     return {name: value for name, value in asdict(settings).items() if name != "batch_size"}
 
 

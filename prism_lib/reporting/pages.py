@@ -1,7 +1,4 @@
-"""The results sections of README.md and docs/results.md, written from records, and the check of everything written.
-
-A page has its section between ``<!-- results:begin -->`` and ``<!-- results:end -->``.
-"""
+"""The results sections of README.md and docs/results.md, written from records, and the check of everything written."""
 
 from __future__ import annotations
 
@@ -94,7 +91,6 @@ def long_section(records: Mapping[str, Record]) -> str:
 
 
 def _picture(record: Record, name: str, what: str) -> str:
-    """A plot that `07_figures` draws, as a page in docs/ links it."""
     return f"![{what}](../figures/{record['dataset']}/plots/{name}.png)\n"
 
 

@@ -1,8 +1,4 @@
-"""Figures: image grids, counterfactual sheets, curves and dot plots, in one look.
-
-A signed difference is counterfactual minus original over [-0.5, 0.5] of the grey range: red brighter, blue darker.
-The functions return a matplotlib figure and leave the global style as it is.
-"""
+"""Figures in one look, which leave matplotlib's global style as it is: image grids, sheets, curves and dot plots."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from torch import Tensor
 
 from prism_lib.files import atomic
 
-DIFFERENCE_LIMIT = 0.5
+DIFFERENCE_LIMIT = 0.5  # of the grey range, to both sides
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them

@@ -1,6 +1,7 @@
 """The counterfactual explorer: `explore()` gives a panel to click in, in JupyterLab, VS Code and Voila.
 
-Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture."""
+Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +40,27 @@ STYLE = """<style>
 
 
 def explore(
-    model: str = SHIPPED, judge: str = "phantom-judge", vocabulary: str = "phantom", mode: str = "L", **start: int
+    model: str = SHIPPED,
+    judge: str = "phantom-judge",
+    vocabulary: str = "phantom",
+    mode: str = "L",
+    *,
+    seed: int = 4001,
+    patient: int = 1,
+    steps: int = 20,
 ) -> Explorer:
     """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
-    are offered; `mode` is "L" (gray) or "RGB". `start`: `seed` and `patient` of the first phantom, `steps` of DDIM.
+    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), **start)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps)
 
 
 class Explorer(widgets.VBox):
     """The panels of one `Session`, connected."""
 
-    def __init__(self, session: Session, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
+    def __init__(self, session: Session, seed: int, patient: int, steps: int) -> None:
         self.session = session
         self.outcome: Outcome | None = None
         self._started = 0.0

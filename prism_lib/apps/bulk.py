@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -49,20 +49,11 @@ MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"  # status o
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run leaves: the manifest, outputs in the plan, outputs this run worked on, images without a result."""
-
-    manifest: Path
-    planned: int
-    made: int
-    rejected: int
-
-
-def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
+def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> int:
     """Make every counterfactual of the plan that `config.out` lacks, in one process or in several (`cli.launch`).
 
-    `pipe` replaces `config.model`. Data, edits, settings, prompts and disk are checked before the first image.
+    Data, edits, settings, prompts and disk are checked before the first image; `pipe` replaces `config.model`. Returns
+    how many images were edited, by all processes.
     """
     usual = default_device()
     # On a CPU processes find each other only if told so; checking the files of a large run takes its time.
@@ -87,8 +78,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         if state.is_main_process:
             _merge(out)
         state.wait_for_everyone()
-    rejected = {row["file_name"] for row in _read_manifest(out / REJECTS)} & {task.output for task in tasks}
-    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)), len(rejected))
+    return sum(map(len, pending))
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
@@ -171,7 +161,7 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
         run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
         done = _merge(out)
         sent = [(run, [k for k, batch in enumerate(planned) if any(task.output not in done for task in batch)])]
-    run, pending = broadcast_object_list(sent)[0] if state.num_processes > 1 else sent[0]
+    run, pending = broadcast_object_list(sent)[0]
     return run, [planned[k] for k in pending]
 
 

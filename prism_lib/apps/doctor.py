@@ -53,11 +53,8 @@ def report(show: Callable[[str], None]) -> int:
 def checks() -> Iterator[Check]:
     """The checks, one by one."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
-    yield _versions()
-    yield _device()
-    yield _threads()
-    yield _memory()
-    yield _torchvision()
+    for check in (_versions, _device, _threads, _memory, _torchvision):
+        yield check()
     remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
     yield _present("weights", paths.weights() / WEIGHTS / "model_index.json", remedy)
     remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"

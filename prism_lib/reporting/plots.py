@@ -127,8 +127,6 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xla
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
         for name, (x, y) in series.items():
-            if len(x) != len(y):
-                raise ValueError(f"curve {name!r} has {len(x)} x and {len(y)} y; expected as many")
             axis.plot(x, y, label=name, marker="o" if len(x) < 12 else "")
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if len(series) > 1:
@@ -279,8 +277,6 @@ def gray_or_colour(image: Tensor) -> np.ndarray:
 
 def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str = "curtain") -> np.ndarray:
     """From the view ``before`` (share 0) to ``after`` (share 1): a curtain drawn from the left, or a cross-fade."""
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "fade":
         return (before + share * (after.astype(np.float32) - before)).round().astype(np.uint8)
     edge = round(share * before.shape[1])

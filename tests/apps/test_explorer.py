@@ -82,8 +82,6 @@ def test_before_and_after_are_the_ends_of_the_slider():
     half = plots.before_after(before, after, 0.5)
     assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == plots.LINE).all()
     assert (plots.before_after(before, after, 0.5, "fade") == 105).all()
-    with pytest.raises(ValueError, match="expected one of curtain, fade"):
-        plots.before_after(before, after, 0.5, "wipe")
 
 
 def test_the_difference_has_the_colours_of_the_figures():

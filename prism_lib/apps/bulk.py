@@ -7,7 +7,6 @@ for bit, whatever their number. `rejected.csv` is the manifest of images of whic
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -24,7 +23,6 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,6 +40,7 @@ from prism_lib.files import atomic, exclusive, file_hash, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
 from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
+from prism_lib.reporting.plots import levels, png
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +204,7 @@ def _work(
         for batch in own:
             for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
                 result, outcome = chooser.choose(task, candidates)
-                content = b"" if result is None else _png(result.image, config.bits)
+                content = b"" if result is None else png(levels(result.image, config.bits), compress_level=6)
                 if content:
                     _write(part.parents[1] / task.output, content)
                 with part.open("a", encoding="utf-8") as file:
@@ -228,14 +227,6 @@ def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequen
     steps, drawn = settings.num_inference_steps, InversionConfig(seed=settings.seed or 0)
     inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
     return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
-
-
-def _png(image: Tensor, bits: int) -> bytes:
-    """An image (C, H, W) in [0, 1] as the bytes of a PNG file; 8 bits give an 8-bit input back exactly."""
-    levels = (image.detach().cpu().double() * (2**bits - 1)).round().permute(1, 2, 0).squeeze(-1).numpy()
-    stream = io.BytesIO()
-    Image.fromarray(levels.astype(f"uint{bits}")).save(stream, format="PNG")
-    return stream.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:

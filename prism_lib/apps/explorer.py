@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+from IPython.core.pylabtools import print_figure
 
 from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
@@ -69,9 +69,8 @@ class Explorer(widgets.VBox):
         self.settings = SettingsPanel(session, steps)
         self.source = SourcePanel(session, self._opened, seed, patient)
         self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
-        self.cancel = _button(
-            "Cancel", "stop", "stop after the step it is in", lambda _: session.cancel(), disabled=True
-        )
+        about, stop = "stop after the step it is in", lambda _: session.cancel()
+        self.cancel = _button("Cancel", "stop", about, stop, disabled=True)
         self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
@@ -185,10 +184,8 @@ class Explorer(widgets.VBox):
             return b"" if case is None else plots.png(plots.view(case.image[0]))
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         plt.close(figure)
-        return buffer.getvalue()
+        return print_figure(figure, bbox_inches=None, dpi=100, facecolor="white")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widgets, and the picture for viewers without them (papermill, GitHub, nbconvert)."""

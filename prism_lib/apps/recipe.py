@@ -26,7 +26,7 @@ from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import image_factor, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import gray_or_colour, png
+from prism_lib.reporting.plots import levels, png
 
 UPLOADS = "file:explorer/uploads/"  # below PRISM_RUNS
 SWEEPS: Mapping[str, tuple[float, ...]] = {
@@ -143,7 +143,7 @@ def keep_upload(name: str, image: Tensor) -> None:
     """Write an uploaded image (C, H, W) where `load_image` finds it, once and as it was prepared."""
     path = paths.runs() / name.removeprefix("file:")
     if name.startswith(UPLOADS) and not path.is_file():
-        write_png(path, gray_or_colour(image))
+        write_png(path, levels(image))
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

@@ -36,7 +36,7 @@ from prism_lib.models.pipeline import check_images, encode_prompts, image_factor
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import difference, gray_or_colour
+from prism_lib.reporting.plots import difference, levels
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class Session:
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{outcome.edit.key}").strip("-")[:80]
         folder = paths.runs() / "explorer" / f"{words}-{digest}"
         for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
-            write_png(folder / f"{name}.png", gray_or_colour(image))
+            write_png(folder / f"{name}.png", levels(image))
         write_png(folder / "difference.png", difference(result.image, result.factual))
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in outcome.scores.items()},

@@ -267,12 +267,13 @@ def _check(images: Tensor, name: str, **texts: Sequence[str]) -> int:
 
 def view(image: Tensor) -> np.ndarray:
     """An image as it is."""
-    return np.ascontiguousarray(gray_or_colour(image.expand(3, -1, -1)))
+    return np.ascontiguousarray(levels(image.expand(3, -1, -1)))
 
 
-def gray_or_colour(image: Tensor) -> np.ndarray:
-    """The 8-bit levels of an image: (H, W) if it is gray, else (H, W, 3); 8-bit input comes back exactly."""
-    return (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+def levels(image: Tensor, bits: int = 8) -> np.ndarray:
+    """The levels of an image, of 8 or 16 bits: (H, W) if it is gray, else (H, W, 3); 8-bit input comes back exactly."""
+    scaled = (image.detach().cpu().double().clamp(0, 1) * (2**bits - 1)).round()
+    return scaled.permute(1, 2, 0).squeeze(-1).numpy().astype(f"uint{bits}")
 
 
 def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str = "curtain") -> np.ndarray:
@@ -307,8 +308,8 @@ def framed(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     return drawn
 
 
-def png(picture: np.ndarray) -> bytes:
-    """8-bit levels (H, W) or (H, W, 3) as the bytes of a PNG file."""
+def png(picture: np.ndarray, compress_level: int = 1) -> bytes:
+    """Levels (H, W) or (H, W, 3) as the bytes of a PNG file, by default compressed little and quickly."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=compress_level)
     return buffer.getvalue()

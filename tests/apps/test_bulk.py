@@ -41,6 +41,7 @@ from prism_lib.files import exclusive
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import load_image_text_model
 from prism_lib.models.pipeline import load_pipeline
+from prism_lib.reporting import plots
 from tests.tiny import clip_model, tiny_pipeline
 
 STEPS = 2
@@ -174,7 +175,7 @@ def test_sixteen_bits_are_finer_and_keep_the_input(config, tmp_path):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_png_gives_every_level_of_an_eight_bit_input_back(bits):
     levels = torch.arange(256).view(1, 16, 16)
-    content = bulk._png(levels.float() / 255, bits)
+    content = plots.png(plots.levels(levels.float() / 255, bits))
     with Image.open(io.BytesIO(content)) as file:
         assert np.array_equal(np.asarray(file).astype(int), levels[0].numpy() * (1 if bits == 8 else 257))
 

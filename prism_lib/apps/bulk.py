@@ -36,7 +36,7 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
-from prism_lib.files import atomic, exclusive, file_hash, write_text
+from prism_lib.files import exclusive, file_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
 from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
@@ -206,7 +206,7 @@ def _work(
                 result, outcome = chooser.choose(task, candidates)
                 content = b"" if result is None else png(levels(result.image, config.bits), compress_level=6)
                 if content:
-                    _write(part.parents[1] / task.output, content)
+                    write_bytes(part.parents[1] / task.output, content)
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_row(task, outcome, content)) + "\n")
             progress.update(len(batch))
@@ -227,14 +227,6 @@ def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequen
     steps, drawn = settings.num_inference_steps, InversionConfig(seed=settings.seed or 0)
     inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
     return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with atomic(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:

@@ -36,11 +36,19 @@ def atomic(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file atomically and return its path; the OSError of a full disk names it."""
+    try:
+        with atomic(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    return path
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a text file atomically, as UTF-8; returns its path."""
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    return write_bytes(path, text.encode())
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path):
         (partial.write_text("ne"), partial.parent.read_text())
     assert path.read_text() == "old"
     assert [item.name for item in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_told_with_the_file_that_does_not_fit(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match=r"cannot write .*notes\.txt: No space left on device"):
+        write_text(tmp_path / "notes.txt", "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_replaces_a_folder_whole(tmp_path):

@@ -1,32 +1,28 @@
-"""Counterfactuals by the thousand: over processes, resumable, each as a PNG file with a row of a manifest.
+"""Counterfactuals by the thousand (`prism generate`): over processes, resumable, each with a row of a manifest.
 
 Batches depend on the plan (`apps.bulk_plan`) alone and processes share out whole batches, so a file is the same, bit
-for bit, whatever their number. `out/` holds `images/`, `metadata.csv` (the manifest, an *imagefolder* table) and
-`rejected.csv` (the same columns for images of which no candidate passed). `prism generate` is the command.
+for bit, whatever their number. `rejected.csv` is the manifest of images of which no candidate passed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,10 +36,11 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
-from prism_lib.files import atomic, exclusive, file_hash, write_text
+from prism_lib.files import exclusive, file_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
 from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
+from prism_lib.reporting.plots import levels, png
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +48,11 @@ MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"  # status o
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run leaves: the manifest, outputs in the plan, outputs this run worked on, images without a result."""
-
-    manifest: Path
-    planned: int
-    made: int
-    rejected: int
-
-
-def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> Summary:
+def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> int:
     """Make every counterfactual of the plan that `config.out` lacks, in one process or in several (`cli.launch`).
 
-    `pipe` replaces `config.model`. Data, edits, settings, prompts and disk are checked before the first image.
+    Data, edits, settings, prompts and disk are checked before the first image; `pipe` replaces `config.model`. Returns
+    how many images were edited, by all processes.
     """
     usual = default_device()
     # On a CPU processes find each other only if told so; checking the files of a large run takes its time.
@@ -77,7 +65,6 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     if pipe is None:
         pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
     pipe.to(device)
-    _check_lengths(pipe, tasks)
     chooser = Chooser(tasks)
     tasks = named(config, tasks, pipe)
     with exclusive(out) if state.is_main_process else nullcontext():
@@ -90,8 +77,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         if state.is_main_process:
             _merge(out)
         state.wait_for_everyone()
-    rejected = {row["file_name"] for row in _read_manifest(out / REJECTS)} & {task.output for task in tasks}
-    return Summary(out / MANIFEST, len(tasks), sum(map(len, pending)), len(rejected))
+    return sum(map(len, pending))
 
 
 def files(out: str | Path) -> dict[tuple[str, str], Path]:
@@ -121,18 +107,15 @@ def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
         raise OSError(f"output {out} has {free / 1e9:.2f} GB free; {len(tasks)} images may take {needed / 1e9:.2f} GB")
 
 
-def _check_lengths(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> None:
-    limit = pipe.tokenizer.model_max_length
-    prompts = {prompt: task.file_name for task in tasks for prompt in (task.pair.source, task.pair.target)}
-    for prompt, length in too_long(pipe.tokenizer, prompts).items():
-        raise ValueError(f"{prompts[prompt]}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
-
-
 def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeline) -> list[Task]:
     """The tasks with their outputs: the image's own path, the edit's key and a digest of all that decides the content.
 
-    ValueError names the row whose settings do not go with what the model recommends.
+    ValueError names the image whose prompt, or the row whose settings, the model does not take.
     """
+    prompts = {prompt: task.file_name for task in tasks for prompt in (task.pair.source, task.pair.target)}
+    for prompt, length in too_long(pipe.tokenizer, prompts).items():
+        limit = pipe.tokenizer.model_max_length
+        raise ValueError(f"{prompts[prompt]}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
     model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
     common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": digest}
@@ -164,8 +147,7 @@ def _weights(choice: Choice | None) -> list[str]:
     return [file_hash(file) for file in (*guide, *(weight_files(choice.similarity) if choice.similarity else ()))]
 
 
-def _record(settings: EditConfig) -> dict[str, Any]:
-    """All settings but `batch_size`, which does not decide the result."""
+def _record(settings: EditConfig) -> dict[str, Any]:  # `batch_size` does not decide the result
     return {name: value for name, value in asdict(settings).items() if name != "batch_size"}
 
 
@@ -178,7 +160,7 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
         run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
         done = _merge(out)
         sent = [(run, [k for k, batch in enumerate(planned) if any(task.output not in done for task in batch)])]
-    run, pending = broadcast_object_list(sent)[0] if state.num_processes > 1 else sent[0]
+    run, pending = broadcast_object_list(sent)[0]
     return run, [planned[k] for k in pending]
 
 
@@ -186,42 +168,32 @@ class Chooser:
     """Chooses among the candidates of an image. Guides and image-text models are loaded, and checked, at the start."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._guide = cache(load_guide)
-        self._similarity = cache(lambda name: SimilarityScorer(load_image_text_model(name)))
+        guide, similarity = cache(load_guide), cache(lambda name: SimilarityScorer(load_image_text_model(name)))
+        self._scorers: dict[tuple[Choice, Edit], list[Scorer]] = {}
         for choice, edit in {(t.settings.choice, t.edit): None for t in tasks if t.settings.choice is not None}:
-            self._scorers(choice, edit)
-
-    def _scorers(self, choice: Choice, edit: Edit) -> list[Scorer]:
-        guide = [GuideScorer(self._guide(choice.guide), edit)] if choice.guide else []
-        similarity = [self._similarity(choice.similarity)] if choice.similarity else []
-        return [IdentityScorer(), *guide, *similarity]
+            scorers = self._scorers[choice, edit] = [IdentityScorer()]
+            scorers += [GuideScorer(guide(choice.guide), edit)] if choice.guide else []
+            scorers += [similarity(choice.similarity)] if choice.similarity else []
 
     def choose(self, task: Task, candidates: Sequence[Counterfactual]) -> tuple[Counterfactual | None, dict[str, Any]]:
         """The result of one image (alone: no score depends on neighbours), None if nothing passed, and its columns."""
-        choice = task.settings.choice
-        if choice is None:
-            return candidates[0], _columns(task, MADE, candidates[0], candidates[0].scores)
-        found = select(candidates, self._scorers(choice, task.edit), choice.criteria)
-        rows = [
-            {"settings": {name: given[name] for name in choice.sweep}, "scores": scores, "failures": failures}
-            for given, scores, failures in zip(task.settings.candidates, found.scores, found.failures, strict=True)
-        ]
-        if found.best is None or found.winner is None:
-            columns = _columns(task, REJECTED, candidates[0], {}, without=choice.sweep)
-        else:
-            columns = _columns(task, SELECTED, found.best, found.scores[found.winner])
-        return found.best, columns | {"winner": found.winner, "candidates": json.dumps(rows)}
-
-
-def _columns(
-    task: Task, status: str, result: Counterfactual, scores: Mapping[str, float], without: Container[str] = ()
-) -> dict[str, Any]:
-    """The columns of settings, all that were used, status and scores."""
-    assert isinstance(result.settings, EditConfig)
-    settings = json.loads(task.settings.text)
-    settings["edit"] = {name: value for name, value in _record(result.settings).items() if name not in without}
-    named = {f"score_{name}": value for name, value in scores.items()}
-    return {"settings": json.dumps(settings, sort_keys=True), "status": status, **named}
+        choice, settings = task.settings.choice, json.loads(task.settings.text)
+        best: Counterfactual | None = candidates[0]
+        status, scores, tried = MADE, candidates[0].scores, {}
+        if choice is not None:
+            found = select(candidates, self._scorers[choice, task.edit], choice.criteria)
+            rows = [
+                {"settings": {name: given[name] for name in choice.sweep}, "scores": scores, "failures": failures}
+                for given, scores, failures in zip(task.settings.candidates, found.scores, found.failures, strict=True)
+            ]
+            best, tried = found.best, {"winner": found.winner, "candidates": json.dumps(rows)}
+            status, scores = (REJECTED, {}) if found.winner is None else (SELECTED, found.scores[found.winner])
+        used = (candidates[0] if best is None else best).settings
+        assert isinstance(used, EditConfig)
+        unknown = choice.sweep if choice is not None and best is None else {}
+        settings["edit"] = {name: value for name, value in _record(used).items() if name not in unknown}
+        columns = {"settings": json.dumps(settings, sort_keys=True), "status": status}
+        return best, columns | {f"score_{name}": value for name, value in scores.items()} | tried
 
 
 def _work(
@@ -232,9 +204,9 @@ def _work(
         for batch in own:
             for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
                 result, outcome = chooser.choose(task, candidates)
-                content = b"" if result is None else _png(result.image, config.bits)
+                content = b"" if result is None else png(levels(result.image, config.bits), compress_level=6)
                 if content:
-                    _write(part.parents[1] / task.output, content)
+                    write_bytes(part.parents[1] / task.output, content)
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_row(task, outcome, content)) + "\n")
             progress.update(len(batch))
@@ -253,47 +225,20 @@ def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequen
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
     steps, drawn = settings.num_inference_steps, InversionConfig(seed=settings.seed or 0)
-    inversion = invert(
-        pipe, images, sources, method=settings.method, num_inference_steps=steps, config=drawn, batch_size=size
-    )
-    return sweep(pipe, inversion, pairs, [{**tried, "batch_size": size} for tried in settings.candidates])
-
-
-def _png(image: Tensor, bits: int) -> bytes:
-    """An image (C, H, W) in [0, 1] as the bytes of a PNG file; 8 bits give an 8-bit input back exactly."""
-    levels = (image.detach().cpu().double() * (2**bits - 1)).round().permute(1, 2, 0).numpy()
-    pixels = levels.astype(np.uint8 if bits == 8 else np.uint16)
-    stream = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with atomic(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
+    return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
 
 
 def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:
     """One row of the manifest; without content nothing passed, and it has the name that the file would have had."""
-    return {
-        "file_name": task.output,
-        "text": task.pair.target,
-        **task.about,
-        "source_file": task.file_name,
-        "source_text": task.pair.source,
-        "edit": task.edit.key,
-        **outcome,
-        "sha256": hashlib.sha256(content).hexdigest() if content else "",
-    }
+    source = {"source_file": task.file_name, "source_text": task.pair.source, "edit": task.edit.key}
+    digest = hashlib.sha256(content).hexdigest() if content else ""
+    return {"file_name": task.output, "text": task.pair.target, **task.about, **source, **outcome, "sha256": digest}
 
 
 def _merge(out: Path) -> set[str]:
     """Tables and parts become one manifest of all files that are whole and one of rejects; returns their names."""
-    made: dict[str, dict[str, Any]] = {}
-    rejected: dict[str, dict[str, Any]] = {}
+    made, rejected = {}, {}
     for row in (*_read_manifest(out / MANIFEST), *_read_manifest(out / REJECTS), *_read_parts(out)):
         if row.get("status") == REJECTED:
             rejected[row["file_name"]] = row

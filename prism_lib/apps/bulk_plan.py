@@ -1,8 +1,4 @@
-"""What a bulk run has to make: a file of edits and a prepared folder become a list of tasks, checked to the last row.
-
-The columns of a file of edits are listed in docs/your-data.md. Nothing here loads a model or writes an image; every
-error names the file and the row.
-"""
+"""What a bulk run has to make: a file of edits (docs/your-data.md) and a prepared folder become tasks, all checked."""
 
 from __future__ import annotations
 
@@ -56,11 +52,11 @@ class Choice:
             raise ValueError(f"sweep: unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(_EDIT)}")
         if not (self.best or self.guide or self.similarity):
             raise ValueError("a sweep needs a guide or a similarity to choose by, or best, the score to maximise")
+        takers = {"a guide": selection.GUIDE, "a similarity": selection.SIMILARITY}
         known = (*selection.EDIT, *selection.IDENTITY)
         known += (*(selection.GUIDE if self.guide else ()), *(selection.SIMILARITY if self.similarity else ()))
         for score in (self.criteria.best, *self.at_least, *self.at_most):
             if score not in known:
-                takers = {"a guide": selection.GUIDE, "a similarity": selection.SIMILARITY}
                 hint = "".join(f" (it takes {what})" for what, names in takers.items() if score in names)
                 raise ValueError(f"unknown score {score!r}{hint}; known: {', '.join(known)}")
 
@@ -119,12 +115,10 @@ class Settings:
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
-        """The fields of `EditConfig` that are set, for everything that is tried for an image."""
         return [dict(one) for one in grid(self.edit, **(self.choice.sweep if self.choice else {}))]
 
     @property
     def text(self) -> str:
-        """All of it as JSON."""
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 

@@ -1,8 +1,4 @@
-"""The `prism` command: run the notebooks of a profile in order, or make counterfactuals in bulk.
-
-Faults of a command or a profile are found before the first notebook starts (`apps.profiles`). Executed copies and the
-state that `--resume` reads are left in `runs/<name>/`.
-"""
+"""The `prism` command: notebooks, with their copies and the state for `--resume` in `runs/<name>/`, or bulk runs."""
 
 from __future__ import annotations
 
@@ -68,13 +64,13 @@ def execute(job: Job, folder: Path) -> None:
             how = {"kernel_name": "python3", "language": "python", "progress_bar": sys.stderr.isatty(), "km": kernel}
             papermill.execute_notebook(job.notebook, target, dict(job.parameters), **how)
         except papermill.PapermillExecutionError as error:
-            source = [line for line in error.source.splitlines() if line.strip()][:3]
-            cell = "\n".join(f"    {line}" for line in source)
-            reason = f"{error.ename}: {error.evalue}"
-            raise NotebookFailedError(f"{job.name} failed in this cell:\n{cell}\n{reason}\nsee {target}") from None
+            cell = [f"    {line}" for line in error.source.splitlines() if line.strip()][:3]
+            reason = "\n".join([" failed in this cell:", *cell, f"{error.ename}: {error.evalue}"])
         except DeadKernelError:
-            reason = "the kernel died, most often for want of memory"
-            raise NotebookFailedError(f"{job.name}: {reason}\nsee {target}") from None
+            reason = ": the kernel died, most often for want of memory"
+        else:
+            return
+    raise NotebookFailedError(f"{job.name}{reason}\nsee {target}")
 
 
 @contextmanager
@@ -98,18 +94,19 @@ def _kernel(cwd: Path) -> Iterator[Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `prism`."""
-    parser = argparse.ArgumentParser(
-        prog="prism", description="Run PRISM's notebooks, or make counterfactuals in bulk."
-    )
+    purpose = "Run PRISM's notebooks, or make counterfactuals in bulk."
+    parser = argparse.ArgumentParser(prog="prism", description=purpose)
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "NN"}
+    pair = several | {"action": "append", "nargs": 2, "dest": "overrides", "metavar": ("NAME", "VALUE")}
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the notebooks of a profile in order")
     run.add_argument("profile", metavar="PROFILE")
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
-    run.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="NN", help="run these notebooks and no others"
-    )
+    run.add_argument("--only", **several, help="run these notebooks and no others")
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
     run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
+    value = "another value for a parameter; figures then go to the run's own folder"
+    run.add_argument("-p", **pair, help=value)
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
     generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
     generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
@@ -117,11 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
     generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
     more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
-    value = "another value for a parameter; figures then go to the run's own folder"
-    for verb, text in ((run, value), (generate, more)):
-        verb.add_argument(
-            "-p", nargs=2, action="append", default=[], dest="overrides", metavar=("NAME", "VALUE"), help=text
-        )
+    generate.add_argument("-p", **pair, help=more)
     verbs.add_parser("profiles", help="list the profiles")
     figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
     figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
@@ -155,8 +148,7 @@ def _generate(options: argparse.Namespace) -> int:
     from prism_lib.apps import bulk_plan  # it imports torch
 
     try:
-        config = bulk_plan.BulkConfig(options.data, options.edits, options.out)
-        config = bulk_plan.configured(config, [tuple(pair) for pair in options.overrides])
+        config = bulk_plan.configured(bulk_plan.BulkConfig(options.data, options.edits, options.out), options.overrides)
         planned = len(bulk_plan.plan(config))
     except ValueError as error:
         raise UsageError(one_line(error)) from None
@@ -231,24 +223,21 @@ def _check_figures(datasets: Sequence[str]) -> int:
             problems += check_figures(dataset, pages=dataset == "phantom")
         except ValueError as error:
             problems.append(str(error))
-    for problem in problems:
-        print(problem)
     again = f"{len(problems)} problems; `prism run PROFILE --only 07` writes all of it anew"
-    print(f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}")
+    said = again if problems else "all follow from the records"
+    print(*problems, f"figures of {', '.join(found)}: {said}", sep="\n")
     return 1 if problems else 0
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    profile = load_profile(options.profile)
-    overrides = [tuple(pair) for pair in options.overrides]
+    profile, overrides = load_profile(options.profile), options.overrides
     # The digest of the values of `-p`: the same trial finds its folder again.
     trial = f"-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}" if overrides else ""
     name = options.name or profile.name + trial
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"--name {name!r} cannot name a folder: letters, digits, '-', '_' and '.' only")
     folder = paths.runs() / name
-    committed = profile.figures == "figures" and not overrides
-    figures = None if committed else folder / "figures"
+    figures = None if profile.figures == "figures" and not overrides else folder / "figures"
     jobs = plan(profile, overrides, start=options.start, only=options.only, figures_dir=figures)
     print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)
     try:

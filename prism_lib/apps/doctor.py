@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,28 +37,24 @@ class Check:
 
 def report(show: Callable[[str], None]) -> int:
     """Show every check, with its remedy where it failed, and the sum; return 1 if a required one failed, else 0."""
-    failed = noted = 0
+    verdicts: Counter[str] = Counter()
     for check in checks():
-        failed += check.required and not check.ok
-        noted += not check.required and not check.ok
         verdict = "ok" if check.ok else "FAILED" if check.required else "note"
+        verdicts[verdict] += 1
         show(f"{verdict:<7} {check.name:<11} {check.detail}")
         if not check.ok:
             show(f"{'':<7} {'':<11} -> {check.remedy}")
-    well = f"The notebooks run here{', and the notes above say what could be better' if noted else ''}."
-    wrong = f"{failed} of these must be put right before the notebooks run; do what the arrows say."
-    show(f"\n{wrong if failed else well}")
-    return int(failed > 0)
+    well = f"The notebooks run here{', and the notes above say what could be better' if verdicts['note'] else ''}."
+    wrong = f"{verdicts['FAILED']} of these must be put right before the notebooks run; do what the arrows say."
+    show(f"\n{wrong if verdicts['FAILED'] else well}")
+    return int("FAILED" in verdicts)
 
 
 def checks() -> Iterator[Check]:
     """The checks, one by one."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
-    yield _versions()
-    yield _device()
-    yield _threads()
-    yield _memory()
-    yield _torchvision()
+    for check in (_versions, _device, _threads, _memory, _torchvision):
+        yield check()
     remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
     yield _present("weights", paths.weights() / WEIGHTS / "model_index.json", remedy)
     remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"
@@ -125,11 +122,9 @@ def _versions() -> Check:
     for package, wanted in pinned.items():
         try:
             found = metadata.version(package).split("+")[0]  # the build, such as +cpu, is the machine's choice
+            other += [f"{package} {found} rather than {wanted}"] if found != wanted else []
         except metadata.PackageNotFoundError:
             missing.append(package)
-            continue
-        if found != wanted:
-            other.append(f"{package} {found} rather than {wanted}")
     remedy = f"{sys.executable} -m pip install --requirement {lock.name}"
     if missing:
         return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)

@@ -1,12 +1,12 @@
 """The counterfactual explorer: `explore()` gives a panel to click in, in JupyterLab, VS Code and Voila.
 
-Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture."""
+Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+from IPython.core.pylabtools import print_figure
 
 from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
@@ -39,20 +40,27 @@ STYLE = """<style>
 
 
 def explore(
-    model: str = SHIPPED, judge: str = "phantom-judge", vocabulary: str = "phantom", mode: str = "L", **start: int
+    model: str = SHIPPED,
+    judge: str = "phantom-judge",
+    vocabulary: str = "phantom",
+    mode: str = "L",
+    *,
+    seed: int = 4001,
+    patient: int = 1,
+    steps: int = 20,
 ) -> Explorer:
     """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
-    are offered; `mode` is "L" (gray) or "RGB". `start`: `seed` and `patient` of the first phantom, `steps` of DDIM.
+    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), **start)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps)
 
 
 class Explorer(widgets.VBox):
     """The panels of one `Session`, connected."""
 
-    def __init__(self, session: Session, *, seed: int = 4001, patient: int = 1, steps: int = 20) -> None:
+    def __init__(self, session: Session, seed: int, patient: int, steps: int) -> None:
         self.session = session
         self.outcome: Outcome | None = None
         self._started = 0.0
@@ -61,9 +69,8 @@ class Explorer(widgets.VBox):
         self.settings = SettingsPanel(session, steps)
         self.source = SourcePanel(session, self._opened, seed, patient)
         self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
-        self.cancel = _button(
-            "Cancel", "stop", "stop after the step it is in", lambda _: session.cancel(), disabled=True
-        )
+        about, stop = "stop after the step it is in", lambda _: session.cancel()
+        self.cancel = _button("Cancel", "stop", about, stop, disabled=True)
         self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
@@ -177,10 +184,8 @@ class Explorer(widgets.VBox):
             return b"" if case is None else plots.png(plots.view(case.image[0]))
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         plt.close(figure)
-        return buffer.getvalue()
+        return print_figure(figure, bbox_inches=None, dpi=100, facecolor="white")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widgets, and the picture for viewers without them (papermill, GitHub, nbconvert)."""

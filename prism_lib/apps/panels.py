@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class Panel(widgets.VBox):
     def guarded(self, act: Callable[..., None]) -> Callable[..., None]:
         """A handler whose failures become the panel's own line instead of a traceback."""
 
-        @wraps(act)
         def handler(*arguments: Any) -> None:
             self.line.say("")
             try:

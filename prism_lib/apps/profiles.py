@@ -1,8 +1,4 @@
-"""Profiles: what papermill injects into which notebook, checked before anything runs.
-
-A profile is `notebooks/profiles/<name>.yaml`: a line of description, where its figures go, and a section per notebook
-with its parameters. A name or a type that does not fit is an error, for a profile and for `-p` alike.
-"""
+"""Profiles, `notebooks/profiles/<name>.yaml`: the parameters of each notebook, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -70,9 +66,8 @@ def load_profile(name: str) -> Profile:
     if content["figures"] not in ("figures", "runs"):
         raise UsageError(f"{path.name}: figures must be 'figures' or 'runs', not {content['figures']!r}")
     sections = {str(key): value or {} for key, value in sorted(content["notebooks"].items())}
-    for section, values in sections.items():
-        if not isinstance(values, dict):
-            raise UsageError(f"{path.name}: section {section} must be a mapping of parameters")
+    if odd := [name for name, values in sections.items() if not isinstance(values, dict)]:
+        raise UsageError(f"{path.name}: section {odd[0]} must be a mapping of parameters")
     return Profile(name, str(content["description"]), content["figures"], sections)
 
 
@@ -143,9 +138,8 @@ def plan(
     chosen = _select(list(profile.sections), start, only)
     declared = {name: _declared(name, profile) for name in profile.sections}
     known = sorted({parameter for name in chosen for parameter in declared[name]})
-    for name, _ in overrides:
-        if name not in known:
-            raise UsageError(f"no selected notebook has a parameter {name!r}{_did_you_mean(name, known)}")
+    if unknown := [name for name, _ in overrides if name not in known]:
+        raise UsageError(f"no selected notebook has a parameter {unknown[0]!r}{_did_you_mean(unknown[0], known)}")
 
     jobs, key = [], ""
     for name, section in profile.sections.items():
@@ -169,10 +163,9 @@ def _declared(name: str, profile: Profile) -> dict[str, Any]:
         found = [path.stem for path in paths.notebooks().glob("*.ipynb")]
         raise UsageError(f"{profile.name}.yaml: there is no notebook {name}{_did_you_mean(name, found)}")
     declared = declared_parameters(notebook)
-    for parameter in profile.sections[name]:
-        if parameter not in declared:
-            hint = _did_you_mean(str(parameter), declared)
-            raise UsageError(f"{profile.name}.yaml: {name} has no parameter {parameter!r}{hint}")
+    if unknown := [parameter for parameter in profile.sections[name] if parameter not in declared]:
+        hint = _did_you_mean(str(unknown[0]), declared)
+        raise UsageError(f"{profile.name}.yaml: {name} has no parameter {unknown[0]!r}{hint}")
     return declared
 
 
@@ -184,12 +177,11 @@ def _select(names: Sequence[str], start: str | None, only: Sequence[str]) -> lis
                 return name
         raise UsageError(f"no notebook {wanted!r} in this profile; it has {', '.join(names)}")
 
-    chosen = {find(wanted) for wanted in only} if only else set(names)
+    chosen = {find(wanted) for wanted in only or names}
     first = names.index(find(start)) if start else 0
-    selected = [name for name in names[first:] if name in chosen]
-    if not selected:
-        raise UsageError("--from and --only leave no notebook to run")
-    return selected
+    if selected := [name for name in names[first:] if name in chosen]:
+        return selected
+    raise UsageError("--from and --only leave no notebook to run")
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

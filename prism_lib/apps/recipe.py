@@ -8,7 +8,6 @@ from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from pydantic.dataclasses import dataclass
@@ -21,12 +20,12 @@ from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
-from prism_lib.files import atomic, image_hash, write_text
+from prism_lib.files import image_hash, write_bytes, write_text
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import image_factor, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import gray_or_colour, png
+from prism_lib.reporting.plots import levels, png
 
 UPLOADS = "file:explorer/uploads/"  # below PRISM_RUNS
 SWEEPS: Mapping[str, tuple[float, ...]] = {
@@ -143,10 +142,4 @@ def keep_upload(name: str, image: Tensor) -> None:
     """Write an uploaded image (C, H, W) where `load_image` finds it, once and as it was prepared."""
     path = paths.runs() / name.removeprefix("file:")
     if name.startswith(UPLOADS) and not path.is_file():
-        write_png(path, gray_or_colour(image))
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write 8-bit levels (H, W) or (H, W, 3) atomically."""
-    with atomic(path) as partial:
-        partial.write_bytes(png(picture))
+        write_bytes(path, png(levels(image)))

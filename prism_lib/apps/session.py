@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import Recipe, image_size, keep_upload, load_image, phantom_patient, upload_name, write_png
+from prism_lib.apps.recipe import Recipe, image_size, keep_upload, load_image, phantom_patient, upload_name
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.data.uploads import read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
@@ -28,7 +28,7 @@ from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.settings import EditConfig, recommended
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
-from prism_lib.files import image_hash
+from prism_lib.files import image_hash, write_bytes
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Labels, Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
@@ -36,7 +36,7 @@ from prism_lib.models.pipeline import check_images, encode_prompts, image_factor
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import difference, gray_or_colour
+from prism_lib.reporting.plots import difference, levels, png
 
 logger = logging.getLogger(__name__)
 
@@ -325,8 +325,8 @@ class Session:
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{outcome.edit.key}").strip("-")[:80]
         folder = paths.runs() / "explorer" / f"{words}-{digest}"
         for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
-            write_png(folder / f"{name}.png", gray_or_colour(image))
-        write_png(folder / "difference.png", difference(result.image, result.factual))
+            write_bytes(folder / f"{name}.png", png(levels(image)))
+        write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in outcome.scores.items()},
             "settings": asdict(outcome.used),

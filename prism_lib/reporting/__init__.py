@@ -1,7 +1,6 @@
 """Figures and tables.
 
-Input: records, images and numbers. Output: plots, sheets and Markdown. Tables and plots can be redrawn from the
-records alone.
+Input: records, images and numbers. Output: plots, sheets and Markdown; tables and plots follow from records alone.
 """
 
 import lazy_loader as lazy

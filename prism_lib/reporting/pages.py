@@ -1,11 +1,9 @@
-"""The results sections of README.md and docs/results.md, written from records, and the check of everything written.
-
-A page has its section between ``<!-- results:begin -->`` and ``<!-- results:end -->``.
-"""
+"""The results sections of README.md and docs/results.md, written from records, and the check of everything written."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -36,13 +34,12 @@ def classifiers_table(record: Record) -> str:
     strength = max(study["strengths"])
     text = table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
     gap = metrics.get("gap_closed")
-    gain = " Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach"
-    closed = "" if gap is None else f"{gain} {gap:.0%}."
+    reach = "Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach"
     return (
         f"{markdown(text, 'training set')}\n"
         f"The classifier reads {study['target']}. In {strength:.0%} of the {study['images']} training images, "
         f"{study['shortcut']} has the same label. {study['added']} images are added; {len(study['seeds'])} seeds. "
-        f"{_source(record)}.{closed}\n"
+        f"{_source(record)}.{'' if gap is None else f' {reach} {gap:.0%}.'}\n"
     )
 
 
@@ -94,7 +91,6 @@ def long_section(records: Mapping[str, Record]) -> str:
 
 
 def _picture(record: Record, name: str, what: str) -> str:
-    """A plot that `07_figures` draws, as a page in docs/ links it."""
     return f"![{what}](../figures/{record['dataset']}/plots/{name}.png)\n"
 
 
@@ -117,12 +113,11 @@ def update_pages(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict
 
 def _around(path: Path) -> tuple[str, str, str]:
     """A page before, between and after its markers."""
-    content, markers = path.read_text(encoding="utf-8"), ("<!-- results:begin -->\n", "<!-- results:end -->")
-    if any(content.count(marker) != 1 for marker in markers):
-        raise ValueError(f"{path} needs exactly one {markers[0].strip()} and one {markers[1]}")
-    before, rest = content.split(markers[0])
-    section, after = rest.split(markers[1])
-    return before + markers[0], section, markers[1] + after
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    parts = re.split(f"({begin}\n|{end})", path.read_text(encoding="utf-8"))
+    if parts[1::2] != [f"{begin}\n", end]:
+        raise ValueError(f"{path} needs exactly one {begin} and one {end}")
+    return "".join(parts[:2]), parts[2], "".join(parts[3:])
 
 
 def check_figures(dataset: str, figures_dir: str | os.PathLike[str] = "", *, pages: bool = False) -> list[str]:

@@ -1,8 +1,4 @@
-"""Figures: image grids, counterfactual sheets, curves and dot plots, in one look.
-
-A signed difference is counterfactual minus original over [-0.5, 0.5] of the grey range: red brighter, blue darker.
-The functions return a matplotlib figure and leave the global style as it is.
-"""
+"""Figures in one look, which leave matplotlib's global style as it is: image grids, sheets, curves and dot plots."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from torch import Tensor
 
 from prism_lib.files import atomic
 
-DIFFERENCE_LIMIT = 0.5
+DIFFERENCE_LIMIT = 0.5  # of the grey range, to both sides
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them
@@ -34,7 +30,8 @@ MODES = ("curtain", "fade")
 LINE = (255, 176, 0)  # orange of the colour-blind safe palette: seen on black and on white
 TINT = np.array([86, 180, 233], np.float32)  # sky blue of the same palette
 
-Interval = tuple[float, float, float]  # estimate, low, high
+Intervals = Mapping[str, tuple[float, float, float]]  # estimate, low, high
+Points = Mapping[str, tuple[float, float, float, float]]  # cost, estimate, low, high
 
 
 @contextmanager
@@ -48,15 +45,12 @@ def _style() -> Iterator[None]:
 
 def show_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int | None = None, title: str = "") -> Figure:
     """Images (N, C, H, W) in [0, 1] in rows of ``columns`` (a near-square layout by default)."""
-    count = _check(images, "images")
-    _check_length(titles, count, "titles")
+    count = _check(images, "images", titles=titles)
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
+    size = CELL * columns, (CELL + 0.2 * bool(titles)) * rows + 0.3 * bool(title)
     with _style():
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(CELL * columns, (CELL + 0.2 * bool(titles)) * rows + 0.3 * bool(title)),
-            squeeze=False, layout="constrained",
-        )  # fmt: skip
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for index, axis in enumerate(axes.flat):
             axis.set_axis_off()
             if index < count:
@@ -77,14 +71,13 @@ def counterfactual_sheet(
     edited_name: str = "counterfactual",
 ) -> Figure:
     """A row per image: original | counterfactual | truth, where known | signed difference; ``notes`` right of it."""
-    count = _check(original, "original")
+    count = _check(original, "original", notes=notes)
     columns = {"original": original, edited_name: edited}
     columns |= {} if truth is None else {"true counterfactual": truth}
     for name, images in columns.items():
         if images.shape != original.shape:
             raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
         _check(images, name)
-    _check_length(notes, count, "notes")
     with _style():
         figure, axes, below = _cells(count, len(columns) + 1, bool(notes), bool(title))
         for axis, name in zip(axes[0], [*columns, "signed difference"], strict=True):
@@ -104,14 +97,12 @@ def counterfactual_sheet(
 
 
 def _cells(rows: int, columns: int, notes: bool, title: bool) -> tuple[Figure, np.ndarray, Axes]:
-    """Square cells of one size, laid out in inches, and an axis for the colour bar below the last column.
-
-    matplotlib's own layouts move square axes after they have measured them, which cuts off headings.
-    """
+    """Square cells and an axis for the colour bar below the last column, in inches: other layouts cut off headings."""
     left, right, top, bottom = 0.05, 0.05 + 1.4 * notes, 0.3 + 0.3 * title, 0.65
     width, height = left + columns * (CELL + GAP) - GAP + right, top + rows * (CELL + GAP) - GAP + bottom
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
     figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(width, height),
+        rows, columns, squeeze=False, figsize=(width, height), subplot_kw=bare,
         gridspec_kw={
             "left": left / width, "right": 1 - right / width, "wspace": GAP / CELL,
             "top": 1 - top / height, "bottom": bottom / height, "hspace": GAP / CELL,
@@ -124,7 +115,6 @@ def _cells(rows: int, columns: int, notes: bool, title: bool) -> tuple[Figure, n
 
 def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
     """Draw edited minus original, (C, H, W) each, averaged over channels; red is brighter, blue is darker."""
-    _bare(axis)
     return axis.imshow(_change(edited, original), cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
 
 
@@ -137,8 +127,6 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xla
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
         for name, (x, y) in series.items():
-            if len(x) != len(y):
-                raise ValueError(f"curve {name!r} has {len(x)} x and {len(y)} y; expected as many")
             axis.plot(x, y, label=name, marker="o" if len(x) < 12 else "")
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if len(series) > 1:
@@ -146,23 +134,19 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xla
     return figure
 
 
-def dot_plot(values: Mapping[str, Interval], *, xlabel: str, title: str = "") -> Figure:
+def dot_plot(values: Intervals, *, xlabel: str, title: str = "") -> Figure:
     """A row per name, ``(estimate, low, high)``."""
-    dots = sns.color_palette("colorblind")[0]
+    rows, (estimates, lows, highs) = range(len(values)), zip(*values.values(), strict=True)
     with _style():
         figure, axis = plt.subplots(figsize=(4.8, 0.35 * len(values) + 1.0), layout="constrained")
-        for row, (estimate, low, high) in enumerate(values.values()):
-            axis.hlines(row, low, high, color="0.6", linewidth=2)
-            axis.plot(estimate, row, "o", color=dots)
-        axis.set_yticks(range(len(values)), [name.replace("_", " ") for name in values])
-        axis.set_ylim(len(values) - 0.5, -0.5)
-        axis.set(xlabel=xlabel, title=title)
+        axis.hlines(rows, lows, highs, color="0.6", linewidth=2)
+        axis.plot(estimates, rows, "o")
+        axis.set_yticks(rows, [name.replace("_", " ") for name in values])
+        axis.set(xlabel=xlabel, title=title, ylim=(len(values) - 0.5, -0.5))
     return figure
 
 
-def grouped_dots(
-    values: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ylabel: str = "", title: str = ""
-) -> Figure:
+def grouped_dots(values: Mapping[str, Intervals], *, xlabel: str, ylabel: str = "", title: str = "") -> Figure:
     """A block per outer name, a row per inner one, ``(estimate, low, high)``; a colour and mark per inner name."""
     names = list(dict.fromkeys(name for block in values.values() for name in block))
     palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
@@ -180,15 +164,12 @@ def grouped_dots(
                 row += 1
             row += 1
         axis.set_yticks(list(ticks), list(ticks.values()))
-        axis.set_ylim(row - 1.2, -0.8)
-        axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(row - 1.2, -0.8))
         figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
 
 
-def pareto(
-    values: Mapping[str, tuple[float, float, float, float]], *, xlabel: str, ylabel: str = "", title: str = ""
-) -> Figure:
+def pareto(values: Points, *, xlabel: str, ylabel: str = "", title: str = "") -> Figure:
     """A point per name, ``(cost, error, low, high)``; a line joins those that nothing beats, others are gray."""
     front, best = [], float("inf")
     for name, (_, error, _, _) in sorted(values.items(), key=lambda item: item[1][:2]):
@@ -219,32 +200,14 @@ def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, f
     line = 10 / (axis.get_window_extent().height * 72 / figure.dpi)  # a line of text, as a share of the axis
     order = sorted(points, key=lambda name: points[name][1])
     to_axis = axis.transData - axis.transAxes
-    heights = _apart([float(to_axis.transform(points[name])[1]) for name in order], line)
+    heights = to_axis.transform([points[name] for name in order])[:, 1]
+    steps = line * np.arange(len(order))  # without them, names a line apart are at one height
+    places = np.minimum(np.maximum.accumulate(heights - steps), max(1.0, steps[-1]) - steps[-1]) + steps
     arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-    for name, height in zip(order, heights, strict=True):
-        axis.annotate(
-            name.replace("_", " "),
-            points[name],
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            verticalalignment="center",
-            fontsize="x-small",
-            color="black" if name in front else "0.4",
-            annotation_clip=False,
-            arrowprops=arrow,
-        )
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved as little as a pass up and a pass down take to be ``gap`` apart below 1."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    ceiling = max(1.0, gap * (len(placed) - 1))
-    for n in reversed(range(len(placed))):
-        placed[n] = min(placed[n], ceiling)
-        ceiling = placed[n] - gap
-    return placed
+    look: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "size": "x-small", "annotation_clip": False}
+    for name, place in zip(order, places, strict=True):
+        shade = "black" if name in front else "0.4"
+        axis.annotate(name.replace("_", " "), points[name], (1.03, place), color=shade, arrowprops=arrow, **look)
 
 
 def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "") -> Figure:
@@ -257,9 +220,8 @@ def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "")
             for step, state in enumerate(row, 1):
                 axis.barh(place, 0.94, left=step - 0.47, height=0.7, color=palette[state])
         axis.set_yticks(range(len(rows)), list(rows))
-        axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set(xlabel=xlabel, title=title)
+        axis.set(xlabel=xlabel, title=title, ylim=(len(rows) - 0.5, -0.5))
         handles = [plt.Rectangle((0, 0), 1, 1, color=palette[state]) for state in states]
         figure.legend(handles, states, frameon=False, loc="outside upper right", ncols=len(states))
     return figure
@@ -285,28 +247,19 @@ def save_figure(figure: Figure, name: str, figures_dir: str | os.PathLike[str], 
 
 
 def _show(axis: Axes, image: Tensor) -> None:
-    pixels = image.detach().float().cpu().permute(1, 2, 0).numpy()  # (H, W, C)
-    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    _bare(axis)
+    axis.imshow(image.detach().float().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
 
 
-def _bare(axis: Axes) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-
-
-def _check(images: Tensor, name: str) -> int:
+def _check(images: Tensor, name: str, **texts: Sequence[str]) -> int:
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"{name} must be (N, 1 or 3, H, W), got shape {tuple(images.shape)}")
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+    for what, given in texts.items():
+        if given and len(given) != len(images):
+            raise ValueError(f"{len(given)} {what} for {len(images)} images")
     return len(images)
-
-
-def _check_length(texts: Sequence[str], count: int, name: str) -> None:
-    if texts and len(texts) != count:
-        raise ValueError(f"{len(texts)} {name} for {count} images")
 
 
 # --- views for the screen: (H, W, 3) uint8 of images (C, H, W) in [0, 1], redrawn in milliseconds ------------------
@@ -314,25 +267,21 @@ def _check_length(texts: Sequence[str], count: int, name: str) -> None:
 
 def view(image: Tensor) -> np.ndarray:
     """An image as it is."""
-    pixels = np.atleast_3d(gray_or_colour(image))
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return np.ascontiguousarray(levels(image.expand(3, -1, -1)))
 
 
-def gray_or_colour(image: Tensor) -> np.ndarray:
-    """The 8-bit levels of an image: (H, W) if it is gray, else (H, W, 3); 8-bit input comes back exactly."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+def levels(image: Tensor, bits: int = 8) -> np.ndarray:
+    """The levels of an image, of 8 or 16 bits: (H, W) if it is gray, else (H, W, 3); 8-bit input comes back exactly."""
+    scaled = (image.detach().cpu().double().clamp(0, 1) * (2**bits - 1)).round()
+    return scaled.permute(1, 2, 0).squeeze(-1).numpy().astype(f"uint{bits}")
 
 
 def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str = "curtain") -> np.ndarray:
     """From the view ``before`` (share 0) to ``after`` (share 1): a curtain drawn from the left, or a cross-fade."""
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "fade":
         return (before + share * (after.astype(np.float32) - before)).round().astype(np.uint8)
     edge = round(share * before.shape[1])
-    drawn = before.copy()
-    drawn[:, :edge] = after[:, :edge]
+    drawn = np.where(np.arange(before.shape[1])[:, None] < edge, after, before)
     if 0 < edge < before.shape[1]:
         drawn[:, edge - 1 : edge + 1] = LINE
     return drawn
@@ -359,8 +308,8 @@ def framed(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     return drawn
 
 
-def png(picture: np.ndarray) -> bytes:
-    """8-bit levels (H, W) or (H, W, 3) as the bytes of a PNG file."""
+def png(picture: np.ndarray, compress_level: int = 1) -> bytes:
+    """Levels (H, W) or (H, W, 3) as the bytes of a PNG file, by default compressed little and quickly."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=compress_level)
     return buffer.getvalue()

@@ -1,8 +1,4 @@
-"""Known records, and tables and drawings that are written from records alone.
-
-Every record `figures/<dataset>/<record>.json` gives `tables/<record>.csv`, `.md` and `.tex`; every `Drawing` gives
-`plots/<name>.json` with the numbers drawn, and `plots.draw` its picture.
-"""
+"""Known records, and what is written from them alone: `tables/<record>.*`, and `plots/<name>.json` of drawings."""
 
 from __future__ import annotations
 
@@ -23,8 +19,7 @@ from prism_lib.records import load_record
 Record = Mapping[str, Any]
 Estimates = dict[str, tuple[float, float, float]]  # row -> (mean, low, high)
 
-BASE = "default settings"
-
+BASE = "default settings"  # of several studies, measured once
 # Metric -> column heading, in the order of the tables; an arrow says which way is better.
 HEADLINES: dict[str, str] = {
     "true_error_ratio": "error to truth ↓",
@@ -62,7 +57,6 @@ class Drawing:
     ylabel: str = ""
 
     def to_json(self, record: Record) -> str:
-        """The numbers drawn and where they are from."""
         source = {field: record[field] for field in ("dataset", "commit", "created")}
         return json.dumps(asdict(self) | source, indent=1) + "\n"
 
@@ -79,7 +73,6 @@ def _quality(record: Record) -> list[Drawing]:
 
 
 def _dots(metric: str, title: str, label: str) -> Draw:
-    """Draws one metric of every row, with its interval."""
     return lambda record: [Drawing(record["name"], record["name"], "dots", intervals(record, metric), title, label)]
 
 
@@ -91,31 +84,26 @@ def _pareto(record: Record) -> list[Drawing]:
 
 def _classifiers(record: Record) -> list[Drawing]:
     labels = "Accuracy in the worst group by training set", "worst-group accuracy", "target and shortcut agree"
-    return [Drawing("classifiers", record["name"], "grouped", by_strength(record["metrics"]), *labels)]
+    return [Drawing("classifiers", "classifiers", "grouped", by_strength(record["metrics"]), *labels)]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A known record: the notebook or benchmark that writes it, and what it holds.
-
-    ``headlines`` are metrics that the phantom's record has at some depth; a table's rows stand at depth ``rows``.
-    """
+    """A known record: the notebook or benchmark that writes it, and what it holds."""
 
     maker: str
-    headlines: tuple[str, ...] = ()
-    rows: int = 1
+    rows: int = 1  # the depth at which a table's rows stand
     draw: Draw | None = None
 
 
-QUALITY = tuple(name for name in HEADLINES if name != "identity_l1")
 KINDS: dict[str, Kind] = {
-    "quickstart": Kind("00_quickstart", ("true_error_ratio",)),
+    "quickstart": Kind("00_quickstart"),
     "data": Kind("01_data"),
     "finetuning": Kind("02_finetuning"),
-    "counterfactual_quality": Kind("03_counterfactuals", QUALITY, draw=_quality),
-    "judge": Kind("03_counterfactuals", ("auc",)),
-    "batches": Kind("03_counterfactuals", ("largest_difference",)),
-    "axioms": Kind("03_counterfactuals", ("composition",)),
+    "counterfactual_quality": Kind("03_counterfactuals", draw=_quality),
+    "judge": Kind("03_counterfactuals"),
+    "batches": Kind("03_counterfactuals"),
+    "axioms": Kind("03_counterfactuals"),
     "inversion_methods": Kind("04_ablations", rows=2, draw=_pareto),
     "ablations": Kind("04_ablations", draw=_pareto),
     "baselines": Kind("05_baselines", rows=2, draw=_pareto),
@@ -124,19 +112,19 @@ KINDS: dict[str, Kind] = {
     ),
     "hard_cases": Kind("05_baselines", draw=_dots("true_error_ratio", "Edits by kind of image", "error to truth")),
     "corner_text": Kind("05_baselines"),
-    "classifiers": Kind("06_classifiers", ("worst_group_gain", "gap_closed"), rows=2, draw=_classifiers),
+    "classifiers": Kind("06_classifiers", rows=2, draw=_classifiers),
     "rendering": Kind("benchmarks/rendering.py"),
-    "identifiability": Kind("benchmarks/identifiability.py", ("true_error_ratio", "mask_recall")),
-    "editing_speed": Kind("benchmarks/editing.py", ("speedup_direct_sweep_batch1", "speedup_null_text")),
-    "bulk": Kind("benchmarks/bulk.py", ("speedup_two_processes",)),
-    "training_speed": Kind("benchmarks/training.py", ("speedup_cached",)),
+    "identifiability": Kind("benchmarks/identifiability.py"),
+    "editing_speed": Kind("benchmarks/editing.py"),
+    "bulk": Kind("benchmarks/bulk.py"),
+    "training_speed": Kind("benchmarks/training.py"),
     "resume": Kind("benchmarks/training.py"),
     "preparation": Kind("benchmarks/preparation.py"),
-    "explorer": Kind("benchmarks/explorer.py", ("seconds_to_first_counterfactual", "seconds_per_edit")),
-    "judges": Kind("benchmarks/judges.py", ("agreement",)),
+    "explorer": Kind("benchmarks/explorer.py"),
+    "judges": Kind("benchmarks/judges.py"),
     "mixed_precision": Kind("benchmarks/precision.py"),
-    "side_by_side": Kind("benchmarks/classifiers.py", ("speedup",)),
-    "threads": Kind("benchmarks/threads.py", ("share_of_alone_passive",)),
+    "side_by_side": Kind("benchmarks/classifiers.py"),
+    "threads": Kind("benchmarks/threads.py"),
 }
 
 
@@ -207,9 +195,7 @@ def as_tables(record: Record) -> dict[str, str]:
     numbers = frame(record)
     bounds = {f"{name}_{end}" for name in numbers.columns for end in ("low", "high")}
     shown = {name: HEADLINES.get(name, name.replace("_", " ")) for name in numbers.columns if name not in bounds}
-    rows = {str(row): values.dropna() for row, values in numbers.iterrows()}
-    text = table(rows, shown)
-    text.index = [row.replace("_", " ") for row in text.index]
+    text = table({str(row).replace("_", " "): values.dropna() for row, values in numbers.iterrows()}, shown)
     if len(text) == 1:  # one row of many numbers reads better as a column
         text = text.T
     source = f"Record {record['name']}: commit {record['commit'][:10]}, {record['device']}, {record['seconds']:.0f} s."
@@ -233,10 +219,7 @@ def intervals(record: Record, metric: str) -> Estimates:
 
 
 def tradeoff(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
-    """Variant -> (seconds per image, error to the truth, low, high), of the variants that have both.
-
-    Variants with the very same numbers are the base of several studies, measured once; they become `BASE`.
-    """
+    """Variant -> (seconds per image, error to the truth, low, high); variants with the very same numbers are `BASE`."""
     errors = intervals({"metrics": metrics}, "true_error_ratio")
     points = {name: (float(metrics[name]["seconds_per_image"]), *error) for name, error in errors.items()}
     times = Counter(points.values())
@@ -257,21 +240,21 @@ def drawings(records: Mapping[str, Record]) -> list[Drawing]:
     return [item for name, kind in KINDS.items() if kind.draw and name in records for item in kind.draw(records[name])]
 
 
-def write_tables(records: Mapping[str, Record], folder: Path) -> list[Path]:
+def write_tables(records: Mapping[str, Record], folder: Path) -> None:
     """Write all tables and the data of all drawings; files that follow from no record are removed."""
     expected = expected_files(records)
     for path in strangers(folder, expected):
         path.unlink()
-    return [write_text(folder / path, text) for path, text in expected.items()]
+    for path, text in expected.items():
+        write_text(folder / path, text)
 
 
 def expected_files(records: Mapping[str, Record]) -> dict[Path, str]:
     """Path below the figures folder -> text, of all files that follow from the records."""
-    texts = {
-        Path("tables", f"{name}.{end}"): text for name in records for end, text in as_tables(records[name]).items()
-    }
-    plots = {Path("plots", f"{item.name}.json"): item.to_json(records[item.record]) for item in drawings(records)}
-    return texts | plots
+    files = {Path("plots", f"{item.name}.json"): item.to_json(records[item.record]) for item in drawings(records)}
+    for name, record in records.items():
+        files |= {Path("tables", f"{name}.{end}"): text for end, text in as_tables(record).items()}
+    return files
 
 
 def strangers(folder: Path, expected: Iterable[Path]) -> list[Path]:

@@ -82,8 +82,6 @@ def test_before_and_after_are_the_ends_of_the_slider():
     half = plots.before_after(before, after, 0.5)
     assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == plots.LINE).all()
     assert (plots.before_after(before, after, 0.5, "fade") == 105).all()
-    with pytest.raises(ValueError, match="expected one of curtain, fade"):
-        plots.before_after(before, after, 0.5, "wipe")
 
 
 def test_the_difference_has_the_colours_of_the_figures():
@@ -98,7 +96,7 @@ def test_the_difference_has_the_colours_of_the_figures():
 
 def test_eight_bits_come_back_exactly():
     image = torch.from_numpy(LEVELS)[None].float() / 255
-    np.testing.assert_array_equal(plots.gray_or_colour(image), LEVELS)
+    np.testing.assert_array_equal(plots.levels(image), LEVELS)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(plots.png(plots.view(image)))))[..., 1], LEVELS)
 
 
@@ -392,7 +390,7 @@ def test_an_error_is_the_models_own(known):
 def test_what_is_beyond_the_threshold_is_said_to_be_unlike(runs, known):
     pipe = tiny_pipeline()
     reference = novelty.measure(pipe, known)
-    inverted = plots.gray_or_colour(1 - known[0])
+    inverted = plots.levels(1 - known[0])
     score = reference.scores(novelty.log_errors(pipe, torch.from_numpy(inverted)[None, None] / 255)).item()
     for threshold, unlike in ((0.9 * score, True), (1.1 * score, False)):
         study = Session(pipe, reference=dataclasses.replace(reference, threshold=threshold))
@@ -455,7 +453,7 @@ def test_click_remove_and_run(explorer):
     explorer.result.share.value = 0
     assert np.array_equal(
         np.asarray(Image.open(io.BytesIO(explorer.result.compare.value)))[..., 0],
-        plots.gray_or_colour(explorer.session.case.image[0]),
+        plots.levels(explorer.session.case.image[0]),
     )
     explorer.save.click()
     assert (paths.runs() / "explorer").is_dir() and "Saved in" in explorer.files.value

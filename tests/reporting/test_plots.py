@@ -111,7 +111,6 @@ def test_the_global_style_stays_as_it_was():
         (lambda: plots.show_grid(IMAGES, ["a"]), "1 titles for 3 images"),
         (lambda: plots.counterfactual_sheet(IMAGES, IMAGES[:2]), "counterfactual has shape"),
         (lambda: plots.counterfactual_sheet(IMAGES, IMAGES * float("nan")), "counterfactual must lie in"),
-        (lambda: plots.curves({"a": ([1, 2], [1])}, xlabel="", ylabel=""), "curve 'a'"),
     ],
 )
 def test_bad_input_is_named(call, message):

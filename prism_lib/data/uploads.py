@@ -23,7 +23,6 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 ACCEPT = ".png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm,.dicom"
-_ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive"}
 
 
 class UploadError(ValueError):
@@ -35,14 +34,25 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
 
     PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are padded to a square. Raises UploadError.
     """
-    _check_length(name, len(content))
-    for magic, kind in _ARCHIVES.items():
-        if content.startswith(magic):
-            raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
+        return _read(name, path, size, mode)
+
+
+def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
+    """As `read_upload`, for a file of this machine."""
+    return _read(path.name, path, size, mode)
+
+
+def _read(name: str, path: Path, size: int, mode: str) -> Tensor:
+    length = path.stat().st_size
+    if length == 0:
+        raise UploadError(f"{name} is empty (0 bytes).")
+    if length > MAX_BYTES:
+        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         try:
             (_check_dicom if dicom.is_dicom(path) else _check_image)(name, path)
             levels = ImageFiles(size, mode=mode).read(path).pixels
@@ -56,19 +66,6 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
 
 
-def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
-    """As `read_upload`, for a file of this machine; its length is checked before it is read."""
-    _check_length(path.name, path.stat().st_size)
-    return read_upload(path.name, path.read_bytes(), size, mode)
-
-
-def _check_length(name: str, length: int) -> None:
-    if length == 0:
-        raise UploadError(f"{name} is empty (0 bytes).")
-    if length > MAX_BYTES:
-        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
-
-
 def _check_pixels(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         most = f"at most {MAX_PIXELS // 10**6} million are decoded"
@@ -76,21 +73,14 @@ def _check_pixels(name: str, width: int, height: int) -> None:
 
 
 def _check_image(name: str, path: Path) -> None:
-    """Check the header; only floating-point pixels, which are always refused, are decoded to say why."""
+    """Check the size in the header; `ImageFiles` checks the rest of it."""
     try:
-        file = Image.open(path, formats=FORMATS)
+        with Image.open(path, formats=FORMATS) as file:
+            _check_pixels(name, *file.size)
     except UnidentifiedImageError:
         raise UploadError(f"{name} is not an image that can be read: PNG, JPEG, TIFF, BMP, WebP or DICOM.") from None
     except Image.DecompressionBombError:
         raise UploadError(f"{name} claims far more pixels than any film has and is not decoded.") from None
-    with file:
-        _check_pixels(name, *file.size)
-        if getattr(file, "is_animated", False):
-            raise UploadError(f"{name} has several frames; upload a single image.")
-        if file.mode == "CMYK":
-            raise UploadError(f"{name} is in CMYK, the colours of print; save it in gray or RGB.")
-        if file.mode == "F" and not np.isfinite(np.asarray(file)).all():
-            raise UploadError(f"{name} has pixels that are not numbers (NaN or infinite).")
 
 
 def _check_dicom(name: str, path: Path) -> None:

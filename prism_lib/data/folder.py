@@ -130,7 +130,7 @@ def building(output: Path) -> Iterator[Path]:
             raise
     for path in folder.iterdir():
         if path.is_file() and path.name not in ("metadata.csv", "dataset.json"):
-            path.unlink()  # the journal of the work
+            path.unlink()  # a record of the work
     folder.replace(output)
 
 

@@ -1,7 +1,7 @@
 """The long part of preparing a data set: read, reduce and write every image, in several processes if asked.
 
-Batches come back in order, so the result does not depend on the number of processes. Every finished batch is a line in
-a journal: a run that was stopped, even by kill -9, continues after the batches whose files are there, byte for byte.
+Batches come back in order, so the result does not depend on the number of processes. Every finished batch leaves a
+record: a run that was stopped, even by kill -9, keeps the batches whose files are there, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from PIL import Image
 from prism_lib.data.images import Reader, Rejection
 from prism_lib.files import file_hash, write_text
 
-JOURNAL = "journal.jsonl"
 BATCH = 32  # rows that a reader gets at once
 
 
@@ -44,30 +43,26 @@ def write_images(
 ) -> Generator[list[Outcome]]:
     """Write the images of `plan` to its "file_name"s below `folder`; yields the outcomes of every batch, in order.
 
-    A journal in `folder` with the same `key` is continued. RuntimeError if one of the processes dies.
+    Batches that work of the same `key` has finished are not read again. RuntimeError if one of the processes dies.
     """
     from prism_lib.devices import side_by_side  # late: it loads torch, which the reading processes do not need
 
-    starts, done = range(0, len(plan), BATCH), _resume(folder, key)
-    head = [json.dumps({"key": key}), *(_line(start, outcome) for start, outcome in done.items())]
-    write_text(folder / JOURNAL, "\n".join(head) + "\n")
-    missing = [plan.iloc[start : start + BATCH] for start in starts if start not in done]
-    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        fresh = side_by_side(partial(_write_batch, images, folder), missing, processes)
-        for start in starts:
-            outcome = done.pop(start, None)
-            if outcome is None:
-                try:
-                    outcome = next(fresh)
-                except BrokenProcessPool as error:
-                    reason = "a process that reads images died, perhaps for want of memory"
-                    raise RuntimeError(f"{reason}; finished images are kept, and processes=1 needs less") from error
-                journal.write(_line(start, outcome) + "\n")
-                journal.flush()
-            yield outcome
+    batches = (plan.iloc[start : start + BATCH] for start in range(0, len(plan), BATCH))
+    try:
+        yield from side_by_side(partial(_write_batch, images, folder, key), batches, processes)
+    except BrokenProcessPool as error:
+        reason = "a process that reads images died, perhaps for want of memory"
+        raise RuntimeError(f"{reason}; finished images are kept, and processes=1 needs less") from error
 
 
-def _write_batch(images: Reader, folder: Path, rows: pd.DataFrame) -> list[Outcome]:
+def _write_batch(images: Reader, folder: Path, key: str, rows: pd.DataFrame) -> list[Outcome]:
+    """One batch. A batch with a rejected file leaves no record, because the file may be repaired until the next run."""
+    record = folder / f"{key}-{rows.index[0]}.json"
+    if record.is_file():
+        finished = [Written(**item) for item in json.loads(record.read_text(encoding="utf-8"))]
+        files = [(folder / item.file_name, item.file_hash) for item in finished]
+        if all(file.is_file() and file_hash(file) == digest for file, digest in files):
+            return [*finished]
     outcomes: list[Outcome] = []
     for file_name, image in zip(rows["file_name"], images(rows), strict=True):
         if isinstance(image, Rejection):
@@ -81,30 +76,6 @@ def _write_batch(images: Reader, folder: Path, rows: pd.DataFrame) -> list[Outco
             raise OSError(error.errno, f"cannot write {file_name}: {error.strerror}", str(folder)) from error
         pixels = hashlib.sha256(repr(image.pixels.shape).encode() + image.pixels.tobytes()).hexdigest()
         outcomes.append(Written(file_name, hashlib.sha256(file.getbuffer()).hexdigest(), pixels, dict(image.columns)))
+    if all(isinstance(item, Written) for item in outcomes):
+        write_text(record, json.dumps([asdict(item) for item in outcomes]))
     return outcomes
-
-
-def _line(start: int, outcome: list[Outcome]) -> str:
-    return json.dumps({"start": start, "outcome": [asdict(item) for item in outcome]})
-
-
-def _resume(folder: Path, key: str) -> dict[int, list[Outcome]]:
-    """The batches that a journal of this key has finished and whose files are whole.
-
-    A batch with a rejected file is read again, because the file may have been repaired since.
-    """
-    path, done = folder / JOURNAL, dict[int, list[Outcome]]()
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if lines[:1] != [json.dumps({"key": key})]:
-        return {}
-    for line in lines[1:]:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # the line at which the run was killed
-        batch = [Written(**item) for item in entry["outcome"] if "file_hash" in item]
-        files = [(folder / item.file_name, item.file_hash) for item in batch]
-        whole = all(file.is_file() and file_hash(file) == digest for file, digest in files)
-        if whole and len(batch) == len(entry["outcome"]):
-            done[entry["start"]] = [*batch]
-    return done

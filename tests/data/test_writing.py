@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from prism_lib import paths
-from prism_lib.data import preparation, writing
+from prism_lib.data import preparation
 from prism_lib.data.folder import building, load_info, load_table, read_images
+from prism_lib.data.images import ImageFiles
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.data.writing import BATCH, JOURNAL
+from prism_lib.data.writing import BATCH
 from tests import formats
 
 COUNT = 5 * BATCH + 3
@@ -99,11 +100,9 @@ def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expect
     partial = tmp_path / ".out.partial"
     victim = sorted(partial.glob("t*/*.png"))[7]
     victim.write_bytes(victim.read_bytes()[:50])
-    journal = partial / JOURNAL
-    journal.write_text(journal.read_text()[:-30])  # killed in the middle of a line
-    batches = []
-    write_batch = writing._write_batch
-    monkeypatch.setattr(writing, "_write_batch", lambda *given: batches.append(1) or write_batch(*given))
+    max(partial.glob("*.json")).unlink()  # killed before it was written
+    read, batches = ImageFiles.__call__, []
+    monkeypatch.setattr(ImageFiles, "__call__", lambda self, rows: batches.append(1) or read(self, rows))
     prepare(config)
     assert len(batches) == 2
     assert content(tmp_path / "out") == expected

@@ -7,6 +7,7 @@ module and `data.dicom` do not import torch, because every process that prepares
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 Fit = Literal["letterbox", "crop"]
 Mode = Literal["L", "RGB"]  # PIL's names: gray, colour
 # What PIL's decoders raise, whatever the damage.
-_DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ImageFiles:
     mode: str = "L"  # or "RGB": colour is reduced to gray, and gray is repeated to colour
     max_upscale: float = 1.0  # how many times an image may be enlarged to reach `size`
     header: tuple[str, ...] | None = None  # of DICOM files the header fields to copy, by keyword; None for image files
+    formats: tuple[str, ...] | None = None  # of image files, by PIL's names; None is all that PIL reads
+    max_pixels: float = math.inf  # of an image as it is in its file
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
         """The pictures in the rows' order."""
@@ -69,7 +72,7 @@ class ImageFiles:
         """One picture, (size, size) or (size, size, 3); ValueError with the reason if the file cannot be used."""
         if self.header is None and not dicom.is_dicom(path):
             return Picture(self._square(self._bands(path)))
-        film = dicom.read(path, self.header or ())
+        film = dicom.read(path, self.header or (), self._check_size)
         levels = Image.fromarray(film.levels)
         pixels, spacing = self._square([levels]), film.spacing_mm / self._scale(levels.size)
         return Picture(pixels, {} if self.header is None else {"pixel_spacing_mm": spacing, **film.fields})
@@ -79,7 +82,7 @@ class ImageFiles:
         try:
             if path.stat().st_size == 0:
                 raise ValueError("empty file")
-            with Image.open(path) as file:
+            with Image.open(path, formats=self.formats) as file:
                 self._check_size(file.size)
                 if (frames := getattr(file, "n_frames", 1)) > 1:
                     raise ValueError(f"{frames} frames: only single images can be used")
@@ -94,7 +97,9 @@ class ImageFiles:
                     upright = Image.alpha_composite(black, seen).convert("RGB")
                 return [band.convert("F") for band in upright.convert(self.mode).split()]
         except UnidentifiedImageError:
-            raise ValueError("not an image") from None
+            raise ValueError("not an image" + (f" ({', '.join(self.formats)})" if self.formats else "")) from None
+        except Image.DecompressionBombError:
+            raise ValueError("far more pixels than any film has") from None
         except _DECODING_ERRORS as error:
             raise ValueError(f"unreadable image: {error}") from None
 
@@ -102,13 +107,14 @@ class ImageFiles:
         return self.size / (max(shape) if self.fit == "letterbox" else min(shape))
 
     def _check_size(self, shape: tuple[int, int]) -> None:
+        if shape[0] * shape[1] > self.max_pixels:
+            raise ValueError(f"image of {shape[0]}x{shape[1]} pixels; at most {self.max_pixels:,} are decoded")
         if self._scale(shape) > self.max_upscale:
             larger = "" if self.max_upscale == 1 else f" by more than {self.max_upscale:g} times"
             raise ValueError(f"image of {shape[0]}x{shape[1]} pixels is smaller than {self.size}x{self.size}{larger}")
 
     def _square(self, bands: list[Image.Image]) -> np.ndarray:
         """Bands of levels in [0, 255] as (size, size) or (size, size, 3) uint8."""
-        self._check_size(bands[0].size)
         extrema = [band.getextrema() for band in bands]
         if all(low == high for low, high in extrema):
             raise ValueError(f"blank image: every pixel is {', '.join(f'{low:g}' for low, _ in extrema)}")

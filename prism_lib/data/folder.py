@@ -125,7 +125,7 @@ def building(output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not any(True for split in SPLITS for _ in (folder / split).iterdir()):
+            if not any(folder.glob("*/*")):
                 shutil.rmtree(folder)
             raise
     for path in folder.iterdir():

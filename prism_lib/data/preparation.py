@@ -19,14 +19,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
-from prism_lib.data.any_table import Columns, table_source
 from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
-from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
+from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
-from prism_lib.data.tables import Source, split_patients
-from prism_lib.data.writing import Outcome, Written, write_images
+from prism_lib.data.tables import Columns, Source, split_patients, table_source
 from prism_lib.language.labels import vocabulary
 
 logger = logging.getLogger(__name__)

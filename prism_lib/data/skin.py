@@ -97,7 +97,7 @@ def _one_hot(table: pd.DataFrame, path: Path) -> pd.Series:
     codes = [code for code in (*ISIC2019_CODES, "UNK") if code in table]
     hot = pd.DataFrame({code: tables.label_values(table[code], path, code) == 1 for code in codes})
     refuse(hot.sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
-    return hot.idxmax(axis=1).replace("UNK", UNKNOWN)
+    return hot.rename(columns={"UNK": UNKNOWN}).idxmax(axis=1)
 
 
 def _diagnoses(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:

@@ -16,9 +16,8 @@ import pytest
 from prism_lib import paths
 from prism_lib.data import preparation
 from prism_lib.data.folder import building, load_info, load_table, read_images
-from prism_lib.data.images import ImageFiles
+from prism_lib.data.images import BATCH, ImageFiles
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.data.writing import BATCH
 from tests import formats
 
 COUNT = 5 * BATCH + 3
@@ -197,7 +196,7 @@ def test_a_folder_of_an_older_version_is_still_recognised(images, tmp_path):
 def test_a_process_that_reads_files_loads_no_torch():
     code = (
         "import sys; from prism_lib.devices import side_by_side; "
-        "loads = lambda _: (__import__('prism_lib.data.writing'), 'torch' in sys.modules)[1]; "
+        "loads = lambda _: (__import__('prism_lib.data.images'), 'torch' in sys.modules)[1]; "
         "print(*side_by_side(loads, range(4), 2))"
     )
     environment = os.environ | {"PYTHONPATH": str(paths.root())}

@@ -28,15 +28,6 @@ class Film:
     fields: dict[str, str]
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file bears DICOM's signature behind its preamble of 128 bytes."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def check_keywords(keywords: Sequence[str]) -> None:
     """Raise ValueError at the first that is no keyword of the DICOM dictionary, such as "PatientAge"."""
     from pydicom.datadict import tag_for_keyword

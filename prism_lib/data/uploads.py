@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import torch
+from pydicom.misc import is_dicom
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
-from prism_lib.data import dicom
 from prism_lib.data.images import ImageFiles
 
 MAX_BYTES = 64 * 2**20
@@ -53,7 +53,7 @@ def _read(name: str, path: Path, size: int, mode: str) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         try:
-            if dicom.is_dicom(path):
+            if is_dicom(path):
                 meta = pydicom.filereader.read_file_meta_info(path)
                 if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:  # which hides the size
                     raise ValueError("a deflated DICOM, which is not unpacked; save it without compression")

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -89,23 +90,22 @@ class Patients(anatomy.Scene):
 
     def labels(self) -> pd.DataFrame:
         """One row a patient: the four label columns (1 or 0), then age, sex, view, devices and side in words."""
-        table = pd.DataFrame({"patient_id": [f"phantom-{self.seed}-{i:06d}" for i in self.index]})
         values = {name: value.numpy() for name, value in self.attributes.items()}
-        for label in PHANTOM_LABELS[1:]:
-            table[label] = values[snake_case(label)].astype(int)
+        findings = {label: values[snake_case(label)].astype(int) for label in PHANTOM_LABELS[1:]}
         # CheXpert's convention: "No Finding" says nothing of devices.
-        none = (table["Cardiomegaly"] == 0) & (table["Pleural Effusion"] == 0)
-        table.insert(1, "No Finding", none.astype(int))
-        table["age"] = values["age"].round().astype(int)
-        table["sex"] = np.where(values["female"] > 0.5, "F", "M")
-        table["view"] = np.where(values["ap"] > 0.5, "AP", "PA")
-        table["devices"] = [
-            "|".join(kind for kind, on in zip(DEVICE_KINDS, row, strict=True) if on)
-            for row in self.device_kinds.tolist()
-        ]
+        none = (findings["Cardiomegaly"] == 0) & (findings["Pleural Effusion"] == 0)
         names = {lungs: side for side, lungs in _LUNGS.items()} | {(False, False): ""}
-        table["effusion_side"] = [names[right, left] for right, left in self.effusion_sides.tolist()]
-        return table
+        columns = {
+            "patient_id": [f"phantom-{self.seed}-{i:06d}" for i in self.index],
+            "No Finding": none.astype(int),
+            **findings,
+            "age": values["age"].round().astype(int),
+            "sex": np.where(values["female"] > 0.5, "F", "M"),
+            "view": np.where(values["ap"] > 0.5, "AP", "PA"),
+            "devices": ["|".join(compress(DEVICE_KINDS, row)) for row in self.device_kinds.tolist()],
+            "effusion_side": [names[right, left] for right, left in self.effusion_sides.tolist()],
+        }
+        return pd.DataFrame(columns)
 
 
 def sample_patients(patients: int | Sequence[int], seed: int, confounding: float = 0.0) -> Patients:
@@ -124,9 +124,7 @@ def sample_patients(patients: int | Sequence[int], seed: int, confounding: float
     # Philox is counter based: key (seed, i) makes each patient's stream independent of the batch.
     table = np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(width) for i in index])
     columns = torch.from_numpy(table).float().split(list(names.values()), dim=1)
-    noise = {
-        name: column[:, 0] if column.shape[1] == 1 else column for name, column in zip(names, columns, strict=True)
-    }
+    noise = {name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}
     return Patients(index, seed, noise, _attributes(noise, confounding), confounding)
 
 

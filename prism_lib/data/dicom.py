@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +28,6 @@ class Film:
     fields: dict[str, str]
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file bears DICOM's signature behind its preamble of 128 bytes."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def check_keywords(keywords: Sequence[str]) -> None:
     """Raise ValueError at the first that is no keyword of the DICOM dictionary, such as "PatientAge"."""
     from pydicom.datadict import tag_for_keyword
@@ -46,8 +37,11 @@ def check_keywords(keywords: Sequence[str]) -> None:
             raise ValueError(f"header field {keyword!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
 
 
-def read(path: Path, keywords: Sequence[str] = ()) -> Film:
-    """Decode one single-frame gray image; ValueError with the reason where that is not possible."""
+def read(path: Path, keywords: Sequence[str] = (), check_size: Callable[[tuple[int, int]], None] | None = None) -> Film:
+    """Decode one single-frame gray image; ValueError with the reason where that is not possible.
+
+    `check_size` gets width and height before anything is decoded.
+    """
     import pydicom
     from pydicom.errors import InvalidDicomError
 
@@ -56,6 +50,8 @@ def read(path: Path, keywords: Sequence[str] = ()) -> Film:
             warnings.simplefilter("ignore")  # pydicom's remarks on values that break the standard but can be read
             data = pydicom.dcmread(path)
             _check(data)
+            if check_size:
+                check_size((int(data.Columns), int(data.Rows)))
             fields = {keyword: _text(data.get(keyword)) for keyword in keywords}
             return Film(_levels(data), _spacing(data), fields)
     except InvalidDicomError:

@@ -125,12 +125,12 @@ def building(output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not any(True for split in SPLITS for _ in (folder / split).iterdir()):
+            if not any(folder.glob("*/*")):
                 shutil.rmtree(folder)
             raise
     for path in folder.iterdir():
         if path.is_file() and path.name not in ("metadata.csv", "dataset.json"):
-            path.unlink()  # the journal of the work
+            path.unlink()  # a record of the work
     folder.replace(output)
 
 

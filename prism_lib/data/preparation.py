@@ -19,14 +19,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
-from prism_lib.data.any_table import Columns, table_source
 from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
 from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
-from prism_lib.data.images import Fit, ImageFiles, Mode, Rejection
+from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
-from prism_lib.data.tables import Source, split_patients
-from prism_lib.data.writing import Outcome, Written, write_images
+from prism_lib.data.tables import Columns, Source, split_patients, table_source
 from prism_lib.language.labels import vocabulary
 
 logger = logging.getLogger(__name__)
@@ -213,9 +211,10 @@ def _collect(
 ) -> dict[str, Written]:
     """What was written, by file name; adds to the rejected files and raises once they are too many of `total`."""
     written: dict[str, Written] = {}
-    _check_rejected(rejected, total, max_rejected)
+    allowed = max_rejected * total
+    work = outcomes if len(rejected) <= allowed else ()
     with tqdm(total=total - len(rejected), desc="prepare", unit="image") as progress:
-        for outcome in outcomes:
+        for outcome in work:
             progress.update(len(outcome))
             for item in outcome:
                 if isinstance(item, Rejection):
@@ -223,9 +222,14 @@ def _collect(
                     rejected.append(item)
                 else:
                     written[item.file_name] = item
-            if len(rejected) > max_rejected * total + LOOK_AHEAD:
+            if len(rejected) > allowed + LOOK_AHEAD:
                 break
-    _check_rejected(rejected, total, max_rejected)
+    if len(rejected) > allowed:
+        first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
+        raise ValueError(
+            f"{len(rejected)} of {total} files cannot be used, which max_rejected={max_rejected:g} forbids. "
+            f"The first are {first}"
+        )
     return written
 
 
@@ -241,15 +245,6 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
     reasons = "same pixels as " + kept["file_name"] + " of patient " + kept["patient_id"] + ", which is held out"
     rejected = list(map(Rejection, order.loc[across, "file_name"], reasons[across]))
     return rejected, len(order) - pixels.nunique() - len(rejected)
-
-
-def _check_rejected(rejected: Sequence[Rejection], total: int, max_rejected: float) -> None:
-    if len(rejected) > max_rejected * total:
-        first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
-        raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used, which max_rejected={max_rejected:g} forbids. "
-            f"The first are {first}"
-        )
 
 
 def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig, planned: set[str]) -> pd.DataFrame:

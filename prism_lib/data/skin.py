@@ -23,14 +23,14 @@ _POLICY = "one diagnosis is 1 and all others are 0; {unknown}; artefacts are not
 # ISIC 2019's columns and HAM10000's codes by label; BKL and bkl hold solar lentigines and lichenoid keratoses too.
 ISIC2019_CODES = dict(zip(("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"), SKIN_DIAGNOSES, strict=True))
 HAM10000_CODES = dict(zip(("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"), SKIN_DIAGNOSES[:7], strict=True))
+UNKNOWN = "unknown"
 ISIC2020_DIAGNOSES = {
     "melanoma": "Melanoma",
     "nevus": "Melanocytic Nevus",
     "seborrheic keratosis": "Benign Keratosis",
     "solar lentigo": "Benign Keratosis",
     "lichenoid keratosis": "Benign Keratosis",
-} | dict.fromkeys(("lentigo NOS", "cafe-au-lait macule", "atypical melanocytic proliferation"), "")  # known, no label
-UNKNOWN = "unknown"
+} | dict.fromkeys(("lentigo NOS", "cafe-au-lait macule", "atypical melanocytic proliferation", UNKNOWN), "")  # no label
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ ISIC2019 = Format(
     tables=("ISIC_2019_*GroundTruth.csv",),
     columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
     optional={"UNK": "UNK"},
-    diagnoses=ISIC2019_CODES,
+    diagnoses=ISIC2019_CODES | {UNKNOWN: ""},
     unknown="of an unknown diagnosis (UNK) none is mentioned",
 )
 ISIC2020 = Format(
@@ -78,9 +78,7 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
     table = tables.read_table(path, form.columns, form.optional)
     tables.refuse_names(table, path, next(iter(form.columns)))
     if archive == "isic2019":
-        diagnoses, table = _one_hot(table, path), _with_metadata(table, data_root)
-    else:
-        diagnoses = _diagnosis(table, path, form)
+        table = _with_metadata(table, data_root).assign(diagnosis=_one_hot(table, path))
     about = table.assign(
         name=table["source_file"],
         patient_id=_patients(table, path),
@@ -88,27 +86,25 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
         sex=tables.sexes(table["sex"]),
         age=tables.ages(table["age"]),
     )[["name", "source_file", "patient_id", "lesion_id", "sex", "age", "site"]]
-    table = pd.concat([about, diagnoses, _artefacts(table["source_file"], data_root)], axis=1)
+    table = pd.concat([about, _diagnoses(table, path, form), _artefacts(table["source_file"], data_root)], axis=1)
     table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root, by_stem=True))
     labels, policy = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values()), _POLICY.format(unknown=form.unknown)
     return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
 
 
-def _one_hot(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """ISIC 2019: exactly one of the columns is 1; where that is UNK nothing is known."""
+def _one_hot(table: pd.DataFrame, path: Path) -> pd.Series:
+    """ISIC 2019: the one column that is 1."""
     codes = [code for code in (*ISIC2019_CODES, "UNK") if code in table]
-    values = pd.DataFrame({code: tables.label_values(table[code], path, code) for code in codes})
-    refuse((values == 1).sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
-    unknown = values.pop("UNK") == 1 if "UNK" in values else pd.Series(False, index=table.index)
-    return values.rename(columns=ISIC2019_CODES).mask(unknown)
+    hot = pd.DataFrame({code: tables.label_values(table[code], path, code) == 1 for code in codes})
+    refuse(hot.sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
+    return hot.rename(columns={"UNK": UNKNOWN}).idxmax(axis=1)
 
 
-def _diagnosis(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
+def _diagnoses(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
     """A column of words: each label is 1 where the word means it and 0 where another one stands."""
     words = table["diagnosis"]
-    known = form.diagnoses | ({UNKNOWN: ""} if "target" in table else {})
-    refuse(~words.isin(list(known)), words, path, f"unknown diagnosis (known: {', '.join(known)})")
-    meaning = words.map(known)
+    refuse(~words.isin(list(form.diagnoses)), words, path, f"unknown diagnosis (known: {', '.join(form.diagnoses)})")
+    meaning = words.map(form.diagnoses)
     labels = pd.DataFrame({label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}).mask(words == UNKNOWN)
     if "target" in table:
         target = tables.label_values(table["target"], path, "target")

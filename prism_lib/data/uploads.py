@@ -12,18 +12,16 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import torch
-from PIL import Image, UnidentifiedImageError
+from pydicom.misc import is_dicom
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
-from prism_lib.data import dicom
 from prism_lib.data.images import ImageFiles
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 ACCEPT = ".png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm,.dicom"
-_ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive"}
 
 
 class UploadError(ValueError):
@@ -35,72 +33,34 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
 
     PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are padded to a square. Raises UploadError.
     """
-    _check_length(name, len(content))
-    for magic, kind in _ARCHIVES.items():
-        if content.startswith(magic):
-            raise UploadError(f"{name} is {kind}, which is not opened; upload the image in it.")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
+        return _read(name, path, size, mode)
+
+
+def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
+    """As `read_upload`, for a file of this machine."""
+    return _read(path.name, path, size, mode)
+
+
+def _read(name: str, path: Path, size: int, mode: str) -> Tensor:
+    length = path.stat().st_size
+    if length == 0:
+        raise UploadError(f"{name} is empty (0 bytes).")
+    if length > MAX_BYTES:
+        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         try:
-            (_check_dicom if dicom.is_dicom(path) else _check_image)(name, path)
-            levels = ImageFiles(size, mode=mode).read(path).pixels
-        except UploadError:
-            raise
+            if is_dicom(path):
+                meta = pydicom.filereader.read_file_meta_info(path)
+                if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:  # which hides the size
+                    raise ValueError("a deflated DICOM, which is not unpacked; save it without compression")
+            levels = ImageFiles(size, mode=mode, formats=FORMATS, max_pixels=MAX_PIXELS).read(path).pixels
         except MemoryError:
             raise UploadError(f"{name} needs more memory than there is.") from None
         except Exception as error:  # decoders raise any exception when a file is damaged
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise UploadError(f"{name} cannot be used: {reason}.") from None
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
-
-
-def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
-    """As `read_upload`, for a file of this machine; its length is checked before it is read."""
-    _check_length(path.name, path.stat().st_size)
-    return read_upload(path.name, path.read_bytes(), size, mode)
-
-
-def _check_length(name: str, length: int) -> None:
-    if length == 0:
-        raise UploadError(f"{name} is empty (0 bytes).")
-    if length > MAX_BYTES:
-        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
-
-
-def _check_pixels(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        most = f"at most {MAX_PIXELS // 10**6} million are decoded"
-        raise UploadError(f"{name} claims {width} x {height} pixels; {most}.")
-
-
-def _check_image(name: str, path: Path) -> None:
-    """Check the header; only floating-point pixels, which are always refused, are decoded to say why."""
-    try:
-        file = Image.open(path, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UploadError(f"{name} is not an image that can be read: PNG, JPEG, TIFF, BMP, WebP or DICOM.") from None
-    except Image.DecompressionBombError:
-        raise UploadError(f"{name} claims far more pixels than any film has and is not decoded.") from None
-    with file:
-        _check_pixels(name, *file.size)
-        if getattr(file, "is_animated", False):
-            raise UploadError(f"{name} has several frames; upload a single image.")
-        if file.mode == "CMYK":
-            raise UploadError(f"{name} is in CMYK, the colours of print; save it in gray or RGB.")
-        if file.mode == "F" and not np.isfinite(np.asarray(file)).all():
-            raise UploadError(f"{name} has pixels that are not numbers (NaN or infinite).")
-
-
-def _check_dicom(name: str, path: Path) -> None:
-    """Check the header: the size of the frame, and a compression of the whole file that hides it."""
-    meta = pydicom.filereader.read_file_meta_info(path)
-    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        raise UploadError(f"{name} is a deflated DICOM, which is not unpacked; save it without compression.")
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-        rows, columns = int(header.Rows), int(header.Columns)
-    except Exception:  # a header that is cut off raises any exception
-        raise UploadError(f"{name} is a DICOM without a readable image: it is cut off or damaged.") from None
-    _check_pixels(name, columns, rows * int(header.get("NumberOfFrames") or 1))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +40,46 @@ SOFT, LUNG, BONE, METAL = 1.0, 0.22, 1.5, 60.0  # linear attenuation per unit th
 LUNG_DEPTH = 1.75  # thickness of the lung where it is deepest
 
 
+KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
+
+
 @dataclass(frozen=True)
 class Scene:
-    """What one batch of radiographs shows; see `patients.Patients` for shapes and ranges."""
+    """What N radiographs show: exogenous noise, and the attributes of the patients."""
 
-    attributes: dict[str, Tensor]
-    noise: dict[str, Tensor]
-    effusion_sides: Tensor  # bool (N, 2): right, left
-    device_kinds: Tensor  # bool (N, 4)
-    noise_seeds: tuple[int, ...]
+    index: tuple[int, ...]
+    seed: int
+    noise: dict[str, Tensor]  # floats in (0, 1), (N,) or (N, k)
+    attributes: dict[str, Tensor]  # each of `patients.ATTRIBUTES`, (N,): age in years, the rest 0 or 1
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Self:
+        """A sub-batch, by slice or by a list of rows."""
+        chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
+        return replace(
+            self,
+            index=tuple(self.index[row] for row in chosen),
+            noise={name: value[chosen] for name, value in self.noise.items()},
+            attributes={name: value[chosen] for name, value in self.attributes.items()},
+        )
+
+    @property
+    def device_kinds(self) -> Tensor:
+        """Which devices are in the picture: bool (N, 4), columns as `DEVICE_KINDS`."""
+        noise = self.noise["kinds"]
+        kinds = noise[:, :4] < torch.tensor(KIND_PROBABILITIES)
+        fallback = F.one_hot((noise[:, 4] * 4).long().clamp(max=3), 4).bool()
+        kinds = torch.where(kinds.any(dim=1, keepdim=True), kinds, fallback)  # never none
+        return kinds & (self.attributes["support_devices"] > 0.5)[:, None]
+
+    @property
+    def effusion_sides(self) -> Tensor:
+        """Where fluid is: bool (N, 2), columns right and left lung of the patient."""
+        side = self.noise["effusion_side"]
+        both = torch.stack([side < 0.65, side > 0.35], dim=1)
+        return both & (self.attributes["pleural_effusion"] > 0.5)[:, None]
 
 
 def radiograph(scene: Scene, size: int) -> Tensor:
@@ -73,11 +106,11 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     # Scatter comes from the whole body, so its field uses the habitus with neither finding nor device:
     # a physical simplification that gives every intervention compact support.
     zero = torch.zeros_like(fluid)
-    habitus = attenuation(heart_thickness(scene, frame, torch.zeros(len(scene.noise_seeds))), zero, zero)
+    habitus = attenuation(heart_thickness(scene, frame, torch.zeros(len(scene))), zero, zero)
     primary = torch.exp(-(attenuation(heart, fluid, vessels) + devices))
     intensity = point_spread(primary) + 0.10 * _blur_wide(torch.exp(-habitus))
-    gray = film(scene, intensity + quantum_noise(scene, intensity, size))
-    gray = torch.maximum(gray, marker(scene.attributes["ap"], scene.noise, size)[:, 0])
+    gray = film(scene, intensity + quantum_noise(scene, intensity))
+    gray = torch.maximum(gray, marker(scene, size)[:, 0])
     return (gray * 255).round().div(255)[:, None]
 
 
@@ -410,10 +443,10 @@ def device_attenuation(scene: Scene, frame: Frame) -> Tensor:
     """Attenuation (N, H, W) of all devices in the picture; kinds in the order of `labels.DEVICE_KINDS`."""
     total = torch.zeros_like(frame.x)
     for kind, draw in enumerate((pacemaker, venous_catheter, ecg_leads, endotracheal_tube)):
-        rows = scene.device_kinds[:, kind].nonzero()[:, 0]
-        if len(rows):
-            maps = frame.x[rows], frame.y[rows], frame.size, frame.rotation[rows], frame.shift[rows], frame.zoom[rows]
-            total[rows] = total[rows] + draw({name: value[rows] for name, value in scene.noise.items()}, Frame(*maps))
+        rows = scene.device_kinds[:, kind].nonzero()[:, 0].tolist()
+        if rows:
+            shown = scene[rows]
+            total[rows] = total[rows] + draw(shown.noise, Frame.of(shown, frame.size))
     return total
 
 
@@ -509,9 +542,10 @@ def _blur_wide(image: Tensor) -> Tensor:
     return F.interpolate(small, size=image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def quantum_noise(scene: Scene, intensity: Tensor, size: int) -> Tensor:
+def quantum_noise(scene: Scene, intensity: Tensor) -> Tensor:
     """Photon noise: standard deviation grows with the root of the intensity; one generator per patient."""
-    draws = [torch.randn(size, size, generator=torch.Generator().manual_seed(seed)) for seed in scene.noise_seeds]
+    generators = [torch.Generator().manual_seed(scene.seed * 1_000_003 + i) for i in scene.index]
+    draws = [torch.randn(intensity.shape[1:], generator=generator) for generator in generators]
     level = 0.0016 + 0.0016 * scene.noise["exposure"][:, 2, None, None]
     return level * intensity.sqrt() * torch.stack(draws)
 
@@ -527,10 +561,7 @@ def film(scene: Scene, intensity: Tensor) -> Tensor:
 
 _GLYPHS: dict[str, list[list[tuple[float, float]]]] = {
     "L": [[(0, 0), (0, 1), (0.6, 1)]],
-    "R": [
-        [(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.38), (0.45, 0.52), (0, 0.52)],
-        [(0.28, 0.52), (0.62, 1)],
-    ],
+    "R": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.38), (0.45, 0.52), (0, 0.52)], [(0.28, 0.52), (0.62, 1)]],
     "A": [[(0, 1), (0.32, 0), (0.64, 1)], [(0.12, 0.65), (0.52, 0.65)]],
     "P": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.4), (0.45, 0.55), (0, 0.55)]],
 }
@@ -550,12 +581,12 @@ def _letters(left: bool, supine: bool, size: int) -> Tensor:
     return torch.cat(letters)
 
 
-def marker(ap: Tensor, noise: dict[str, Tensor], size: int) -> Tensor:
+def marker(scene: Scene, size: int) -> Tensor:
     """Burnt-in side letter (L at the patient's left, or R) and AP or PA below it, gray (N, 1, size, size).
 
     It belongs to the film, not to the patient: no rotation, no blur, no noise.
     """
-    u = noise["marker"]
+    u, ap = scene.noise["marker"], scene.attributes["ap"]
     images = []
     for row in range(len(ap)):
         left = bool(u[row, 0] < 0.6)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -41,31 +42,13 @@ DETAILS = (*_SIDES, *_KINDS)
 SETTABLE = frozenset((*ATTRIBUTES, *DETAILS))  # what an intervention may name
 
 _CHUNK = 4
-_KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
 
 
 @dataclass(frozen=True)
-class Patients:
+class Patients(anatomy.Scene):
     """A batch of N patients; index, seed and confounding are enough to sample them again."""
 
-    index: tuple[int, ...]
-    seed: int
     confounding: float
-    noise: dict[str, Tensor]  # floats in (0, 1), (N,) or (N, k)
-    attributes: dict[str, Tensor]  # each of `ATTRIBUTES`, (N,): age in years, the rest 0 or 1
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, rows: slice | Sequence[int]) -> Patients:
-        """A sub-batch, by slice or by a list of rows."""
-        chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
-        return replace(
-            self,
-            index=tuple(self.index[row] for row in chosen),
-            noise={name: value[chosen] for name, value in self.noise.items()},
-            attributes={name: value[chosen] for name, value in self.attributes.items()},
-        )
 
     def intervene(self, **attributes: float | Tensor) -> Patients:
         """do(attribute = value): the same noise, all other attributes as they were, descendants in the graph included.
@@ -98,48 +81,31 @@ class Patients:
         else:
             kinds = self.device_kinds
             kinds[:, _KINDS[name]] = present[:, None]
-            likely = torch.tensor(_KIND_PROBABILITIES)
+            likely = torch.tensor(anatomy.KIND_PROBABILITIES)
             drawn, there, finding = torch.where(kinds, likely / 2, (1 + likely) / 2), kinds.any(1), "support_devices"
             old = self.noise["kinds"]
             noise = {"kinds": torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)}
         attributes = self.attributes | {finding: there.float()}
         return replace(self, noise=self.noise | noise, attributes=attributes)
 
-    @property
-    def device_kinds(self) -> Tensor:
-        """Which devices are in the picture: bool (N, 4), columns as `DEVICE_KINDS`."""
-        noise = self.noise["kinds"]
-        kinds = noise[:, :4] < torch.tensor(_KIND_PROBABILITIES)
-        fallback = torch.nn.functional.one_hot((noise[:, 4] * 4).long().clamp(max=3), 4).bool()
-        kinds = torch.where(kinds.any(dim=1, keepdim=True), kinds, fallback)  # never none
-        return kinds & (self.attributes["support_devices"] > 0.5)[:, None]
-
-    @property
-    def effusion_sides(self) -> Tensor:
-        """Where fluid is: bool (N, 2), columns right and left lung of the patient."""
-        side = self.noise["effusion_side"]
-        both = torch.stack([side < 0.65, side > 0.35], dim=1)
-        return both & (self.attributes["pleural_effusion"] > 0.5)[:, None]
-
     def labels(self) -> pd.DataFrame:
         """One row a patient: the four label columns (1 or 0), then age, sex, view, devices and side in words."""
-        table = pd.DataFrame({"patient_id": [f"phantom-{self.seed}-{i:06d}" for i in self.index]})
         values = {name: value.numpy() for name, value in self.attributes.items()}
-        for label in PHANTOM_LABELS[1:]:
-            table[label] = values[snake_case(label)].astype(int)
+        findings = {label: values[snake_case(label)].astype(int) for label in PHANTOM_LABELS[1:]}
         # CheXpert's convention: "No Finding" says nothing of devices.
-        none = (table["Cardiomegaly"] == 0) & (table["Pleural Effusion"] == 0)
-        table.insert(1, "No Finding", none.astype(int))
-        table["age"] = values["age"].round().astype(int)
-        table["sex"] = np.where(values["female"] > 0.5, "F", "M")
-        table["view"] = np.where(values["ap"] > 0.5, "AP", "PA")
-        table["devices"] = [
-            "|".join(kind for kind, on in zip(DEVICE_KINDS, row, strict=True) if on)
-            for row in self.device_kinds.tolist()
-        ]
+        none = (findings["Cardiomegaly"] == 0) & (findings["Pleural Effusion"] == 0)
         names = {lungs: side for side, lungs in _LUNGS.items()} | {(False, False): ""}
-        table["effusion_side"] = [names[right, left] for right, left in self.effusion_sides.tolist()]
-        return table
+        columns = {
+            "patient_id": [f"phantom-{self.seed}-{i:06d}" for i in self.index],
+            "No Finding": none.astype(int),
+            **findings,
+            "age": values["age"].round().astype(int),
+            "sex": np.where(values["female"] > 0.5, "F", "M"),
+            "view": np.where(values["ap"] > 0.5, "AP", "PA"),
+            "devices": ["|".join(compress(DEVICE_KINDS, row)) for row in self.device_kinds.tolist()],
+            "effusion_side": [names[right, left] for right, left in self.effusion_sides.tolist()],
+        }
+        return pd.DataFrame(columns)
 
 
 def sample_patients(patients: int | Sequence[int], seed: int, confounding: float = 0.0) -> Patients:
@@ -158,10 +124,8 @@ def sample_patients(patients: int | Sequence[int], seed: int, confounding: float
     # Philox is counter based: key (seed, i) makes each patient's stream independent of the batch.
     table = np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(width) for i in index])
     columns = torch.from_numpy(table).float().split(list(names.values()), dim=1)
-    noise = {
-        name: column[:, 0] if column.shape[1] == 1 else column for name, column in zip(names, columns, strict=True)
-    }
-    return Patients(index, seed, confounding, noise, _attributes(noise, confounding))
+    noise = {name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}
+    return Patients(index, seed, noise, _attributes(noise, confounding), confounding)
 
 
 def _attributes(noise: dict[str, Tensor], confounding: float) -> dict[str, Tensor]:
@@ -184,17 +148,7 @@ def render(patients: Patients, size: int = 256) -> Tensor:
         raise ValueError(f"size={size} is too small for a chest; use at least 32 pixels")
     # Small chunks keep every map in the processor's cache: three times as fast as one large batch.
     chunks = [patients[start : start + _CHUNK] for start in range(0, len(patients), _CHUNK)]
-    return torch.cat([anatomy.radiograph(_scene(chunk), size) for chunk in chunks])
-
-
-def _scene(patients: Patients) -> anatomy.Scene:
-    return anatomy.Scene(
-        attributes=patients.attributes,
-        noise=patients.noise,
-        effusion_sides=patients.effusion_sides,
-        device_kinds=patients.device_kinds,
-        noise_seeds=tuple(patients.seed * 1_000_003 + i for i in patients.index),
-    )
+    return torch.cat([anatomy.radiograph(chunk, size) for chunk in chunks])
 
 
 def counterfactual(patients: Patients, size: int = 256, **attributes: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -206,4 +160,4 @@ def counterfactual(patients: Patients, size: int = 256, **attributes: float | Te
 
 def marker_mask(patients: Patients, size: int = 256) -> Tensor:
     """Pixels of the burnt-in side marker and view text, bool (N, 1, size, size)."""
-    return anatomy.marker(patients.attributes["ap"], patients.noise, size) > 0
+    return anatomy.marker(patients, size) > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -64,14 +64,7 @@ class VaeConfig:
 
 # The recipe of the decoder, when the encoder is done: burnt-in letters hold most of the error that is left.
 DECODER = VaeConfig(
-    steps=10_000,
-    batch_size=12,
-    crop=64,
-    corner_share=0.6,
-    learning_rate=1e-3,
-    square_weight=40,
-    decoder_only=True,
-    seed=7,
+    steps=10_000, batch_size=12, crop=64, corner_share=0.6, learning_rate=1e-3, square_weight=40, seed=7
 )
 
 
@@ -287,10 +280,6 @@ class PretrainConfig:
     details: DetailConfig = DetailConfig()  # where the captions have details
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.decoder is not None and not self.decoder.decoder_only:
-            raise ValueError("the recipe of the decoder must have decoder_only=True: the encoder's latents must stay")
-
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train autoencoder, CLIP and words of details, once: the folder ``output/pipeline``, its U-Net untrained.
@@ -306,7 +295,7 @@ def pretrain(config: PretrainConfig) -> Path:
     require_captions_fit(pipeline.tokenizer, "train", table["file_name"], captions)
     history = train_vae(pipeline.vae, config.vae, output / "vae")
     if config.decoder is not None:
-        history += train_vae(pipeline.vae, config.decoder, output / "decoder")
+        history += train_vae(pipeline.vae, replace(config.decoder, decoder_only=True), output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     if truth_is_known(config.dataset):
         teach_details(pipeline, vocabulary(load_info(config.dataset)["config"]["vocabulary"]), config.details)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.folder import image_batches, load_info, load_table
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import default_device
 from prism_lib.language.captions import Clause, Statement, corpus, explicit
@@ -67,7 +66,8 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         projection_dim=text.projection_dim,
     )
     table = load_table(dataset, "train")
-    images = _small_images(dataset, table, config.image_size)
+    parts = tqdm(image_batches(dataset, table), desc="images for CLIP, by 64")
+    images = torch.cat([_small(part, config.image_size) for part in parts])
     labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
     joint = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     with torch.random.fork_rng(devices=[]):
@@ -124,14 +124,10 @@ def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
     return (loss * known).sum() / known.sum().clamp(min=1)
 
 
-def _small_images(dataset: str | Path, table: pd.DataFrame, size: int) -> Tensor:
-    """All images of a table at CLIP's size, uint8 (N, 1, size, size)."""
-    chunks = []
-    for start in tqdm(range(0, len(table), 64), desc="images for CLIP"):
-        images = read_images(dataset, table.iloc[start : start + 64])
-        small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        chunks.append((small.mean(1, keepdim=True) * 255).round().byte())
-    return torch.cat(chunks)
+def _small(images: Tensor, size: int) -> Tensor:
+    """Images at CLIP's size, uint8 (N, 1, size, size)."""
+    small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return (small.mean(1, keepdim=True) * 255).round().byte()
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

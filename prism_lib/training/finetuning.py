@@ -75,7 +75,12 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
 def check_run(config: FinetuneConfig) -> None:
     """Raise ValueError or ImportError at once for what would stop a run after long work."""
-    _refuse_sharding()
+    for variable, name in SHARDING.items():  # averages and checkpoints are of whole weights
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"{name} splits the weights that are averaged and saved here; choose multi-GPU (DDP) in "
+                "`accelerate config`, and gradient_checkpointing or lora_rank to save memory"
+            )
     if absent := sorted({*config.trackers} - {str(name) for name in filter_trackers(config.trackers, config.output)}):
         raise ImportError(f"trackers {', '.join(absent)} are not installed")
     for split in ("train", "val"):
@@ -107,7 +112,6 @@ def _finetune_forked(config: FinetuneConfig) -> None:
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
     """The processes of this run; they may wait long for each other, while one of them samples."""
-    _refuse_sharding()
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision
     return Accelerator(
         cpu=default_device().type == "cpu",  # else processes of torchrun do not find each other there
@@ -117,16 +121,6 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
         project_dir=config.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-
-
-def _refuse_sharding() -> None:
-    """ValueError where `accelerate` splits the weights: averages and checkpoints are of whole ones."""
-    for variable, name in SHARDING.items():
-        if parse_flag_from_env(variable):
-            raise ValueError(
-                f"{name} splits the weights that are averaged and saved here; choose multi-GPU (DDP) in "
-                "`accelerate config`, and gradient_checkpointing or lora_rank to save memory"
-            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

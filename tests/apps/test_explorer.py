@@ -531,7 +531,7 @@ def test_a_broken_upload_leaves_the_session_as_it_was(explorer):
         "last_modified": datetime.now(UTC),
     }
     explorer.source.upload.set_trait("value", (file,))
-    assert "film.png is not an image" in explorer.source.line.value
+    assert "film.png cannot be used: not an image" in explorer.source.line.value
     assert explorer.session.case is before
     explorer.source.upload.set_trait("value", ({**file, "content": memoryview(png(LEVELS))},))
     assert explorer.source.line.value == "" and explorer.session.case.title == "film.png"

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from prism_lib.data.any_table import Columns
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.data.tables import Columns
 from tests import formats
 
 COUNT = 10

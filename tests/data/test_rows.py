@@ -15,13 +15,12 @@ from PIL import Image
 
 from prism_lib import paths
 from prism_lib.data import preparation
-from prism_lib.data.any_table import Columns
 from prism_lib.data.chest import NIH_COLUMNS, nih_source
 from prism_lib.data.folder import SPLITS, load_info, load_table, read_images
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.preparation import SOURCES, PrepareConfig, prepare
 from prism_lib.data.rows import edit_examples, editable, marker_masks, sample_captions, true_counterfactual
-from prism_lib.data.tables import seeded_order, split_patients
+from prism_lib.data.tables import Columns, seeded_order, split_patients
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import CHEST, PHANTOM, PHANTOM_LABELS

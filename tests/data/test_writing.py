@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from prism_lib import paths
-from prism_lib.data import preparation, writing
+from prism_lib.data import preparation
 from prism_lib.data.folder import building, load_info, load_table, read_images
+from prism_lib.data.images import BATCH, ImageFiles
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.data.writing import BATCH, JOURNAL
 from tests import formats
 
 COUNT = 5 * BATCH + 3
@@ -99,11 +99,9 @@ def test_finished_batches_are_not_read_again_and_damaged_ones_are(images, expect
     partial = tmp_path / ".out.partial"
     victim = sorted(partial.glob("t*/*.png"))[7]
     victim.write_bytes(victim.read_bytes()[:50])
-    journal = partial / JOURNAL
-    journal.write_text(journal.read_text()[:-30])  # killed in the middle of a line
-    batches = []
-    write_batch = writing._write_batch
-    monkeypatch.setattr(writing, "_write_batch", lambda *given: batches.append(1) or write_batch(*given))
+    max(partial.glob("*.json")).unlink()  # killed before it was written
+    read, batches = ImageFiles.__call__, []
+    monkeypatch.setattr(ImageFiles, "__call__", lambda self, rows: batches.append(1) or read(self, rows))
     prepare(config)
     assert len(batches) == 2
     assert content(tmp_path / "out") == expected
@@ -198,7 +196,7 @@ def test_a_folder_of_an_older_version_is_still_recognised(images, tmp_path):
 def test_a_process_that_reads_files_loads_no_torch():
     code = (
         "import sys; from prism_lib.devices import side_by_side; "
-        "loads = lambda _: (__import__('prism_lib.data.writing'), 'torch' in sys.modules)[1]; "
+        "loads = lambda _: (__import__('prism_lib.data.images'), 'torch' in sys.modules)[1]; "
         "print(*side_by_side(loads, range(4), 2))"
     )
     environment = os.environ | {"PYTHONPATH": str(paths.root())}

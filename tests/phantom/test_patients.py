@@ -5,7 +5,6 @@ import torch
 
 from prism_lib.language.labels import DEVICE_KINDS
 from prism_lib.phantom import anatomy
-from prism_lib.phantom import patients as phantom
 from prism_lib.phantom.patients import counterfactual, marker_mask, render, sample_patients
 
 SIZE = 64
@@ -63,7 +62,7 @@ def test_fluid_stays_on_its_side_and_makes_the_lung_whiter(patients):
 def test_the_heart_is_as_wide_as_its_cardiothoracic_ratio_says(patients):
     width = {}
     for value in (0.0, 1.0):
-        scene = phantom._scene(patients.intervene(cardiomegaly=value))
+        scene = patients.intervene(cardiomegaly=value)
         frame = anatomy.Frame.of(scene, 256)
         heart = anatomy.heart_thickness(scene, frame, scene.attributes["cardiomegaly"]) > 0
         columns = heart.any(1).sum(1) * 2 / 256 / patients.noise["pose"][:, 3].mul(0.12).add(0.95)

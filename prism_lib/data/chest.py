@@ -166,7 +166,7 @@ class RenderedFilms:
         for name, path, seed, copy, devices in zip(*(rows[column] for column in columns), strict=True):
             try:
                 pixels = moved(self.films, Path(path), seed) if copy else self.films.read(Path(path)).pixels
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 yield Rejection(name, str(error))
                 continue
             kinds: Sequence[str] = ()

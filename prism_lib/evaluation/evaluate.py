@@ -65,11 +65,12 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
 class Evaluation:
     """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
 
-    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
+    ``pairs`` are the prompts, ``seconds`` those of inversion and edit alone, ``settings`` those used, each once.
     """
 
     edit: Edit
     table: pd.DataFrame
+    pairs: tuple[PromptPair, ...]
     factual: Tensor
     edited: Tensor
     raw: Tensor
@@ -178,6 +179,7 @@ def evaluate_results(
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
+        tuple(result.pair for result in edited),
         stack(edited, "factual"),
         stack(edited),
         stack(edited, "raw"),
@@ -202,17 +204,10 @@ def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
     return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
 
 
-def batch_difference(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    evaluation: Evaluation,
-    settings: Settings,
-    **how: Any,
-) -> float:
+def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
-    (alone,) = evaluate_edits(pipe, folder, {evaluation.edit: cases.head(4)}, settings, batch_size=1, **how)
-    return float((alone.edited - evaluation.edited[: len(alone.table)]).abs().max())
+    ((alone, _),) = edit_jobs(pipe, [(evaluation.factual[:4], evaluation.pairs[:4])], settings, batch_size=1, **how)
+    return float((stack(alone) - evaluation.edited[: len(alone)]).abs().max())
 
 
 def composition(
@@ -225,22 +220,13 @@ def composition(
 
 
 def reversibility(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    evaluation: Evaluation,
-    settings: Settings,
-    **how: Any,
+    pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any
 ) -> pd.DataFrame:
-    """Undo the ``evaluation`` of an edit of ``cases``: a row per image, with the distance in column `image`."""
-    given, evaluated = cases["file_name"].tolist(), evaluation.table["file_name"].tolist()
-    if given != evaluated:
-        raise ValueError(f"the cases are {given}, but the evaluated edit is of {evaluated}")
-    there = prompt_pairs(folder, cases, evaluation.edit)
-    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
+    """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in evaluation.pairs]
     ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
     distances = metrics.relative_l1(stack(returned), evaluation.factual, evaluation.reconstruction)
-    return cases[["file_name", "patient_id"]].assign(image=distances.tolist())
+    return evaluation.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:

@@ -6,11 +6,12 @@ means with bootstrap intervals over patients. The judge only reads; it never gui
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -30,7 +31,16 @@ from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
 from prism_lib.records import Timer
 
-Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, images (N, C, H, W), a pair each
+Job = tuple[Tensor, Sequence[PromptPair]]  # images (N, C, H, W), a pair each
+Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some of its images
+
+
+class Made(NamedTuple):
+    """What one editor made of images, in how many seconds and rows of U-Net calls."""
+
+    results: list[Counterfactual]
+    seconds: float
+    rows: int = 0
 
 
 def load_judge(name: str) -> Classifier | None:
@@ -98,48 +108,66 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
-def edit_jobs(
+def in_batches(
     pipe: StableDiffusionPipeline,
-    jobs: Sequence[tuple[Tensor, Sequence[PromptPair]]],
-    settings: Settings,
-    *,
-    processes: int = 0,
-    batch_size: int = 0,
-    **how: Any,
-) -> list[tuple[list[Counterfactual], float]]:
-    """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
+    work: Callable[[Any, Batch], Sequence[Made]],
+    jobs: Sequence[Job],
+    size: int,
+    processes: int,
+) -> list[list[Made]]:
+    """What the editors in ``work(pipe, batch)`` make of each job, on all cores, in order: of each job, by editor.
 
-    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
-    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
-    `inversion.invert` takes (method, num_inference_steps).
+    Jobs are cut into batches of ``size`` that ``processes`` of one thread share, so results do not depend on their
+    number; 0 is as many as suit, see `devices`.
     """
-    size = batch_size or devices.batch_for(pipe)
     batches = [
         (number, images[first : first + size], pairs[first : first + size])
         for number, (images, pairs) in enumerate(jobs)
         for first in range(0, len(images), size)
     ]
     count = devices.copies_for(pipe, processes, len(batches))
+    parts: list[list[Sequence[Made]]] = [[] for _ in jobs]
+    worked = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
+    for (number, *_), made in zip(batches, worked, strict=True):
+        parts[number].append(made)
+
+    return [[_joined(own, count) for own in zip(*of_job, strict=True)] for of_job in parts]
+
+
+def _joined(parts: Sequence[Made], processes: int) -> Made:
+    results, seconds, rows = zip(*parts, strict=True)
+    return Made(list(chain(*results)), sum(seconds) / processes, sum(rows))
+
+
+def edit_jobs(
+    pipe: StableDiffusionPipeline,
+    jobs: Sequence[Job],
+    settings: Settings,
+    *,
+    processes: int = 0,
+    batch_size: int = 0,
+    **how: Any,
+) -> list[Made]:
+    """Invert images and edit them by their pairs, on all cores (`in_batches`): what becomes of each job, in order.
+
+    ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what `inversion.invert` takes (method,
+    num_inference_steps).
+    """
+    size = batch_size or devices.batch_for(pipe)
     work = partial(_edit_batch, settings, how | {"batch_size": size})
-    edits = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
-    results: list[list[Counterfactual]] = [[] for _ in jobs]
-    seconds = [0.0] * len(jobs)
-    for (number, _, _), (edited, taken) in zip(batches, edits, strict=True):
-        results[number] += edited
-        seconds[number] += taken / count
-    return list(zip(results, seconds, strict=True))
+    return [made for (made,) in in_batches(pipe, work, jobs, size, processes)]
 
 
 def _edit_batch(
     settings: Settings, how: Mapping[str, Any], pipe: StableDiffusionPipeline, batch: Batch
-) -> tuple[list[Counterfactual], float]:
+) -> Sequence[Made]:
     _, images, pairs = batch
     with Timer() as timer:
         for pair in pairs:
             resolved(pipe, pair, settings)  # settings that do not suit an edit are refused before the inversion
         inversion = invert(pipe, images, [pair.source for pair in pairs], **how)
         edited = edit(pipe, inversion, pairs, *grid(settings, batch_size=[how["batch_size"]]))
-    return edited, timer.seconds
+    return [Made(edited, timer.seconds)]
 
 
 def evaluate_edits(
@@ -157,8 +185,8 @@ def evaluate_edits(
     """
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
-        evaluate_results(folder, rows, change, edited, judge, seconds)
-        for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
+        evaluate_results(folder, rows, change, made.results, judge, made.seconds)
+        for (change, rows), made in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
     ]
 
 
@@ -206,8 +234,8 @@ def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
 
 def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
-    ((alone, _),) = edit_jobs(pipe, [(evaluation.factual[:4], evaluation.pairs[:4])], settings, batch_size=1, **how)
-    return float((stack(alone) - evaluation.edited[: len(alone)]).abs().max())
+    (alone,) = edit_jobs(pipe, [(evaluation.factual[:4], evaluation.pairs[:4])], settings, batch_size=1, **how)
+    return float((stack(alone.results) - evaluation.edited[:4]).abs().max())
 
 
 def composition(
@@ -224,8 +252,8 @@ def reversibility(
 ) -> pd.DataFrame:
     """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in evaluation.pairs]
-    ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
-    distances = metrics.relative_l1(stack(returned), evaluation.factual, evaluation.reconstruction)
+    (returned,) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
+    distances = metrics.relative_l1(stack(returned.results), evaluation.factual, evaluation.reconstruction)
     return evaluation.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 

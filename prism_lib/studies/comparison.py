@@ -7,10 +7,10 @@ counterfactual where pixels had to change, and measures the best of each on test
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,16 +20,14 @@ from diffusers import StableDiffusionPipeline
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.devices import batch_for, copies_for, with_copies
-from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.devices import batch_for
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.evaluation.evaluate import Batch, Evaluation, Made, choose_cases, evaluate_results, in_batches, interval
+from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
 from prism_lib.studies.editors import PLAIN, Edict, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
@@ -61,7 +59,6 @@ Positive = Annotated[int, Field(ge=1)]
 class Measurement(NamedTuple):
     """An editor's evaluations, one per edit, and the rows that its U-Net calls had per image."""
 
-    editor: Editor
     evaluations: tuple[Evaluation, ...]
     unet_evaluations: float
 
@@ -161,67 +158,38 @@ def measure(
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
     places: dict[str, list[Place]] = {name: [] for name in editors}
-    groups: dict[Any, dict[Place, Editor]] = {}
+    groups: dict[tuple[Any, ...], dict[Place, Editor]] = {}  # of editors that share what they invert
     for change, (_, pairs) in inputs.items():
         for name, editor in editors.items():
             place = change, editor.effect(pipe, pairs)
             places[name].append(place)
             shared = (change, type(editor), editor.inverts) if share else place
             groups.setdefault(shared, {}).setdefault(place, editor)
-    size, jobs = batch_for(pipe), []
-    for group in groups.values():
-        change, _ = next(iter(group))
-        images, pairs = inputs[change]
-        for first in range(0, len(images), size):
-            rows = slice(first, first + size)
-            jobs.append(_Job(group, images[rows], pairs[rows], change))
-    found: dict[Place, list[_Made]] = defaultdict(list)
-    count = copies_for(pipe, processes, len(jobs))
-    for made in tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure"):
-        for place, one in made.items():
-            found[place].append(one)
-    evaluations = {}
-    for place, parts in found.items():
-        edited = [result for part in parts for result in part.results]
-        seconds = sum(part.seconds for part in parts) / count
-        evaluations[place] = evaluate_results(folder, cases[place[0]], place[0], edited, judge, seconds)
+    jobs, work = [inputs[change] for change, *_ in groups], partial(_edit, list(groups.values()))
+    made: dict[Place, Made] = {}
+    for group, own in zip(groups.values(), in_batches(pipe, work, jobs, batch_for(pipe), processes), strict=True):
+        made |= zip(group, own, strict=True)
+    evaluations = {
+        place: evaluate_results(folder, cases[place[0]], place[0], one.results, judge, one.seconds)
+        for place, one in made.items()
+    }
     total = sum(map(len, cases.values()))
     return {
-        name: Measurement(
-            editors[name],
-            tuple(evaluations[place] for place in own),
-            sum(part.rows for place in own for part in found[place]) / total,
-        )
+        name: Measurement(tuple(evaluations[place] for place in own), sum(made[place].rows for place in own) / total)
         for name, own in places.items()
     }
 
 
-class _Made(NamedTuple):
-    """What one editor made of a batch, in how many seconds and rows of U-Net calls."""
-
-    results: list[Counterfactual]
-    seconds: float
-    rows: int
-
-
-class _Job(NamedTuple):
-    """A batch of images (N, C, H, W) for editors that share what they invert."""
-
-    editors: Mapping[Place, Editor]
-    images: Tensor
-    pairs: Sequence[PromptPair]
-    change: Edit
-
-
-def _edit(pipe: StableDiffusionPipeline, job: _Job) -> dict[Place, _Made]:
-    """Runs in a process of its own; the inversion counts for the first editor."""
-    made: dict[Place, _Made] = {}
+def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipeline, batch: Batch) -> list[Made]:
+    """What each editor of a group makes of a batch; the inversion counts for the first."""
+    number, images, pairs = batch
+    made: list[Made] = []
     inverted: Any = None
-    for place, editor in job.editors.items():
+    for (change, _), editor in groups[number].items():
         with counted_rows(pipe.unet) as rows, Timer() as timer:
-            inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
-            results = editor.edit(pipe, inverted, job.pairs, job.change)
-        made[place] = _Made(results, timer.seconds, sum(rows))
+            inverted = inverted if made else editor.invert(pipe, images, pairs)
+            results = editor.edit(pipe, inverted, pairs, change)
+        made.append(Made(results, timer.seconds, sum(rows)))
     return made
 
 

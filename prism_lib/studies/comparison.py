@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import Field, field_validator
+from pydantic import PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import batch_for
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
-from prism_lib.evaluation.evaluate import Batch, Evaluation, Made, choose_cases, evaluate_results, in_batches, interval
+from prism_lib.evaluation import evaluate
+from prism_lib.evaluation.evaluate import Evaluation, Made, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
@@ -40,20 +41,13 @@ GAN = "GANterfactual"
 
 # Columns of `evaluation` that an editor is summarised by, where they are known.
 COLUMNS = (
-    "true_error_ratio",
-    "cpg",
-    "flipped",
-    "side_effect_rate",
-    "identity_l1",
-    "reconstruction_l1",
-    "mask_recall",
-    "latent_outside_l1_ratio",
+    *("true_error_ratio", "cpg", "flipped", "side_effect_rate"),
+    *("identity_l1", "reconstruction_l1", "mask_recall", "latent_outside_l1_ratio"),
 )
 
 # Edit -> rows of a prepared table that it suits.
 Cases = Mapping[Edit, pd.DataFrame]
 Place = tuple[Edit, str]  # an edit and an editor's effect
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Measurement(NamedTuple):
@@ -100,15 +94,15 @@ class ComparisonConfig:
     """
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
-    images: Positive = 3  # test patients for each edit
-    tuning_images: Positive = 1  # validation patients for each edit
-    budget: Positive = BUDGET  # the most settings of a method
-    steps: Positive = 25
-    imagic_steps: Positive = 200
-    gan_steps: Positive = 2000
-    gan_filters: Positive = 32
-    guide_steps: Positive = 200
-    guide_images: Positive = 512
+    images: PositiveInt = 3  # test patients for each edit
+    tuning_images: PositiveInt = 1  # validation patients for each edit
+    budget: PositiveInt = BUDGET  # the most settings of a method
+    steps: PositiveInt = 25
+    imagic_steps: PositiveInt = 200
+    gan_steps: PositiveInt = 2000
+    gan_filters: PositiveInt = 32
+    guide_steps: PositiveInt = 200
+    guide_images: PositiveInt = 512
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
 
@@ -167,10 +161,12 @@ def measure(
             groups.setdefault(shared, {}).setdefault(place, editor)
     jobs, work = [inputs[change] for change, *_ in groups], partial(_edit, list(groups.values()))
     made: dict[Place, Made] = {}
-    for group, own in zip(groups.values(), in_batches(pipe, work, jobs, batch_for(pipe), processes), strict=True):
+    for group, own in zip(
+        groups.values(), evaluate.in_batches(pipe, work, jobs, batch_for(pipe), processes), strict=True
+    ):
         made |= zip(group, own, strict=True)
     evaluations = {
-        place: evaluate_results(folder, cases[place[0]], place[0], one.results, judge, one.seconds)
+        place: evaluate.evaluate_results(folder, cases[place[0]], place[0], one.results, judge, one.seconds)
         for place, one in made.items()
     }
     total = sum(map(len, cases.values()))
@@ -180,7 +176,7 @@ def measure(
     }
 
 
-def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipeline, batch: Batch) -> list[Made]:
+def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipeline, batch: evaluate.Batch) -> list[Made]:
     """What each editor of a group makes of a batch; the inversion counts for the first."""
     number, images, pairs = batch
     made: list[Made] = []
@@ -209,10 +205,8 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bo
     summary = {}
     for name, measurement in measured.items():
         table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
-        values: dict[str, Any] = {"images": float(len(table))}
-        for column in COLUMNS:
-            if column in table and table[column].notna().all():
-                values |= interval(column, table[column], table["patient_id"], seed)
+        known = [column for column in COLUMNS if column in table and table[column].notna().all()]
+        values: dict[str, Any] = evaluate.summarise_rows(table[["file_name", "patient_id", *known]], seed)
         values["seconds_per_image"] = measurement.seconds_per_image
         values["unet_evaluations"] = measurement.unet_evaluations
         for evaluation in measurement.evaluations if by_edit else ():
@@ -222,13 +216,13 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bo
     return summary
 
 
-def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:
-    """One image as every editor edits it, with titles: original, truth where it is known, then the editors."""
+def sheet(measured: Mapping[str, Measurement], edit: int = 0) -> tuple[Tensor, list[str]]:
+    """The first image as every editor edits it, with titles: original, truth where it is known, then the editors."""
     first = next(iter(measured.values())).evaluations[edit]
-    panels = {"original": first.factual[image]}
+    panels = {"original": first.factual[0]}
     if first.truth is not None:
-        panels["true counterfactual"] = first.truth[image]
-    panels |= {name: found.evaluations[edit].edited[image] for name, found in measured.items()}
+        panels["true counterfactual"] = first.truth[0]
+    panels |= {name: found.evaluations[edit].edited[0] for name, found in measured.items()}
     titles = [name.replace("_replace_steps", "").replace(", ", "\n") for name in panels]
     return torch.stack(list(panels.values())), titles
 
@@ -265,7 +259,7 @@ def compare_methods(
                 labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
             )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
-        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget, processes)
+        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
         editors = {name: result.editor for name, result in tuned.items()}
         measured = measure(pipe, folder, test, editors, judge, processes=processes)
     return Comparison(tuned, measured, timer.seconds)
@@ -301,14 +295,10 @@ def tune(
     folder: str | Path,
     cases: Cases,
     candidates: Mapping[str, Sequence[Editor]],
-    budget: int = BUDGET,
     processes: int = 0,
 ) -> dict[str, Tuned]:
-    """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases`` of no test patient."""
+    """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
     require_truth(folder)
-    for name, editors in candidates.items():
-        if not 1 <= len(editors) <= budget:
-            raise ValueError(f"{name} has {len(editors)} settings to try; the budget of every method is {budget}")
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")

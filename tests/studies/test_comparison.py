@@ -201,13 +201,6 @@ def test_every_method_has_the_same_budget_and_ours_begins_with_the_default():
     assert candidates["PRISM (ours)"][0] == PromptToPrompt()
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_a_method_outside_the_budget_is_named(phantom_folder, cases, truth, count):
-    editors = {"greedy": [Oracle(truth, 1.0)] * count}
-    with pytest.raises(ValueError, match=f"greedy has {count} settings to try; the budget of every method is 2"):
-        comparison.tune(tiny_pipeline(), phantom_folder, cases, editors, budget=2)
-
-
 def test_tuning_on_test_patients_is_refused(phantom_folder, truth):
     test = {REMOVE: choose_cases(phantom_folder, REMOVE, 2, "test")}
     with pytest.raises(ValueError, match="must not see test patients; remove_support_devices has phantom-"):

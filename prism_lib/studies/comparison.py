@@ -160,10 +160,9 @@ def measure(
             shared = (change, type(editor), editor.inverts) if share else place
             groups.setdefault(shared, {}).setdefault(place, editor)
     jobs, work = [inputs[change] for change, *_ in groups], partial(_edit, list(groups.values()))
+    edited = evaluate.in_batches(pipe, work, jobs, batch_for(pipe), processes)
     made: dict[Place, Made] = {}
-    for group, own in zip(
-        groups.values(), evaluate.in_batches(pipe, work, jobs, batch_for(pipe), processes), strict=True
-    ):
+    for group, own in zip(groups.values(), edited, strict=True):
         made |= zip(group, own, strict=True)
     evaluations = {
         place: evaluate.evaluate_results(folder, cases[place[0]], place[0], one.results, judge, one.seconds)

@@ -8,7 +8,6 @@ Order: identity, error to the truth, readings of the judge, image-text similarit
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -125,10 +124,6 @@ def directional_similarity(
     Embeddings (N, D) of one image-text model; they are normalised first, as CLIP compares directions on the sphere.
     """
     embeddings = (image_before, image_after, text_before, text_after)
-    if len({embedding.shape for embedding in embeddings}) != 1:
-        raise ValueError(f"embeddings differ in shape: {[tuple(embedding.shape) for embedding in embeddings]}")
-    if image_before.ndim != 2 or len(image_before) == 0:
-        raise ValueError(f"embeddings must be (N, D), got shape {tuple(image_before.shape)}")
     if bad := (~torch.cat(embeddings, 1).isfinite()).any(1).nonzero().flatten().tolist():
         raise ValueError(f"embeddings of images {bad} are not finite")
     before, after, source, target = (embedding / embedding.norm(dim=-1, keepdim=True) for embedding in embeddings)
@@ -149,16 +144,10 @@ def group_accuracy(
 def equalised_odds_difference(probabilities: Tensor, labels: Tensor, attribute: Tensor) -> float:
     """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair.
 
-    ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute must occur.
+    ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute (2 label + attribute) must occur.
     """
-    _check_groups(probabilities, labels, attribute)
-    rates = {}
-    for value, side in product((0, 1), (0, 1)):
-        chosen = (labels == value) & (attribute == side)
-        if not chosen.any():
-            raise ValueError(f"no image has label {value} and attribute {side}")
-        rates[value, side] = float((probabilities[chosen] >= 0.5).double().mean())
-    return max(abs(rates[value, 1] - rates[value, 0]) for value in (0, 1))
+    right = group_accuracy(probabilities, labels, 2 * labels + attribute, range(4))  # differs as what is read does
+    return max(abs(right[2 * label + 1] - right[2 * label]) for label in (0, 1))
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:

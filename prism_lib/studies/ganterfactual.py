@@ -131,11 +131,8 @@ def train_for(
 
 def load_generators(folder: Path) -> nn.ModuleDict:
     """The two generators that `train_gan` wrote, by direction."""
-    path = folder / "generators.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no trained GAN at {folder}: {path.name} is missing")
     networks = _generators(GanConfig(**json.loads((folder / "config.json").read_text()))).eval()
-    networks.load_state_dict(load_file(path))
+    networks.load_state_dict(load_file(folder / "generators.safetensors"))
     return networks.to(default_device())
 
 

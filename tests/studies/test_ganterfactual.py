@@ -85,7 +85,7 @@ def test_bad_input_is_named(phantom_folder, guide, trained, tmp_path):
         train_gan(phantom_folder, guide, tmp_path, replace(CONFIG, label="Edema"))
     with pytest.raises(ValueError, match="holds a run with other settings"):
         train_gan(phantom_folder, guide, trained.parent, replace(CONFIG, seed=1))
-    with pytest.raises(FileNotFoundError, match=r"generators\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"absent.config\.json"):
         load_generators(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"steps\n.*input_value=0"):
         replace(CONFIG, steps=0)

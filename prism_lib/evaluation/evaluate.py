@@ -31,9 +31,6 @@ from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
 from prism_lib.records import Timer
 
-Job = tuple[Tensor, Sequence[PromptPair]]  # images (N, C, H, W), a pair each
-Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some of its images
-
 
 class Made(NamedTuple):
     """What one editor made of images, in how many seconds and rows of U-Net calls."""
@@ -41,6 +38,11 @@ class Made(NamedTuple):
     results: list[Counterfactual]
     seconds: float
     rows: int = 0
+
+
+Job = tuple[Tensor, Sequence[PromptPair]]  # images (N, C, H, W), a pair each
+Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some of its images
+Work = Callable[[Any, Batch], Sequence[Made]]  # pipeline and batch -> what each editor makes of it
 
 
 def load_judge(name: str) -> Classifier | None:
@@ -109,11 +111,7 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
 
 
 def in_batches(
-    pipe: StableDiffusionPipeline,
-    work: Callable[[Any, Batch], Sequence[Made]],
-    jobs: Sequence[Job],
-    size: int,
-    processes: int,
+    pipe: StableDiffusionPipeline, work: Work, jobs: Sequence[Job], size: int, processes: int
 ) -> list[list[Made]]:
     """What the editors in ``work(pipe, batch)`` make of each job, on all cores, in order: of each job, by editor.
 

@@ -118,14 +118,11 @@ class ComparisonConfig:
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
     """Variants with every combination of ``values`` of the editor's fields or settings; named as "mask off"."""
     own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
-    known = own | {item.name for item in fields(EditConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     variants = {}
     for row in itertools.product(*values.values()):
         chosen = dict(zip(values, row, strict=True))
         overrides = {name: value for name, value in chosen.items() if name not in own}
-        EditConfig(**overrides)  # a value out of range is named here, not after hours of work
+        EditConfig(**overrides)  # an unknown name or a value out of range is named here, not after hours of work
         (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})
         name = ", ".join(
             f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in chosen.items()

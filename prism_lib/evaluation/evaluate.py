@@ -201,7 +201,6 @@ def evaluate_results(
         raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
-    every = [result.settings for result in edited]
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
@@ -214,7 +213,7 @@ def evaluate_results(
         known and known.images,
         known and known.changed,
         seconds,
-        tuple(settings for n, settings in enumerate(every) if settings not in every[:n]),
+        tuple(dict.fromkeys(result.settings for result in edited)),
     )
     columns = _appearance(evaluation)
     if known is not None:

@@ -86,14 +86,15 @@ def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> 
 
 def mask_recall(mask: Tensor, true_mask: Tensor) -> Tensor:
     """Share of the pixels that had to change that the mask covers, (N,): |M & T| / |T|."""
-    area = _true_area(mask, true_mask)
-    return (mask & true_mask).flatten(1).sum(1) / area
+    _check_mask(mask)
+    region = _region(true_mask, mask)
+    return (mask & region).flatten(1).sum(1) / region.flatten(1).sum(1)
 
 
 def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
     """Area of the mask over the area that had to change, (N,): |M| / |T|."""
-    area = _true_area(mask, true_mask)
-    return mask.flatten(1).sum(1) / area
+    _check_mask(mask)
+    return mask.flatten(1).sum(1) / _region(true_mask, mask).flatten(1).sum(1)
 
 
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
@@ -226,30 +227,20 @@ def _check_images(**images: Tensor) -> None:
         raise ValueError(f"images differ in shape: {shapes}")
 
 
-def _check_masks(*masks: Tensor) -> None:
-    for mask in masks:
-        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
-            raise ValueError(f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(f"a mask must be boolean (N, 1, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
 
 
-def _region(mask: Tensor, images: Tensor, outside: bool) -> Tensor:
-    _check_masks(mask)
+def _region(mask: Tensor, images: Tensor, outside: bool = False) -> Tensor:
+    """The pixels inside or outside a mask for images or masks; ValueError where there are none."""
+    _check_mask(mask)
     if mask.shape[0] != images.shape[0] or mask.shape[-2:] != images.shape[-2:]:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for images of shape {tuple(images.shape)}")
     region = ~mask if outside else mask
     if empty := (~region.flatten(1).any(1)).nonzero().flatten().tolist():
         raise ValueError(f"the region {'outside' if outside else 'inside'} the mask is empty for images {empty}")
     return region
-
-
-def _true_area(mask: Tensor, true_mask: Tensor) -> Tensor:
-    _check_masks(mask, true_mask)
-    if mask.shape != true_mask.shape:
-        raise ValueError(f"masks differ in shape: {tuple(mask.shape)} and {tuple(true_mask.shape)}")
-    area = true_mask.flatten(1).sum(1)
-    if (area == 0).any():
-        raise ValueError(f"the true mask is empty for images {(area == 0).nonzero().flatten().tolist()}")
-    return area
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:

@@ -252,7 +252,7 @@ def compare_methods(
             guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
             guide = named_network("densenet-tiny", guide)
             recipe = GanConfig(
-                labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
+                config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
             )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
         tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)

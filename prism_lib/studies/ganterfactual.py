@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -39,9 +39,8 @@ Images = dict[str, Tensor]  # by direction
 
 @dataclass(frozen=True)
 class GanConfig:
-    """Recipe for one label; the learning rate is the paper's."""
+    """Recipe; the learning rate is the paper's."""
 
-    label: str
     steps: PositiveInt = 2000
     batch_size: PositiveInt = 2
     learning_rate: float = 2e-4
@@ -71,16 +70,16 @@ class Ganterfactual(Editor):
         return unmasked(pipe, images, pairs, translated.expand(shape), self, returned.expand(shape))
 
 
-def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanConfig) -> Path:
+def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, config: GanConfig) -> Path:
     """Train on a prepared folder, or go on, or reuse; returns the folder below ``output`` with the generators."""
     table = load_table(folder, "train")
-    if config.label not in classifier.labels or config.label not in table:
-        raise ValueError(f"label {config.label!r} is not in {folder} or not among the classifier's")
-    sides = {value: table[table[config.label] == value] for value in (0, 1)}
+    if label not in classifier.labels or label not in table:
+        raise ValueError(f"label {label!r} is not in {folder} or not among the classifier's")
+    sides = {value: table[table[label] == value] for value in (0, 1)}
     for value, rows in sides.items():
         if rows.empty:
-            raise ValueError(f"{config.label!r} has one class only in {folder}: no image is labelled {value}")
-    target = output / snake_case(config.label)
+            raise ValueError(f"{label!r} has one class only in {folder}: no image is labelled {value}")
+    target = output / snake_case(label)
     path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{target} holds a run with other settings; choose another output folder")
@@ -88,10 +87,10 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
     finished = target / "generators.safetensors"
     if finished.is_file():
         return target
-    training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
+    training = _Training(config, classifier, label, int(load_info(folder)["config"]["size"]))
     start = load_checkpoint(target, training.states, training.optimizer).get("step", 0)
     pixels = {value: gray_bytes(folder, rows) for value, rows in sides.items()}
-    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
         negative, positive = (
             pixels[value][torch.randint(len(pixels[value]), (config.batch_size,), generator=draw)] for value in (0, 1)
@@ -117,7 +116,7 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
+    """The editor with a GAN for every label that ``edits`` change.
 
     Each combination of prepared folder and settings has a folder of its own below ``output``.
     """
@@ -125,7 +124,7 @@ def train_for(
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)
     for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
-        train_gan(folder, classifier, home, replace(config, label=label))
+        train_gan(folder, label, classifier, home, config)
     return Ganterfactual(home)
 
 
@@ -139,11 +138,11 @@ def load_generators(folder: Path) -> nn.ModuleDict:
 class _Training:
     """Images are (B, 1, H, W) in [-1, 1]."""
 
-    def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
+    def __init__(self, config: GanConfig, classifier: Classifier, label: str, size: int) -> None:
         if size % 16:
             raise ValueError(f"the generators halve images four times; {size} pixels are not a multiple of 16")
         self.config = config
-        self.column = classifier.labels.index(config.label)
+        self.column = classifier.labels.index(label)
         self.classifier = classifier.network.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

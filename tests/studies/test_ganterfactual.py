@@ -12,9 +12,10 @@ from prism_lib.studies import ganterfactual
 from prism_lib.studies.ganterfactual import GanConfig, Ganterfactual, load_generators, train_gan
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
-CONFIG = GanConfig("Support Devices", steps=4, filters=4, checkpoint_every=2)
+CONFIG = GanConfig(steps=4, filters=4, checkpoint_every=2)
 LABELS = ClassifierConfig(blocks=(1, 1), growth=4, features=8)
-CHANGE = Edit(remove=("Support Devices",))
+LABEL = "Support Devices"
+CHANGE = Edit(remove=(LABEL,))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def guide():
 
 @pytest.fixture(scope="module")
 def trained(phantom_folder, guide, tmp_path_factory):
-    return train_gan(phantom_folder, guide, tmp_path_factory.mktemp("gan"), CONFIG)
+    return train_gan(phantom_folder, LABEL, guide, tmp_path_factory.mktemp("gan"), CONFIG)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(phantom_folder, guide, trained, tmp_path, monkeypatch):
@@ -38,8 +39,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(phantom_folder, guide, trained, tmp_p
 
     monkeypatch.setattr(ganterfactual._Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_gan(phantom_folder, guide, tmp_path, CONFIG)
-    again = train_gan(phantom_folder, guide, tmp_path, CONFIG)
+        train_gan(phantom_folder, LABEL, guide, tmp_path, CONFIG)
+    again = train_gan(phantom_folder, LABEL, guide, tmp_path, CONFIG)
     assert len(calls) == 4 + 2  # from the checkpoint after step 2
     for name, network in load_generators(again).items():
         for ours, theirs in zip(network.parameters(), load_generators(trained)[name].parameters(), strict=True):
@@ -48,7 +49,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(phantom_folder, guide, trained, tmp_p
 
 def test_a_finished_run_is_not_trained_again(phantom_folder, guide, trained, monkeypatch):
     monkeypatch.setattr(ganterfactual._Training, "step", lambda *_: pytest.fail("trained again"))
-    assert train_gan(phantom_folder, guide, trained.parent, CONFIG) == trained
+    assert train_gan(phantom_folder, LABEL, guide, trained.parent, CONFIG) == trained
 
 
 def test_the_editor_goes_the_way_that_the_edit_asks_for(trained):
@@ -64,7 +65,7 @@ def test_the_editor_goes_the_way_that_the_edit_asks_for(trained):
 
 @torch.no_grad()
 def test_the_generator_loss_is_the_sum_of_its_terms(guide):
-    training = ganterfactual._Training(CONFIG, guide, 32)
+    training = ganterfactual._Training(CONFIG, guide, LABEL, 32)
     images = {"remove": tiny_images(2) * 2 - 1, "add": 1 - tiny_images(2) * 2}
     wanted = {"remove": images["add"], "add": images["remove"]}
     total = float(training._generator_loss(images, wanted)[0])
@@ -82,9 +83,9 @@ def test_the_generator_loss_is_the_sum_of_its_terms(guide):
 
 def test_bad_input_is_named(phantom_folder, guide, trained, tmp_path):
     with pytest.raises(ValueError, match="label 'Edema' is not in"):
-        train_gan(phantom_folder, guide, tmp_path, replace(CONFIG, label="Edema"))
+        train_gan(phantom_folder, "Edema", guide, tmp_path, CONFIG)
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        train_gan(phantom_folder, guide, trained.parent, replace(CONFIG, seed=1))
+        train_gan(phantom_folder, LABEL, guide, trained.parent, replace(CONFIG, seed=1))
     with pytest.raises(FileNotFoundError, match=r"absent.config\.json"):
         load_generators(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"steps\n.*input_value=0"):
@@ -93,4 +94,4 @@ def test_bad_input_is_named(phantom_folder, guide, trained, tmp_path):
     with pytest.raises(ValueError, match="changes one label; remove_support_devices_and_add_cardiomegaly asks for 2"):
         Ganterfactual(trained.parent)(tiny_pipeline(), tiny_images(1), [REMOVE], both)
     with pytest.raises(ValueError, match="not a multiple of 16"):
-        ganterfactual._Training(CONFIG, guide, 40)
+        ganterfactual._Training(CONFIG, guide, LABEL, 40)

@@ -7,8 +7,7 @@ counterfactual where pixels had to change, and measures the best of each on test
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from pydantic import PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
@@ -45,8 +44,7 @@ COLUMNS = (
     *("identity_l1", "reconstruction_l1", "mask_recall", "latent_outside_l1_ratio"),
 )
 
-# Edit -> rows of a prepared table that it suits.
-Cases = Mapping[Edit, pd.DataFrame]
+Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 Place = tuple[Edit, str]  # an edit and an editor's effect
 
 
@@ -177,23 +175,15 @@ def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipelin
     number, images, pairs = batch
     made: list[Made] = []
     inverted: Any = None
-    for (change, _), editor in groups[number].items():
-        with counted_rows(pipe.unet) as rows, Timer() as timer:
-            inverted = inverted if made else editor.invert(pipe, images, pairs)
-            results = editor.edit(pipe, inverted, pairs, change)
-        made.append(Made(results, timer.seconds, sum(rows)))
+    rows: list[int] = []  # of every forward call of the U-Net: one row is one evaluation; gradients do not count
+    with pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+        for (change, _), editor in groups[number].items():
+            rows.clear()
+            with Timer() as timer:
+                inverted = inverted if made else editor.invert(pipe, images, pairs)
+                results = editor.edit(pipe, inverted, pairs, change)
+            made.append(Made(results, timer.seconds, sum(rows)))
     return made
-
-
-@contextmanager
-def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
-    """Rows of every forward call of a U-Net inside the block: one row is one evaluation; gradients do not count."""
-    rows: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()
 
 
 def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False) -> dict[str, Any]:

@@ -77,11 +77,11 @@ def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, m
 
 
 def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Share of the pixels outside ``mask`` that differ from the input in any channel, (N,); bit for bit."""
+    """Share of the pixels outside ``mask`` that differ from the input in any channel, bit for bit, (N,); 0 of none."""
     _check_images(edited=edited, original=original)
-    region = _region(mask, edited, outside=True)
-    changed = (edited != original).any(1, keepdim=True) & region
-    return changed.flatten(1).sum(1) / region.flatten(1).sum(1)
+    _check_mask(mask)
+    changed = (edited != original).any(1, keepdim=True) & ~mask
+    return changed.flatten(1).sum(1) / (~mask).flatten(1).sum(1).clamp(min=1)
 
 
 def mask_recall(mask: Tensor, true_mask: Tensor) -> Tensor:

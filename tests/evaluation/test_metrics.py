@@ -81,6 +81,7 @@ def test_changed_fraction_counts_single_bits_in_any_channel():
     close(metrics.changed_fraction_outside(edited, original, mask), [1 / 15])
     composite = torch.where(mask, edited, original)
     close(metrics.changed_fraction_outside(composite, original, mask), [0.0])
+    close(metrics.changed_fraction_outside(edited, original, mask | ~mask), [0.0])  # no pixel lies outside
 
 
 def test_mask_recall_and_area_by_hand():

@@ -77,7 +77,7 @@ def tasks(folder: Path, precision: Literal["no", "bf16"], steps: int) -> dict[st
     images = F.interpolate(read_images(folder, rows).mean(1, keepdim=True), READ_AT)
     labels = torch.tensor(rows[list(config.labels)].to_numpy(dtype=float).tolist())
     guide = Classifier(classifier.build_classifier(config).to(pipe.device).eval(), config.labels)
-    gan = GanConfig(config.labels[0], steps, filters=8, mixed_precision=precision)
+    gan = GanConfig(steps, filters=8, mixed_precision=precision)
 
     def unet() -> Tensor:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def tasks(folder: Path, precision: Literal["no", "bf16"], steps: int) -> dict[st
         classifier.train_classifier(images, labels, config, progress=False)
 
     def train_anew() -> None:
-        train_gan(folder, guide, Path(mkdtemp(prefix="gan", dir=folder.parent)), gan)
+        train_gan(folder, guide.labels[0], guide, Path(mkdtemp(prefix="gan", dir=folder.parent)), gan)
 
     return {"unet": unet, "classifier": train, "gan": train_anew}
 

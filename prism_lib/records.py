@@ -36,19 +36,14 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "monai", "numpy
 
 
 class Timer:
-    """Wall-clock seconds of a `with` block; `seconds` can also be read while it runs."""
+    """Wall-clock `seconds` of a `with` block, when it has ended."""
 
     def __enter__(self) -> Timer:
-        self._start, self._stop = time.perf_counter(), 0.0
+        self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the block was entered, until it was left."""
-        return (self._stop or time.perf_counter()) - self._start
+        self.seconds = time.perf_counter() - self._start
 
 
 def record(

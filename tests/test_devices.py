@@ -172,12 +172,12 @@ def test_reading_scoring_and_sampling(device, tmp_path):
 
 def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
     guide = Classifier(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
-    config = ganterfactual.GanConfig("Support Devices", steps=2, filters=4, checkpoint_every=1)
-    folder = ganterfactual.train_gan(phantom_folder, guide, tmp_path, config)
+    config = ganterfactual.GanConfig(steps=2, filters=4, checkpoint_every=1)
+    folder = ganterfactual.train_gan(phantom_folder, "Support Devices", guide, tmp_path, config)
     editor = ganterfactual.Ganterfactual(folder.parent)
     assert not isinstance(editor(moved(), tiny_images(1), [REMOVE], CHANGE)[0].image, Remote)
-    again = ganterfactual.train_gan(phantom_folder, guide, tmp_path / "more", replace(config, steps=1))
-    assert again.is_dir()
+    more, fewer = tmp_path / "more", replace(config, steps=1)
+    assert ganterfactual.train_gan(phantom_folder, "Support Devices", guide, more, fewer).is_dir()
 
 
 def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):

@@ -6,11 +6,12 @@ means with bootstrap intervals over patients. The judge only reads; it never gui
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -30,7 +31,18 @@ from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
 from prism_lib.records import Timer
 
-Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, images (N, C, H, W), a pair each
+
+class Made(NamedTuple):
+    """What one editor made of images, in how many seconds and rows of U-Net calls."""
+
+    results: list[Counterfactual]
+    seconds: float
+    rows: int = 0
+
+
+Job = tuple[Tensor, Sequence[PromptPair]]  # images (N, C, H, W), a pair each
+Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some of its images
+Work = Callable[[Any, Batch], Sequence[Made]]  # pipeline and batch -> what each editor makes of it
 
 
 def load_judge(name: str) -> Classifier | None:
@@ -65,11 +77,12 @@ def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test")
 class Evaluation:
     """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
 
-    ``seconds`` are those of inversion and edit alone; ``settings`` are those of the images, each once.
+    ``pairs`` are the prompts, ``seconds`` those of inversion and edit alone, ``settings`` those used, each once.
     """
 
     edit: Edit
     table: pd.DataFrame
+    pairs: tuple[PromptPair, ...]
     factual: Tensor
     edited: Tensor
     raw: Tensor
@@ -97,48 +110,62 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
-def edit_jobs(
-    pipe: StableDiffusionPipeline,
-    jobs: Sequence[tuple[Tensor, Sequence[PromptPair]]],
-    settings: Settings,
-    *,
-    processes: int = 0,
-    batch_size: int = 0,
-    **how: Any,
-) -> list[tuple[list[Counterfactual], float]]:
-    """Invert images and edit them by their pairs, on all cores: results and seconds of each job, in order.
+def in_batches(
+    pipe: StableDiffusionPipeline, work: Work, jobs: Sequence[Job], size: int, processes: int
+) -> list[list[Made]]:
+    """What the editors in ``work(pipe, batch)`` make of each job, on all cores, in order: of each job, by editor.
 
-    Jobs are cut into batches that ``processes`` of one thread share, so results do not depend on their number; 0 is as
-    many as suit, see `devices`. ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what
-    `inversion.invert` takes (method, num_inference_steps).
+    Jobs are cut into batches of ``size`` that ``processes`` of one thread share, so results do not depend on their
+    number; 0 is as many as suit, see `devices`.
     """
-    size = batch_size or devices.batch_for(pipe)
     batches = [
         (number, images[first : first + size], pairs[first : first + size])
         for number, (images, pairs) in enumerate(jobs)
         for first in range(0, len(images), size)
     ]
     count = devices.copies_for(pipe, processes, len(batches))
+    parts: list[list[Sequence[Made]]] = [[] for _ in jobs]
+    worked = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
+    for (number, *_), made in zip(batches, worked, strict=True):
+        parts[number].append(made)
+
+    return [[_joined(own, count) for own in zip(*of_job, strict=True)] for of_job in parts]
+
+
+def _joined(parts: Sequence[Made], processes: int) -> Made:
+    results, seconds, rows = zip(*parts, strict=True)
+    return Made(list(chain(*results)), sum(seconds) / processes, sum(rows))
+
+
+def edit_jobs(
+    pipe: StableDiffusionPipeline,
+    jobs: Sequence[Job],
+    settings: Settings,
+    *,
+    processes: int = 0,
+    batch_size: int = 0,
+    **how: Any,
+) -> list[Made]:
+    """Invert images and edit them by their pairs, on all cores (`in_batches`): what becomes of each job, in order.
+
+    ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what `inversion.invert` takes (method,
+    num_inference_steps).
+    """
+    size = batch_size or devices.batch_for(pipe)
     work = partial(_edit_batch, settings, how | {"batch_size": size})
-    edits = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
-    results: list[list[Counterfactual]] = [[] for _ in jobs]
-    seconds = [0.0] * len(jobs)
-    for (number, _, _), (edited, taken) in zip(batches, edits, strict=True):
-        results[number] += edited
-        seconds[number] += taken / count
-    return list(zip(results, seconds, strict=True))
+    return [made for (made,) in in_batches(pipe, work, jobs, size, processes)]
 
 
 def _edit_batch(
     settings: Settings, how: Mapping[str, Any], pipe: StableDiffusionPipeline, batch: Batch
-) -> tuple[list[Counterfactual], float]:
+) -> Sequence[Made]:
     _, images, pairs = batch
     with Timer() as timer:
         for pair in pairs:
             resolved(pipe, pair, settings)  # settings that do not suit an edit are refused before the inversion
         inversion = invert(pipe, images, [pair.source for pair in pairs], **how)
         edited = edit(pipe, inversion, pairs, *grid(settings, batch_size=[how["batch_size"]]))
-    return edited, timer.seconds
+    return [Made(edited, timer.seconds)]
 
 
 def evaluate_edits(
@@ -156,8 +183,8 @@ def evaluate_edits(
     """
     jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
     return [
-        evaluate_results(folder, rows, change, edited, judge, seconds)
-        for (change, rows), (edited, seconds) in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
+        evaluate_results(folder, rows, change, made.results, judge, made.seconds)
+        for (change, rows), made in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
     ]
 
 
@@ -174,10 +201,10 @@ def evaluate_results(
         raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
-    every = [result.settings for result in edited]
     evaluation = Evaluation(
         change,
         cases[["file_name", "patient_id"]].copy(),
+        tuple(result.pair for result in edited),
         stack(edited, "factual"),
         stack(edited),
         stack(edited, "raw"),
@@ -186,7 +213,7 @@ def evaluate_results(
         known and known.images,
         known and known.changed,
         seconds,
-        tuple(settings for n, settings in enumerate(every) if settings not in every[:n]),
+        tuple(dict.fromkeys(result.settings for result in edited)),
     )
     columns = _appearance(evaluation)
     if known is not None:
@@ -202,17 +229,10 @@ def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
     return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
 
 
-def batch_difference(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    evaluation: Evaluation,
-    settings: Settings,
-    **how: Any,
-) -> float:
+def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
-    (alone,) = evaluate_edits(pipe, folder, {evaluation.edit: cases.head(4)}, settings, batch_size=1, **how)
-    return float((alone.edited - evaluation.edited[: len(alone.table)]).abs().max())
+    (alone,) = edit_jobs(pipe, [(evaluation.factual[:4], evaluation.pairs[:4])], settings, batch_size=1, **how)
+    return float((stack(alone.results) - evaluation.edited[:4]).abs().max())
 
 
 def composition(
@@ -225,36 +245,23 @@ def composition(
 
 
 def reversibility(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: pd.DataFrame,
-    evaluation: Evaluation,
-    settings: Settings,
-    **how: Any,
+    pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any
 ) -> pd.DataFrame:
-    """Undo the ``evaluation`` of an edit of ``cases``: a row per image, with the distance in column `image`."""
-    given, evaluated = cases["file_name"].tolist(), evaluation.table["file_name"].tolist()
-    if given != evaluated:
-        raise ValueError(f"the cases are {given}, but the evaluated edit is of {evaluated}")
-    there = prompt_pairs(folder, cases, evaluation.edit)
-    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in there]
-    ((returned, _),) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
-    distances = metrics.relative_l1(stack(returned), evaluation.factual, evaluation.reconstruction)
-    return cases[["file_name", "patient_id"]].assign(image=distances.tolist())
+    """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in evaluation.pairs]
+    (returned,) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
+    distances = metrics.relative_l1(stack(returned.results), evaluation.factual, evaluation.reconstruction)
+    return evaluation.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 
 def _appearance(e: Evaluation) -> dict[str, Any]:
     open_pixels = e.mask > 0
-    bounded = ~open_pixels.flatten(1).all(1)  # elsewhere no pixel lies outside the mask
-    outside = torch.zeros(len(bounded))
-    if bounded.any():
-        outside[bounded] = metrics.changed_fraction_outside(e.edited[bounded], e.factual[bounded], open_pixels[bounded])
     return {
         "identity_l1": metrics.l1(e.edited, e.factual).tolist(),
         "reconstruction_l1": metrics.l1(e.reconstruction, e.factual).tolist(),
         "raw_l1": metrics.l1(e.raw, e.factual).tolist(),
         "mask_share": open_pixels.float().mean((1, 2, 3)).tolist(),
-        "changed_outside_mask": outside.tolist(),
+        "changed_outside_mask": metrics.changed_fraction_outside(e.edited, e.factual, open_pixels).tolist(),
     }
 
 

@@ -31,22 +31,16 @@ class QuestionReader(nn.Module):
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{type(processor).__name__} has no chat template, which a question needs")
-        if not questions:
-            raise ValueError("there are no questions")
         self.model, self.processor = model, processor
         self.prompts = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
             chat = [{"role": "user", "content": content}]
             self.prompts.append(str(processor.apply_chat_template(chat, add_generation_prompt=True)))
-        tokens = [
-            [processor.tokenizer(word, add_special_tokens=False).input_ids for word in words] for words in (YES, NO)
-        ]
-        first = [{int(ids[0]) for ids in words} for words in tokens]
+        of = processor.tokenizer
+        yes, no = ({of(word, add_special_tokens=False).input_ids[0] for word in words} for words in (YES, NO))
         # A tokenizer that splits " Yes" and " No" after the space gives both the same first token.
-        self.yes, self.no = sorted(first[0] - first[1]), sorted(first[1] - first[0])
+        self.yes, self.no = sorted(yes - no), sorted(no - yes)
         if not self.yes or not self.no:
             raise ValueError("yes and no begin with the same token in this model's tokenizer")
 

@@ -101,9 +101,7 @@ class IdentityScorer:
     """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        from prism_lib.editing.counterfactuals import stack  # late, as above
-
-        images, factual = stack(candidates), stack(candidates, "factual")
+        images, factual = torch.stack([c.image for c in candidates]), torch.stack([c.factual for c in candidates])
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
 
@@ -121,14 +119,12 @@ class GuideScorer:
             raise ValueError(f"a guide reads labels, and the edit {self.edit.key} names none")
 
     def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        from prism_lib.editing.counterfactuals import stack  # late, as above
-
-        after, before = (self._towards(stack(candidates, name)) for name in ("image", "factual"))
+        after, before = self._towards([c.image for c in candidates]), self._towards([c.factual for c in candidates])
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 
-    def _towards(self, images: Tensor) -> Tensor:
+    def _towards(self, images: Sequence[Tensor]) -> Tensor:
         """Probability of the target value of each label that the edit changes, (N, changes)."""
-        probabilities = self.guide.read(images)
+        probabilities = self.guide.read(torch.stack(list(images)))
         of = dict(zip(self.guide.labels, probabilities.unbind(1), strict=True))
         return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 
@@ -172,15 +168,14 @@ def select_each(
             if twice := scores.keys() & more.keys():
                 raise ValueError(f"two scorers give {', '.join(sorted(twice))}")
             scores |= more
-    remaining = iter(merged)
-    return [_choose(group, tuple(islice(remaining, len(group))), criteria) for group in groups]
-
-
-def _choose(candidates: Sequence[Counterfactual], scores: tuple[Scores, ...], criteria: Criteria) -> Selection:
-    failures = tuple(criteria.failures(values) for values in scores)
-    passed = [place for place, reasons in enumerate(failures) if not reasons]
-    winner = max(passed, key=lambda place: scores[place][criteria.best], default=None)
-    return Selection(scores, failures, winner, None if winner is None else candidates[winner])
+    selections, remaining = [], iter(merged)
+    for group in groups:
+        own = tuple(islice(remaining, len(group)))
+        failures = tuple(criteria.failures(values) for values in own)
+        passed = [place for place, reasons in enumerate(failures) if not reasons]
+        winner = max(passed, key=lambda place: own[place][criteria.best], default=None)
+        selections.append(Selection(own, failures, winner, None if winner is None else group[winner]))
+    return selections
 
 
 def _rows(columns: Mapping[str, Tensor]) -> list[Scores]:

@@ -49,9 +49,10 @@ def synthetic(pipe: StableDiffusionPipeline, folder: Folder, *, seed: int = 0, *
         targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
         embeds = encode_prompts(pipe, [*targets, ""])
         # The noise follows from the image's name, so a sample does not depend on the rows beside it.
+        seeds = [int.from_bytes(_digest(seed, name, change.key)[:4], "big") for name in rows["file_name"]]
         samples = [
-            sample_images(pipe, embed[None], embeds[-1:], seed=_seed(seed, name, change), **how)
-            for embed, name in zip(embeds[:-1], rows["file_name"], strict=True)
+            sample_images(pipe, embed[None], embeds[-1:], seed=own, **how)
+            for embed, own in zip(embeds[:-1], seeds, strict=True)
         ]
         return torch.cat(samples).cpu().mean(1, keepdim=True)
 
@@ -98,7 +99,8 @@ class Cached:
         self.settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
-        files = [self.folder / f"{self._digest(name, change)}.png" for name in rows["file_name"]]
+        digests = (_digest(self.settings, name, change.key) for name in rows["file_name"])
+        files = [self.folder / f"{change.key}-{digest.hex()[:16]}.png" for digest in digests]
         missing = [n for n, path in enumerate(files) if not path.is_file()]
         with tqdm(total=len(missing), desc=f"{self.label}: {change.key}", disable=not missing or None) as progress:
             for start in range(0, len(missing), self.chunk):
@@ -109,13 +111,9 @@ class Cached:
                 progress.update(len(part))
         return torch.stack([_read(path) for path in files])
 
-    def _digest(self, name: str, change: Edit) -> str:
-        content = "\0".join([self.settings, name, change.key])
-        return f"{change.key}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
-
-def _seed(seed: int, name: str, change: Edit) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{change.key}".encode()).digest()[:4], "big")
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
 
 
 def _read(path: Path) -> Tensor:

@@ -7,29 +7,27 @@ counterfactual where pixels had to change, and measures the best of each on test
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import Field, field_validator
+from pydantic import PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.devices import batch_for, copies_for, with_copies
-from prism_lib.editing.counterfactuals import Counterfactual
+from prism_lib.devices import batch_for
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.evaluation import evaluate
+from prism_lib.evaluation.evaluate import Evaluation, Made, choose_cases
+from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
 from prism_lib.studies.editors import PLAIN, Edict, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
@@ -42,26 +40,17 @@ GAN = "GANterfactual"
 
 # Columns of `evaluation` that an editor is summarised by, where they are known.
 COLUMNS = (
-    "true_error_ratio",
-    "cpg",
-    "flipped",
-    "side_effect_rate",
-    "identity_l1",
-    "reconstruction_l1",
-    "mask_recall",
-    "latent_outside_l1_ratio",
+    *("true_error_ratio", "cpg", "flipped", "side_effect_rate"),
+    *("identity_l1", "reconstruction_l1", "mask_recall", "latent_outside_l1_ratio"),
 )
 
-# Edit -> rows of a prepared table that it suits.
-Cases = Mapping[Edit, pd.DataFrame]
+Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 Place = tuple[Edit, str]  # an edit and an editor's effect
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Measurement(NamedTuple):
     """An editor's evaluations, one per edit, and the rows that its U-Net calls had per image."""
 
-    editor: Editor
     evaluations: tuple[Evaluation, ...]
     unet_evaluations: float
 
@@ -103,15 +92,15 @@ class ComparisonConfig:
     """
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
-    images: Positive = 3  # test patients for each edit
-    tuning_images: Positive = 1  # validation patients for each edit
-    budget: Positive = BUDGET  # the most settings of a method
-    steps: Positive = 25
-    imagic_steps: Positive = 200
-    gan_steps: Positive = 2000
-    gan_filters: Positive = 32
-    guide_steps: Positive = 200
-    guide_images: Positive = 512
+    images: PositiveInt = 3  # test patients for each edit
+    tuning_images: PositiveInt = 1  # validation patients for each edit
+    budget: PositiveInt = BUDGET  # the most settings of a method
+    steps: PositiveInt = 25
+    imagic_steps: PositiveInt = 200
+    gan_steps: PositiveInt = 2000
+    gan_filters: PositiveInt = 32
+    guide_steps: PositiveInt = 200
+    guide_images: PositiveInt = 512
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
 
@@ -127,14 +116,11 @@ class ComparisonConfig:
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
     """Variants with every combination of ``values`` of the editor's fields or settings; named as "mask off"."""
     own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
-    known = own | {item.name for item in fields(EditConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     variants = {}
     for row in itertools.product(*values.values()):
         chosen = dict(zip(values, row, strict=True))
         overrides = {name: value for name, value in chosen.items() if name not in own}
-        EditConfig(**overrides)  # a value out of range is named here, not after hours of work
+        EditConfig(**overrides)  # an unknown name or a value out of range is named here, not after hours of work
         (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})
         name = ", ".join(
             f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in chosen.items()
@@ -161,79 +147,43 @@ def measure(
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
     places: dict[str, list[Place]] = {name: [] for name in editors}
-    groups: dict[Any, dict[Place, Editor]] = {}
+    groups: dict[tuple[Any, ...], dict[Place, Editor]] = {}  # of editors that share what they invert
     for change, (_, pairs) in inputs.items():
         for name, editor in editors.items():
             place = change, editor.effect(pipe, pairs)
             places[name].append(place)
             shared = (change, type(editor), editor.inverts) if share else place
             groups.setdefault(shared, {}).setdefault(place, editor)
-    size, jobs = batch_for(pipe), []
-    for group in groups.values():
-        change, _ = next(iter(group))
-        images, pairs = inputs[change]
-        for first in range(0, len(images), size):
-            rows = slice(first, first + size)
-            jobs.append(_Job(group, images[rows], pairs[rows], change))
-    found: dict[Place, list[_Made]] = defaultdict(list)
-    count = copies_for(pipe, processes, len(jobs))
-    for made in tqdm(with_copies(pipe, _edit, jobs, count), total=len(jobs), desc="measure"):
-        for place, one in made.items():
-            found[place].append(one)
-    evaluations = {}
-    for place, parts in found.items():
-        edited = [result for part in parts for result in part.results]
-        seconds = sum(part.seconds for part in parts) / count
-        evaluations[place] = evaluate_results(folder, cases[place[0]], place[0], edited, judge, seconds)
+    jobs, work = [inputs[change] for change, *_ in groups], partial(_edit, list(groups.values()))
+    edited = evaluate.in_batches(pipe, work, jobs, batch_for(pipe), processes)
+    made: dict[Place, Made] = {}
+    for group, own in zip(groups.values(), edited, strict=True):
+        made |= zip(group, own, strict=True)
+    evaluations = {
+        place: evaluate.evaluate_results(folder, cases[place[0]], place[0], one.results, judge, one.seconds)
+        for place, one in made.items()
+    }
     total = sum(map(len, cases.values()))
     return {
-        name: Measurement(
-            editors[name],
-            tuple(evaluations[place] for place in own),
-            sum(part.rows for place in own for part in found[place]) / total,
-        )
+        name: Measurement(tuple(evaluations[place] for place in own), sum(made[place].rows for place in own) / total)
         for name, own in places.items()
     }
 
 
-class _Made(NamedTuple):
-    """What one editor made of a batch, in how many seconds and rows of U-Net calls."""
-
-    results: list[Counterfactual]
-    seconds: float
-    rows: int
-
-
-class _Job(NamedTuple):
-    """A batch of images (N, C, H, W) for editors that share what they invert."""
-
-    editors: Mapping[Place, Editor]
-    images: Tensor
-    pairs: Sequence[PromptPair]
-    change: Edit
-
-
-def _edit(pipe: StableDiffusionPipeline, job: _Job) -> dict[Place, _Made]:
-    """Runs in a process of its own; the inversion counts for the first editor."""
-    made: dict[Place, _Made] = {}
+def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipeline, batch: evaluate.Batch) -> list[Made]:
+    """What each editor of a group makes of a batch; the inversion counts for the first."""
+    number, images, pairs = batch
+    made: list[Made] = []
     inverted: Any = None
-    for place, editor in job.editors.items():
-        with counted_rows(pipe.unet) as rows, Timer() as timer:
-            inverted = inverted if made else editor.invert(pipe, job.images, job.pairs)
-            results = editor.edit(pipe, inverted, job.pairs, job.change)
-        made[place] = _Made(results, timer.seconds, sum(rows))
+    rows: list[int] = []  # of every forward call of the U-Net: one row is one evaluation; gradients do not count
+    with pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+        for (change, _), editor in groups[number].items():
+            rows.clear()
+            with Timer() as timer:
+                inverted = inverted if made else editor.invert(pipe, images, pairs)
+                results = editor.edit(pipe, inverted, pairs, change)
+            made.append(Made(results, timer.seconds, sum(rows)))
     return made
-
-
-@contextmanager
-def counted_rows(unet: nn.Module) -> Iterator[list[int]]:
-    """Rows of every forward call of a U-Net inside the block: one row is one evaluation; gradients do not count."""
-    rows: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()
 
 
 def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False) -> dict[str, Any]:
@@ -241,10 +191,8 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bo
     summary = {}
     for name, measurement in measured.items():
         table = pd.concat([evaluation.table for evaluation in measurement.evaluations], ignore_index=True)
-        values: dict[str, Any] = {"images": float(len(table))}
-        for column in COLUMNS:
-            if column in table and table[column].notna().all():
-                values |= interval(column, table[column], table["patient_id"], seed)
+        known = [column for column in COLUMNS if column in table and table[column].notna().all()]
+        values: dict[str, Any] = evaluate.summarise_rows(table[["file_name", "patient_id", *known]], seed)
         values["seconds_per_image"] = measurement.seconds_per_image
         values["unet_evaluations"] = measurement.unet_evaluations
         for evaluation in measurement.evaluations if by_edit else ():
@@ -254,13 +202,13 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bo
     return summary
 
 
-def sheet(measured: Mapping[str, Measurement], edit: int = 0, image: int = 0) -> tuple[Tensor, list[str]]:
-    """One image as every editor edits it, with titles: original, truth where it is known, then the editors."""
+def sheet(measured: Mapping[str, Measurement], edit: int = 0) -> tuple[Tensor, list[str]]:
+    """The first image as every editor edits it, with titles: original, truth where it is known, then the editors."""
     first = next(iter(measured.values())).evaluations[edit]
-    panels = {"original": first.factual[image]}
+    panels = {"original": first.factual[0]}
     if first.truth is not None:
-        panels["true counterfactual"] = first.truth[image]
-    panels |= {name: found.evaluations[edit].edited[image] for name, found in measured.items()}
+        panels["true counterfactual"] = first.truth[0]
+    panels |= {name: found.evaluations[edit].edited[0] for name, found in measured.items()}
     titles = [name.replace("_replace_steps", "").replace(", ", "\n") for name in panels]
     return torch.stack(list(panels.values())), titles
 
@@ -294,10 +242,10 @@ def compare_methods(
             guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
             guide = named_network("densenet-tiny", guide)
             recipe = GanConfig(
-                labels[0], config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
+                config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
             )
             tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
-        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, config.budget, processes)
+        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
         editors = {name: result.editor for name, result in tuned.items()}
         measured = measure(pipe, folder, test, editors, judge, processes=processes)
     return Comparison(tuned, measured, timer.seconds)
@@ -333,14 +281,10 @@ def tune(
     folder: str | Path,
     cases: Cases,
     candidates: Mapping[str, Sequence[Editor]],
-    budget: int = BUDGET,
     processes: int = 0,
 ) -> dict[str, Tuned]:
-    """The best of at most ``budget`` settings of each method, by `CRITERION` on ``cases`` of no test patient."""
+    """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
     require_truth(folder)
-    for name, editors in candidates.items():
-        if not 1 <= len(editors) <= budget:
-            raise ValueError(f"{name} has {len(editors)} settings to try; the budget of every method is {budget}")
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")

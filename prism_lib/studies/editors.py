@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -42,7 +42,6 @@ from prism_lib.models.schedule import Schedule, clean_and_noise
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
-Steps = Annotated[int, Field(ge=1)]
 Pairs = Sequence[PromptPair]
 Results = list[Counterfactual]
 # A mapping stays a mapping: made an `EditConfig`, it would replace what the model recommends for other fields.
@@ -88,7 +87,7 @@ class PromptToPrompt(Editor):
     """
 
     method: str = RECOMMENDED
-    num_inference_steps: Steps = 50
+    num_inference_steps: PositiveInt = 50
     settings: Overrides = field(default_factory=dict, hash=False)
     mask: Literal["auto", "off"] = "auto"
 
@@ -115,8 +114,8 @@ class TwoMasks(Editor):
     """
 
     guidance_scale: float = 7.5
-    num_inference_steps: Steps = 50
-    margin: Annotated[int, Field(ge=0)] = 4
+    num_inference_steps: PositiveInt = 50
+    margin: NonNegativeInt = 4
 
     @property
     def inverts(self) -> Hashable:
@@ -151,7 +150,7 @@ class SDEdit(Editor):
 
     strength: Share = 0.5
     guidance_scale: float = 7.5
-    num_inference_steps: Steps = 50
+    num_inference_steps: PositiveInt = 50
     seed: int = 0
 
     _has_steps = model_validator(mode="after")(_checked_steps)
@@ -185,7 +184,7 @@ class LEdits(Editor):
     edit_guidance_scale: float = 5.0
     threshold: Below1 = 0.9
     skip: Below1 = 0.15
-    num_inference_steps: Steps = 30
+    num_inference_steps: PositiveInt = 30
     intersect: bool = True
     seed: int = 0
 
@@ -233,7 +232,7 @@ class Edict(Editor):
     guidance_scale: float = 3.0
     strength: Share = 0.8
     mixing: Share = 0.93
-    num_inference_steps: Steps = 50
+    num_inference_steps: PositiveInt = 50
 
     _has_steps = model_validator(mode="after")(_checked_steps)
 

@@ -96,18 +96,16 @@ def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_st
     return pd.DataFrame(columns, index=pd.RangeIndex(1, count + 1, name="step"))
 
 
-def save_transition(original: Tensor, edited: Tensor, path: Path, frames: int = 12, seconds: float = 2.0) -> Path:
-    """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF of linear mixtures, repeated."""
+def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
+    """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF of linear mixtures, repeated; 2 seconds."""
     if original.shape != edited.shape or original.ndim != 3 or original.shape[0] not in (1, 3):
         raise ValueError(f"images must be (1 or 3, H, W), got {tuple(original.shape)} and {tuple(edited.shape)}")
-    if frames < 2:
-        raise ValueError(f"a transition needs at least 2 frames, got {frames}")
-    there = torch.linspace(0, 1, frames)
+    there = torch.linspace(0, 1, 12)
     shares = torch.cat([there, there.flip(0)[1:-1]])[:, None, None, None]
     mixtures = (original + shares * (edited - original)).clamp(0, 1)
     pixels = (mixtures * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
     first, *rest = [Image.fromarray(frame) for frame in pixels]
-    more = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds / len(pixels)), "loop": 0}
+    more = {"save_all": True, "append_images": rest, "duration": round(2000 / len(pixels)), "loop": 0}
     with atomic(path) as partial:
         first.save(partial, format="GIF", **more)
     return path

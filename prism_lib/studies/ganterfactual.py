@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from monai.networks.nets import PatchDiscriminator, UNet
-from pydantic import Field
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,22 +35,17 @@ from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, wri
 
 DIRECTIONS = ("remove", "add")
 Images = dict[str, Tensor]  # by direction
-Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class GanConfig:
-    """Recipe for one label; weights of the losses and the rates are the paper's."""
+    """Recipe; the learning rate is the paper's."""
 
-    label: str
-    steps: Positive = 2000
-    batch_size: Positive = 2
+    steps: PositiveInt = 2000
+    batch_size: PositiveInt = 2
     learning_rate: float = 2e-4
-    filters: Positive = 32
-    cycle_weight: float = 10.0
-    identity_weight: float = 1.0
-    classifier_weight: float = 1.0
-    checkpoint_every: Positive = 250
+    filters: PositiveInt = 32
+    checkpoint_every: PositiveInt = 250
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
 
@@ -75,16 +70,16 @@ class Ganterfactual(Editor):
         return unmasked(pipe, images, pairs, translated.expand(shape), self, returned.expand(shape))
 
 
-def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanConfig) -> Path:
+def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, config: GanConfig) -> Path:
     """Train on a prepared folder, or go on, or reuse; returns the folder below ``output`` with the generators."""
     table = load_table(folder, "train")
-    if config.label not in classifier.labels or config.label not in table:
-        raise ValueError(f"label {config.label!r} is not in {folder} or not among the classifier's")
-    sides = {value: table[table[config.label] == value] for value in (0, 1)}
+    if label not in classifier.labels or label not in table:
+        raise ValueError(f"label {label!r} is not in {folder} or not among the classifier's")
+    sides = {value: table[table[label] == value] for value in (0, 1)}
     for value, rows in sides.items():
         if rows.empty:
-            raise ValueError(f"{config.label!r} has one class only in {folder}: no image is labelled {value}")
-    target = output / snake_case(config.label)
+            raise ValueError(f"{label!r} has one class only in {folder}: no image is labelled {value}")
+    target = output / snake_case(label)
     path, text = target / "config.json", json.dumps(asdict(config), indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{target} holds a run with other settings; choose another output folder")
@@ -92,10 +87,10 @@ def train_gan(folder: Folder, classifier: Classifier, output: Path, config: GanC
     finished = target / "generators.safetensors"
     if finished.is_file():
         return target
-    training = _Training(config, classifier, int(load_info(folder)["config"]["size"]))
+    training = _Training(config, classifier, label, int(load_info(folder)["config"]["size"]))
     start = load_checkpoint(target, training.states, training.optimizer).get("step", 0)
     pixels = {value: gray_bytes(folder, rows) for value, rows in sides.items()}
-    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {config.label}"):
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
         negative, positive = (
             pixels[value][torch.randint(len(pixels[value]), (config.batch_size,), generator=draw)] for value in (0, 1)
@@ -121,7 +116,7 @@ def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change; ``config.label`` is replaced by each in turn.
+    """The editor with a GAN for every label that ``edits`` change.
 
     Each combination of prepared folder and settings has a folder of its own below ``output``.
     """
@@ -129,28 +124,25 @@ def train_for(
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = train_guide(folder, home / "guide", guide, images)
     for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
-        train_gan(folder, classifier, home, replace(config, label=label))
+        train_gan(folder, label, classifier, home, config)
     return Ganterfactual(home)
 
 
 def load_generators(folder: Path) -> nn.ModuleDict:
     """The two generators that `train_gan` wrote, by direction."""
-    path = folder / "generators.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no trained GAN at {folder}: {path.name} is missing")
     networks = _generators(GanConfig(**json.loads((folder / "config.json").read_text()))).eval()
-    networks.load_state_dict(load_file(path))
+    networks.load_state_dict(load_file(folder / "generators.safetensors"))
     return networks.to(default_device())
 
 
 class _Training:
     """Images are (B, 1, H, W) in [-1, 1]."""
 
-    def __init__(self, config: GanConfig, classifier: Classifier, size: int) -> None:
+    def __init__(self, config: GanConfig, classifier: Classifier, label: str, size: int) -> None:
         if size % 16:
             raise ValueError(f"the generators halve images four times; {size} pixels are not a multiple of 16")
         self.config = config
-        self.column = classifier.labels.index(config.label)
+        self.column = classifier.labels.index(label)
         self.classifier = classifier.network.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -181,7 +173,8 @@ class _Training:
         self._optimise(0.5 * torch.stack(errors).sum())
 
     def _generator_loss(self, given: Images, wanted: Images) -> tuple[Tensor, Images]:
-        config, total, fakes = self.config, torch.zeros((), device=self.device), {}
+        """The paper's losses, with its weights."""
+        total, fakes = torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])
             score = self._called(self.discriminators[name], fake)
@@ -189,10 +182,8 @@ class _Training:
             intended = torch.full_like(read, float(name == "add"))
             returned = self._translated(other, fake)
             same = self._translated(name, wanted[name])
-            total = total + F.mse_loss(score, torch.ones_like(score))
-            total = total + config.classifier_weight * F.mse_loss(read, intended)
-            total = total + config.cycle_weight * F.l1_loss(returned, given[name])
-            total = total + config.identity_weight * F.l1_loss(same, wanted[name])
+            total = total + F.mse_loss(score, torch.ones_like(score)) + F.mse_loss(read, intended)
+            total = total + 10 * F.l1_loss(returned, given[name]) + F.l1_loss(same, wanted[name])
         return total, fakes
 
     def _called(self, network: nn.Module, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import marker_masks, prompt_pairs, true_counterfactual
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval
+from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair
@@ -49,11 +49,9 @@ def entanglement(
             results = replace(editor, mask=mask).edit(pipe, inverted, pairs, change)
             found = evaluate_results(folder, cases, change, results)
             share = carried_along(found.edited, images, removed[0], ~wanted[1])
-            values = {"confounding": confounding, "images": float(count)}
-            patients = found.table["patient_id"]
-            values |= interval("carried_along", pd.Series(share.tolist()), patients, seed)
-            values |= interval(CRITERION, found.table[CRITERION], patients, seed)
-            numbers[f"confounding {confounding:g}, {wording}, mask {mask}"] = values
+            columns = ["file_name", "patient_id", "carried_along", CRITERION]
+            values = summarise_rows(found.table.assign(carried_along=share.tolist())[columns], seed)
+            numbers[f"confounding {confounding:g}, {wording}, mask {mask}"] = {"confounding": confounding, **values}
     return numbers
 
 
@@ -126,8 +124,7 @@ def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Num
     everyone = pd.DataFrame({"all": True}, index=hard.index)
     for name, members in everyone.join(hard).items():
         if len(table := evaluation.table[members]):
-            found = interval(CRITERION, table[CRITERION], table["patient_id"], seed)
-            numbers[str(name)] = {"images": float(len(table)), **found}
+            numbers[str(name)] = summarise_rows(table[["file_name", "patient_id", CRITERION]], seed)
     return numbers
 
 

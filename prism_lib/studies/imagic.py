@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.pipeline import encode_images, encode_prompts, mixed_calls, sample_images
-from prism_lib.studies.editors import Editor, Pairs, Results, Steps, seed_of, unmasked
+from prism_lib.studies.editors import Editor, Pairs, Results, seed_of, unmasked
 from prism_lib.training.batches import diffusion_loss
 from prism_lib.training.loop import LORA_LAYERS
 
@@ -41,14 +42,14 @@ class Imagic(Editor):
     """Settings; `eta` is the share of the target's embedding in the mixture: 0 is the image, 1 is the prompt."""
 
     eta: float = 0.8
-    embedding_steps: Steps = 200
+    embedding_steps: PositiveInt = 200
     embedding_learning_rate: float = 2e-3
-    unet_steps: Steps = 300
+    unet_steps: PositiveInt = 300
     unet_learning_rate: float = 1e-3
-    rank: Steps = 4
-    batch_size: Steps = 4
+    rank: PositiveInt = 4
+    batch_size: PositiveInt = 4
     guidance_scale: float = 3.0
-    num_inference_steps: Steps = 50
+    num_inference_steps: PositiveInt = 50
     seed: int = 0
 
     @property
@@ -56,14 +57,12 @@ class Imagic(Editor):
         return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
 
     def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> list[Fit]:
-        with _frozen(pipe.unet):
-            progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
-            return [self._tuned(pipe, image, pair) for image, pair in progress]
+        progress = tqdm(zip(images, pairs, strict=True), desc="imagic", total=len(images), leave=False)
+        return [self._tuned(pipe, image, pair) for image, pair in progress]
 
     def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
         images = torch.stack([fit.image for fit in inverted])
-        with _frozen(pipe.unet):
-            edited = torch.cat([self._sampled(pipe, fit, pair) for fit, pair in zip(inverted, pairs, strict=True)])
+        edited = torch.cat([self._sampled(pipe, fit, pair) for fit, pair in zip(inverted, pairs, strict=True)])
         return unmasked(pipe, images, pairs, edited, self)
 
     def _sampled(self, pipe: StableDiffusionPipeline, fit: Fit, pair: PromptPair) -> Tensor:
@@ -114,14 +113,3 @@ def _fit(
         adam.zero_grad()
         loss.backward()
         adam.step()
-
-
-@contextmanager
-def _frozen(unet: UNet2DConditionModel) -> Iterator[None]:
-    before = {name: value.requires_grad for name, value in unet.named_parameters()}
-    unet.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, value in unet.named_parameters():
-            value.requires_grad_(before[name])

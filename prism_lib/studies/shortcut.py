@@ -113,21 +113,21 @@ def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
 
 def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) -> pd.DataFrame:
     """The rows of D_k, drawn from a split; a smaller k keeps the larger one's rows as far as it has them."""
-    half = config.images // 2
+    half, what = config.images // 2, f"{config.images} images at strength {strength:g}"
     together = round(half * strength)
     wanted = (together, half - together, half - together, together)
-    member = groups(table, config.target, config.shortcut)
     shuffled = table.sample(frac=1, random_state=config.draw_seed)
-    parts = []
-    for group, count in enumerate(wanted):
-        rows = shuffled[member.loc[shuffled.index] == group]
-        if len(rows) < count:
-            raise ValueError(
-                f"the training split has {len(rows)} images of group {GROUPS[group]!r} ({config.target} and "
-                f"{config.shortcut}); {config.images} images at strength {strength:g} need {count}"
-            )
-        parts.append(rows.head(count))
+    parts = [_first(shuffled, config, group, count, what) for group, count in enumerate(wanted)]
     return pd.concat(parts, ignore_index=True)
+
+
+def _first(rows: pd.DataFrame, config: ShortcutConfig, group: int, count: int, what: str) -> pd.DataFrame:
+    """The first ``count`` rows of a group; ValueError says that ``what`` needs more than there are."""
+    found = rows[groups(rows, config.target, config.shortcut) == group]
+    if len(found) < count:
+        of_group = f"training images of group {GROUPS[group]!r} ({config.target} and {config.shortcut})"
+        raise ValueError(f"{what} need {count} {of_group}, there are {len(found)}")
+    return found.head(count)
 
 
 def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
@@ -142,15 +142,9 @@ def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
 
 def additions(rows: pd.DataFrame, config: ShortcutConfig) -> list[tuple[pd.DataFrame, Edit]]:
     """The edits that a source makes: training rows in which the two go together, and edits that separate them."""
-    member, labels, count = groups(rows, config.target, config.shortcut), (config.shortcut, config.target), config.added
-    edits = {3: [Edit(remove=(label,)) for label in labels], 0: [Edit(add=(label,)) for label in labels]}
-    for group in edits:
-        if (member == group).sum() < count // 4:
-            raise ValueError(
-                f"{count} added images need {count // 4} training images of group {GROUPS[group]!r}, "
-                f"there are {(member == group).sum()}"
-            )
-    return [(rows[member == group].head(count // 4), edit) for group, own in edits.items() for edit in own]
+    labels, what = (config.shortcut, config.target), f"{config.added} added images"
+    both, neither = (_first(rows, config, group, config.added // 4, what) for group in (3, 0))
+    return [(both, Edit(remove=(label,))) for label in labels] + [(neither, Edit(add=(label,))) for label in labels]
 
 
 def examples(

@@ -76,12 +76,10 @@ def test_a_large_model_is_not_copied(phantom_folder, monkeypatch):
     assert len(large.table) == 3
 
 
-def test_a_batch_changes_results_by_rounding_alone(phantom_folder, evaluated):
-    cases = choose_cases(phantom_folder, REMOVE, 3)
-    how = {"num_inference_steps": 2}
-    assert batch_difference(tiny_pipeline(), phantom_folder, cases, evaluated, EditConfig(), **how) < 1e-3
+def test_a_batch_changes_results_by_rounding_alone(evaluated):
+    assert batch_difference(tiny_pipeline(), evaluated, EditConfig(), **HOW) < 1e-3
     other = replace(evaluated, edited=evaluated.edited.flip(0))
-    assert batch_difference(tiny_pipeline(), phantom_folder, cases, other, EditConfig(), **how) > 1e-2
+    assert batch_difference(tiny_pipeline(), other, EditConfig(), **HOW) > 1e-2
 
 
 def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):
@@ -170,7 +168,7 @@ def test_a_null_edit_changes_no_pixel_and_its_latent_path_costs_the_autoencoder(
 def test_an_edit_that_is_undone_comes_back(phantom_folder, three_cases):
     pipe = tiny_pipeline()
     (known,) = evaluate_edits(pipe, phantom_folder, {REMOVE: three_cases}, EditConfig(), **HOW)
-    table = reversibility(pipe, phantom_folder, three_cases, known, EditConfig(), **HOW)
+    table = reversibility(pipe, known, EditConfig(), **HOW)
     back = [
         PromptPair(pair.target, pair.source, pair.target_words, pair.source_words)
         for pair in prompt_pairs(phantom_folder, three_cases, REMOVE)
@@ -179,5 +177,3 @@ def test_an_edit_that_is_undone_comes_back(phantom_folder, three_cases):
     returned = stack(edit(pipe, inversion, back, EditConfig()))
     expected = metrics.relative_l1(returned, read_images(phantom_folder, three_cases), known.reconstruction)
     assert table["image"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
-    with pytest.raises(ValueError, match="the evaluated edit is of"):
-        reversibility(pipe, phantom_folder, three_cases.tail(2), known, EditConfig(), **HOW)

@@ -154,8 +154,8 @@ def test_a_gan_takes_the_same_step_but_for_rounding():
     guide = Classifier(classifier.build_classifier(labels).eval(), labels.labels)
     images, trained, losses = tiny_images(4) * 2 - 1, {}, {}
     for name in ("no", "bf16"):
-        config = ganterfactual.GanConfig("Support Devices", filters=4, mixed_precision=name)
-        training = ganterfactual._Training(config, guide, 32)
+        config = ganterfactual.GanConfig(filters=4, mixed_precision=name)
+        training = ganterfactual._Training(config, guide, "Support Devices", 32)
         given, wanted = {"remove": images[:2], "add": images[2:]}, {"remove": images[2:], "add": images[:2]}
         losses[name] = float(training._generator_loss(given, wanted)[0].detach())
         training.step(images[:2], images[2:])
@@ -163,4 +163,4 @@ def test_a_gan_takes_the_same_step_but_for_rounding():
     assert trained["bf16"].dtype == torch.float32 and not torch.equal(trained["no"], trained["bf16"])
     assert losses["bf16"] == pytest.approx(losses["no"], rel=2 * EPS)
     with pytest.raises(ValueError, match=r"mixed_precision\n.*input_value='auto'"):
-        ganterfactual.GanConfig("Support Devices", mixed_precision="auto")
+        ganterfactual.GanConfig(mixed_precision="auto")

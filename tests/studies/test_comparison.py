@@ -72,7 +72,7 @@ def test_variants_are_all_combinations_by_name():
 
 
 def test_an_unknown_setting_or_a_bad_value_is_named():
-    with pytest.raises(ValueError, match="unknown setting gidance; known: "):
+    with pytest.raises(ValueError, match=r"gidance\n.*Unexpected keyword"):
         vary(BASE, gidance=[1])
     with pytest.raises(ValueError, match=r"self_replace_steps\n.*input_value=2.0"):
         vary(BASE, self_replace_steps=[2.0])
@@ -199,13 +199,6 @@ def test_every_method_has_the_same_budget_and_ours_begins_with_the_default():
     assert {len(editors) for editors in candidates.values()} == {comparison.BUDGET}
     assert {"PRISM (ours)", "DDIM + prompt-to-prompt", "LEDITS++", "SDEdit", "Imagic"} <= candidates.keys()
     assert candidates["PRISM (ours)"][0] == PromptToPrompt()
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_a_method_outside_the_budget_is_named(phantom_folder, cases, truth, count):
-    editors = {"greedy": [Oracle(truth, 1.0)] * count}
-    with pytest.raises(ValueError, match=f"greedy has {count} settings to try; the budget of every method is 2"):
-        comparison.tune(tiny_pipeline(), phantom_folder, cases, editors, budget=2)
 
 
 def test_tuning_on_test_patients_is_refused(phantom_folder, truth):

@@ -163,8 +163,11 @@ def scored(
         "change": (image - factual).abs().mean((1, 2, 3)).tolist(),
         "change_outside_mask": (kept_out / outside.sum((1, 2, 3)).clamp(min=1)).tolist(),
     }
-    rows = zip(image, raw, factual, reconstruction, mask, pairs, strict=True)
-    return [Counterfactual(*row, {name: of[n] for name, of in scores.items()}, settings) for n, row in enumerate(rows)]
+    tensors = zip(image, raw, factual, reconstruction, mask, strict=True)
+    return [
+        Counterfactual(*row, pair, {name: values[n] for name, values in scores.items()}, settings)
+        for n, (row, pair) in enumerate(zip(tensors, pairs, strict=True))
+    ]
 
 
 def _finish(

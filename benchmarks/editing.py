@@ -215,9 +215,7 @@ def null_text(pipe: StableDiffusionPipeline, inversion: Inversion) -> tuple[Tens
     def predict(latents: Tensor, level: int, embeds: Tensor) -> Tensor:
         return predict_noise(pipe, latents, schedule.timesteps[level], embeds)
 
-    found = optimise_null_text(predict, inversion.latents, source, schedule, inversion.config, lambda *step: None)
-    assert found.negative_embeds is not None
-    return found.latents, found.negative_embeds
+    return optimise_null_text(predict, inversion.latents, source, schedule, inversion.config, lambda *step: None)
 
 
 def warm_up(pipe: StableDiffusionPipeline, cases: Cases) -> None:

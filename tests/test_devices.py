@@ -104,7 +104,8 @@ def test_every_inversion_and_its_edit(device, method):
 
     def work(pipe):
         inverted = invert(pipe, images, [REMOVE.source] * 2, method, num_inference_steps=3, config=config)
-        return stack(edit(pipe, inverted, [REMOVE] * 2)), inverted.reconstruct(pipe)
+        edited = edit(pipe, inverted, [REMOVE] * 2)
+        return stack(edited), stack(edited, "reconstruction")
 
     here, there = both(work)
     same(here[0], there[0])

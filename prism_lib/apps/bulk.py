@@ -218,7 +218,7 @@ def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:
 
 def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
     """Every candidate of each image of one batch; without room for it, in smaller parts."""
-    return in_parts([slice(0, len(batch))], lambda rows: _edit_batch(pipe, config, batch[rows]))
+    return in_parts(len(batch), len(batch), lambda rows: _edit_batch(pipe, config, batch[rows]))
 
 
 def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:

@@ -7,7 +7,6 @@ correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,44 +111,63 @@ def sweep(
     with tqdm(total=inversion.start * len(tasks), desc="edit", leave=False) as progress:
 
         def made(rows: slice) -> list[Counterfactual]:
-            """The results of consecutive tasks, which are one batch."""
             first, last = tasks[rows][0].image, tasks[rows][-1].image
             images, batch = slice(first, last + 1), [replace(task, image=task.image - first) for task in tasks[rows]]
             progress.n = inversion.start * rows.start
             outcome = denoise(pipe, inversion[images], batch, areas[images], progress, callback, first)
             return _finish(pipe, inversion[images], batch, outcome, areas[images])
 
-        bounds = [*range(0, len(tasks), count * size), len(tasks)]
-        results = in_parts([slice(*pair) for pair in itertools.pairwise(bounds)], made)
+        results = in_parts(len(tasks), count * size, made)
     return [results[start : start + count] for start in range(0, len(tasks), count)]
 
 
-def in_parts(parts: Sequence[slice], work: Callable[[slice], list[Result]]) -> list[Result]:
-    """The results of `work` for every part (`slice`s with start and stop), one after the other, as one list.
+def in_parts(count: int, size: int, work: Callable[[slice], list[Result]]) -> list[Result]:
+    """The results of `work` for `count` rows, by slices of at most `size` rows, as one list with a result per row.
 
-    A part that raises torch.OutOfMemoryError is done in halves, and no later part is larger than these. A single row
-    that does not fit raises. Rows must be independent, so that smaller parts change results by rounding alone.
+    Rows that raise torch.OutOfMemoryError are done in halves, and no later slice is larger than these. A single row
+    that does not fit raises. Rows must be independent, so that smaller slices change results by rounding alone.
     """
     results: list[Result] = []
-    waiting = list(reversed(parts))
-    limit = max((part.stop - part.start for part in parts), default=0)
-    while waiting:
-        part = waiting.pop()
-        if part.stop - part.start > limit:
-            waiting.append(slice(part.start + limit, part.stop))
-            part = slice(part.start, part.start + limit)
+    while (start := len(results)) < count:
+        stop = min(start + size, count)
         try:
-            results += work(part)
+            results += work(slice(start, stop))
             continue
         except torch.OutOfMemoryError:
-            if part.stop - part.start == 1:
+            if stop - start == 1:
                 raise
         # Outside of the handler: its traceback would keep the tensors of the failed attempt alive.
-        limit = (part.stop - part.start) // 2
-        waiting.append(part)
-        logger.warning("out of memory: going on with at most %d at a time", limit)
+        size = (stop - start) // 2
+        logger.warning("out of memory: going on with at most %d at a time", size)
         torch.cuda.empty_cache()
     return results
+
+
+def scored(
+    factual: Tensor,
+    image: Tensor,
+    raw: Tensor,
+    reconstruction: Tensor,
+    mask: Tensor,
+    pairs: Sequence[PromptPair],
+    settings: object,
+) -> list[Counterfactual]:
+    """Batches (N, ...) as N results of equal settings.
+
+    Scores: the share of pixels in the mask, the mean change of the result, and that of `raw` outside the mask.
+    """
+    outside = (mask == 0).to(factual)
+    kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
+    scores = {
+        "mask_area": (1 - outside).mean((1, 2, 3)).tolist(),
+        "change": (image - factual).abs().mean((1, 2, 3)).tolist(),
+        "change_outside_mask": (kept_out / outside.sum((1, 2, 3)).clamp(min=1)).tolist(),
+    }
+    tensors = zip(image, raw, factual, reconstruction, mask, strict=True)
+    return [
+        Counterfactual(*row, pair, {name: values[n] for name, values in scores.items()}, settings)
+        for n, (row, pair) in enumerate(zip(tensors, pairs, strict=True))
+    ]
 
 
 def _finish(
@@ -162,30 +180,28 @@ def _finish(
     """Decode every row once, then find masks and composite for all edits of equal settings together."""
     images, channels = inversion.images, inversion.images.shape[1]
     batches = outcome.target.split(len(images))
-    raw = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
-    reconstruction = decode_latents(pipe.vae, outcome.source, channels).to(images)
+    decoded = torch.cat([decode_latents(pipe.vae, batch, channels) for batch in batches]).to(images)
+    sources = decode_latents(pipe.vae, outcome.source, channels).to(images)
     finished: dict[int, Counterfactual] = {}
     for config in dict.fromkeys(task.config for task in tasks):
         own = [k for k, task in enumerate(tasks) if task.config == config]
         rows, places = [outcome.row_of[k] for k in own], [tasks[k].image for k in own]
+        factual, raw, reconstruction, bounds = images[places], decoded[rows], sources[places], areas[places]
         weight = config.mask.attention_weight
         coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], weight).to(images)
-        pairs = [tasks[k].pair for k in own]
-        made = _composited(images[places], raw[rows], reconstruction[places], coarse, areas[places], pairs, config)
-        finished |= dict(zip(own, made, strict=True))
+        mask = _mask(factual, raw, reconstruction, coarse, bounds, config)
+        image = raw
+        if not bounds.off or bounds.keep is not None:
+            image = masks.composite(factual, raw, reconstruction, mask, config.mask.replaced)
+        results = scored(factual, image, raw, reconstruction, mask, [tasks[k].pair for k in own], config)
+        finished |= dict(zip(own, results, strict=True))
     return [finished[k] for k in range(len(tasks))]
 
 
-def _composited(
-    images: Tensor,
-    raw: Tensor,
-    reconstruction: Tensor,
-    coarse: Tensor,
-    areas: Areas,
-    pairs: Sequence[PromptPair],
-    config: EditConfig,
-) -> list[Counterfactual]:
-    """Edits of equal settings put back into their input images, within their masks."""
+def _mask(
+    images: Tensor, raw: Tensor, reconstruction: Tensor, coarse: Tensor, areas: Areas, config: EditConfig
+) -> Tensor:
+    """Where edits of equal settings show: the user's mask, everywhere, or where change and evidence say."""
     if isinstance(areas.mask, Tensor):
         mask = areas.mask
     elif areas.off:
@@ -194,35 +210,7 @@ def _composited(
         mask = masks.automatic_mask(masks.pixel_change(raw, reconstruction, config.mask.smooth), coarse, config.mask)
         if config.protect_text:
             mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
-    if areas.keep is not None:
-        mask = masks.without(mask, areas.keep, config.mask.feather)
-    unbounded = areas.off and areas.keep is None
-    image = raw if unbounded else masks.composite(images, raw, reconstruction, mask, config.mask.replaced)
-    scores = _scores(images, image, raw, reconstruction, mask)
-    return [
-        Counterfactual(
-            image=image[n],
-            raw=raw[n],
-            factual=images[n],
-            reconstruction=reconstruction[n],
-            mask=mask[n],
-            pair=pair,
-            scores={name: values[n] for name, values in scores.items()},
-            settings=config,
-        )
-        for n, pair in enumerate(pairs)
-    ]
-
-
-def _scores(images: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor) -> dict[str, list[float]]:
-    """Per image: share of pixels in the mask, mean change of the result, and mean change of `raw` outside the mask."""
-    outside = (mask == 0).to(images)
-    kept_out = ((raw - reconstruction).abs().mean(1, keepdim=True) * outside).sum((1, 2, 3))
-    return {
-        "mask_area": (1 - outside).mean((1, 2, 3)).tolist(),
-        "change": (image - images).abs().mean((1, 2, 3)).tolist(),
-        "change_outside_mask": (kept_out / outside.sum((1, 2, 3)).clamp(min=1)).tolist(),
-    }
+    return mask if areas.keep is None else masks.without(mask, areas.keep, config.mask.feather)
 
 
 def _check(task: EditTask, prompt: str) -> None:

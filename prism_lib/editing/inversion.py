@@ -12,15 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, method_of
-from prism_lib.models import schedule as ddim
-from prism_lib.models.pipeline import (
-    check_images,
-    decode_latents,
-    encode_images,
-    encode_prompts,
-    image_factor,
-    predict_noise,
-)
+from prism_lib.models.pipeline import check_images, encode_images, encode_prompts, image_factor, predict_noise
 from prism_lib.models.schedule import Schedule
 
 Callback = Callable[[int, int, Tensor], None]
@@ -62,19 +54,6 @@ class Inversion:
         """The level at which an edit starts: T, or less for edit-friendly inversion with `skip`."""
         skip = self.config.skip if self.method == "edit_friendly" else 0.0
         return max(1, self.schedule.num_steps - int(skip * self.schedule.num_steps))
-
-    def reconstruct(self, pipe: StableDiffusionPipeline) -> Tensor:
-        """The source images as an edit reconstructs them, (N, C, H, W).
-
-        For a method that returns to its trajectory these are its clean latents, decoded; the others denoise x*_T again
-        (T evaluations).
-        """
-        latents = self.latents[0] if self.how.returns else _denoise(pipe, self)
-        return decode_latents(pipe.vae, latents, self.images.shape[1]).to(self.images.device)
-
-    def reconstruction_error(self, pipe: StableDiffusionPipeline) -> Tensor:
-        """Mean absolute difference of reconstruction and *input*, (N,), in units of the [0, 1] range."""
-        return (self.reconstruct(pipe) - self.images).abs().mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -122,9 +101,9 @@ def invert(
             own = images[rows]
             source = Source(own, encode_images(pipe.vae, own), embeds[rows], empty.expand(len(own), -1, -1))
             found.append(how.abduce(predict, source, schedule, config, report))
-    latents = torch.cat([trajectory.latents for trajectory in found], 1)
+    latents = torch.cat([walked for walked, _ in found], 1)
     check_finite(latents.isfinite().flatten(2).all(2), range(len(images)), f"{method} inversion")
-    negatives = [trajectory.negative_embeds for trajectory in found if trajectory.negative_embeds is not None]
+    negatives = [embeds for _, embeds in found if embeds is not None]
     negative_embeds = torch.cat(negatives, 1) if negatives else None
     return Inversion(images, tuple(prompts), latents, schedule, method, config, negative_embeds)
 
@@ -134,15 +113,3 @@ def check_finite(finite: Tensor, images: Sequence[int], what: str) -> None:
     if not bool(finite.all()):
         step, row = (~finite).nonzero()[0].tolist()
         raise FloatingPointError(f"{what}: the latents of image {images[row]} are not finite after step {step}")
-
-
-@torch.no_grad()
-def _denoise(pipe: StableDiffusionPipeline, inversion: Inversion) -> Tensor:
-    """The conditional DDIM path down from x*_T, (N, c, h, w)."""
-    schedule = inversion.schedule
-    embeds = encode_prompts(pipe, inversion.prompts)
-    latents = inversion.latents[-1]
-    for level in tqdm(range(schedule.num_steps, 0, -1), desc="reconstruct", leave=False):
-        prediction = predict_noise(pipe, latents, schedule.timesteps[level], embeds)
-        latents = ddim.step(schedule, latents, prediction, level)
-    return latents

@@ -62,17 +62,8 @@ class Source:
     empty: Tensor
 
 
-@plain_dataclass(frozen=True)
-class Trajectory:
-    """Latents (T + 1, N, c, h, w) by level, 0 clean and T noise.
-
-    `negative_embeds` (T + 1, N, L, D), by level, are null-text inversion's; level 0 is not used.
-    """
-
-    latents: Tensor
-    negative_embeds: Tensor | None = None
-
-
+# latents (T + 1, N, c, h, w) by level, and null-text inversion's embeddings (T + 1, N, L, D), whose level 0 is not used
+Trajectory = tuple[Tensor, Tensor | None]
 Abduce = Callable[[Predict, Source, Schedule, InversionConfig, Report], Trajectory]
 
 
@@ -83,9 +74,9 @@ def ddim_trajectory(
     latents = [source.clean]
     for level in range(1, schedule.num_steps + 1):
         prediction = predict(latents[-1], level, source.embeds)
-        latents.append(ddim.inverse_step(schedule, latents[-1], prediction, level))
+        latents.append(ddim.step(schedule, latents[-1], prediction, level - 1, to=level))
         report(level - 1, level, latents[-1])
-    return Trajectory(torch.stack(latents))
+    return torch.stack(latents), None
 
 
 def independent_trajectory(
@@ -100,20 +91,20 @@ def independent_trajectory(
         for level in range(1, schedule.num_steps + 1):
             signal, scale = schedule.alphas[level] ** 0.5, (1 - schedule.alphas[level]) ** 0.5
             latents[level, n] = signal * latents[0, n] + scale * noise[level - 1]
-    return Trajectory(latents)
+    return latents, None
 
 
 def null_text_trajectory(
     predict: Predict, source: Source, schedule: Schedule, config: InversionConfig, report: Report
 ) -> Trajectory:
     """DDIM upwards, then `optimise_null_text` along it."""
-    walked = ddim_trajectory(predict, source, schedule, config, report).latents
+    walked, _ = ddim_trajectory(predict, source, schedule, config, report)
     return optimise_null_text(predict, walked, source, schedule, config, report)
 
 
 def optimise_null_text(
     predict: Predict, walked: Tensor, source: Source, schedule: Schedule, config: InversionConfig, report: Report
-) -> Trajectory:
+) -> tuple[Tensor, Tensor]:
     """Embeddings under which guided sampling follows a trajectory, and the latents it gives (Mokady et al., alg. 1).
 
     Images are independent: each has its own mean loss, Adam works element by element, and an image below its threshold
@@ -154,7 +145,7 @@ def optimise_null_text(
         stored[level] = embeds
         sample = latents[level - 1] = advance(sample, conditional, embeds, level)
         report(index, level, sample)
-    return Trajectory(latents, stored)
+    return latents, stored
 
 
 def ddpm_mean(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:

@@ -56,28 +56,19 @@ def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, leve
     return (sample - noise * prediction) / signal, prediction
 
 
-def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
-    """One deterministic DDIM step from `level` down to `level - 1`; the U-Net saw this `sample`."""
-    return _moved(schedule, sample, prediction, level, level - 1)
+def step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, to: int | None = None) -> Tensor:
+    """One deterministic DDIM step from `level` to `to`, by default the level below; the U-Net saw this `sample`.
 
-
-def inverse_step(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> Tensor:
-    """One DDIM inversion step from `level - 1` up to `level`; the U-Net saw `sample` at `timesteps[level]`.
-
-    That is the timestep of the destination, as in null-text inversion and diffusers' DDIMInverseScheduler.
+    On the way up it saw it at the timestep of `to`, as in null-text inversion and diffusers' DDIMInverseScheduler.
     """
-    return _moved(schedule, sample, prediction, level - 1, level)
+    clean, noise = clean_and_noise(schedule, sample, prediction, level)
+    signal_scale, noise_scale = _scales(schedule, level - 1 if to is None else to)
+    return signal_scale * clean + noise_scale * noise
 
 
 def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance, eps_u + w (eps_c - eps_u) (Ho & Salimans, 2022)."""
     return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _moved(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int, to: int) -> Tensor:
-    clean, noise = clean_and_noise(schedule, sample, prediction, level)
-    signal_scale, noise_scale = _scales(schedule, to)
-    return signal_scale * clean + noise_scale * noise
 
 
 def _scales(schedule: Schedule, level: int) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
+from prism_lib.editing.counterfactuals import Counterfactual, edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, resolved
@@ -290,20 +290,7 @@ def unmasked(
     if reconstruction is None:
         reconstruction = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
     edited, reconstruction = edited.to(images), reconstruction.to(images)
-    change = (edited - images).abs().mean((1, 2, 3)).tolist()
-    return [
-        Counterfactual(
-            image=edited[n],
-            raw=edited[n],
-            factual=images[n],
-            reconstruction=reconstruction[n],
-            mask=torch.ones_like(images[n, :1]),
-            pair=pair,
-            scores={"mask_area": 1.0, "change": change[n], "change_outside_mask": 0.0},
-            settings=settings,
-        )
-        for n, pair in enumerate(pairs)
-    ]
+    return scored(images, edited, edited, reconstruction, torch.ones_like(images[:, :1]), pairs, settings)
 
 
 def seed_of(image: Tensor, seed: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, PNDMScheduler
 
 from prism_lib.models.pipeline import ddim_scheduler
-from prism_lib.models.schedule import Schedule, clean_and_noise, guided, inverse_step, step
+from prism_lib.models.schedule import Schedule, clean_and_noise, guided, step
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -30,15 +30,15 @@ def test_steps_equal_diffusers_schedulers(prediction_type, steps):
         down = scheduler.step(prediction, t, sample).prev_sample
         torch.testing.assert_close(step(schedule, sample, prediction, level), down, atol=2e-5, rtol=1e-5)
         up = inverse.step(prediction, t, sample).prev_sample
-        torch.testing.assert_close(inverse_step(schedule, sample, prediction, level), up, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(step(schedule, sample, prediction, level - 1, to=level), up, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", [1, 2, 25, 50])
-def test_inverse_step_undoes_a_step_with_the_same_noise(level):
+def test_a_step_up_undoes_a_step_with_the_same_noise(level):
     schedule = Schedule.from_config(ddim_scheduler().config, 50)
     sample, prediction = noise(0, torch.float64), noise(1, torch.float64)
     there = step(schedule, sample, prediction, level)
-    back = inverse_step(schedule, there, prediction, level)
+    back = step(schedule, there, prediction, level - 1, to=level)
     torch.testing.assert_close(back, sample, atol=1e-13, rtol=0)
     assert (there - sample).abs().max() > 1e-3
 
@@ -66,7 +66,7 @@ def test_final_alpha_is_that_of_training_and_levels_are_bounded():
     assert schedule.alphas[0] == pytest.approx(float(scheduler.alphas_cumprod[0]))
     assert schedule.timesteps[-1] == 981
     with pytest.raises(ValueError, match="level 51 is outside"):
-        inverse_step(schedule, noise(0), noise(1), 51)
+        step(schedule, noise(0), noise(1), 50, to=51)
 
 
 def test_the_default_scheduler_of_sd_on_the_hub_gives_the_same_schedule():

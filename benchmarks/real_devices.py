@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.real_devices PREPARED_FOLDER JUDGE_FOLDER [--model MODEL]`` writes the record `real_devices`. The
 prepared folder has films with the label "Support Devices" that were read by eye, such as Hannover's by the adapter
-"table"; the judge is a folder below PRISM_RUNS/judges that 03 left. `auc` is the judge's, on the films as they are.
+"table", of the size that the model was trained on. The judge is a folder below PRISM_RUNS/judges that 03 left. `auc` is
+the judge's, on the films as they are.
 
 With a model, devices are removed from the films that have them. `below_half` is the share of these films whose
 probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` is over the films that were read as films
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -41,8 +41,7 @@ def removed(
         rows = films.iloc[first : first + size]
         images, pairs = read_images(folder, rows), prompt_pairs(folder, rows, REMOVE)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=steps, batch_size=size)
-        with torch.no_grad():
-            edited = stack(edit(pipe, inversion, pairs))
+        edited = stack(edit(pipe, inversion, pairs))
         read = {"p_before": judge.read(images)[:, column], "p_after": judge.read(edited)[:, column]}
         parts.append(rows[["patient_id"]].assign(**{name: values.tolist() for name, values in read.items()}))
     return pd.concat(parts, ignore_index=True)

@@ -89,7 +89,7 @@ def judge_auc(
     table = load_table(folder, split).reindex(columns=["patient_id", "file_name", *(judge.labels if judge else ())])
     read = torch.cat([judge.read(part) for part in image_batches(folder, table)]) if judge else torch.zeros(0, 0)
     for label, probabilities in zip(table.columns[2:], read.T, strict=True):
-        known = table[label].isin([0, 1]).to_numpy()
+        known = table[label].isin([0, 1]).tolist()
         patients = table["patient_id"][known].tolist()
         readings = torch.stack([probabilities, torch.tensor(table[label].tolist())], 1)[known]
         rows[label] = {"images": len(readings), "judged": False}

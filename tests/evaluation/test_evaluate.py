@@ -220,7 +220,7 @@ class Brightness(torch.nn.Module):
         return torch.stack([read, -read, torch.zeros_like(read)], 1) + self.zero
 
 
-def test_labels_that_the_judge_reads_badly_are_not_judged(phantom_folder, evaluated):
+def test_labels_that_the_judge_reads_badly_are_not_judged(phantom_folder):
     table = load_table(phantom_folder, "test")
     images = read_images(phantom_folder, table)
     names = ("Support Devices", "Cardiomegaly", "Lead")

@@ -39,11 +39,7 @@ Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, images (N
 def load_judge(
     name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
 ) -> Classifier | None:
-    """The classifier below PRISM_WEIGHTS with this name; None for an empty one; for "train" a prepared folder's own.
-
-    That is the `own_classifier` of the first ``images`` of the train split, by default for the labels of which it has
-    both classes, at 256 pixels. ``network`` is one of `NETWORKS`, ``settings`` are fields of `ClassifierConfig`.
-    """
+    """A name below PRISM_WEIGHTS; "" is None; "train" is a folder's `own_classifier`, ``settings`` `ClassifierConfig`'s."""
     if name != "train":
         return Classifier.load(paths.weights() / name) if name else None
     known, table = load_info(folder)["labels"], load_table(folder, "train").head(images)
@@ -81,10 +77,7 @@ def gray_bytes(folder: Folder, table: pd.DataFrame) -> Tensor:
 def judge_auc(
     judge: Classifier | None, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0
 ) -> pd.DataFrame:
-    """How well a judge reads a split, a row per label: known `images`, `auc` with its interval over patients, `judged`.
-
-    Edits are judged by a label if its AUC is at least ``minimum``. It is NaN where a class is missing.
-    """
+    """A row per label: known `images`, `auc` (NaN without both classes), its interval, `judged`: >= ``minimum``."""
     rows: dict[str, dict[str, float]] = {}
     table = load_table(folder, split).reindex(columns=["patient_id", "file_name", *(judge.labels if judge else ())])
     read = torch.cat([judge.read(part) for part in image_batches(folder, table)]) if judge else torch.zeros(0, 0)

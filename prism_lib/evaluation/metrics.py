@@ -176,10 +176,7 @@ def agreement(probabilities: Tensor, others: Tensor) -> float:
 
 
 def auc(readings: Tensor) -> float:
-    """Area under the ROC curve of probabilities and labels, 0 or 1, (N, 2); NaN where one class occurs.
-
-    It is the share of pairs of both classes that are in order; equal probabilities count half.
-    """
+    """Area under the ROC curve of probabilities and labels, 0 or 1, (N, 2); NaN where one class occurs."""
     positive, negative = (readings[readings[:, 1] == value, 0].sort().values for value in (1, 0))
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
     return float(below.double().mean() / (2 * len(negative)))
@@ -210,8 +207,7 @@ def bootstrap_ci(
     """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 
     Rows of one patient are drawn together; without ``patients`` every row is its own. (N, K, R) holds R runs, such as
-    models of other seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007). Draws
-    whose statistic is NaN, such as an AUC of one class, are left out.
+    models of other seeds, resampled independently of patients (pigeonhole bootstrap, Owen 2007). NaN draws drop out.
     """
     if values.ndim not in (1, 2, 3) or not torch.isfinite(values).all():
         raise ValueError(f"values must be finite, (N,), (N, K) or (N, K, R); got shape {tuple(values.shape)}")

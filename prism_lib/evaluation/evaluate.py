@@ -39,7 +39,7 @@ Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, images (N
 def load_judge(
     name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
 ) -> Classifier | None:
-    """A name below PRISM_WEIGHTS; "" is None; "train" is a folder's `own_classifier`, ``settings`` `ClassifierConfig`'s."""
+    """One below PRISM_WEIGHTS; "" is None; "train" a folder's `own_classifier`, settings a `ClassifierConfig`'s."""
     if name != "train":
         return Classifier.load(paths.weights() / name) if name else None
     known, table = load_info(folder)["labels"], load_table(folder, "train").head(images)

@@ -27,6 +27,12 @@ def draw(count: int, seed: int, labels: tuple[str, ...]) -> tuple[torch.Tensor, 
     return (render(patients, SIZE) * 255).round().byte(), torch.tensor(values.tolist())
 
 
+def areas(values: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    """AUC per label of probabilities and labels (N, L)."""
+    pairs = torch.stack([values, labels.to(values)], 1)
+    return {name: metrics.auc(pairs[..., column]) for column, name in enumerate(names)}
+
+
 def main() -> None:
     """Train the second judge, let both read, and record."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -46,7 +52,7 @@ def main() -> None:
         seed=TRAIN_SEED,
         metrics={
             "agreement": metrics.agreement(read["densenet"], read["resnet"]),
-            **{f"auc_{name}": classifier.auc(values, labels, first.labels) for name, values in read.items()},
+            **{f"auc_{name}": areas(values, labels, first.labels) for name, values in read.items()},
         },
         model="phantom-judge",
         seconds=timer.seconds,

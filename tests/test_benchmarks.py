@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, identifiability
+from benchmarks import bulk, editing, full_size, identifiability, real_devices
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
@@ -19,6 +19,7 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import grid
 from prism_lib.language.edits import Edit
+from prism_lib.models import classifier
 from prism_lib.models.pipeline import decode_latents
 from prism_lib.phantom.patients import counterfactual, sample_patients
 from tests.tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
@@ -134,3 +135,38 @@ def test_identifiability_asks_patients_that_an_edit_suits():
         assert len(patients) == 2
         _, changed = counterfactual(patients, 64, **edit.attributes)
         assert changed.flatten(1).any(1).all()
+
+
+def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tmp_path, monkeypatch, capsys):
+    """The edit is stood in for: the first film loses its devices, the others stay as they are."""
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
+    labels = ("Cardiomegaly", real_devices.DEVICES)
+    config = classifier.ClassifierConfig(labels, blocks=(1, 1), growth=4, features=8, size=16)
+    judge = classifier.save_classifier(classifier.build_classifier(config), config, tmp_path / "judge")
+    given = [str(phantom_folder), str(judge)]
+    real_devices.main(given)
+    found = records.load_record("real_devices", "films")["metrics"]
+    assert found["auc_low"] <= found["auc"] <= found["auc_high"]
+    assert found["images"] == 18 and "below_half" not in found
+    monkeypatch.setattr(real_devices, "load_pipeline", lambda _: tiny_pipeline())
+    real_devices.main([*given, "--model", "tiny", "--films", "3", "--steps", "2"])
+    found = records.load_record("real_devices", "films")["metrics"]
+    assert found["films_edited"] == 3 and 0 <= found["p_after"] <= 1
+    patients = phantom_folder / "val"  # not a prepared folder
+    with pytest.raises(FileNotFoundError, match="not a prepared data set"):
+        real_devices.main([str(patients), str(judge)])
+    blind = replace(config, labels=("Cardiomegaly",))
+    other = classifier.save_classifier(classifier.build_classifier(blind), blind, tmp_path / "blind")
+    with pytest.raises(SystemExit):
+        real_devices.main([str(phantom_folder), str(other)])
+    assert "must both have the label 'Support Devices'" in capsys.readouterr().err
+
+
+def test_shares_of_real_devices_are_of_all_films_and_of_those_that_were_read():
+    read = pd.DataFrame({"patient_id": list("abcd"), "p_before": [0.9, 0.8, 0.7, 0.2], "p_after": [0.1, 0.6, 0.3, 0.1]})
+    found = real_devices.summarise(read, seed=0)
+    assert (found["films_edited"], found["flip_denominator"]) == (4, 3)
+    assert (found["below_half"], found["below_half_as_it_is"]) == (0.75, 0.25)
+    assert found["flip_rate"] == pytest.approx(2 / 3)
+    assert found["flip_rate_low"] <= found["flip_rate"] <= found["flip_rate_high"]
+    assert "flip_rate" not in real_devices.summarise(read.assign(p_before=0.1), seed=0)

@@ -27,6 +27,8 @@ SMALL = {
     "MIXED_PRECISION": "no",
     "IMAGES_PER_EDIT": 1,
     "SHEET_ROWS": 1,
+    "JUDGE_TRAINING": {"network": "densenet-tiny", "steps": 2, "batch_size": 2},
+    "JUDGE_MIN_AUC": 0.0,
 }
 
 
@@ -74,5 +76,7 @@ def test_profile_runs_on_data_in_the_published_format(profile, write, channels, 
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("figures/*.json")}
     assert {"data", "finetuning", "counterfactual_quality"} <= records.keys()
     assert records["data"]["metrics"]["unseen_edit_words"] == 0
+    assert records["judge"]["metrics"]["auc"].keys() == records["judge"]["metrics"]["auc_low"].keys() != set()
+    assert list((tmp_path / "runs" / "judges").glob("*/model.safetensors"))
     edits = set(load_profile(profile).sections["03_counterfactuals"]["EDITS"])
     assert set(records["counterfactual_quality"]["metrics"]) == edits

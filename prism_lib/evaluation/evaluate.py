@@ -6,6 +6,9 @@ means with bootstrap intervals over patients. The judge only reads; it never gui
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
-from prism_lib.data.folder import Folder, image_batches, load_table, read_images
+from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
 from prism_lib.editing.inversion import invert
@@ -28,7 +31,7 @@ from prism_lib.editing.settings import Settings, grid, resolved
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST
-from prism_lib.models.classifier import Classifier, ClassifierConfig, auc, save_classifier, train_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network, save_classifier, train_classifier
 from prism_lib.records import Timer
 
 
@@ -45,14 +48,33 @@ Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some 
 Work = Callable[[Any, Batch], Sequence[Made]]  # pipeline and batch -> what each editor makes of it
 
 
-def load_judge(name: str) -> Classifier | None:
-    """The classifier below PRISM_WEIGHTS with this name, or None for an empty one."""
-    return Classifier.load(paths.weights() / name) if name else None
+def load_judge(
+    name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
+) -> Classifier | None:
+    """One below PRISM_WEIGHTS; "" is None; "train" a folder's `own_classifier`, settings a `ClassifierConfig`'s."""
+    if name != "train":
+        return Classifier.load(paths.weights() / name) if name else None
+    known, table = load_info(folder)["labels"], load_table(folder, "train").head(images)
+    labels = settings.pop("labels", [label for label in known if {0, 1} <= set(table[label])])
+    if not labels or not set(labels) <= set(known):
+        raise ValueError(f"a judge of {folder} needs labels of {known} with both classes, not {labels}")
+    config = named_network(network, ClassifierConfig(tuple(labels), **{"size": 256} | settings))
+    return own_classifier(folder, paths.runs() / "judges", config, images)
 
 
-def train_judge(folder: str | Path, output: Path, config: ClassifierConfig, images: int) -> Classifier:
+def own_classifier(folder: Folder, home: Path, config: ClassifierConfig, images: int) -> Classifier:
+    """What `train_judge` makes of a prepared folder, kept below ``home`` by the folder's content and the settings."""
+    made = repr((load_info(folder)["content_hash"], config, images))
+    kept = home / hashlib.sha256(made.encode()).hexdigest()[:12]
+    if not (kept / "config.json").is_file():
+        train_judge(folder, kept, config, images)
+    return Classifier.load(kept)  # read back even if just trained: stored weights are float16
+
+
+def train_judge(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Classifier:
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
+    table = table[table[list(config.labels)].isin([0, 1]).any(axis=1)]
     labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
     model = train_classifier(gray_bytes(folder, table), labels, config)
     save_classifier(model, config, output)
@@ -64,13 +86,32 @@ def gray_bytes(folder: Folder, table: pd.DataFrame) -> Tensor:
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
 
-def judge_auc(judge: Classifier | None, folder: str | Path, split: str = "test") -> dict[str, float]:
-    """AUC per label of the judge on a split; {} without a judge."""
-    if judge is None:
-        return {}
-    table = load_table(folder, split)
-    labels = torch.tensor(table[list(judge.labels)].to_numpy(dtype=float))
-    return auc(torch.cat([judge.read(part) for part in image_batches(folder, table)]), labels, judge.labels)
+def judge_auc(
+    judge: Classifier | None, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0
+) -> pd.DataFrame:
+    """A row per label: known `images`, `auc` (NaN without both classes), its interval, `judged`: >= ``minimum``."""
+    rows: dict[str, dict[str, float]] = {}
+    table = load_table(folder, split).reindex(columns=["patient_id", "file_name", *(judge.labels if judge else ())])
+    read = torch.cat([judge.read(part) for part in image_batches(folder, table)]) if judge else torch.zeros(0, 0)
+    for label, probabilities in zip(table.columns[2:], read.T, strict=True):
+        known = table[label].isin([0, 1]).tolist()
+        patients = table["patient_id"][known].tolist()
+        readings = torch.stack([probabilities, torch.tensor(table[label].tolist())], 1)[known]
+        rows[label] = {"images": len(readings), "judged": False}
+        if len(set(patients)) > 1 and not math.isnan(metrics.auc(readings)):
+            found = metrics.bootstrap_ci(readings, patients, metrics.auc, seed=seed)
+            rows[label] |= {**found.named("auc"), "judged": found.estimate >= minimum}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["images", "auc", "auc_low", "auc_high", "judged"])
+
+
+def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | None:
+    """The judge of the labels that are `judged` in what `judge_auc` found; None where there is none."""
+    columns = [column for column, judged in enumerate(reading["judged"]) if judged]
+    if judge is None or not columns:
+        return None
+    network = copy.deepcopy(judge.network)
+    network.register_forward_hook(lambda _, given, logits: logits[:, columns])
+    return Classifier(network, tuple(judge.labels[column] for column in columns))
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,13 @@ def agreement(probabilities: Tensor, others: Tensor) -> float:
     return float(((probabilities >= 0.5) == (others >= 0.5)).double().mean())
 
 
+def auc(readings: Tensor) -> float:
+    """Area under the ROC curve of probabilities and labels, 0 or 1, (N, 2); NaN where one class occurs."""
+    positive, negative = (readings[readings[:, 1] == value, 0].sort().values for value in (1, 0))
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return float(below.double().mean() / (2 * len(negative)))
+
+
 LEVEL, RESAMPLES = 0.95, 2000
 
 
@@ -190,7 +197,7 @@ def bootstrap_ci(
     """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 
     Rows of one patient are drawn together; without ``patients`` every row is its own. (N, K, R) holds R runs, such as
-    models of other seeds, which are resampled independently of patients (the pigeonhole bootstrap, Owen 2007).
+    models of other seeds, resampled independently of patients (pigeonhole bootstrap, Owen 2007). NaN draws drop out.
     """
     if values.ndim not in (1, 2, 3) or not torch.isfinite(values).all():
         raise ValueError(f"values must be finite, (N,), (N, K) or (N, K, R); got shape {tuple(values.shape)}")
@@ -209,7 +216,7 @@ def bootstrap_ci(
         runs = torch.from_numpy(generator.integers(values.shape[2], size=(RESAMPLES, values.shape[2])))
         drawn = (rows[:, :, run] for rows, run in zip(drawn, runs, strict=True))
     estimates = [float(statistic(rows)) for rows in drawn]
-    low, high = np.quantile(estimates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(estimates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
 
 

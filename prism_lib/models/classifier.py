@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
@@ -51,6 +50,7 @@ class ClassifierConfig:
     objective: Objective = "erm"
     group_step: PositiveFloat = 0.1  # of Group-DRO's weights
     mixed_precision: Literal["no", "bf16"] = "no"  # of training; predictions are always in float32
+    size: NonNegativeInt = 0  # pixels to which larger images are reduced before the network reads them; 0: none
 
 
 # Networks by name; the two small ones are for processors and images of about 128 pixels.
@@ -77,12 +77,15 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
     outputs = len(config.labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.network == "resnet18":
+        if config.network == "densenet":
+            model: nn.Module = DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
+        elif config.network == "resnet18":
             # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
-            return resnet18(spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2)
-        if config.network != "densenet":
-            return EfficientNetBN(config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=outputs)
-        return DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
+            model = resnet18(spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2)
+        else:
+            model = EfficientNetBN(config.network, pretrained=False, spatial_dims=2, in_channels=1, num_classes=outputs)
+    model.register_forward_pre_hook(lambda _, given: (_reduced(given[0], config.size),))
+    return model
 
 
 def train_classifier(
@@ -109,7 +112,8 @@ def train_classifier(
     worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
     batches = islice(_batches(len(images), config, groups, generator), total)
     for rows in tqdm(batches, total=total, desc="classifier", leave=False, disable=not progress):
-        batch = _augment(_unit(images[rows]), generator).to(device, memory_format=torch.channels_last)
+        batch = _augment(_reduced(_unit(images[rows]), config.size), generator)
+        batch = batch.to(device, memory_format=torch.channels_last)
         mask = known[rows].to(device)
         target = torch.where(known[rows], labels[rows], 0.0).to(device)
         with autocast(device, config.mixed_precision):
@@ -172,6 +176,11 @@ def _unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
+def _reduced(images: Tensor, size: int) -> Tensor:
+    smaller = 0 < size < images.shape[-1]
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True) if smaller else images
+
+
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to 4 pixels, gamma 0.8 to 1.25, a little noise."""
     shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
@@ -203,20 +212,6 @@ class Classifier:
     def read(self, images: Tensor) -> Tensor:
         """Probabilities (N, L) in [0, 1] for images (N, C, H, W) in [0, 1], which are read in gray."""
         return predict(self.network, images.mean(1, keepdim=True))
-
-
-def auc(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Area under the ROC curve per label, over rows whose label is known; ValueError names a label of one class."""
-    from sklearn.metrics import roc_auc_score  # half a second: only where it is needed
-
-    areas = {}
-    for column, name in enumerate(names):
-        truth = labels[:, column].numpy().astype(float)
-        known = np.isfinite(truth) & (truth >= 0)
-        if len(np.unique(truth[known])) < 2:
-            raise ValueError(f"AUC of {name!r} needs both classes; only one occurs")
-        areas[name] = float(roc_auc_score(truth[known], probabilities[known, column].numpy()))
-    return areas
 
 
 def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "comparison": ["ComparisonConfig", "compare_methods", "vary"],
         "editors": ["Edict", "Editor", "LEdits", "PromptToPrompt", "SDEdit", "TwoMasks"],
         "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_transition"],
-        "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan", "train_guide"],
+        "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan"],
         "imagic": ["Imagic"],
         "shortcut": ["ShortcutConfig"],
     },

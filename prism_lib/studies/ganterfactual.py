@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
-from prism_lib.evaluation.evaluate import gray_bytes, train_judge
+from prism_lib.evaluation.evaluate import gray_bytes, own_classifier
 from prism_lib.files import stable_seed, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import snake_case
-from prism_lib.models.classifier import Classifier, ClassifierConfig, load_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig
 from prism_lib.studies.editors import Editor, Pairs, Results, unmasked
 from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 
@@ -102,17 +102,6 @@ def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, 
     return target
 
 
-def train_guide(folder: Folder, output: Path, config: ClassifierConfig, images: int) -> Classifier:
-    """The classifier that guides the GAN, trained on the first ``images`` of the train split; kept at ``output``."""
-    if not (output / "config.json").is_file():
-        train_judge(Path(folder), output, config, images)
-    # Read back even if just trained: stored weights are float16, and a run that continues needs the same guide.
-    model, found = load_classifier(output)
-    if found != config:
-        raise ValueError(f"{output} holds a classifier with other settings; choose another output folder")
-    return Classifier(model, found.labels)
-
-
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
@@ -122,7 +111,7 @@ def train_for(
     """
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
-    classifier = train_guide(folder, home / "guide", guide, images)
+    classifier = own_classifier(folder, home / "guide", guide, images)
     for label in dict.fromkeys(name for change in edits for name in (*change.remove, *change.add)):
         train_gan(folder, label, classifier, home, config)
     return Ganterfactual(home)

@@ -29,7 +29,7 @@ from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig, Objective, auc, predict, train_classifier
+from prism_lib.models.classifier import ClassifierConfig, Objective, predict, train_classifier
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
@@ -257,7 +257,9 @@ def _measures(readings: Readings, config: ShortcutConfig, strength: float, name:
     read = [readings.probabilities[strength, name, seed] for seed in config.seeds]
     targets = [probabilities[:, column] for probabilities in read]
     by_group = [metrics.group_accuracy(values, labels, group, range(4)) for values in targets]
-    areas = [auc(probabilities, readings.labels, config.classifier.labels) for probabilities in read]
+    names = config.classifier.labels
+    pairs = [torch.stack([probabilities, readings.labels.to(probabilities)], 1) for probabilities in read]
+    areas = [{label: metrics.auc(pair[..., column]) for column, label in enumerate(names)} for pair in pairs]
     odds = [metrics.equalised_odds_difference(values, labels, group % 2) for values in targets]
     worst = _interval(readings, config, strength, (name,), lambda values: values[0])
     return {
@@ -266,7 +268,7 @@ def _measures(readings: Readings, config: ShortcutConfig, strength: float, name:
         "equalised_odds_difference": fmean(odds),
         "calibration_error": fmean(metrics.calibration_error(values, labels) for values in targets),
         "group_accuracy": {GROUPS[g]: fmean(accuracies[g] for accuracies in by_group) for g in range(4)},
-        "auc": {label: fmean(area[label] for area in areas) for label in config.classifier.labels},
+        "auc": {label: fmean(area[label] for area in areas) for label in names},
         "worst_group_accuracy_by_seed": [min(accuracies.values()) for accuracies in by_group],
     }
 

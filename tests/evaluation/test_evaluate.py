@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from prism_lib.evaluation.evaluate import (
     reversibility,
     summarise,
     summarise_rows,
+    trusted,
 )
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
@@ -147,9 +149,102 @@ def test_markers_are_those_of_the_rows(phantom_folder):
 
 def test_no_judge_no_verdict(phantom_folder):
     assert load_judge("") is None
-    assert judge_auc(None, phantom_folder) == {}
+    nothing = judge_auc(None, phantom_folder)
+    assert nothing.empty and trusted(None, nothing) is None
     with pytest.raises(FileNotFoundError, match="no classifier"):
         load_judge("nobody")
+
+
+TRAINING = {"blocks": (1, 1), "growth": 4, "features": 8, "steps": 2, "batch_size": 4, "size": 16}
+
+
+@pytest.fixture
+def own(phantom_folder, tmp_path, monkeypatch):
+    """Trains a judge of the phantoms; the rows that it learnt are left in a list, as are those of later calls."""
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
+    rows, real = [], evaluate.gray_bytes
+    monkeypatch.setattr(evaluate, "gray_bytes", lambda folder, table: (rows.append(table), real(folder, table))[1])
+    monkeypatch.setattr(evaluate, "named_network", lambda _, config: config)  # smaller than any with a name
+    return lambda **training: (load_judge("train", phantom_folder, **TRAINING | training), rows)
+
+
+def test_an_own_judge_learns_the_train_split_alone_and_is_kept_by_content(own, phantom_folder, monkeypatch):
+    judge, rows = own()
+    held = set(load_table(phantom_folder, "val")["patient_id"]) | set(load_table(phantom_folder, "test")["patient_id"])
+    assert set(rows[0]["split"]) == {"train"} and not held & set(rows[0]["patient_id"])
+    again, _ = own()
+    images = read_images(phantom_folder, load_table(phantom_folder, "test"))
+    assert len(rows) == 1 and torch.equal(again.read(images), judge.read(images)), "a second notebook reads it"
+    own(seed=1)
+    assert len(rows) == 2, "other settings"
+    info = evaluate.load_info(phantom_folder) | {"content_hash": "other"}
+    monkeypatch.setattr(evaluate, "load_info", lambda _: info)
+    own()
+    assert len(rows) == 3, "other data"
+
+
+def test_an_own_judge_learns_labels_of_both_classes_in_rows_that_have_one(own, phantom_folder, monkeypatch):
+    table = load_table(phantom_folder)
+    train = table["split"] == "train"
+    table.loc[train, "Cardiomegaly"] = 0.0
+    table.loc[train, "Pleural Effusion"] = float("nan")
+    table.loc[table.index[train][:3], "Support Devices"] = -1.0
+    picked = lambda _, split: table[table["split"] == split].reset_index(drop=True)  # noqa: E731
+    monkeypatch.setattr(evaluate, "load_table", picked)
+    table["No Finding"] = 1.0
+    judge, rows = own()
+    assert judge.labels == ("Support Devices",)
+    assert len(rows[0]) == train.sum() - 3
+    for labels in ([], ["Lead"]):
+        with pytest.raises(ValueError, match=r"a judge of .* needs labels of \[.*Support Devices.* with both classes"):
+            own(labels=labels)
+    with pytest.raises(ValueError, match="'Cardiomegaly' has one class only"):
+        own(labels=["Cardiomegaly"])
+    with pytest.raises(ValueError, match="batch_sise"):
+        own(batch_sise=3)
+    assert len(rows) == 2, "nothing was read for a wrong setting"
+
+
+class Brightness(torch.nn.Module):
+    """Logits of three labels: the first is right, the second is wrong, the third is always the same."""
+
+    def __init__(self, images, truth):
+        super().__init__()
+        self.known = {image.numpy().tobytes(): float(value) for image, value in zip(images, truth, strict=True)}
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        read = torch.tensor([self.known[image.numpy().tobytes()] for image in images])
+        return torch.stack([read, -read, torch.zeros_like(read)], 1) + self.zero
+
+
+def test_labels_that_the_judge_reads_badly_are_not_judged(phantom_folder):
+    table = load_table(phantom_folder, "test")
+    images = read_images(phantom_folder, table)
+    names = ("Support Devices", "Cardiomegaly", "Lead")
+    judge = Classifier(Brightness(images, table["Support Devices"]), names)
+    reading = judge_auc(judge, phantom_folder, "test", 0.8)
+    assert reading.index.tolist() == list(names)
+    assert reading["judged"].tolist() == [True, False, False]
+    assert reading.loc["Support Devices", ["auc", "auc_low", "auc_high"]].tolist() == [1, 1, 1]
+    wrong = reading.loc["Cardiomegaly"]
+    assert wrong["auc_low"] <= wrong["auc"] <= wrong["auc_high"] and wrong["auc_low"] < wrong["auc_high"]
+    assert wrong["auc"] < 0.8 and wrong["images"] == len(table)
+    assert reading.loc["Lead", "images"] == 0 and reading.loc["Lead"].isna().sum() == 3, "not a label of the folder"
+    assert list(reading.dropna().to_dict()["auc"]) == ["Support Devices", "Cardiomegaly"]
+    kept = trusted(judge, reading)
+    assert kept.labels == ("Support Devices",)
+    assert torch.equal(kept.read(images), judge.read(images)[:, :1]) and judge.read(images).shape[1] == 3
+    assert trusted(judge, reading.assign(judged=False)) is None
+    others = trusted(judge, reading.assign(judged=[False, True, True]))
+    assert torch.equal(others.read(images), judge.read(images)[:, 1:])
+
+
+def test_an_edit_of_a_label_that_is_not_judged_has_no_verdict(evaluated):
+    judge = Classifier(Oracle(), LABELS)
+    sure = pd.DataFrame({"judged": [True, True, False]}, index=list(LABELS))
+    assert set(evaluate._by_judge(evaluated, trusted(judge, sure))) == {"side_effect_rate"}
+    assert "flipped" in evaluate._by_judge(evaluated, trusted(judge, sure.assign(judged=[False, False, True])))
 
 
 @pytest.fixture(scope="module")

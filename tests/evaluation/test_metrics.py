@@ -255,3 +255,22 @@ def test_agreement_counts_readings():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (60,), generator=generator).float()
+    tied = (torch.rand(60, generator=generator) + 0.3 * labels).mul(5).round() / 7
+    assert metrics.auc(torch.stack([tied, labels], 1)) == pytest.approx(roc_auc_score(labels, tied), abs=1e-12)
+    unknown = torch.tensor([[0.9, -1.0], [0.1, math.nan], [0.2, 0.0], [0.8, 1.0]])
+    assert metrics.auc(unknown) == 1
+    for value in (0.0, 1.0):
+        assert math.isnan(metrics.auc(torch.tensor([[0.3, value], [0.4, value]])))
+
+
+def test_draws_without_the_statistic_are_left_out_of_the_interval():
+    rows = torch.tensor([[0.9, 1.0], [0.2, 0.0], [0.4, 0.0]])  # a third of the draws has one class
+    interval = metrics.bootstrap_ci(rows, statistic=metrics.auc)
+    assert interval == pytest.approx((1, 1, 1))

@@ -227,7 +227,7 @@ def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, 
     test = choose_cases(phantom_folder, REMOVE, 1, "test")
     for measured in found.measured.values():
         assert measured.evaluations[0].table["file_name"].tolist() == test["file_name"].tolist()
-    for work in ("prism_lib.studies.ganterfactual._Training.step", "prism_lib.studies.ganterfactual.train_judge"):
+    for work in ("prism_lib.studies.ganterfactual._Training.step", "prism_lib.evaluation.evaluate.train_judge"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("trained again"))
     again = compared(phantom_folder, tmp_path, small())
     edited = [study.measured[comparison.GAN].evaluations[0].edited for study in (found, again)]

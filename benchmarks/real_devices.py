@@ -1,0 +1,102 @@
+"""Does a judge of rendered devices read real ones, and does it still after a model has removed them?
+
+``python -m benchmarks.real_devices PREPARED_FOLDER JUDGE_FOLDER [--model MODEL]`` writes the record `real_devices`. The
+prepared folder has films with the label "Support Devices" that were read by eye, such as Hannover's by the adapter
+"table", of the size that the model was trained on. The judge is a folder below PRISM_RUNS/judges that 03 left. `auc` is
+the judge's, on the films as they are.
+
+With a model, devices are removed from the films that have them. `below_half` is the share of these films whose
+probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` is over the films that were read as films
+with devices. Intervals are over patients. The true film without the devices is not known: look at the images as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from diffusers import StableDiffusionPipeline
+from tqdm.auto import tqdm
+
+from prism_lib import devices, records
+from prism_lib.data import load_table, prompt_pairs, read_images
+from prism_lib.editing import edit, invert, stack
+from prism_lib.evaluation import interval, judge_auc
+from prism_lib.language import Edit
+from prism_lib.models import load_pipeline
+from prism_lib.models.classifier import Classifier
+
+DEVICES, SHOWS = "Support Devices", 0.5
+REMOVE = Edit(remove=(DEVICES,))
+
+
+def removed(
+    pipe: StableDiffusionPipeline, judge: Classifier, folder: Path, films: pd.DataFrame, steps: int
+) -> pd.DataFrame:
+    """Remove devices from films (rows of a prepared table): patient, `p_before` and `p_after` by the judge."""
+    column, size, parts = judge.labels.index(DEVICES), devices.batch_for(pipe), []
+    for first in tqdm(range(0, len(films), size), desc="remove devices"):
+        rows = films.iloc[first : first + size]
+        images, pairs = read_images(folder, rows), prompt_pairs(folder, rows, REMOVE)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=steps, batch_size=size)
+        edited = stack(edit(pipe, inversion, pairs))
+        read = {"p_before": judge.read(images)[:, column], "p_after": judge.read(edited)[:, column]}
+        parts.append(rows[["patient_id"]].assign(**{name: values.tolist() for name, values in read.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summarise(read: pd.DataFrame, seed: int) -> dict[str, float]:
+    """Means over the films of `removed`, with intervals over patients."""
+    before, after, patients = read["p_before"] < SHOWS, read["p_after"] < SHOWS, read["patient_id"]
+    summary = {"films_edited": float(len(read)), "flip_denominator": float((~before).sum())}
+    values = {
+        "below_half": after,
+        "below_half_as_it_is": before,
+        "p_before": read["p_before"],
+        "p_after": read["p_after"],
+    }
+    for name, column in values.items():
+        summary |= interval(name, column, patients, seed)
+    return summary | (interval("flip_rate", after[~before], patients[~before], seed) if not before.all() else {})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="prepared folder of real films with the label Support Devices")
+    parser.add_argument("judge", type=Path, help="folder of the judge")
+    parser.add_argument("--split", default="test", help="split of the prepared folder")
+    parser.add_argument("--model", default="", help="removes devices: a folder (also below PRISM_RUNS) or a hub id")
+    parser.add_argument("--films", type=int, default=1000, help="largest number of films to edit")
+    parser.add_argument("--steps", type=int, default=25, help="DDIM steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--dataset", default="films", help="names the figures folder")
+    given = parser.parse_args(arguments)
+    judge, table = Classifier.load(given.judge), load_table(given.folder, given.split)
+    if DEVICES not in judge.labels or DEVICES not in table:
+        parser.error(f"{given.judge} and {given.folder} must both have the label {DEVICES!r}")
+    films = table[table[DEVICES] == 1].head(given.films)
+    if films.empty:
+        parser.error(f"split {given.split!r} of {given.folder} has no film with devices")
+    pipe = load_pipeline(given.model) if given.model else None
+    with records.Timer() as timer:
+        reading = judge_auc(judge, given.folder, given.split, seed=given.seed).loc[DEVICES].drop("judged").dropna()
+        metrics = {"patients": table["patient_id"].nunique(), **reading.to_dict()}
+        if pipe is not None:
+            metrics |= summarise(removed(pipe, judge, given.folder, films, given.steps), given.seed)
+    records.record(
+        "real_devices",
+        dataset=given.dataset,
+        notebook="benchmarks/real_devices.py",
+        parameters={"folder": given.folder, "judge": given.judge, "split": given.split, "steps": given.steps},
+        seed=given.seed,
+        metrics=metrics,
+        model=given.model or str(given.judge.name),
+        seconds=timer.seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -133,6 +133,7 @@ KINDS: dict[str, Kind] = {
     "resume": Kind("benchmarks/training.py"),
     "preparation": Kind("benchmarks/preparation.py"),
     "explorer": Kind("benchmarks/explorer.py", ("seconds_to_first_counterfactual", "seconds_per_edit")),
+    "unusual_inputs": Kind("benchmarks/unusual_inputs.py", rows=2),
     "judges": Kind("benchmarks/judges.py", ("agreement",)),
     "mixed_precision": Kind("benchmarks/precision.py"),
     "side_by_side": Kind("benchmarks/classifiers.py", ("speedup",)),

@@ -43,8 +43,7 @@ def test_the_limits_keep_the_share_of_held_out_images(reference, held_out):
     below = (parts <= torch.tensor(reference.limits, dtype=torch.float64)).double().mean(0)
     torch.testing.assert_close(below, torch.full((2,), 0.95, dtype=torch.float64), atol=0.02, rtol=0)
     assert (reference.scores(held_out) <= 1).double().mean() >= 0.9
-    wider = novelty.measure(held_out, held_out, 0.98)
-    assert all(wide >= narrow for wide, narrow in zip(wider.limits, novelty.measure(held_out, held_out, 0.6).limits))
+    assert (reference.scores(held_out) > 1).any()
 
 
 def test_exposure_does_not_matter_and_a_blank_image_has_no_layout(known):
@@ -52,7 +51,12 @@ def test_exposure_does_not_matter_and_a_blank_image_has_no_layout(known):
     torch.testing.assert_close(novelty.layout(known * 0.5 + 0.2), layout, atol=1e-4, rtol=0)
     torch.testing.assert_close(novelty.layout(1 - known), -layout, atol=1e-4, rtol=0)
     assert novelty.layout(torch.full((1, 1, 64, 64), 0.3)).isnan().all()
-    assert novelty.sharpness(unusual_inputs.enlarged(known[0, 0].repeat(4, 4), None)[None, None])[0] < -0.5
+
+
+def test_an_enlarged_image_lacks_sharpness():
+    film = torch.from_numpy(np.random.default_rng(0).random((1, 1, 256, 256))).float()
+    enlarged = unusual_inputs.enlarged(film[0, 0], np.random.default_rng(0))[None, None]
+    assert novelty.sharpness(enlarged).item() < novelty.sharpness(film).item() - 0.5
 
 
 def test_bad_inputs_are_flagged_and_good_ones_are_not(reference):

@@ -93,11 +93,19 @@ def measure(known: Tensor, held_out: Tensor, share: float = 0.95) -> Reference:
     _, spread, axes = torch.linalg.svd(rows - mean, full_matrices=False)
     variances = spread.square() / (len(rows) - 1)
     rest = variances[COMPONENTS:].sum().item() / (rows.shape[1] - COMPONENTS)
-    numbers = mean.tolist(), axes[:COMPONENTS].tolist(), variances[:COMPONENTS].tolist(), rest
-    about = (sharp.mean().item(), sharp.std().item()), share, len(known) + len(held_out)
-    reference = Reference(tuple(known.shape[1:]), *numbers, *about)
-    limits = reference.parts(held_out).quantile((1 + share) / 2, dim=0)
-    return replace(reference, limits=tuple(limits.tolist()))
+    channels, height, width = known.shape[1:]
+    reference = Reference(
+        shape=(channels, height, width),
+        mean=tuple(mean.tolist()),
+        axes=tuple(map(tuple, axes[:COMPONENTS].tolist())),
+        variances=tuple(variances[:COMPONENTS].tolist()),
+        rest=rest,
+        sharpness=(sharp.mean().item(), sharp.std().item()),
+        share=share,
+        images=len(known) + len(held_out),
+    )
+    by_layout, by_blur = reference.parts(held_out).quantile((1 + share) / 2, dim=0).tolist()
+    return replace(reference, limits=(by_layout, by_blur))
 
 
 def save(reference: Reference, folder: Path) -> Path:

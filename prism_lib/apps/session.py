@@ -122,7 +122,7 @@ class Session:
     def load(cls, model: str = SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
         """A session with a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
         pipe = load_pipeline(model)
-        return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model, pipe), mode)
+        return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model), mode)
 
     def open_phantom(self, seed: int, index: int) -> Case:
         name = f"phantom:{seed}/{index}"
@@ -161,15 +161,16 @@ class Session:
 
     def _unlike(self, image: Tensor) -> str:
         """That an image is unlike those the model was trained on and what to do about it, or nothing."""
-        if (known := self.reference) is None:
+        if (known := self.reference) is None or known.shape != tuple(image.shape[1:]):
             return ""
-        score = known.scores(novelty.log_errors(self.pipe, image)).item()
+        score = known.scores(image).item()
         if not known.is_new(score):
             return ""
         return (
-            f"This image is unlike those that {self.model} was trained on (distance {score:.0f}, {known.share:.0%} of "
-            f"its own kind stay below {known.threshold:.1f}): do not read anything into the counterfactual. Load a "
-            'model trained on such images, for example one from 02_finetuning: explore("my-run/pipeline").'
+            f"This image is unlike those that {self.model} was trained on (distance {score:.1f}, {known.share:.0%} of "
+            "its own kind stay below 1): do not read anything into the counterfactual. Is it whole, "
+            "sharp, upright and not inverted? For images of another kind load a "
+            'model trained on them, for example one from 02_finetuning: explore("my-run/pipeline").'
         )
 
     def _readings(self, image: Tensor) -> dict[str, float]:

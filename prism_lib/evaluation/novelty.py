@@ -1,119 +1,126 @@
-"""Is an image like those that a model was trained on? A distance, and the threshold from which it is new.
+"""Is an image like those that a model was trained on? A distance, and what 95 % or more of known images stay below.
 
-After Graham et al. (CVPR Workshops, 2023): logarithms of the errors of noise prediction at several noise levels and of
-the autoencoder's round trip; the score is their Mahalanobis distance to those of images like the training images. The
-reference is `novelty.json` beside the weights and holds for exactly these weights.
+The larger of two parts counts. Layout: the distance to probabilistic principal components (Tipping and Bishop, J. R.
+Stat. Soc. B, 1999) of the image at 16 x 16, its mean and contrast taken out, so that exposure does not matter. Blur:
+how far the finest detail falls short of the next coarser. Both read pixels alone: half of the films that are upside
+down or cut in half have errors of noise prediction (Graham et al., CVPR Workshops, 2023) like good ones. The reference
+is `novelty.json` beside the weights.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
 from prism_lib import paths
-from prism_lib.files import model_hash, write_text
-from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
+from prism_lib.files import write_text
 
 FILE = "novelty.json"
-TIMESTEPS = (100, 300, 500, 700)
-_FLOOR = 1e-8  # of an error, so that a blank image has a logarithm
+GRID, COMPONENTS = 16, 16
+FLAT = 1e-4  # contrast below which an image is blank
+FEWEST = 20  # images
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Mean and covariance of the log errors on known images, and the score from which an image is new.
+    """What is usual in images (C, H, W) of one `shape`; `share` of known images have both parts below their limit."""
 
-    `weights` is the hash of the U-Net and autoencoder measured; `share` of held-out images lie below `threshold`.
-    """
-
-    weights: str
-    mean: tuple[float, ...]
-    covariance: tuple[tuple[float, ...], ...]
-    threshold: float
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]  # of `layout`
+    axes: tuple[tuple[float, ...], ...]  # its components, the variance along each, and that along any other direction
+    variances: tuple[float, ...]
+    rest: float
+    sharpness: tuple[float, float]  # mean and standard deviation
     share: float
     images: int
+    limits: tuple[float, float] = (1.0, 1.0)  # of layout and blur
 
-    def scores(self, errors: Tensor) -> Tensor:
-        """Mahalanobis distances (N,) of rows of `log_errors`."""
-        centred = errors.double() - torch.tensor(self.mean, dtype=torch.float64)
-        precision = torch.linalg.inv(torch.tensor(self.covariance, dtype=torch.float64))
-        return torch.einsum("ni,ij,nj->n", centred, precision, centred).clamp(min=0).sqrt()
+    def scores(self, images: Tensor) -> Tensor:
+        """Distances (N,) of images (N, C, H, W): over 1 is unlike; NaN for a blank one. ValueError for other shapes."""
+        if tuple(images.shape[1:]) != self.shape:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, those that the reference is of {self.shape}")
+        return (self.parts(images) / torch.tensor(self.limits, dtype=torch.float64)).amax(1)
+
+    def parts(self, images: Tensor) -> Tensor:
+        """Distance of the layout and lack of sharpness (N, 2), in standard deviations."""
+        centred = layout(images) - torch.tensor(self.mean, dtype=torch.float64)
+        along = centred @ torch.tensor(self.axes, dtype=torch.float64).T
+        beside = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0) / self.rest
+        explained = (along.square() / torch.tensor(self.variances, dtype=torch.float64)).sum(1)
+        usual, spread = self.sharpness
+        return torch.stack([(explained + beside).sqrt(), (usual - sharpness(images)) / spread], dim=1)
 
     def is_new(self, score: float) -> bool:
         """Whether a score is beyond what known images reach; NaN counts as new."""
-        return not score <= self.threshold
+        return not score <= 1
 
 
-@torch.no_grad()
-def log_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
-    """Log errors (N, 1 + len(TIMESTEPS)) of images (N, C, H, W): autoencoder, then noise prediction without words.
-
-    All images meet the same noise, so that a row does not depend on the others.
-    """
-    return torch.cat([_batch_errors(pipe, batch) for batch in tqdm(images.split(8), "novelty", leave=False)])
-
-
-def _batch_errors(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
-    latents = encode_images(pipe.vae, images)
-    decoded = decode_latents(pipe.vae, latents, images.shape[1]).to(images)
-    columns = [(decoded - images).abs().mean((1, 2, 3)).cpu()]
-    embeds = encode_prompts(pipe, [""]).expand(len(images), -1, -1)
-    generator = torch.Generator().manual_seed(0)  # of the CPU: the same noise on every machine
-    noises = torch.randn(len(TIMESTEPS), 1, *latents.shape[1:], generator=generator)
-    for timestep, noise in zip(TIMESTEPS, noises, strict=True):
-        at = torch.full((len(images),), timestep, device=latents.device)
-        noise = noise.to(latents).expand_as(latents)
-        noisy = pipe.scheduler.add_noise(latents, noise, at)
-        velocity = pipe.scheduler.config.prediction_type == "v_prediction"
-        target = pipe.scheduler.get_velocity(latents, noise, at) if velocity else noise
-        prediction = predict_noise(pipe, noisy, timestep, embeds)
-        columns.append((prediction - target).square().mean((1, 2, 3)).cpu())
-    return torch.stack(columns, dim=1).double().clamp(min=_FLOOR).log()
+def layout(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) at 16 x 16, each without its mean and contrast: (N, C * 256), NaN for a blank image."""
+    small = adaptive_avg_pool2d(images.cpu(), GRID).flatten(1).double()
+    centred = small - small.mean(1, keepdim=True)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    return centred / torch.where(spread > FLAT, spread, torch.nan)
 
 
-def measure(pipe: StableDiffusionPipeline, images: Tensor, share: float = 0.99) -> Reference:
-    """The reference of a model from images (N, C, H, W) of its training distribution that it was not trained on.
+def sharpness(images: Tensor) -> Tensor:
+    """Logarithm (N,) of the detail of images (N, C, H, W) between 1 and 2 pixels over that between 2 and 4."""
+    return torch.cat([_detail(batch).log() - _detail(avg_pool2d(batch, 2)).log() for batch in images.cpu().split(64)])
 
-    Half of them give mean and covariance, the other half the threshold that `share` of them stay below.
-    """
-    if len(images) < 4 * (1 + len(TIMESTEPS)):
-        raise ValueError(f"{len(images)} images are too few to measure what is usual; at least 20 are needed")
+
+def _detail(levels: Tensor) -> Tensor:
+    coarser = interpolate(avg_pool2d(levels, 2), size=levels.shape[-2:])
+    return (levels - coarser).abs().mean((1, 2, 3)).double()
+
+
+def measure(known: Tensor, held_out: Tensor, share: float = 0.95) -> Reference:
+    """The reference of images (N, C, H, W) like the training images; `share` of those held out are below its limits."""
+    if (fewest := min(len(known), len(held_out))) < FEWEST:
+        raise ValueError(f"{fewest} images are too few to measure what is usual; at least {FEWEST} are needed")
     if not 0.5 <= share < 1:
         raise ValueError(f"share is {share}; expected a value in [0.5, 1)")
-    errors = log_errors(pipe, images)
-    fitted, held_out = errors[::2], errors[1::2]
-    mean, covariance = tuple(fitted.mean(0).tolist()), tuple(map(tuple, torch.cov(fitted.T).tolist()))
-    reference = Reference(weights(pipe), mean, covariance, math.inf, share, len(images))
-    return replace(reference, threshold=torch.quantile(reference.scores(held_out), share).item())
-
-
-def weights(pipe: StableDiffusionPipeline) -> str:
-    """A hash of the two networks that the errors depend on."""
-    return f"{model_hash(pipe.unet)[:16]}-{model_hash(pipe.vae)[:16]}"
+    rows, sharp = layout(known), sharpness(known)
+    if not (torch.isfinite(rows).all() and torch.isfinite(sharp).all()):
+        raise ValueError("blank images cannot be among those that say what is usual")
+    mean = rows.mean(0)
+    _, spread, axes = torch.linalg.svd(rows - mean, full_matrices=False)
+    variances = spread.square() / (len(rows) - 1)
+    rest = variances[COMPONENTS:].sum().item() / (rows.shape[1] - COMPONENTS)
+    channels, height, width = known.shape[1:]
+    reference = Reference(
+        shape=(channels, height, width),
+        mean=tuple(mean.tolist()),
+        axes=tuple(map(tuple, axes[:COMPONENTS].tolist())),
+        variances=tuple(variances[:COMPONENTS].tolist()),
+        rest=rest,
+        sharpness=(sharp.mean().item(), sharp.std().item()),
+        share=share,
+        images=len(known) + len(held_out),
+    )
+    by_layout, by_blur = reference.parts(held_out).quantile((1 + share) / 2, dim=0).tolist()
+    return replace(reference, limits=(by_layout, by_blur))
 
 
 def save(reference: Reference, folder: Path) -> Path:
-    """Write `novelty.json` beside a model's weights."""
-    return write_text(folder / FILE, json.dumps(asdict(reference), indent=1) + "\n")
+    """Write `novelty.json` beside a model's weights, to six digits."""
+    content = json.loads(json.dumps(asdict(reference)), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    return write_text(folder / FILE, json.dumps(content) + "\n")
 
 
-def load(model: str, pipe: StableDiffusionPipeline) -> Reference | None:
-    """The reference beside a model's weights, or None where there is none for exactly these weights."""
+def load(model: str) -> Reference | None:
+    """The reference beside a model's weights, or None where there is none."""
     places = (paths.weights() / model, Path(model).expanduser(), paths.runs() / model)
     path = next((place / FILE for place in places if (place / FILE).is_file()), None)
     if path is None:
         return None
     try:
-        reference = TypeAdapter(Reference).validate_json(path.read_text(encoding="utf-8"))
+        return TypeAdapter(Reference).validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no reference of `evaluation.novelty`: {error}") from None
-    return reference if reference.weights == weights(pipe) else None

@@ -121,6 +121,7 @@ KINDS: dict[str, Kind] = {
     "resume": Kind("benchmarks/training.py"),
     "preparation": Kind("benchmarks/preparation.py"),
     "explorer": Kind("benchmarks/explorer.py"),
+    "unusual_inputs": Kind("benchmarks/unusual_inputs.py", rows=2),
     "judges": Kind("benchmarks/judges.py"),
     "mixed_precision": Kind("benchmarks/precision.py"),
     "side_by_side": Kind("benchmarks/classifiers.py"),

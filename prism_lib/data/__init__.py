@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "any_table": ["Columns"],
         "folder": ["load_info", "load_table", "read_images", "truth_is_known"],
+        "images": ["put_back", "put_back_file"],
         "preparation": ["PrepareConfig", "prepare"],
         "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "true_counterfactual"],
         "uploads": ["UploadError", "read_file", "read_upload"],

@@ -86,9 +86,11 @@ def _check(data: Dataset) -> None:
 def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Write a derived copy of a film with changed levels (H, W) in [0, 255], in stored values as the film has them.
 
-    Window, bits and interpretation stay, and so does every stored value whose level does not change.
+    Window, bits and interpretation stay, and so does every stored value whose level does not change. A film without a
+    window gets its own range as the window, so that it looks the same.
     """
     import pydicom
+    from pydicom.pixels import apply_modality_lut
     from pydicom.uid import generate_uid
 
     read(path)  # refuses what cannot be used
@@ -106,9 +108,13 @@ def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray])
     values = (ramp[first].astype(float) + ramp[first + count - 1]) / 2
     values[0], values[-1] = ramp[count[0] - 1], ramp[first[-1]]
     new = change(old)
-    rest = (stored - np.interp(old, known, values)) * (1 - np.abs(new - old) / 8).clip(0)
+    rest = (stored - np.interp(old, known, values)) * (1 - np.abs(new - old) / 2).clip(0)  # beyond the window
     fresh = np.rint(np.interp(new, known, values) + rest).clip(stored.min(), stored.max())
     pixels = np.where(new == old, stored, fresh).astype(stored.dtype)
+    if not data.get("VOILUTSequence") and (data.get("WindowWidth") is None or data.get("WindowCenter") is None):
+        ends = np.asarray(apply_modality_lut(ramp, data), dtype=float)[[0, -1]]
+        data.WindowCenter, data.WindowWidth = (f"{value:.10g}" for value in (ends.mean(), np.ptp(ends)))
+        data.VOILUTFunction = "LINEAR_EXACT"
     data.SourceImageSequence = [pydicom.Dataset()]
     for name in ("SOPClassUID", "SOPInstanceUID"):
         setattr(data.SourceImageSequence[0], f"Referenced{name}", data.file_meta[f"MediaStorage{name}"].value)

@@ -96,24 +96,26 @@ def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray])
     read(path)  # refuses what cannot be used
     data = pydicom.dcmread(path)
     stored = _stored(data)
-    ramp = np.arange(stored.min(), int(stored.max()) + 1).astype(stored.dtype)
-    table = _levels(data, ramp)
-    old = table[stored.astype(int) - int(ramp[0])]
-    if table[0] > table[-1]:
-        ramp, table = ramp[::-1], table[::-1]
-    if (np.diff(table) < 0).any():
+    lowest = int(stored.min())
+    ramp = np.arange(lowest, int(stored.max()) + 1).astype(stored.dtype)
+    shown = _levels(data, ramp)
+    old = shown[stored.astype(int) - lowest]
+    sign = 1 if shown[-1] > shown[0] else -1
+    if (np.diff(table := sign * shown) < 0).any():
         raise ValueError("the VOI LUT does not rise or fall throughout: changed levels have no stored value")
-    # The stored value of a level; beyond the window, where many have the same level, the nearest to the window.
-    known, first, count = np.unique(table, return_index=True, return_counts=True)
-    values = (ramp[first].astype(float) + ramp[first + count - 1]) / 2
-    values[0], values[-1] = ramp[count[0] - 1], ramp[first[-1]]
+    ends = np.searchsorted(table, table[0], "right") - 1, np.searchsorted(table, table[-1])  # of the window
+
+    def value(levels: np.ndarray) -> np.ndarray:
+        left, right = (np.searchsorted(table, sign * levels, side) for side in ("left", "right"))
+        return lowest + ((left + right - 1) / 2).clip(*ends)
+
     new = change(old)
-    rest = (stored - np.interp(old, known, values)) * (1 - np.abs(new - old) / 2).clip(0)  # beyond the window
-    fresh = np.rint(np.interp(new, known, values) + rest).clip(stored.min(), stored.max())
+    beyond = (stored - value(old)) * (1 - np.abs(new - old) / 2).clip(0)
+    fresh = np.rint(value(new) + beyond).clip(lowest, stored.max())
     pixels = np.where(new == old, stored, fresh).astype(stored.dtype)
     if not data.get("VOILUTSequence") and (data.get("WindowWidth") is None or data.get("WindowCenter") is None):
-        ends = np.asarray(apply_modality_lut(ramp, data), dtype=float)[[0, -1]]
-        data.WindowCenter, data.WindowWidth = (f"{value:.10g}" for value in (ends.mean(), np.ptp(ends)))
+        span = np.asarray(apply_modality_lut(ramp, data), dtype=float)[[0, -1]]
+        data.WindowCenter, data.WindowWidth = f"{span.mean():.10g}", f"{np.ptp(span):.10g}"
         data.VOILUTFunction = "LINEAR_EXACT"
     data.SourceImageSequence = [pydicom.Dataset()]
     for name in ("SOPClassUID", "SOPInstanceUID"):

@@ -77,34 +77,29 @@ class ImageFiles:
         pixels, spacing = self._square([levels]), film.spacing_mm / self._scale(levels.size)
         return Picture(pixels, {} if self.header is None else {"pixel_spacing_mm": spacing, **film.fields})
 
-    def upright(self, path: Path) -> Image.Image:
-        """The file as a viewer turns it, transparency on black; ValueError with the reason if it cannot be used."""
+    def _bands(self, path: Path) -> list[Image.Image]:
+        """One band, or three, of levels in [0, 255] as floats; the header is checked before anything is decoded."""
         try:
             if path.stat().st_size == 0:
                 raise ValueError("empty file")
             with Image.open(path) as file:
-                self._check_size(file.size)  # before anything is decoded
+                self._check_size(file.size)
                 if (frames := getattr(file, "n_frames", 1)) > 1:
                     raise ValueError(f"{frames} frames: only single images can be used")
                 if file.mode == "F":
                     raise ValueError("floating-point pixels, whose range is not known")
                 upright = ImageOps.exif_transpose(file)
+                if upright.mode.startswith("I"):  # 16 bits keep their depth until they are resized
+                    return [Image.fromarray(np.asarray(upright, dtype=np.float32) * np.float32(255 / 65535))]
                 if upright.has_transparency_data:
                     seen = upright.convert("RGBA")
-                    upright = Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen).convert("RGB")
-                upright.load()
-                return upright
+                    black = Image.new("RGBA", seen.size, (0, 0, 0, 255))
+                    upright = Image.alpha_composite(black, seen).convert("RGB")
+                return [band.convert("F") for band in upright.convert(self.mode).split()]
         except UnidentifiedImageError:
             raise ValueError("not an image") from None
         except _DECODING_ERRORS as error:
             raise ValueError(f"unreadable image: {error}") from None
-
-    def _bands(self, path: Path) -> list[Image.Image]:
-        """One band, or three, of levels in [0, 255] as floats."""
-        upright = self.upright(path)
-        if upright.mode.startswith("I"):  # 16 bits keep their depth until they are resized
-            return [Image.fromarray(np.asarray(upright, dtype=np.float32) * np.float32(255 / 65535))]
-        return [band.convert("F") for band in upright.convert(self.mode).split()]
 
     def _scale(self, shape: tuple[int, int]) -> float:
         return self.size / (max(shape) if self.fit == "letterbox" else min(shape))
@@ -153,7 +148,8 @@ def put_back_file(source: Path, target: Path, factual: ArrayLike, edited: ArrayL
     if dicom.is_dicom(source):
         new, top = change(dicom.read(source).levels) * 257, 65535
     else:
-        film = ImageFiles(len(images[0][0])).upright(source)
+        with Image.open(source) as file:
+            film = ImageOps.exif_transpose(file)
         top = 65535 if film.mode.startswith("I") else 255
         old = np.asarray(film if film.mode == "L" or top > 255 else film.convert("RGB"))
         levels = np.float32(255 / top) * np.asarray(film if top > 255 else film.convert("L"), dtype=np.float32)
@@ -191,13 +187,9 @@ def put_back(levels: np.ndarray, factual: np.ndarray, edited: np.ndarray, mask: 
     return np.where(inside, new.clip(0, 255), levels)
 
 
-def _grain(
-    detail: np.ndarray, gray: np.ndarray, wanted: np.ndarray, known: np.ndarray, cells: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation of the film's grain at gray levels `wanted`, and such grain, (H, W), learnt where `known`.
-
-    Medians of the fine detail by gray level: edges of anatomy hardly count.
-    """
+def _grain(detail: np.ndarray, gray: np.ndarray, wanted: np.ndarray, known: np.ndarray, cells: int) -> list[np.ndarray]:
+    """Standard deviation of the film's grain at gray levels `wanted`, and such grain, (H, W), learnt where `known`."""
+    # Medians of the fine detail by gray level: edges of anatomy hardly count.
     sizes = pd.Series(np.abs(detail[known])).groupby((gray[known] // 8).astype(int)).median() / 0.6745
     level = np.interp(wanted, 8 * sizes.index + 4.0, sizes).clip(0.2).astype(np.float32)
     most = 3 * np.median(np.abs(detail[known]))
@@ -206,4 +198,4 @@ def _grain(
     power = ndimage.uniform_filter(power, max(1, cells // 8), mode=("wrap", "mirror"))
     white = np.random.default_rng(0).standard_normal(padded, dtype=np.float32)
     noise = fft.irfft2(fft.rfft2(white) * np.sqrt(power), padded)[: detail.shape[0], : detail.shape[1]]
-    return level, level * noise / max(noise.std(), 1e-12)
+    return [level, level * noise / max(noise.std(), 1e-12)]

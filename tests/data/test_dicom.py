@@ -4,6 +4,7 @@ import contextlib
 import struct
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless
@@ -114,3 +115,47 @@ def test_no_damage_to_a_file_raises_anything_else(tmp_path):
         (tmp_path / "b.dcm").write_bytes(bytes(broken))
         with contextlib.suppress(ValueError):  # either a reason or a film, and nothing else
             assert dicom.read(tmp_path / "b.dcm", ["PatientAge"]).levels.ndim == 2
+
+
+FILMS = {
+    "12 bits without a window": {},
+    "with a window": {"WindowCenter": 2000, "WindowWidth": 2400},
+    "inverted": {"PhotometricInterpretation": "MONOCHROME1", "WindowCenter": 2000, "WindowWidth": 2400},
+    "sigmoid": {"WindowCenter": 2000, "WindowWidth": 1200, "VOILUTFunction": "SIGMOID"},
+    "rescaled": {"RescaleSlope": 0.5, "RescaleIntercept": -300, "WindowCenter": 600, "WindowWidth": 1500},
+}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_a_derived_film_has_the_changed_levels_and_all_else_of_the_source(tmp_path, kind):
+    source, target = (
+        twelve_bits(tmp_path / "a.dcm", ImageType=["ORIGINAL", "PRIMARY", ""], **FILMS[kind]),
+        tmp_path / "b",
+    )
+    old = dicom.read(source).levels
+
+    def darker(levels):
+        np.testing.assert_allclose(levels, old, atol=1e-4)
+        return np.where(np.arange(64) < 20, np.maximum(levels - 40, 5), levels).astype(np.float32)
+
+    dicom.derive(source, target, darker)
+    before, after = pydicom.dcmread(source), pydicom.dcmread(target)
+    assert np.array_equal(after.pixel_array[:, 20:], before.pixel_array[:, 20:])
+    np.testing.assert_allclose(dicom.read(target).levels[:, :20], darker(old)[:, :20], atol=0.6)
+    for keyword in ("BitsStored", "PhotometricInterpretation", "PatientID", "RescaleSlope"):
+        assert after.get(keyword) == before.get(keyword)
+    assert before.get("WindowCenter") in (None, after.WindowCenter)
+    np.testing.assert_allclose(dicom.read(target).levels[:, 20:], old[:, 20:], atol=1e-4)
+    assert after.SOPInstanceUID == after.file_meta.MediaStorageSOPInstanceUID
+    original = before.file_meta.MediaStorageSOPInstanceUID
+    assert after.SOPInstanceUID != original == after.SourceImageSequence[0].ReferencedSOPInstanceUID
+    assert list(after.ImageType) == ["DERIVED", "SECONDARY", ""] and "not for diagnosis" in after.DerivationDescription
+
+
+def test_values_beyond_the_window_stay_where_levels_hardly_change(tmp_path):
+    source = twelve_bits(tmp_path / "a.dcm", WindowCenter=2000, WindowWidth=1000)
+    dicom.derive(source, tmp_path / "b.dcm", lambda levels: levels - np.float32(1e-3))
+    old, new = (pydicom.dcmread(path).pixel_array.astype(int) for path in (source, tmp_path / "b.dcm"))
+    assert np.abs(new - old).max() <= 1
+    dicom.derive(source, tmp_path / "c.dcm", lambda levels: np.full_like(levels, 100))
+    assert np.ptp(pydicom.dcmread(tmp_path / "c.dcm").pixel_array) == 0

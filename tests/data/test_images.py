@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
+from prism_lib.data.full_size import put_back, put_back_file
 from prism_lib.data.images import ImageFiles, Picture
 from tests.formats import dicom, noise
 
@@ -132,3 +134,78 @@ def test_dicom_is_told_by_its_signature_and_its_spacing_follows_the_resize(tmp_p
     picture = ImageFiles(32, header=("PatientAge",)).read(path)
     assert isinstance(picture, Picture)
     assert picture.columns == {"pixel_spacing_mm": pytest.approx(0.4), "PatientAge": "067Y"}
+
+
+def film_with_wire(height=420, width=300, size=96):
+    """A grainy film, the same with a dense wire, both letterboxed, and the wire's mask: levels."""
+    rng = np.random.default_rng(3)
+    rows, columns = np.mgrid[:height, :width]
+    ground = 90 + 40 * np.sin(columns / 60) + rows / 12
+    wire = 80 * (np.abs(columns - width / 2 - rows / 9) < 2.5)
+    grain = rng.normal(0, 3, (height, width))
+    clean, film = (np.rint(ground + part + grain).astype(np.float32) for part in (0, wire))
+    factual, edited = (ImageFiles(size)._fit(Image.fromarray(image)).astype(np.float32) for image in (film, clean))
+    mask = ndimage.binary_dilation(np.abs(factual - edited) >= 1, iterations=2).astype(np.float32)
+    return film, clean, wire, factual, edited, mask
+
+
+def fine(image):
+    return image - ndimage.gaussian_filter(image, 4)
+
+
+def test_an_edit_is_put_back_without_a_ghost_and_with_the_films_grain():
+    film, clean, wire, factual, edited, mask = film_with_wire()
+    new = put_back(film, factual, edited, mask)
+    assert new.shape == film.shape
+    far = ~ndimage.binary_dilation(wire > 0, iterations=30)
+    assert np.array_equal(new[far], film[far]) and not np.array_equal(new, film)
+    sharp = fine(wire.astype(np.float32))
+    ghost = (fine(new - clean) * sharp).sum() / (sharp**2).sum()
+    assert abs(ghost) < 0.05
+    core = ndimage.binary_dilation(wire > 0, iterations=2)
+    assert fine(new)[core].std() == pytest.approx(fine(clean)[core].std(), rel=0.2)
+    assert np.abs(ndimage.gaussian_filter(new - clean, 4))[core].mean() < 1.5
+
+
+def test_where_the_mask_is_zero_or_nothing_changed_every_pixel_stays():
+    film, _, _, factual, edited, mask = film_with_wire()
+    assert np.array_equal(put_back(film, factual, edited, 0 * mask), film)
+    np.testing.assert_allclose(put_back(film, factual, factual, mask), film, atol=1e-4)
+    everywhere = put_back(film, factual, factual + 10, np.ones_like(mask))
+    np.testing.assert_allclose(everywhere, film + 10, atol=1e-3)
+
+
+def test_an_edit_reduces_to_the_edited_image():
+    film, _, _, factual, edited, mask = film_with_wire()
+    again = ImageFiles(96)._fit(Image.fromarray(put_back(film, factual, edited, mask)))
+    assert np.abs(again - edited)[mask > 0].mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["png", "16 bits", "jpg", "colour"])
+def test_files_keep_bits_size_and_all_pixels_outside_the_mask(tmp_path, kind):
+    film, _, _, factual, edited, mask = film_with_wire()
+    pixels = film.clip(0, 255).astype(np.uint8)
+    if kind == "16 bits":
+        pixels = pixels.astype(np.uint16) * 257 + np.random.default_rng(0).integers(0, 100, pixels.shape, np.uint16)
+    if kind == "colour":
+        pixels = np.stack([pixels, pixels, pixels - pixels // 30], axis=-1)
+    source, target = tmp_path / f"film.{'jpg' if kind == 'jpg' else 'png'}", tmp_path / "new" / "film.png"
+    Image.fromarray(pixels).save(source)
+    old = np.asarray(Image.open(source)).astype(int)
+    put_back_file(source, target, factual[None] / 255, edited[None] / 255, mask[None])
+    new = np.asarray(Image.open(target)).astype(int)
+    assert new.shape == old.shape and (new.max() > 255) == (kind == "16 bits")
+    changed = new != old
+    assert changed.any()
+    near = np.asarray(Image.fromarray(mask[:, 13:82]).resize((300, 420), Image.Resampling.NEAREST)) > 0
+    assert not changed[~near].any()
+    unit = 257 if kind == "16 bits" else 1
+    wire = (new - old)[np.abs(film - film_with_wire()[1]) > 0]
+    assert wire.mean() / unit == pytest.approx(-80, abs=6)
+
+
+def test_shapes_that_do_not_match_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\), \(1, 8, 8\), \(8, 8\)"):
+        put_back_file(
+            tmp_path / "a.png", tmp_path / "b.png", np.zeros((1, 8, 8)), np.zeros((1, 8, 8)), np.zeros((8, 8))
+        )

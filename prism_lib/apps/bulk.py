@@ -33,8 +33,7 @@ from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
-from prism_lib.editing.methods import InversionConfig
-from prism_lib.editing.settings import EditConfig, recommended
+from prism_lib.editing.settings import EditConfig, recommended, recommended_inversion
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
 from prism_lib.files import exclusive, file_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit
@@ -224,7 +223,7 @@ def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[T
 def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
-    steps, drawn = settings.num_inference_steps, InversionConfig(seed=settings.seed or 0)
+    steps, drawn = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
     inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
     return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, method_of
+from prism_lib.editing.settings import recommended_inversion
 from prism_lib.models.pipeline import check_images, encode_images, encode_prompts, image_factor, predict_noise
 from prism_lib.models.schedule import Schedule
 
 Callback = Callable[[int, int, Tensor], None]
-_USUAL = InversionConfig()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Inversion:
     latents: Tensor
     schedule: Schedule
     method: str
-    config: InversionConfig = _USUAL
+    config: InversionConfig
     negative_embeds: Tensor | None = None
 
     def __len__(self) -> int:
@@ -64,15 +64,16 @@ def invert(
     method: str = RECOMMENDED,
     num_inference_steps: int = 50,
     *,
-    config: InversionConfig = _USUAL,
+    config: InversionConfig | None = None,
     batch_size: int = 8,
     callback: Callback | None = None,
 ) -> Inversion:
     """Invert images (N, C, H, W) in [0, 1], C 1 or 3, each under its own source prompt; see `editing.methods`.
 
+    Without a `config` the model's own is used (`settings.recommended_inversion`).
     `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
     """
-    how = method_of(method)
+    how, config = method_of(method), config or recommended_inversion(pipe)
     check_images(images, image_factor(pipe.vae))
     if len(images) == 0:
         raise ValueError("there is no image to invert")

@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from prism_lib.editing.masks import MaskConfig, Share
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.language.edits import PromptPair
 
 if TYPE_CHECKING:  # plans check settings without loading a model
@@ -88,12 +89,14 @@ class Rule:
 class Recommendation:
     """The content of `editing.json`: `defaults`, `rules` in the order of their application, and where `measured`.
 
+    `inversion` holds settings of `InversionConfig`, such as the share of the steps that edits leave out.
     An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     measured: str = ""
+    inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:
         for settings in (self.defaults, *(rule.settings for rule in self.rules)):
@@ -127,6 +130,11 @@ def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, *
     if "guidance_start" not in overrides and "guidance_end" in overrides:
         settings["guidance_start"] = min(settings["guidance_start"], overrides["guidance_end"])
     return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))
+
+
+def recommended_inversion(model: StableDiffusionPipeline | str | Path, **overrides: Any) -> InversionConfig:
+    """What a model recommends for the inversion; `overrides` (fields of `InversionConfig`) replace its values."""
+    return replace(_recommendation(_folder(model)).inversion, **overrides)
 
 
 def resolved(pipe: StableDiffusionPipeline, pair: PromptPair, settings: Settings) -> EditConfig:

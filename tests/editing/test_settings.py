@@ -6,10 +6,12 @@ import pytest
 
 from prism_lib import paths
 from prism_lib.editing import settings
-from prism_lib.editing.settings import EditConfig, grid, recommended, resolved
+from prism_lib.editing.inversion import invert
+from prism_lib.editing.methods import InversionConfig
+from prism_lib.editing.settings import EditConfig, grid, recommended, recommended_inversion, resolved
 from prism_lib.language.edits import NO_EDIT, PromptPair
 from prism_lib.models.pipeline import load_pipeline
-from tests.tiny import REMOVE, tiny_pipeline
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
 SHIPPED = paths.weights() / paths.SHIPPED
 
@@ -92,3 +94,14 @@ def test_a_file_that_is_wrong_is_named_with_what_is_wrong(tmp_path, content):
     folder = model(tmp_path / "model", **content)
     with pytest.raises(ValueError, match=r"(?s)editing.json holds.*(default|guidance|confine|when)"):
         recommended(folder, REMOVE)
+
+
+def test_a_model_recommends_its_inversion_and_a_given_one_replaces_it(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.register_to_config(_name_or_path=str(model(tmp_path / "late", inversion={"skip": 0.5})))
+    how = (tiny_images(1), [REMOVE.source], "edit_friendly", 4)
+    assert invert(pipe, *how).start == 2
+    assert invert(pipe, *how, config=InversionConfig()).start == 4
+    assert recommended_inversion(pipe, seed=3) == InversionConfig(skip=0.5, seed=3)
+    with pytest.raises(ValueError, match=r"(?s)editing.json holds.*skip"):
+        recommended_inversion(model(tmp_path / "wrong", inversion={"skip": 1.5}))

@@ -1,8 +1,7 @@
 """Which tokens of a source prompt correspond to which tokens of a target prompt, for prompt-to-prompt.
 
-Words and phrases are found by the tokenizer's character offsets, and a word without a token is an error. Padding is
-aligned with padding only: aligned by index, as in the reference implementations, the padding behind a shortened prompt
-takes the maps of the removed words, and the removed object is drawn again.
+Padding is aligned with padding only: aligned by index, as in the reference implementations, the padding behind a
+shortened prompt takes the maps of the removed words, and the removed object is drawn again.
 """
 
 from __future__ import annotations
@@ -80,7 +79,6 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
-    """Token indices of each word."""
     offsets = _offsets(tokenizer, prompt)
     return [_overlapping(offsets, match) for match in re.finditer(r"\S+", prompt)]
 

@@ -1,7 +1,4 @@
-"""Records: the numbers of an experiment as JSON, `figures/<dataset>/<name>.json`, with what reproduces them.
-
-Tables, plots and the README are redrawn from records alone; a number that is not finite is refused.
-"""
+"""Records: the numbers of an experiment as JSON, `figures/<dataset>/<name>.json`, with what reproduces them."""
 
 from __future__ import annotations
 
@@ -122,9 +119,8 @@ def device() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=paths.root(), capture_output=True, text=True, check=True, timeout=30
-    ).stdout.strip()
+    command = ["git", *arguments]
+    return subprocess.check_output(command, cwd=paths.root(), stderr=subprocess.PIPE, text=True, timeout=30).strip()
 
 
 def _json(value: Any, key: str, leaf: Callable[[Any, str], Any]) -> Any:

@@ -1,7 +1,6 @@
 """Counterfactuals by the thousand (`prism generate`): over processes, resumable, each with a row of a manifest.
 
-Batches depend on the plan (`apps.bulk_plan`) alone and processes share out whole batches, so a file is the same, bit
-for bit, whatever their number. `rejected.csv` is the manifest of images of which no candidate passed.
+Batches depend on the plan alone and processes share out whole batches, so no file depends on their number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Prepare a data set once: choose images, split by patient, write captions, and record what was done.
-
-`prepare` turns a source (the phantom, or a folder of real images) into the folder that `data.folder` describes.
-"""
+"""Prepare a data set once: choose images, split by patient, write captions, and record what was done."""
 
 from __future__ import annotations
 
@@ -262,7 +259,6 @@ def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig,
 
 
 def _counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    """Per split: images, patients, and how often each label is present, absent, uncertain, not mentioned."""
     return {
         str(split): {
             "images": len(rows),

@@ -1,7 +1,6 @@
 """Tables that come with images: read whole, checked row by row before any work, and kept inside their folder.
 
-Every message names the file, the line (the header is line 1), and the value. The result is a `Source`, which
-`data.chest` and `data.skin` make of published tables, and `table_source` of any other.
+Every message names the file, the line (the header is line 1), and the value. The result is a `Source`.
 """
 
 from __future__ import annotations

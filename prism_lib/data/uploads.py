@@ -36,16 +36,12 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
-        return _read(name, path, size, mode)
+        return read_file(path, size, mode, name)
 
 
-def read_file(path: Path, size: int, mode: str = "L") -> Tensor:
-    """As `read_upload`, for a file of this machine."""
-    return _read(path.name, path, size, mode)
-
-
-def _read(name: str, path: Path, size: int, mode: str) -> Tensor:
-    length = path.stat().st_size
+def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
+    """As `read_upload`, for a file of this machine; messages say `name`, by default the file's own."""
+    name, length = name or path.name, path.stat().st_size
     if length == 0:
         raise UploadError(f"{name} is empty (0 bytes).")
     if length > MAX_BYTES:

@@ -1,8 +1,7 @@
 """Which tokens of a source prompt correspond to which tokens of a target prompt, for prompt-to-prompt.
 
-Words and phrases are found by the tokenizer's character offsets, and a word without a token is an error. Padding is
-aligned with padding only: aligned by index, as in the reference implementations, the padding behind a shortened prompt
-takes the maps of the removed words, and the removed object is drawn again.
+Padding is aligned with padding only: aligned by index, as in the reference implementations, the padding behind a
+shortened prompt takes the maps of the removed words, and the removed object is drawn again.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from prism_lib.language.edits import find_phrase
 
 
 def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int, method: str = "refine") -> Tensor:
@@ -67,8 +68,7 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
 
     ValueError if the prompt has no such word, or no token for it.
     """
-    pattern = r"\s+".join(map(re.escape, word.split()))
-    found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE)) if pattern else []
+    found = find_phrase(prompt, word)
     if not found:
         raise ValueError(f"the word {word!r} does not occur in the prompt {prompt!r}")
     offsets = _offsets(tokenizer, prompt)
@@ -79,7 +79,6 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
-    """Token indices of each word."""
     offsets = _offsets(tokenizer, prompt)
     return [_overlapping(offsets, match) for match in re.finditer(r"\S+", prompt)]
 
@@ -97,18 +96,9 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int,
 
 def _common_tokens(source: list[int], target: list[int]) -> list[tuple[int, int]]:
     """Longest common subsequence as index pairs: Needleman-Wunsch with gap 0, match 1, mismatch -1."""
-    best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
+    best: list[list[list[tuple[int, int]]]] = [[[] for _ in range(len(target) + 1)] for _ in range(len(source) + 1)]
     for i in reversed(range(len(source))):
         for j in reversed(range(len(target))):
-            match = best[i + 1][j + 1] + 1 if source[i] == target[j] else 0
-            best[i][j] = max(match, best[i + 1][j], best[i][j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(source) and j < len(target):
-        if source[i] == target[j] and best[i][j] == best[i + 1][j + 1] + 1:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif best[i + 1][j] >= best[i][j + 1]:
-            i += 1
-        else:
-            j += 1
-    return pairs
+            match = [(i, j), *best[i + 1][j + 1]] if source[i] == target[j] else []
+            best[i][j] = max(match, best[i + 1][j], best[i][j + 1], key=len)
+    return best[0][0]

@@ -90,11 +90,6 @@ class Controller:
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
-    def images(self) -> int:
-        """The number of source rows, N."""
-        return max(self.parents) + 1
-
-    @property
     def guided(self) -> tuple[int, ...]:
         """The edits with a negative row at this step, in the order of these rows."""
         return tuple(edit for edit, steps in enumerate(self.guided_steps) if self.step in steps)
@@ -102,7 +97,7 @@ class Controller:
     @property
     def parts(self) -> tuple[int, int, int]:
         """The numbers of source, negative and target rows of a call at this step."""
-        return self.images, len(self.guided), len(self.parents)
+        return max(self.parents) + 1, len(self.guided), len(self.parents)
 
     def edits_cross(self) -> bool:
         """Whether the cross-attention of any token is edited at this step."""

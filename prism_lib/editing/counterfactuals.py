@@ -1,6 +1,5 @@
 """Action and prediction: edit an inverted image by a pair of prompts, and put the result back into the input.
 
-An edit is denoised beside its source (`editing.denoising`), decoded, and shown only inside a mask (`editing.masks`).
 Unlike the reference implementations, guidance points away from the source prompt and the target takes the source's
 correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts gives exactly the reconstruction.
 """

@@ -1,8 +1,7 @@
 """Action and prediction in latent space: from the inverted noise x*_T to clean latents, in one U-Net call a step.
 
 A call holds a row per image for its source, one per edit for its target prompt and, while the edit is guided, one for
-its negative prompt. Edits of one image share a row until their settings first act differently, and fork there: five
-windows of self-attention take 140 target rows in 50 steps instead of 250.
+its negative prompt. Edits of one image share a row until their settings first act differently, and fork there.
 """
 
 from __future__ import annotations
@@ -188,13 +187,10 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
     """Token alignment, weights and windows of some edits; ValueError for a word that its prompt lacks."""
     tokenizer, length, device = pipe.tokenizer, pipe.tokenizer.model_max_length, pipe.device
     steps = inversion.schedule.num_steps
-    transfers, source_words, target_words = [], [], []
-    for task in tasks:
-        pair = task.pair
-        transfers.append(align(tokenizer, pair.source, pair.target, length, task.config.alignment))
-        source_words.append(word_mask(tokenizer, pair.source, pair.source_words, length))
-        target_words.append(word_mask(tokenizer, pair.target, pair.target_words, length))
-    source, target, transfer = torch.stack(source_words), torch.stack(target_words), torch.stack(transfers)
+    pairs = [task.pair for task in tasks]
+    transfer = torch.stack([align(tokenizer, t.pair.source, t.pair.target, length, t.config.alignment) for t in tasks])
+    source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
+    target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
     weights = 1 + torch.tensor([task.config.word_weight - 1 for task in tasks])[:, None] * target
     half_height, half_width = ((side + 1) // 2 for side in inversion.latents.shape[-2:])
     return Controller(

@@ -79,7 +79,8 @@ def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = _USUAL) 
     strong = (config.strong * noise).clamp(min=2 * config.min_change)
     body = _ramp(change, weak, config.softness) * _ramp(where, config.grow_evidence, config.softness)
     seeds = _ramp(change, strong, config.softness) * _ramp(where, config.seed_evidence, config.softness)
-    return soften(_close(grow(seeds, body), config.close), config.dilate, config.feather)
+    closed = -_maximum(-_maximum(grow(seeds, body), config.close), config.close)  # gaps up to 2 `close` are filled
+    return soften(closed, config.dilate, config.feather)
 
 
 def grow(seeds: Tensor, body: Tensor) -> Tensor:
@@ -227,11 +228,6 @@ def _ramp(values: Tensor, threshold: Tensor | float, softness: float) -> Tensor:
 
 def _maximum(values: Tensor, radius: int) -> Tensor:
     return F.max_pool2d(values, 2 * radius + 1, stride=1, padding=radius) if radius else values
-
-
-def _close(values: Tensor, radius: int) -> Tensor:
-    """Gray-scale closing: fill gaps narrower than 2 radius + 1."""
-    return -_maximum(-_maximum(values, radius), radius)
 
 
 def _box(values: Tensor, radius: int) -> Tensor:

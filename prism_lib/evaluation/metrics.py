@@ -2,7 +2,6 @@
 
 Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabilities (N,) or (N, L), labels (0 or 1)
 and groups (N,). A metric of images has one value per image. Wrong shapes or ranges, NaN and empty regions are errors.
-Order: identity, error to the truth, readings of the judge, image-text similarity, groups of patients, intervals.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Choose among the candidates of a sweep: score all of them, filter, take the best that passes.
-
-A `Scorer` turns counterfactuals into named numbers; `select` applies the criteria to the numbers of every candidate.
-The judge, which measures counterfactuals, must not choose them: `load_guide` refuses it under every name.
-"""
+"""Choose among the candidates of a sweep: score all, filter, take the best that passes. The judge never scores."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Labels become captions: the text that a model is trained on, and that an edit's prompts have to look like.
-
-Several templates say the same labels in different words, some of which also *negate* ("without support devices"). An
-uncertain or missing label is never written as an absence.
-"""
+"""Labels become captions: the text of training and of an edit's prompts. What is uncertain is never called absent."""
 
 from __future__ import annotations
 

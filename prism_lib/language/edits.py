@@ -82,7 +82,7 @@ class Edit:
         if not source or not target:
             raise ValueError(f"a text edit needs both prompts, got {source!r} and {target!r}")
         for phrase in words:
-            if not (_says(source, phrase) or _says(target, phrase)):
+            if not (find_phrase(source, phrase) or find_phrase(target, phrase)):
                 raise ValueError(f"{phrase!r} is in neither prompt: {source!r}, {target!r}")
         return cls(source=source, target=target, words=tuple(words))
 
@@ -165,7 +165,7 @@ class Edit:
         if self.source:
             if not self.words:
                 return PromptPair(self.source, self.target, *_differing_phrases(self.source, self.target))
-            theirs = (tuple(word for word in self.words if _says(text, word)) for text in (self.source, self.target))
+            theirs = (tuple(w for w in self.words if find_phrase(text, w)) for text in (self.source, self.target))
             return PromptPair(self.source, self.target, *theirs)
         changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
         before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
@@ -215,10 +215,10 @@ def _affirmed(text: str) -> set[str]:
     return words
 
 
-def _says(text: str, phrase: str) -> bool:
-    """Whether a phrase occurs in a text as whole words, whatever its case."""
+def find_phrase(text: str, phrase: str) -> list[re.Match[str]]:
+    """The places of a text where a phrase occurs as whole words, whatever its case."""
     pattern = r"\s+".join(map(re.escape, phrase.split()))
-    return bool(pattern) and re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
+    return list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)) if pattern else []
 
 
 def _listed(labels: Iterable[str]) -> str:

@@ -49,8 +49,6 @@ REST = ("everything else", "all else", "rest", "everything else unchanged", "res
 
 
 class _Sign(NamedTuple):
-    """What a run of words stands for."""
-
     kind: str  # "verb", "finding", "state" (a finding with its change) or "rest"
     change: str = ""
     finding: str = ""

@@ -1,7 +1,6 @@
 """Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers.
 
-`training.clip.train_clip` makes such a model; hub models in transformers' layout load the same way. A general CLIP
-separates chest X-rays poorly, so a threshold is for one model.
+A general CLIP separates chest X-rays poorly, so a threshold is for one model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Build, load and call a `StableDiffusionPipeline`.
-
-All parts are classes of diffusers and transformers; one built here differs from SD v1.5 in size alone. No function
-assumes four latent channels or a factor of eight.
-"""
+"""Build, load and call a `StableDiffusionPipeline`, of any number of latent channels and any factor."""
 
 from __future__ import annotations
 

@@ -163,7 +163,6 @@ def _from_folder(kind: Any, folder: Path) -> Any:
 
 
 def _from_state_dict(current: Any, file: Path) -> Any:
-    """A bare state dict in a copy of the pipeline's own part."""
     tensors = load_file(file)
     if any(key.startswith("model.diffusion_model.") for key in tensors):
         raise ValueError(
@@ -192,7 +191,6 @@ def _check_keys(source: Path, missing: Any, unexpected: Any, misshapen: Any) -> 
 
 
 def _check_fit(pipeline: StableDiffusionPipeline, source: str | Path) -> None:
-    """The parts of a pipeline must agree on latent channels and on the width of the text."""
     unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
     takes, gives, read = unet.in_channels, unet.out_channels, unet.cross_attention_dim
     misfit = f"{source} does not fit: the U-Net"

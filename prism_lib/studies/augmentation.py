@@ -1,8 +1,4 @@
-"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them.
-
-A `Source` gives an image for each row of a prepared table under an edit; `Cached` keeps what a slow source gave, so an
-interrupted study continues where it stopped and every strength and seed uses the same images.
-"""
+"""Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations.
-
-`compare_methods` tunes every method within one budget on validation patients, by the mean error to the true
-counterfactual where pixels had to change, and measures the best of each on test patients.
-"""
+"""What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations."""
 
 from __future__ import annotations
 
@@ -122,9 +118,8 @@ def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPro
         overrides = {name: value for name, value in chosen.items() if name not in own}
         EditConfig(**overrides)  # an unknown name or a value out of range is named here, not after hours of work
         (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})
-        name = ", ".join(
-            f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in chosen.items()
-        )
+        named = {name: f"{value:g}" if isinstance(value, float) else value for name, value in chosen.items()}
+        name = ", ".join(f"{name} {value}" for name, value in named.items())
         variants[name] = replace(base, settings=settings, **{name: chosen[name] for name in own & set(chosen)})
     return variants
 
@@ -237,14 +232,11 @@ def compare_methods(
         }
         wanted = config.methods or (*tried, GAN)
         if GAN in wanted:
-            labels = tuple(load_info(folder)["labels"])
-            precision = config.mixed_precision
+            labels, precision = tuple(load_info(folder)["labels"]), config.mixed_precision
             guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
             guide = named_network("densenet-tiny", guide)
-            recipe = GanConfig(
-                config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision
-            )
-            tried[GAN] = [train_for(folder, edits, output, recipe, guide, config.guide_images)]
+            gan = GanConfig(config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision)
+            tried[GAN] = [train_for(folder, edits, output, gan, guide, config.guide_images)]
         tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
         editors = {name: result.editor for name, result in tuned.items()}
         measured = measure(pipe, folder, test, editors, judge, processes=processes)

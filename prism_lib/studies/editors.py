@@ -1,7 +1,6 @@
 """What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
 
-Each result is a `Counterfactual`, so every method is measured by the same functions as ours. `studies.imagic` and
-`studies.ganterfactual` hold the two that train. Classes of diffusers share the caller's networks, not its scheduler.
+Each result is a `Counterfactual`. Classes of diffusers share the caller's networks, not its scheduler.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, resolved
 from prism_lib.files import image_hash, stable_seed
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.models import schedule as ddim
 from prism_lib.models.pipeline import (
     decode_latents,
     encode_images,
@@ -38,7 +36,7 @@ from prism_lib.models.pipeline import (
     mixed_calls,
     predict_noise,
 )
-from prism_lib.models.schedule import Schedule, clean_and_noise
+from prism_lib.models.schedule import Schedule, clean_and_noise, guided
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -254,8 +252,8 @@ class Edict(Editor):
         def noise(latents: Tensor, level: int) -> Tensor:
             prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
             unconditional, conditional = prediction.chunk(2)
-            guided = ddim.guided(unconditional, conditional, self.guidance_scale)
-            return clean_and_noise(schedule, latents, guided, level)[1]
+            prediction = guided(unconditional, conditional, self.guidance_scale)
+            return clean_and_noise(schedule, latents, prediction, level)[1]
 
         levels = range(1, int(self.strength * self.num_inference_steps) + 1)
         for level in tqdm(levels if up else levels[::-1], desc="EDICT", leave=False):

@@ -162,7 +162,6 @@ class _Training:
         self._optimise(0.5 * torch.stack(errors).sum())
 
     def _generator_loss(self, given: Images, wanted: Images) -> tuple[Tensor, Images]:
-        """The paper's losses, with its weights."""
         total, fakes = torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
             fake = fakes[name] = self._translated(name, given[name])

@@ -10,7 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, replace
+from functools import partial
 from itertools import groupby
+from operator import call
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple, cast
@@ -76,15 +78,6 @@ class TrainingSet(NamedTuple):
     images: Tensor
     labels: Tensor
     groups: Tensor
-
-
-class _Job(NamedTuple):
-    """One classifier: its training set, the images that it reads afterwards, and the file for its readings."""
-
-    data: TrainingSet
-    config: ClassifierConfig
-    test: Tensor
-    file: Path
 
 
 class Readings(NamedTuple):
@@ -200,28 +193,27 @@ def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, p
             for rows, edit in additions(drawn[strength], config):
                 sources[name](rows, edit)
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[Callable[[], None]]:
         for (strength, name), keys in groupby(missing, key=lambda key: key[:2]):
             data = load_images(folder, drawn[strength], config)
             if name in sources:
                 data = _joined(data, added_images(drawn[strength], sources[name], config))
             for key in keys:
                 classifier = replace(config.classifier, seed=key[2], objective=OBJECTIVES.get(name, "erm"))
-                yield _Job(data, classifier, test.images, files[key])
+                yield partial(_train, data, classifier, test.images, files[key])
 
-    trained = side_by_side(_train, jobs(), processes_for(processes))
+    trained = side_by_side(call, jobs(), processes_for(processes))
     for _ in tqdm(trained, total=len(missing), desc="classifiers"):
         pass
     read = {key: load_file(path)["probabilities"] for key, path in files.items()}
     return Readings(table, test.labels, test.groups, read)
 
 
-def _train(job: _Job) -> None:
-    """Train one classifier and keep what it reads; runs in a process of its own."""
-    data = job.data
-    model = train_classifier(data.images, data.labels, job.config, groups=data.groups, progress=False)
-    with atomic(job.file) as partial:
-        save_file({"probabilities": predict(model, job.test).contiguous()}, partial)
+def _train(data: TrainingSet, config: ClassifierConfig, test: Tensor, file: Path) -> None:
+    """Train one classifier and keep what it reads of the test images; runs in a process of its own."""
+    model = train_classifier(data.images, data.labels, config, groups=data.groups, progress=False)
+    with atomic(file) as unfinished:
+        save_file({"probabilities": predict(model, test).contiguous()}, unfinished)
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:

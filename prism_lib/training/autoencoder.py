@@ -63,9 +63,7 @@ class VaeConfig:
 
 
 # The recipe of the decoder, when the encoder is done: burnt-in letters hold most of the error that is left.
-DECODER = VaeConfig(
-    steps=10_000, batch_size=12, crop=64, corner_share=0.6, learning_rate=1e-3, square_weight=40, seed=7
-)
+DECODER = VaeConfig(10_000, batch_size=12, crop=64, corner_share=0.6, learning_rate=1e-3, square_weight=40, seed=7)
 
 
 def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[str, float]]:

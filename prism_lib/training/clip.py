@@ -74,9 +74,8 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         torch.manual_seed(config.seed)
         clip = CLIPModel(joint).train().to(device)
         torch.manual_seed(config.seed)
-        readers = nn.ModuleList(
-            nn.Linear(width, labels.shape[1]) for width in (vision.hidden_size, text.hidden_size, text.hidden_size)
-        )
+        widths = (vision.hidden_size, text.hidden_size, text.hidden_size)
+        readers = nn.ModuleList(nn.Linear(width, labels.shape[1]) for width in widths)
     trained = [*clip.parameters(), *readers.to(device).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)

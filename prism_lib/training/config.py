@@ -45,9 +45,7 @@ class FinetuneConfig:
     balance: str = ""  # a label whose values are drawn equally often; an epoch is then a draw with replacement
     ema_decay: Share = 0.999
     noisy_share: Share = 0.5  # of timesteps in the noisier half, which decides layout
-    pairs: Share = (
-        0.0  # of the images in known pairs, how many are trained on as a pair: denoised to the counterfactual
-    )
+    pairs: Share = 0.0  # of the images in known pairs, trained on as a pair: denoised to the counterfactual
     crop: NonNegativeInt = 0  # side, in cells of the latents, of the random crops that are trained on; 0: whole images
     snr_gamma: NonNegativeFloat = 0.0  # 5 for Min-SNR weighting (Hang et al., ICCV 2023); 0 is off
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"

@@ -1,7 +1,6 @@
 """Fine-tune the U-Net of a Stable Diffusion pipeline on a prepared folder, with accelerate.
 
 As in the paper the autoencoder and the text encoder stay frozen. A resumed run equals an uninterrupted one bit for bit.
-From a terminal: ``accelerate launch -m prism_lib.training.finetuning CONFIG.json``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ PAGES = sorted(
     for pattern in ("README.md", "CHANGELOG.md", "docs/*.md", "figures/*/README.md", "prism_lib/weights/*/README.md")
     for path in ROOT.glob(pattern)
 )
-FREE = {"git", "cd", "pip", "source", "export"}  # commands that name nothing of this repository
+FREE = {"git", "cd", "cp", "pip", "source", "export"}  # commands that name nothing of this repository
 LAUNCHERS = {"accelerate", "torchrun", "python", "srun"}
 
 pytestmark = pytest.mark.skipif("README.md" not in PAGES, reason="there is no README.md")

@@ -26,7 +26,6 @@ from prism_lib.training.cache import Cache
 from prism_lib.training.config import FinetuneConfig
 
 TIMESTEP_BINS = 5
-CHANGE_WEIGHT = 30.0  # of a cell that differs from its counterfactual by 1; devices change 2 cells in 100, by .4
 
 
 def diffusion_loss(
@@ -122,6 +121,7 @@ class DrawConfig:
     world: int = 1
     noisy_share: float = 0.5  # of timesteps drawn from the noisier half
     pairs: float = 0.0  # share of the images in known pairs that are trained on as a pair
+    change_weight: float = 0.0  # by how much a cell weighs more that differs from its counterfactual by 1
     crop: int = 0  # side of random crops in cells; 0: whole images
 
 
@@ -139,7 +139,7 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     first, second = mean + std * torch.randn(mean.shape[1:], generator=generator)
     latents = torch.where((paired | (rows == factual))[:, None, None, None], first, second)
     goals = torch.where(paired[:, None, None, None], second, latents)
-    weights = 1 + CHANGE_WEIGHT * (mean[0] - mean[1]).abs().mean(1, keepdim=True)
+    weights = 1 + config.change_weight * (mean[0] - mean[1]).abs().mean(1, keepdim=True)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
     if config.noisy_share != 0.5:

@@ -46,6 +46,7 @@ class FinetuneConfig:
     ema_decay: Share = 0.999
     noisy_share: Share = 0.5  # of timesteps in the noisier half, which decides layout
     pairs: Share = 0.0  # of the images in known pairs, trained on as a pair: denoised to the counterfactual
+    change_weight: NonNegativeFloat = 30.0  # of cells that differ in a pair, by 1; devices change 2 in 100, by .4
     crop: NonNegativeInt = 0  # side, in cells of the latents, of the random crops that are trained on; 0: whole images
     snr_gamma: NonNegativeFloat = 0.0  # 5 for Min-SNR weighting (Hang et al., ICCV 2023); 0 is off
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"

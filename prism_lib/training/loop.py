@@ -101,6 +101,7 @@ class Run:
             world=accelerator.num_processes,
             noisy_share=config.noisy_share,
             pairs=config.pairs,
+            change_weight=config.change_weight,
             crop=config.crop,
         )
         self.batches = batches_from(self.start, config, train, self.draws, accelerator.device.type == "cuda")

@@ -359,7 +359,7 @@ def usual():
 def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
     pipe = tiny_pipeline()
     film = patients.render(patients.sample_patients(1, 3), 32)[0]
-    for image, unlike in ((film, False), (1 - film, True), (film.flip(1), True), (torch.zeros_like(film), True)):
+    for image, unlike in ((film, False), (1 - film, True), (film.flip(1), True)):
         study = Session(pipe, reference=usual)
         study.open_upload("film.png", png(plots.levels(image)))
         assert ("unlike those that phantom-sd was trained on" in study.case.notice) == unlike

@@ -11,6 +11,7 @@ from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig
+from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
 from prism_lib.models.classifier import Classifier, ClassifierConfig
@@ -144,7 +145,7 @@ def test_a_classifier_learns_in_it():
         handle.remove()
     assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}, "trained in bfloat16, read in float32"
     assert {value.dtype for value in model.parameters()} == {torch.float32}
-    assert classifier.auc(read, labels, config.labels)["Bright"] > 0.95
+    assert metrics.auc(torch.cat([read, labels], 1)) > 0.95
     with pytest.raises(ValueError, match=r"(?s)mixed_precision.*'no' or 'bf16'.*'fp16'"):
         replace(config, mixed_precision="fp16")
 

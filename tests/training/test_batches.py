@@ -9,7 +9,6 @@ import torch
 
 from prism_lib.models.pipeline import ddim_scheduler
 from prism_lib.training.batches import (
-    CHANGE_WEIGHT,
     DrawConfig,
     Order,
     balancing_weights,
@@ -193,7 +192,7 @@ def test_a_pair_is_denoised_towards_the_counterfactual(prediction):
 def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
     cache = blank_cache(1000, captions=3)
     cache.moments[:, 0] = torch.arange(1000)[:, None, None, None]
-    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3), 0)
+    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3, change_weight=7), 0)
     change = (draw.latents - draw.goals)[:, 0, 0, 0]
     paired = change != 0
     assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {-1.0}
@@ -201,7 +200,7 @@ def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
         "from the factual to the counterfactual, whichever was drawn"
     )
     assert draw.embeddings[paired].eq(0).all(), "their prompt is that of the edit"
-    assert draw.weights.eq(1 + CHANGE_WEIGHT).all(), "trained on as a pair or not"
+    assert draw.weights.eq(1 + 7).all(), "trained on as a pair or not"
     plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1), 0)
     assert torch.equal(plain.latents, plain.goals) and plain.weights.eq(1).all()
     assert torch.equal(plain.latents[~paired], draw.latents[~paired]) and torch.equal(plain.noise, draw.noise)

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--images", type=int, default=200, help="films with devices, several of a film where few films")
     parser.add_argument("--compared", type=int, default=16, help="of them for the methods to compare with")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="decides the devices")
     options = parser.parse_args()
     films = clean_films(options.data, options.split, options.images)

@@ -121,7 +121,7 @@ KINDS: dict[str, Kind] = {
     "resume": Kind("benchmarks/training.py"),
     "preparation": Kind("benchmarks/preparation.py"),
     "explorer": Kind("benchmarks/explorer.py"),
-    "film_removal": Kind("benchmarks/films.py", rows=2),
+    "film_removal": Kind("benchmarks/films.py"),
     "full_size_films": Kind("benchmarks/full_size_films.py"),
     "real_devices": Kind("benchmarks/real_devices.py"),
     "unusual_inputs": Kind("benchmarks/unusual_inputs.py", rows=2),

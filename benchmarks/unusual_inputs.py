@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -230,8 +231,8 @@ def main() -> None:
     parser.add_argument("--figures", default="", help="a folder for the record in place of figures/<data set>")
     given = parser.parse_args()
     phantom = given.data == "phantom"
-    info = {"source": "phantom", "config": {"size": 256}} if phantom else load_info(Path(given.data))
-    size = int(info["config"]["size"])
+    info: dict[str, Any] = {} if phantom else load_info(Path(given.data))
+    size = 256 if phantom else int(info["config"]["size"])
     place = None if given.save is None else Path(given.save or paths.weights() / given.model)
     if place is not None and not place.is_dir():
         parser.error(f"--save: there is no folder {place}")
@@ -246,7 +247,7 @@ def main() -> None:
         novelty.save(reference, place)
     path = records.record(
         "unusual_inputs",
-        dataset=info["source"],
+        dataset="phantom" if phantom else info["source"],
         notebook="benchmarks/unusual_inputs.py",
         parameters={"size": size, "known": len(known), "held_out": len(held_out), "false_alarms": given.false_alarms},
         seed=0,

@@ -4,7 +4,8 @@ DATA is a prepared folder of the data set "films". Fresh devices, drawn here and
 the films of held-out patients that show none, so the true counterfactual is the film itself. The record
 figures/films/film_removal.json holds our editor's numbers over all devices, and its error by kind inside the pixels
 that this kind alone changes. Methods to compare with edit the first films again: two masks on edit-friendly inversion,
-LEDITS++, and biharmonic inpainting (Chui & Mhaskar, 2010), which is given the true mask and is not an editor.
+LEDITS++ with its own defaults (30 steps, from 85 % of the noise on), and biharmonic inpainting (Chui & Mhaskar, 2010),
+which is given the true mask and is not an editor.
 """
 
 import argparse

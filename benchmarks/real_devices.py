@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe = load_pipeline(given.model) if given.model else None
     with records.Timer() as timer:
         reading = judge_auc(judge, given.folder, given.split, seed=given.seed).loc[DEVICES].drop("judged").dropna()
-        metrics = {"patients": table["patient_id"].nunique(), **reading.to_dict()}
+        metrics = {"patients": table.loc[table[DEVICES].isin([0, 1]), "patient_id"].nunique(), **reading.to_dict()}
         if pipe is not None:
             metrics |= summarise(removed(pipe, judge, given.folder, films, given.steps), given.seed)
     records.record(

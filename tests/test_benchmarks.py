@@ -138,7 +138,7 @@ def test_identifiability_asks_patients_that_an_edit_suits():
 
 
 def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tmp_path, monkeypatch, capsys):
-    """The edit is stood in for: the first film loses its devices, the others stay as they are."""
+    """By a judge and a model that have learnt nothing; `summarise` is tested below."""
     monkeypatch.setattr(paths, "root", lambda: tmp_path)
     labels = ("Cardiomegaly", real_devices.DEVICES)
     config = classifier.ClassifierConfig(labels, blocks=(1, 1), growth=4, features=8, size=16)

@@ -117,6 +117,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
     common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": digest}
+    common["inversion"] = asdict(recommended_inversion(pipe))
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:

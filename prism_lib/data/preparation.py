@@ -65,7 +65,9 @@ class PrepareConfig:
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
-    screened: Path | None = None  # for "films": a table with file_name and "Support Devices": 1 left out, 0 clean
+    screened: Path | None = (
+        None  # for "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out
+    )
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:

@@ -28,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
-from prism_lib.models.pipeline import assembled, sample_images
+from prism_lib.models.pipeline import assembled, image_factor, sample_images
 from prism_lib.training.batches import Draw, DrawConfig, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import (
@@ -247,6 +247,8 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDi
         table = load_table(config.dataset, split)
         captions[split] = sample_captions(config.dataset, table, *drawn)
         require_captions_fit(pipeline.tokenizer, split, table["file_name"], captions[split])
+    if config.crop > (cells := load_info(config.dataset)["config"]["size"] // image_factor(pipeline.vae)):
+        raise ValueError(f"crop={config.crop} is larger than the latents, {cells} x {cells} cells")
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(accelerator.device)
     caches = [build_cache(pipeline, config.dataset, split, folder, captions[split], dtype) for split in captions]

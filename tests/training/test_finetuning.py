@@ -433,3 +433,11 @@ def test_published_weights_are_trained_on(config, tmp_path):
     write_tensors(tmp_path / "model.safetensors", published.state_dict())
     folder = finetune(replace(config, steps=1, unet=str(tmp_path / "model.safetensors")))
     assert load_pipeline(folder).unet.conv_in.bias.mean() == pytest.approx(7.0, abs=0.01)
+
+
+def test_pairs_and_crops_that_the_data_cannot_give_are_refused_before_the_work(config):
+    with pytest.raises(ValueError, match=r"pairs=0\.5 needs known counterfactuals"):
+        finetune(replace(config, pairs=0.5))
+    with pytest.raises(ValueError, match="crop=99 is larger than the latents"):
+        finetune(replace(config, crop=99))
+    assert not (Path(config.output) / "cache").exists()

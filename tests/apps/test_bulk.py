@@ -478,6 +478,7 @@ def test_processes_of_a_launcher_start_no_others(config, tmp_path):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
         "who.py",

@@ -132,7 +132,8 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, config.rank))
     factual, counterfactual = (cache.couples[rows] if config.pairs else torch.stack([rows, rows], 1)).unbind(1)
     paired = (factual != counterfactual) & (torch.rand(len(rows), generator=chosen) < config.pairs)
-    moments = torch.stack([cache.moments[factual], cache.moments[counterfactual]]).float()
+    of_factual = cache.moments[factual]  # read from disk, so once where both are the same
+    moments = torch.stack([of_factual, cache.moments[counterfactual] if config.pairs else of_factual]).float()
     if config.crop:
         moments = torch.stack([_cropped(m, config.crop, generator) for m in moments.unbind(1)], dim=1)
     mean, std = moments.unbind(2)

@@ -51,7 +51,7 @@ def main() -> None:
         parameters={"second": config, "size": SIZE, "train": TRAIN, "test": TEST},
         seed=TRAIN_SEED,
         metrics={
-            "agreement": metrics.agreement(read["densenet"], read["resnet"]),
+            "agreement": 1 - metrics.side_effect_rate(read["densenet"], read["resnet"]).double().mean().item(),
             **{f"auc_{name}": areas(values, labels, first.labels) for name, values in read.items()},
         },
         model="phantom-judge",

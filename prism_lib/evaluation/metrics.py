@@ -158,12 +158,6 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return float(binary_calibration_error(probabilities.float().contiguous(), labels.long(), n_bins=10, norm="l1"))
 
 
-def agreement(probabilities: Tensor, others: Tensor) -> float:
-    """Share of readings, over images and labels (N, L), on which two judges agree; 1 is always."""
-    _check_probabilities(2, probabilities=probabilities, others=others)
-    return float(((probabilities >= 0.5) == (others >= 0.5)).double().mean())
-
-
 def auc(readings: Tensor) -> float:
     """Area under the ROC curve of probabilities and labels, 0 or 1, (N, 2); NaN where one class occurs."""
     positive, negative = (readings[readings[:, 1] == value, 0].sort().values for value in (1, 0))
@@ -203,8 +197,7 @@ def bootstrap_ci(
     owners = list(range(len(values)) if patients is None else patients)
     if len(owners) != len(values):
         raise ValueError(f"{len(values)} values but {len(owners)} patients")
-    positions = pd.Series(range(len(owners)))
-    groups = [rows.to_numpy() for _, rows in positions.groupby(owners, sort=False, dropna=False)]
+    groups = [*pd.Series(owners).groupby(owners, sort=False, dropna=False).indices.values()]
     if len(groups) < 2:
         raise ValueError(f"an interval needs at least 2 patients, got {len(groups)}")
     values = values.double().cpu()

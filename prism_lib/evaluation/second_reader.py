@@ -48,12 +48,12 @@ class QuestionReader(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, H, W) in [0, 1] to log-odds of yes (N, questions), in float32."""
         given = pictures(images)  # of one size, so with one question no row is padded
-        return torch.stack([self._log_odds(given, prompt) for prompt in self.prompts], dim=1).to(images.device)
-
-    def _log_odds(self, given: list[Image.Image], prompt: str) -> Tensor:
-        inputs = self.processor(images=given, text=[prompt] * len(given), return_tensors="pt")
-        logits = self.model(**inputs.to(self.model.device, self.model.dtype)).logits[:, -1].float()
-        return logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1)
+        odds = []
+        for prompt in self.prompts:
+            inputs = self.processor(images=given, text=[prompt] * len(given), return_tensors="pt")
+            logits = self.model(**inputs.to(self.model.device, self.model.dtype)).logits[:, -1].float()
+            odds.append(logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1))
+        return torch.stack(odds, dim=1).to(images.device)
 
 
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
@@ -69,13 +69,8 @@ def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary
     name = locate(name_or_path, *IMAGE_TEXT)
     model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, dtype="auto")
     model.requires_grad_(False).eval().to(default_device())
-    questions = [question(label, vocabulary) for label in read]
+    questions = [f"Does this {vocabulary.subject} show {vocabulary.phrase(label)}? Answer yes or no." for label in read]
     return Classifier(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), read)
-
-
-def question(label: str, vocabulary: Vocabulary) -> str:
-    """The question for a label: "Does this chest x-ray show support devices? Answer yes or no."."""
-    return f"Does this {vocabulary.subject} show {vocabulary.phrase(label)}? Answer yes or no."
 
 
 def pictures(images: Tensor) -> list[Image.Image]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import FiniteFloat
@@ -48,13 +48,6 @@ class Criteria:
         found += [f"{n} {scores[n]:.4g} < {bound:g}" for n, bound in self.at_least.items() if scores[n] < bound]
         found += [f"{n} {scores[n]:.4g} > {bound:g}" for n, bound in self.at_most.items() if scores[n] > bound]
         return tuple(found)
-
-
-class Scorer(Protocol):
-    """Scores of counterfactuals, each from its own image, prompts and mask alone."""
-
-    def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
-        """One mapping per candidate, all with the same names."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +118,10 @@ class GuideScorer:
         return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 
 
+# Scores of counterfactuals, each from its own image, prompts and mask alone; all with the same names.
+Scorer = SimilarityScorer | IdentityScorer | GuideScorer
+
+
 def load_guide(name: str, judge: str = "phantom-judge") -> Classifier:
     """The classifier `name` below PRISM_WEIGHTS as a guide; ValueError if it is the judge or a copy of its weights."""
     folders = paths.weights() / name, paths.weights() / judge
@@ -144,15 +141,10 @@ class Selection:
     best: Counterfactual | None
 
 
-def select(candidates: Sequence[Counterfactual], scorers: Sequence[Scorer], criteria: Criteria) -> Selection:
-    """The best candidate of one image under `criteria`; of equals the first."""
-    return select_each([candidates], scorers, criteria)[0]
-
-
 def select_each(
     groups: Sequence[Sequence[Counterfactual]], scorers: Sequence[Scorer], criteria: Criteria
 ) -> list[Selection]:
-    """`select` for every image of a sweep, with all candidates scored together."""
+    """The best candidate of every image under ``criteria``, of equals the first; all are scored together."""
     if empty := [row for row, group in enumerate(groups) if not group]:
         raise ValueError(f"images {empty} have no candidates to select from")
     flat = [candidate for group in groups for candidate in group]

@@ -208,13 +208,6 @@ def test_calibration_error_by_hand():
     assert metrics.calibration_error(mixed, torch.tensor([1, 0, 0, 0])) == pytest.approx((0.45 + 0.05) / 2)
 
 
-def test_agreement_counts_readings():
-    read = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
-    assert metrics.agreement(read, read) == 1.0
-    assert metrics.agreement(read, 1 - read) == 0.0
-    assert metrics.agreement(read, torch.tensor([[0.9, 0.1], [0.6, 0.6]])) == 0.75
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -248,7 +241,6 @@ def test_agreement_counts_readings():
         (lambda: metrics.group_accuracy(READ, LABELS - 1, GROUPS), r"labels must be 0 or 1, got \[-1\]"),
         (lambda: metrics.equalised_odds_difference(READ, LABELS, LABELS), r"no image in groups \[1, 2\]"),
         (lambda: metrics.calibration_error(READ, LABELS.float() / 2), "labels must be 0 or 1"),
-        (lambda: metrics.agreement(READ[None], READ[None, :2]), "differ in shape"),
         (lambda: metrics.directional_similarity(*[torch.full((1, 2), math.nan)] * 4), r"images \[0\] are not finite"),
     ],
 )

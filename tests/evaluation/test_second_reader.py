@@ -69,10 +69,10 @@ def judge(folder):
     return second_reader.load_reader(str(folder), (*LABELS, "No Finding"), vocabulary("phantom"))
 
 
-def test_the_question_is_in_the_words_of_the_captions():
-    asked = second_reader.question("Support Devices", vocabulary("chest"))
-    assert asked == "Does this chest x-ray show support devices? Answer yes or no."
-    assert second_reader.question("Ruler", vocabulary("skin")).startswith("Does this dermoscopic image show ")
+def test_the_question_is_in_the_words_of_the_captions(folder, judge):
+    assert "<image> Does this chest x-ray show support devices? Answer yes or no. " in judge.network.prompts[0]
+    skin = second_reader.load_reader(str(folder), ("Ruler",), vocabulary("skin"))
+    assert "<image> Does this dermoscopic image show " in skin.network.prompts[0]
 
 
 def test_the_answer_is_the_models_own_next_word(judge):

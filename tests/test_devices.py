@@ -29,8 +29,7 @@ from prism_lib.models.pipeline import (
     tiny_config,
 )
 from prism_lib.studies import ganterfactual
-from prism_lib.studies.editors import PLAIN, LEdits, PromptToPrompt, SDEdit, TwoMasks
-from prism_lib.studies.imagic import Imagic
+from prism_lib.studies.editors import PLAIN, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.training import autoencoder, loop
 from prism_lib.training.clip import train_clip
 from prism_lib.training.config import FinetuneConfig

@@ -33,7 +33,7 @@ from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig, recommended, recommended_inversion
-from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select_each
+from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
 from prism_lib.files import exclusive, file_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
@@ -180,7 +180,7 @@ class Chooser:
         best: Counterfactual | None = candidates[0]
         status, scores, tried = MADE, candidates[0].scores, {}
         if choice is not None:
-            (found,) = select_each([candidates], self._scorers[choice, task.edit], choice.criteria)
+            (found,) = select([candidates], self._scorers[choice, task.edit], choice.criteria)
             rows = [
                 {"settings": {name: given[name] for name in choice.sweep}, "scores": scores, "failures": failures}
                 for given, scores, failures in zip(task.settings.candidates, found.scores, found.failures, strict=True)

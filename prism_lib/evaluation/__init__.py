@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ],
         "second_reader": ["load_reader"],
         "selection": [
-            "Criteria", "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select_each",
+            "Criteria", "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select",
         ],
     },
 )  # fmt: skip

@@ -141,7 +141,7 @@ class Selection:
     best: Counterfactual | None
 
 
-def select_each(
+def select(
     groups: Sequence[Sequence[Counterfactual]], scorers: Sequence[Scorer], criteria: Criteria
 ) -> list[Selection]:
     """The best candidate of every image under ``criteria``, of equals the first; all are scored together."""

@@ -26,9 +26,8 @@ from prism_lib.evaluation.evaluate import Evaluation, Made, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
-from prism_lib.studies.editors import PLAIN, Edict, Editor, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.studies.editors import PLAIN, Edict, Editor, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
-from prism_lib.studies.imagic import Imagic
 
 CRITERION = "true_error_ratio"
 BUDGET = 4

@@ -5,10 +5,10 @@ Each result is a `Counterfactual`. Classes of diffusers share the caller's netwo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from diffusers import (
@@ -17,9 +17,11 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import Counterfactual, edit, scored, stack
@@ -35,8 +37,11 @@ from prism_lib.models.pipeline import (
     full_precision,
     mixed_calls,
     predict_noise,
+    sample_images,
 )
 from prism_lib.models.schedule import Schedule, clean_and_noise, guided
+from prism_lib.training.batches import diffusion_loss
+from prism_lib.training.loop import LORA_LAYERS
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -47,6 +52,7 @@ Overrides = Annotated[Mapping[str, Any] | EditConfig, Field(union_mode="left_to_
 
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
+_ADAPTER = "imagic"
 
 
 class Editor:
@@ -130,7 +136,7 @@ class TwoMasks(Editor):
     ) -> Results:
         inversion, found = inverted
         # Soft, not cut off at a threshold: a rounding error must not move the mask's border.
-        wide = torch.nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
+        wide = nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
         config = replace(PLAIN, guidance_scale=self.guidance_scale, local_blend=False)
         config = replace(config, cross_replace_steps=0.0, self_replace_steps=0.0)
         return [replace(result, settings=self) for result in edit(pipe, inversion, pairs, config, mask=wide)]
@@ -165,7 +171,7 @@ class SDEdit(Editor):
                 strength=self.strength,
                 guidance_scale=self.guidance_scale,
                 num_inference_steps=self.num_inference_steps,
-                generator=[_generator(image, self.seed) for image in inverted],
+                generator=[torch.Generator().manual_seed(_seed_of(image, self.seed)) for image in inverted],
                 output_type="latent",
             ).images
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, latents, inverted.shape[1]), self)
@@ -198,7 +204,7 @@ class LEdits(Editor):
             # LEDITS++ replaces all attention processors and leaves its own behind.
             after.callback(pipe.unet.set_attn_processor, dict(pipe.unet.attn_processors))
             for image, pair in zip(inverted, pairs, strict=True):
-                noise = _generator(image, self.seed)
+                noise = torch.Generator().manual_seed(_seed_of(image, self.seed))
                 ledits.invert(
                     image=image[None].expand(-1, pipe.vae.config.in_channels, -1, -1),
                     num_inversion_steps=self.num_inference_steps,
@@ -276,6 +282,94 @@ class Edict(Editor):
         return pair
 
 
+class Fit(NamedTuple):
+    """One image (C, H, W) with its optimised embedding (1, L, D) and the weights of its LoRA adapters."""
+
+    image: Tensor
+    embedding: Tensor
+    adapters: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Imagic(Editor):
+    """Imagic (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
+
+    The target's embedding is optimised until it explains the image; LoRA adapters are tuned to the image under that
+    embedding; a mixture of both embeddings is sampled, in which the target's share is `eta`: 0 is the image.
+    """
+
+    eta: float = 0.8
+    embedding_steps: PositiveInt = 200
+    embedding_learning_rate: float = 2e-3
+    unet_steps: PositiveInt = 300
+    unet_learning_rate: float = 1e-3
+    rank: PositiveInt = 4
+    batch_size: PositiveInt = 4
+    guidance_scale: float = 3.0
+    num_inference_steps: PositiveInt = 50
+    seed: int = 0
+
+    @property
+    def inverts(self) -> Hashable:
+        return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
+
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> list[Fit]:
+        fits = []
+        for image, pair in zip(tqdm(images, desc="imagic", leave=False), pairs, strict=True):
+            seed = _seed_of(image, self.seed)
+            noise = torch.Generator().manual_seed(seed)
+            clean = encode_images(pipe.vae, image[None]).to(pipe.unet.dtype).expand(self.batch_size, -1, -1, -1)
+            embedding = nn.Parameter(encode_prompts(pipe, [pair.target]).to(pipe.unet.dtype))
+            _fit(pipe, clean, embedding, Adam([embedding], self.embedding_learning_rate), self.embedding_steps, noise)
+            optimised = embedding.detach()
+            with self._adapted(pipe, seed):
+                weights = [value for value in pipe.unet.parameters() if value.requires_grad]
+                _fit(pipe, clean, optimised, Adam(weights, self.unet_learning_rate), self.unet_steps, noise)
+                tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
+                fits.append(Fit(image, optimised, {name: value.detach().clone() for name, value in tuned.items()}))
+        return fits
+
+    @torch.no_grad()
+    def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
+        edited = []
+        for fit, pair in zip(inverted, pairs, strict=True):
+            seed = _seed_of(fit.image, self.seed)
+            target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
+            mixed = self.eta * target + (1 - self.eta) * fit.embedding
+            how: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "channels": len(fit.image)}
+            how |= {"guidance_scale": self.guidance_scale, "seed": seed % 2**32}
+            with self._adapted(pipe, seed):
+                set_peft_model_state_dict(pipe.unet, fit.adapters, _ADAPTER)
+                edited.append(sample_images(pipe, mixed, empty, **how).cpu())
+        return unmasked(pipe, torch.stack([fit.image for fit in inverted]), pairs, torch.cat(edited), self)
+
+    @contextmanager
+    def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapters = LoraConfig(r=self.rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
+            pipe.unet.add_adapter(adapters, _ADAPTER)
+        try:
+            yield
+        finally:
+            pipe.unet.unload_lora()
+
+
+def _fit(
+    pipe: StableDiffusionPipeline, clean: Tensor, embedding: Tensor, adam: Adam, steps: int, noise: torch.Generator
+) -> None:
+    count = pipe.scheduler.config.num_train_timesteps
+    for _ in range(steps):
+        eps = torch.randn(clean.shape, generator=noise).to(clean)
+        timesteps = torch.randint(count, (len(clean),), generator=noise).to(clean.device)
+        states = embedding.expand(len(clean), -1, -1)
+        with mixed_calls(pipe.unet):
+            loss = diffusion_loss(pipe.unet, pipe.scheduler, clean, eps, timesteps, states).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+
 def unmasked(
     pipe: StableDiffusionPipeline,
     images: Tensor,
@@ -291,13 +385,9 @@ def unmasked(
     return scored(images, edited, edited, reconstruction, torch.ones_like(images[:, :1]), pairs, settings)
 
 
-def seed_of(image: Tensor, seed: int) -> int:
+def _seed_of(image: Tensor, seed: int) -> int:
     """A seed for one image, (C, H, W), from its pixels and ``seed``: no result depends on the batch."""
     return stable_seed(seed, image_hash(image))
-
-
-def _generator(image: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(image, seed))
 
 
 def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:

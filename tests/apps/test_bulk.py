@@ -35,7 +35,7 @@ from prism_lib.evaluation.selection import (
     IdentityScorer,
     SimilarityScorer,
     load_guide,
-    select_each,
+    select,
 )
 from prism_lib.files import exclusive
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
@@ -203,7 +203,7 @@ def by_hand(config, tasks, scorers, criteria):
         pipe = load_pipeline(config.model)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=STEPS)
         swept = sweep(pipe, inversion, pairs, grid(config.edit, **SWEEP))
-        return [select_each([own], scorers(task.edit), criteria)[0] for own, task in zip(swept, tasks, strict=True)]
+        return [select([own], scorers(task.edit), criteria)[0] for own, task in zip(swept, tasks, strict=True)]
 
 
 def test_the_winner_is_that_of_selection_by_hand(config, tmp_path, guide):

@@ -12,7 +12,7 @@ from prism_lib import paths
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.settings import EditConfig
 from prism_lib.evaluation import metrics, selection
-from prism_lib.evaluation.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, select_each
+from prism_lib.evaluation.selection import Criteria, GuideScorer, IdentityScorer, SimilarityScorer, select
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import ImageTextModel, load_image_text_model
@@ -198,24 +198,24 @@ def test_the_best_of_all_that_pass_wins_wherever_it_stands():
         ((0.5, 0.5, 0.1, 0.5), (0, 0, 0, 0), 0),
         ((math.nan, 0.5, 0.1, math.inf), (0, 0, 0, 0), 1),
     ]:
-        (chosen,) = select_each([tried], [Fixed(values), Fixed(costs, "cost")], bounds)
+        (chosen,) = select([tried], [Fixed(values), Fixed(costs, "cost")], bounds)
         assert chosen.winner == winner and chosen.best is tried[winner]
         assert [s["cost"] for s in chosen.scores] == list(costs)
         assert all(set(s) == {"mask_area", "directional", "cost"} for s in chosen.scores)
 
 
 def test_that_nothing_passes_is_reported():
-    (chosen,) = select_each([candidates(2)], [Fixed((0.1, math.nan))], Criteria(at_least={"directional": 0.2}))
+    (chosen,) = select([candidates(2)], [Fixed((0.1, math.nan))], Criteria(at_least={"directional": 0.2}))
     assert chosen.winner is None and chosen.best is None
     assert chosen.failures == (("directional 0.1 < 0.2",), ("directional is nan",))
 
 
 def test_images_are_selected_one_by_one():
     tried = candidates(3)
-    chosen = select_each([tried[:1], tried[1:]], [Fixed((0.9, 0.1, 0.2))], Criteria())
+    chosen = select([tried[:1], tried[1:]], [Fixed((0.9, 0.1, 0.2))], Criteria())
     assert [s.winner for s in chosen] == [0, 1]
     assert [len(s.scores) for s in chosen] == [1, 2]
-    assert select_each([], [], Criteria()) == []
+    assert select([], [], Criteria()) == []
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_images_are_selected_one_by_one():
 )
 def test_scores_that_are_missing_or_double_are_named(scorers, criteria, message):
     with pytest.raises(ValueError, match=message):
-        select_each([candidates(2)], scorers, criteria)
+        select([candidates(2)], scorers, criteria)
 
 
 def test_no_candidates_and_infinite_bounds_are_errors():
     with pytest.raises(ValueError, match=r"images \[1\] have no candidates"):
-        select_each([candidates(1), []], [], Criteria())
+        select([candidates(1), []], [], Criteria())
     with pytest.raises(ValueError, match=r"at_least\.ssim\s+Input should be a finite number"):
         Criteria(at_least={"ssim": math.nan})

@@ -24,8 +24,7 @@ from prism_lib.models.pipeline import (
     predict_noise,
 )
 from prism_lib.studies import ganterfactual
-from prism_lib.studies.editors import Edict, LEdits, SDEdit
-from prism_lib.studies.imagic import Imagic
+from prism_lib.studies.editors import Edict, Imagic, LEdits, SDEdit
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
 CHANGE = Edit(remove=("Support Devices",))

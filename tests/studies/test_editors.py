@@ -10,9 +10,8 @@ from prism_lib.editing.inversion import invert
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
 from prism_lib.models.schedule import Schedule, step
-from prism_lib.studies import imagic
-from prism_lib.studies.editors import PLAIN, Edict, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
-from prism_lib.studies.imagic import Imagic
+from prism_lib.studies import editors
+from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
 from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
 
 CHANGE = Edit(remove=("Support Devices",))
@@ -149,7 +148,7 @@ def test_imagic_fits_the_image():
         clean = encode_images(pipe.vae, image)
         embedding = torch.nn.Parameter(torch.zeros(1, 77, pipe.unet.config.cross_attention_dim))
         adam, seeded = torch.optim.Adam([embedding], 0.1), torch.Generator().manual_seed(0)
-        imagic._fit(pipe, clean.expand(8, -1, -1, -1), embedding, adam, steps, seeded)
+        editors._fit(pipe, clean.expand(8, -1, -1, -1), embedding, adam, steps, seeded)
         noise = torch.randn(64, *clean.shape[1:], generator=torch.Generator().manual_seed(1))
         times = torch.linspace(0, 999, 64).long()
         noisy = pipe.scheduler.add_noise(clean.expand(64, -1, -1, -1), noise, times)

@@ -32,27 +32,24 @@ def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Te
         raise ValueError(f"edited has shape {tuple(edited.shape)}, original {tuple(original.shape)}")
     difference = (edited - original).mean(1, keepdim=True)
     total = difference.abs().sum((1, 2, 3))
-    rows = []
+    tables = []
     for name, region in regions.items():
         if region.shape != difference.shape or region.dtype != torch.bool:
             raise ValueError(f"region {name!r} must be boolean {tuple(difference.shape)}, got {tuple(region.shape)}")
-        for n, (values, inside) in enumerate(zip(difference, region, strict=True)):
-            if not bool(inside.any()):
-                raise ValueError(f"region {name!r} of image {n} is empty")
-            there = values[inside]
-            rows.append(
-                {
-                    "image": n,
-                    "region": name,
-                    "pixels": there.numel(),
-                    "brighter": float((there > 0).float().mean()),
-                    "darker": float((there < 0).float().mean()),
-                    "mean_change": float(there.mean()),
-                    "mean_absolute_change": float(there.abs().mean()),
-                    "share_of_change": float(there.abs().sum() / total[n]),
-                }
-            )
-    return pd.DataFrame(rows)
+        if empty := (~region.flatten(1).any(1)).nonzero().flatten().tolist():
+            raise ValueError(f"region {name!r} of image {empty[0]} is empty")
+        inside, pixels = difference * region, region.sum((1, 2, 3))
+        means = {
+            "brighter": inside > 0,
+            "darker": inside < 0,
+            "mean_change": inside,
+            "mean_absolute_change": inside.abs(),
+        }
+        columns = {key: values.sum((1, 2, 3)) / pixels for key, values in means.items()}
+        columns = {"pixels": pixels, **columns, "share_of_change": inside.abs().sum((1, 2, 3)) / total}
+        values = {key: column.tolist() for key, column in columns.items()}
+        tables.append(pd.DataFrame({"image": range(len(pixels)), "region": name, **values}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def mask_regions(mask: Tensor) -> dict[str, Tensor]:

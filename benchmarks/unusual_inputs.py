@@ -8,13 +8,18 @@ textures, noise and blank images join them. Writes figures/<data set>/unusual_in
 `--save` writes the reference beside MODEL's weights, or into a folder: to be run whenever the training data change.
 `--others FOLDER` adds files that ought to be flagged (lateral films, children), `--elsewhere FOLDER` good films of
 another hospital, whose flags are false alarms. MODEL need not exist yet: DATA gives the size.
+
+Layout and sharpness read pixels alone: half of the films that are upside down or cut in half have errors of noise
+prediction (Graham et al., CVPR Workshops, 2023) like good ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,15 @@ from prism_lib import paths, records
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.uploads import UploadError, read_file
 from prism_lib.evaluation import novelty
+from prism_lib.files import write_text
 from prism_lib.phantom import patients
 
 FITTED, TESTED = 1000, 100  # films at most: for what is usual, and of each kind
 PHANTOM_SEEDS = 9001, 9003, 9002  # populations of what is usual, limits and test, that no training draws from
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "moon", "page", "text", "retina")
 TEXTURES = ("brick", "grass", "gravel")
+COMPONENTS = 16
+FEWEST = 20  # images that can say what is usual, or set the limits
 SMALL = 128
 
 
@@ -195,6 +203,40 @@ def phantoms(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return known, held_out, tested, tested[:0]
 
 
+def reference_of(known: Tensor, held_out: Tensor, share: float) -> novelty.Reference:
+    """The reference of images (N, C, H, W) like the training images; `share` of those held out are below its limits."""
+    if (fewest := min(len(known), len(held_out))) < FEWEST:
+        raise ValueError(f"{fewest} images are too few to measure what is usual; at least {FEWEST} are needed")
+    if not 0.5 <= share < 1:
+        raise ValueError(f"share is {share}; expected a value in [0.5, 1)")
+    rows, sharp = novelty.layout(known), novelty.sharpness(known)
+    if not (torch.isfinite(rows).all() and torch.isfinite(sharp).all()):
+        raise ValueError("blank images cannot be among those that say what is usual")
+    mean = rows.mean(0)
+    _, spread, axes = torch.linalg.svd(rows - mean, full_matrices=False)
+    variances = spread.square() / (len(rows) - 1)
+    rest = variances[COMPONENTS:].sum().item() / (rows.shape[1] - COMPONENTS)
+    channels, height, width = known.shape[1:]
+    reference = novelty.Reference(
+        shape=(channels, height, width),
+        mean=tuple(mean.tolist()),
+        axes=tuple(map(tuple, axes[:COMPONENTS].tolist())),
+        variances=tuple(variances[:COMPONENTS].tolist()),
+        rest=rest,
+        sharpness=(sharp.mean().item(), sharp.std().item()),
+        share=share,
+        images=len(known) + len(held_out),
+    )
+    by_layout, by_blur = reference.parts(held_out).quantile((1 + share) / 2, dim=0).tolist()
+    return replace(reference, limits=(by_layout, by_blur))
+
+
+def save(reference: novelty.Reference, folder: Path) -> Path:
+    """Write `novelty.json` beside a model's weights, to six digits."""
+    content = json.loads(json.dumps(asdict(reference)), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    return write_text(folder / novelty.FILE, json.dumps(content) + "\n")
+
+
 def rates(reference: novelty.Reference, images: Tensor) -> dict[str, float]:
     """Shares flagged: in all, by the layout and by blur; and the median score of images that have one."""
     parts = reference.parts(images)
@@ -239,12 +281,12 @@ def main() -> None:
     more = {name: files(folder, size) for name in ("others", "elsewhere") if (folder := getattr(given, name))}
     with records.Timer() as timer:
         known, held_out, films, with_devices = phantoms(size) if phantom else prepared(Path(given.data))
-        reference = novelty.measure(known, held_out, 1 - given.false_alarms)
+        reference = reference_of(known, held_out, 1 - given.false_alarms)
         good = {"held_out": films, "held_out_with_rendered_devices": with_devices}
         good |= {"elsewhere": more["elsewhere"]} if "elsewhere" in more else {}
         metrics = measured(reference, films, good, more.get("others"))
     if place is not None:
-        novelty.save(reference, place)
+        save(reference, place)
     path = records.record(
         "unusual_inputs",
         dataset="phantom" if phantom else info["source"],

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache, partial, partialmethod
+from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,15 +22,15 @@ Result = TypeVar("Result")
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # accelerate's names
 LARGEST_COPY = 2**30  # bytes of a model's weights; larger ones are not copied into other processes
+# Progress bars of processes would write over each other; their caller shows one for all.
+_HIDE_BARS = partial(setattr, tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
 
 
 def default_device() -> torch.device:
-    """`PRISM_DEVICE` ("cpu", "cuda:1", "mps") where it is set, else the first GPU, else the CPU.
-
-    CUDA is not initialised, because training processes could not be forked afterwards.
-    """
+    """`PRISM_DEVICE` ("cpu", "cuda:1", "mps") where it is set, else the first GPU, else the CPU."""
     name = os.environ.get("PRISM_DEVICE", "").strip()
     if not name:
+        # This does not initialise CUDA, so that training processes can be forked.
         return torch.device("cuda" if is_cuda_available() else "cpu")
     try:
         return torch.device(name)
@@ -46,13 +46,10 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> str:
-    """ "no" or "bf16" as given; "auto" is "bf16" where the device (`default_device`) multiplies in bfloat16, else "no".
-
-    "fp16" is refused: gradients of small networks would need a scaler.
-    """
+    """ "no" or "bf16" as given; "auto" is "bf16" where the device multiplies in bfloat16, else "no"."""
     if asked == "auto":
         return "bf16" if _multiplies_in_bfloat16(device or default_device()) else "no"
-    if asked not in ("no", "bf16"):
+    if asked not in ("no", "bf16"):  # with fp16, gradients of small networks would need a scaler
         raise ValueError(f"mixed_precision is {asked!r}; expected one of auto, no, bf16")
     return asked
 
@@ -70,10 +67,7 @@ def autocast(device: str | torch.device, precision: str) -> AbstractContextManag
 
 
 def processes_for(asked: int = 0) -> int:
-    """``asked``, or for 0 one process with a GPU, else one per core, at most four because each loads torch.
-
-    ValueError for a number below 0.
-    """
+    """``asked``, or for 0 one process with a GPU, else one per core, at most four because each loads torch."""
     if asked < 0:
         raise ValueError(f"processes is {asked}; expected 0 (as many as suit) or more")
     if asked:
@@ -96,7 +90,7 @@ def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], processes: 
         return
     from joblib import Parallel, delayed, parallel_config  # late: most commands start no process
 
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1, initializer=_hide_bars()):
+    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1, initializer=_HIDE_BARS):
         yield from Parallel(return_as="generator", pre_dispatch="n_jobs + 1")(delayed(work)(job) for job in jobs)
 
 
@@ -109,19 +103,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@cache
-def _hide_bars() -> Callable[[], None]:
-    """Progress bars of processes would write over each other; their caller shows one for all.
-
-    A nested function travels by value, so a process loads this module, and torch with it, only if its work does.
-    """
-
-    def hide() -> None:
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-
-    return hide
 
 
 def copies_for(pipe: DiffusionPipeline, asked: int, jobs: int) -> int:
@@ -137,10 +118,7 @@ def batch_for(pipe: DiffusionPipeline) -> int:
 def with_copies(
     pipe: DiffusionPipeline, work: Callable[[Any, Job], Result], jobs: Iterable[Job], processes: int
 ) -> Iterator[Result]:
-    """``work(pipe, job)`` of every job in order, in so many processes (`copies_for`) with a copy of the pipeline each.
-
-    On a CPU each process has one thread, so results do not depend on their number.
-    """
+    """`side_by_side` of ``work(pipe, job)``, in so many processes (`copies_for`) with a copy of the pipeline each."""
     if _stays(pipe):
         yield from (work(pipe, job) for job in jobs)
     elif processes == 1:

@@ -256,9 +256,7 @@ def evaluate_results(
         seconds,
         tuple(dict.fromkeys(result.settings for result in edited)),
     )
-    columns = _appearance(evaluation)
-    if known is not None:
-        columns |= _against_truth(evaluation, known.marker)
+    columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
     return replace(evaluation, table=evaluation.table.assign(**columns))
@@ -295,29 +293,27 @@ def reversibility(
     return evaluation.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 
-def _appearance(e: Evaluation) -> dict[str, Any]:
+def _of_pixels(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
+    """Numbers of the images alone and, where it is known, against the truth."""
     open_pixels = e.mask > 0
-    return {
-        "identity_l1": metrics.l1(e.edited, e.factual).tolist(),
-        "reconstruction_l1": metrics.l1(e.reconstruction, e.factual).tolist(),
-        "raw_l1": metrics.l1(e.raw, e.factual).tolist(),
-        "mask_share": open_pixels.float().mean((1, 2, 3)).tolist(),
-        "changed_outside_mask": metrics.changed_fraction_outside(e.edited, e.factual, open_pixels).tolist(),
+    columns = {
+        "identity_l1": metrics.l1(e.edited, e.factual),
+        "reconstruction_l1": metrics.l1(e.reconstruction, e.factual),
+        "raw_l1": metrics.l1(e.raw, e.factual),
+        "mask_share": open_pixels.float().mean((1, 2, 3)),
+        "changed_outside_mask": metrics.changed_fraction_outside(e.edited, e.factual, open_pixels),
     }
-
-
-def _against_truth(e: Evaluation, marker: Tensor) -> dict[str, Any]:
-    assert e.truth is not None and e.truth_mask is not None
-    open_pixels = e.mask > 0
-    # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
-    marker_changed = (e.edited != e.factual).any(1, keepdim=True) & marker & ~e.truth_mask
-    return {
-        "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask).tolist(),
-        "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask).tolist(),
-        "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask).tolist(),
-        "latent_outside_l1_ratio": metrics.outside_l1_ratio(e.raw, e.reconstruction, e.factual, e.truth_mask).tolist(),
-        "marker_changed": marker_changed.flatten(1).sum(1).tolist(),
-    }
+    if e.truth is not None and e.truth_mask is not None and marker is not None:
+        # Pixels of the marker that the true counterfactual leaves alone: a lead that crosses the letter is fair.
+        marker_changed = (e.edited != e.factual).any(1, keepdim=True) & marker & ~e.truth_mask
+        columns |= {
+            "true_error_ratio": metrics.true_error_ratio(e.edited, e.truth, e.factual, e.truth_mask),
+            "mask_recall": metrics.mask_recall(open_pixels, e.truth_mask),
+            "mask_area_ratio": metrics.mask_area_ratio(open_pixels, e.truth_mask),
+            "latent_outside_l1_ratio": metrics.outside_l1_ratio(e.raw, e.reconstruction, e.factual, e.truth_mask),
+            "marker_changed": marker_changed.flatten(1).sum(1),
+        }
+    return {name: values.tolist() for name, values in columns.items()}
 
 
 def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 The larger of two parts counts. Layout: the distance to probabilistic principal components (Tipping and Bishop, J. R.
 Stat. Soc. B, 1999) of the image at 16 x 16, its mean and contrast taken out, so that exposure does not matter. Blur:
-how far the finest detail falls short of the next coarser. Both read pixels alone: half of the films that are upside
-down or cut in half have errors of noise prediction (Graham et al., CVPR Workshops, 2023) like good ones. The reference
-is `novelty.json` beside the weights.
+how far the finest detail falls short of the next coarser. The reference is `novelty.json` beside the weights, which
+`python -m benchmarks.unusual_inputs` writes.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +17,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
 from prism_lib import paths
-from prism_lib.files import write_text
 
 FILE = "novelty.json"
-GRID, COMPONENTS = 16, 16
+GRID = 16
 FLAT = 1e-4  # contrast below which an image is blank
-FEWEST = 20  # images
 
 
 @dataclass(frozen=True)
@@ -78,40 +73,6 @@ def sharpness(images: Tensor) -> Tensor:
 def _detail(levels: Tensor) -> Tensor:
     coarser = interpolate(avg_pool2d(levels, 2), size=levels.shape[-2:])
     return (levels - coarser).abs().mean((1, 2, 3)).double()
-
-
-def measure(known: Tensor, held_out: Tensor, share: float = 0.95) -> Reference:
-    """The reference of images (N, C, H, W) like the training images; `share` of those held out are below its limits."""
-    if (fewest := min(len(known), len(held_out))) < FEWEST:
-        raise ValueError(f"{fewest} images are too few to measure what is usual; at least {FEWEST} are needed")
-    if not 0.5 <= share < 1:
-        raise ValueError(f"share is {share}; expected a value in [0.5, 1)")
-    rows, sharp = layout(known), sharpness(known)
-    if not (torch.isfinite(rows).all() and torch.isfinite(sharp).all()):
-        raise ValueError("blank images cannot be among those that say what is usual")
-    mean = rows.mean(0)
-    _, spread, axes = torch.linalg.svd(rows - mean, full_matrices=False)
-    variances = spread.square() / (len(rows) - 1)
-    rest = variances[COMPONENTS:].sum().item() / (rows.shape[1] - COMPONENTS)
-    channels, height, width = known.shape[1:]
-    reference = Reference(
-        shape=(channels, height, width),
-        mean=tuple(mean.tolist()),
-        axes=tuple(map(tuple, axes[:COMPONENTS].tolist())),
-        variances=tuple(variances[:COMPONENTS].tolist()),
-        rest=rest,
-        sharpness=(sharp.mean().item(), sharp.std().item()),
-        share=share,
-        images=len(known) + len(held_out),
-    )
-    by_layout, by_blur = reference.parts(held_out).quantile((1 + share) / 2, dim=0).tolist()
-    return replace(reference, limits=(by_layout, by_blur))
-
-
-def save(reference: Reference, folder: Path) -> Path:
-    """Write `novelty.json` beside a model's weights, to six digits."""
-    content = json.loads(json.dumps(asdict(reference)), parse_float=lambda digits: float(f"{float(digits):.6g}"))
-    return write_text(folder / FILE, json.dumps(content) + "\n")
 
 
 def load(model: str) -> Reference | None:

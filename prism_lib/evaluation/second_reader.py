@@ -47,7 +47,9 @@ class QuestionReader(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, H, W) in [0, 1] to log-odds of yes (N, questions), in float32."""
-        given = pictures(images)  # of one size, so with one question no row is padded
+        gray = (images.mean(1).clamp(0, 1) * 255).round().byte().cpu()
+        # Processors expect RGB. The pictures are of one size, so with one question no row is padded.
+        given = [Image.fromarray(pixels.numpy()).convert("RGB") for pixels in gray]
         odds = []
         for prompt in self.prompts:
             inputs = self.processor(images=given, text=[prompt] * len(given), return_tensors="pt")
@@ -71,9 +73,3 @@ def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary
     model.requires_grad_(False).eval().to(default_device())
     questions = [f"Does this {vocabulary.subject} show {vocabulary.phrase(label)}? Answer yes or no." for label in read]
     return Classifier(QuestionReader(model, AutoProcessor.from_pretrained(name), questions).eval(), read)
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    """Images (N, C, H, W) in [0, 1] as gray pictures in RGB, which is what processors expect."""
-    gray = (images.mean(1).clamp(0, 1) * 255).round().byte().cpu()
-    return [Image.fromarray(pixels.numpy()).convert("RGB") for pixels in gray]

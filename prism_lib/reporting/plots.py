@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,9 @@ def grouped_dots(values: Mapping[str, Intervals], *, xlabel: str, ylabel: str = 
 
 def pareto(values: Points, *, xlabel: str, ylabel: str = "", title: str = "") -> Figure:
     """A point per name, ``(cost, error, low, high)``; a line joins those that nothing beats, others are gray."""
-    front, best = [], float("inf")
-    for name, (_, error, _, _) in sorted(values.items(), key=lambda item: item[1][:2]):
-        if error < best:
-            front.append(name)
-            best = error
+    ordered = sorted(values, key=lambda name: values[name][:2])
+    best_before = accumulate((values[name][1] for name in ordered), min, initial=float("inf"))
+    front = [name for name, best in zip(ordered, best_before, strict=False) if values[name][1] < best]
     named = {name: values[name][:2] for name in values if name in front or len(values) <= 10}  # so few can all be named
     color = sns.color_palette("colorblind")[0]
     with _style():

@@ -39,14 +39,10 @@ def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Te
         if empty := (~region.flatten(1).any(1)).nonzero().flatten().tolist():
             raise ValueError(f"region {name!r} of image {empty[0]} is empty")
         inside, pixels = difference * region, region.sum((1, 2, 3))
-        means = {
-            "brighter": inside > 0,
-            "darker": inside < 0,
-            "mean_change": inside,
-            "mean_absolute_change": inside.abs(),
-        }
+        size = inside.abs()
+        means = {"brighter": inside > 0, "darker": inside < 0, "mean_change": inside, "mean_absolute_change": size}
         columns = {key: values.sum((1, 2, 3)) / pixels for key, values in means.items()}
-        columns = {"pixels": pixels, **columns, "share_of_change": inside.abs().sum((1, 2, 3)) / total}
+        columns = {"pixels": pixels, **columns, "share_of_change": size.sum((1, 2, 3)) / total}
         values = {key: column.tolist() for key, column in columns.items()}
         tables.append(pd.DataFrame({"image": range(len(pixels)), "region": name, **values}))
     return pd.concat(tables, ignore_index=True)

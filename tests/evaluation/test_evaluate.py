@@ -109,7 +109,7 @@ def test_an_edit_is_measured_per_image(evaluated):
 
 def test_the_truth_itself_would_be_perfect(evaluated):
     perfect = Evaluation(**{**vars(evaluated), "edited": evaluated.truth, "mask": evaluated.truth_mask.float()})
-    columns = evaluate._against_truth(perfect, torch.ones_like(perfect.truth_mask))
+    columns = evaluate._of_pixels(perfect, torch.ones_like(perfect.truth_mask))
     assert columns["true_error_ratio"] == [0.0] * 3
     assert columns["mask_recall"] == columns["mask_area_ratio"] == [1.0] * 3
     assert columns["marker_changed"] == [0] * 3

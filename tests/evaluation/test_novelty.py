@@ -23,7 +23,7 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def reference(known, held_out):
-    return novelty.measure(known, held_out, 0.9)
+    return unusual_inputs.reference_of(known, held_out, 0.9)
 
 
 def test_the_layout_part_is_the_distance_of_a_gaussian(known, held_out, reference):
@@ -31,7 +31,8 @@ def test_the_layout_part_is_the_distance_of_a_gaussian(known, held_out, referenc
     rows = novelty.layout(known).numpy()
     centred = rows - rows.mean(0)
     variances, axes = np.linalg.eigh(centred.T @ centred / (len(rows) - 1))
-    variances[: -novelty.COMPONENTS] = variances[: -novelty.COMPONENTS].sum() / (len(variances) - novelty.COMPONENTS)
+    beside = len(variances) - unusual_inputs.COMPONENTS
+    variances[:beside] = variances[:beside].sum() / beside
     inverse = axes @ np.diag(1 / variances) @ axes.T
     other = novelty.layout(held_out).numpy() - rows.mean(0)
     expected = np.sqrt(np.einsum("ni,ij,nj->n", other, inverse, other))
@@ -80,7 +81,7 @@ def test_bad_inputs_are_images_and_the_same_every_time(known):
 
 def test_a_reference_is_read_back(tmp_path, monkeypatch, reference, held_out):
     monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
-    path = novelty.save(reference, tmp_path / "tiny")
+    path = unusual_inputs.save(reference, tmp_path / "tiny")
     torch.testing.assert_close(novelty.load("tiny").scores(held_out), reference.scores(held_out), rtol=1e-3, atol=0)
     assert novelty.load("other") is None
     path.write_text("{}")
@@ -90,11 +91,11 @@ def test_a_reference_is_read_back(tmp_path, monkeypatch, reference, held_out):
 
 def test_what_cannot_be_measured_is_refused(known, reference):
     with pytest.raises(ValueError, match="19 images are too few"):
-        novelty.measure(known, known[:19])
+        unusual_inputs.reference_of(known, known[:19], 0.9)
     with pytest.raises(ValueError, match="share is 1"):
-        novelty.measure(known, known, 1.0)
+        unusual_inputs.reference_of(known, known, 1.0)
     with pytest.raises(ValueError, match="blank"):
-        novelty.measure(torch.cat([known, torch.zeros(1, 1, 64, 64)]), known)
+        unusual_inputs.reference_of(torch.cat([known, torch.zeros(1, 1, 64, 64)]), known, 0.9)
     with pytest.raises(ValueError, match="images are"):
         reference.scores(known[..., :32])
     assert dataclasses.replace(reference, limits=(9e9, 9e9)).is_new(float("nan"))

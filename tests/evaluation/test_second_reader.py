@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -78,7 +79,8 @@ def test_the_question_is_in_the_words_of_the_captions(folder, judge):
 def test_the_answer_is_the_models_own_next_word(judge):
     images = tiny_images(3)
     model, processor = judge.network.model, judge.network.processor
-    inputs = processor(images=second_reader.pictures(images[1:2]), text=[judge.network.prompts[0]], return_tensors="pt")
+    picture = Image.fromarray((images[1, 0] * 255).round().byte().numpy()).convert("RGB")
+    inputs = processor(images=[picture], text=[judge.network.prompts[0]], return_tensors="pt")
     output = model.generate(
         **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
     )

@@ -183,9 +183,8 @@ def test_a_gan_is_trained_and_used(device, phantom_folder, tmp_path):
 def test_an_evaluation_of_a_prepared_folder(device, phantom_folder):
     judge = Classifier(classifier.build_classifier(NETWORK).eval().to(device), NETWORK.labels)
     cases = choose_cases(phantom_folder, CHANGE, 2)
-    (result,) = evaluate_edits(
-        moved(double=False), phantom_folder, {CHANGE: cases}, EditConfig(), num_inference_steps=2, judge=judge
-    )
+    editor = PromptToPrompt(num_inference_steps=2, settings=EditConfig())
+    (result,) = evaluate_edits(moved(double=False), phantom_folder, {CHANGE: cases}, editor, judge=judge)
     assert summarise(result)["changed_outside_mask"] == 0
 
 

@@ -11,9 +11,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submodules=["metrics", "novelty"],
     submod_attrs={
         "evaluate": [
-            "Evaluation", "batch_difference", "choose_cases", "composition", "evaluate_edits", "evaluate_results",
-            "interval", "judge_auc", "load_judge", "notes", "own_classifier", "reread", "reversibility", "summarise",
-            "summarise_rows", "train_judge", "trusted",
+            "Editor", "Evaluation", "batch_difference", "choose_cases", "composition", "evaluate_edits",
+            "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "own_classifier", "reread",
+            "reversibility", "summarise", "summarise_rows", "train_judge", "trusted",
         ],
         "second_reader": ["load_reader"],
         "selection": [

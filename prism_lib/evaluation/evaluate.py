@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,27 +24,57 @@ from tqdm.auto import tqdm
 from prism_lib import devices, paths
 from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
-from prism_lib.editing.counterfactuals import Counterfactual, edit, stack
-from prism_lib.editing.inversion import invert
-from prism_lib.editing.settings import Settings, grid, resolved
+from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network, save_classifier, train_classifier
 from prism_lib.records import Timer
 
+Pairs = Sequence[PromptPair]
+Results = list[Counterfactual]
+
+
+class Editor:
+    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
+
+    Editors with equal `inverts` may share what `invert` gives.
+    """
+
+    @property
+    def inverts(self) -> Hashable:
+        """The settings that `invert` depends on."""
+        return None
+
+    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Any:
+        """What follows from images (N, C, H, W) in [0, 1] and prompts before any edit; by default the images."""
+        return images
+
+    def edit(self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Pairs, change: Edit) -> Results:
+        """A result per image, from what `invert` gave and the edit that the pairs stand for."""
+        raise NotImplementedError
+
+    def within(self, size: int) -> Editor:
+        """The editor for batches of at most ``size`` images."""
+        return self
+
+    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
+        """A description of all that decides the results; editors with equal ones are measured once."""
+        return repr(self)
+
+    def __call__(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
+        return self.edit(pipe, self.invert(pipe, images, pairs), pairs, change)
+
 
 class Made(NamedTuple):
     """What one editor made of images, in how many seconds and rows of U-Net calls."""
 
-    results: list[Counterfactual]
+    results: Results
     seconds: float
-    rows: int = 0
+    rows: int
 
 
-Job = tuple[Tensor, Sequence[PromptPair]]  # images (N, C, H, W), a pair each
-Batch = tuple[int, Tensor, Sequence[PromptPair]]  # number of the job, and some of its images
-Work = Callable[[Any, Batch], Sequence[Made]]  # pipeline and batch -> what each editor makes of it
+Job = tuple[Tensor, Pairs, Edit, Sequence[Editor]]  # images (N, C, H, W), a pair each, and editors that may share
 
 
 def load_judge(
@@ -151,26 +180,46 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
-def in_batches(
-    pipe: StableDiffusionPipeline, work: Work, jobs: Sequence[Job], size: int, processes: int
+def edit_jobs(
+    pipe: StableDiffusionPipeline, jobs: Sequence[Job], processes: int = 0, size: int = 0
 ) -> list[list[Made]]:
-    """What the editors in ``work(pipe, batch)`` make of each job, on all cores, in order: of each job, by editor.
+    """What the editors of each job make of its images, on all cores; of a job, the first inverts for all.
 
-    Jobs are cut into batches of ``size`` that ``processes`` of one thread share, so results do not depend on their
-    number; 0 is as many as suit, see `devices`.
+    Jobs are cut into batches of ``size`` (by default `devices.batch_for`) that ``processes`` of one thread share, so
+    results do not depend on their number; 0 is as many as suit.
     """
-    batches = [
-        (number, images[first : first + size], pairs[first : first + size])
-        for number, (images, pairs) in enumerate(jobs)
-        for first in range(0, len(images), size)
-    ]
+    size = size or devices.batch_for(pipe)
+    for _, pairs, _, editors in jobs:
+        for editor in editors:
+            editor.effect(pipe, pairs)  # settings that do not suit an edit are refused before any work
+    numbers, batches = [], []
+    for number, (images, pairs, change, editors) in enumerate(jobs):
+        for part in (slice(first, first + size) for first in range(0, len(images), size)):
+            numbers.append(number)
+            batches.append((images[part], pairs[part], change, [editor.within(size) for editor in editors]))
     count = devices.copies_for(pipe, processes, len(batches))
     parts: list[list[Sequence[Made]]] = [[] for _ in jobs]
-    worked = tqdm(devices.with_copies(pipe, work, batches, count), "edit batches", len(batches), leave=False)
-    for (number, *_), made in zip(batches, worked, strict=True):
+    worked = tqdm(devices.with_copies(pipe, _edit_batch, batches, count), "edit batches", len(batches), leave=False)
+    for number, made in zip(numbers, worked, strict=True):
         parts[number].append(made)
 
     return [[_joined(own, count) for own in zip(*of_job, strict=True)] for of_job in parts]
+
+
+def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
+    """What each editor makes of a batch; the inversion counts for the first."""
+    images, pairs, change, editors = batch
+    made: list[Made] = []
+    inverted: Any = None
+    rows: list[int] = []  # of every forward call of the U-Net: one row is one evaluation; gradients do not count
+    with pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+        for editor in editors:
+            rows.clear()
+            with Timer() as timer:
+                inverted = inverted if made else editor.invert(pipe, images, pairs)
+                results = editor.edit(pipe, inverted, pairs, change)
+            made.append(Made(results, timer.seconds, sum(rows)))
+    return made
 
 
 def _joined(parts: Sequence[Made], processes: int) -> Made:
@@ -178,54 +227,23 @@ def _joined(parts: Sequence[Made], processes: int) -> Made:
     return Made(list(chain(*results)), sum(seconds) / processes, sum(rows))
 
 
-def edit_jobs(
-    pipe: StableDiffusionPipeline,
-    jobs: Sequence[Job],
-    settings: Settings,
-    *,
-    processes: int = 0,
-    batch_size: int = 0,
-    **how: Any,
-) -> list[Made]:
-    """Invert images and edit them by their pairs, on all cores (`in_batches`): what becomes of each job, in order.
-
-    ``batch_size`` 0 is two images on a CPU and eight elsewhere. ``how`` is what `inversion.invert` takes (method,
-    num_inference_steps).
-    """
-    size = batch_size or devices.batch_for(pipe)
-    work = partial(_edit_batch, settings, how | {"batch_size": size})
-    return [made for (made,) in in_batches(pipe, work, jobs, size, processes)]
-
-
-def _edit_batch(
-    settings: Settings, how: Mapping[str, Any], pipe: StableDiffusionPipeline, batch: Batch
-) -> Sequence[Made]:
-    _, images, pairs = batch
-    with Timer() as timer:
-        for pair in pairs:
-            resolved(pipe, pair, settings)  # settings that do not suit an edit are refused before the inversion
-        inversion = invert(pipe, images, [pair.source for pair in pairs], **how)
-        edited = edit(pipe, inversion, pairs, *grid(settings, batch_size=[how["batch_size"]]))
-    return [Made(edited, timer.seconds)]
-
-
 def evaluate_edits(
     pipe: StableDiffusionPipeline,
-    folder: str | Path,
+    folder: Folder,
     cases: Mapping[Edit, pd.DataFrame],
-    settings: Settings,
+    editor: Editor,
     *,
     judge: Classifier | None = None,
-    **how: Any,
+    processes: int = 0,
 ) -> list[Evaluation]:
-    """Invert, edit and measure the images of every edit's ``cases`` (rows of a prepared table).
-
-    ``how``: method, num_inference_steps, processes and batch_size, see `edit_jobs`.
-    """
-    jobs = [(read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()]
+    """Edit and measure the images of every edit's ``cases`` (rows of a prepared table), on all cores."""
+    jobs = [
+        (read_images(folder, rows), prompt_pairs(folder, rows, change), change, [editor])
+        for change, rows in cases.items()
+    ]
     return [
         evaluate_results(folder, rows, change, made.results, judge, made.seconds)
-        for (change, rows), made in zip(cases.items(), edit_jobs(pipe, jobs, settings, **how), strict=True)
+        for (change, rows), (made,) in zip(cases.items(), edit_jobs(pipe, jobs, processes), strict=True)
     ]
 
 
@@ -268,29 +286,28 @@ def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
     return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
 
 
-def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any) -> float:
+def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, editor: Editor) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
-    (alone,) = edit_jobs(pipe, [(evaluation.factual[:4], evaluation.pairs[:4])], settings, batch_size=1, **how)
-    return float((stack(alone.results) - evaluation.edited[:4]).abs().max())
+    e = evaluation
+    (alone,) = edit_jobs(pipe, [(e.factual[:4], e.pairs[:4], e.edit, [editor])], size=1)[0]
+    return float((stack(alone.results) - e.edited[:4]).abs().max())
 
 
-def composition(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: pd.DataFrame, settings: Settings, **how: Any
-) -> pd.DataFrame:
+def composition(pipe: StableDiffusionPipeline, folder: Folder, cases: pd.DataFrame, editor: Editor) -> pd.DataFrame:
     """Edit nothing: per image `metrics.relative_l1` of the composite (`image`) and of the decoded latents (`raw`)."""
-    (e,) = evaluate_edits(pipe, folder, {Edit(): cases}, settings, **how)
+    (e,) = evaluate_edits(pipe, folder, {Edit(): cases}, editor)
     image, raw = (metrics.relative_l1(images, e.factual, e.reconstruction).tolist() for images in (e.edited, e.raw))
     return cases[["file_name", "patient_id"]].assign(image=image, raw=raw)
 
 
-def reversibility(
-    pipe: StableDiffusionPipeline, evaluation: Evaluation, settings: Settings, **how: Any
-) -> pd.DataFrame:
+def reversibility(pipe: StableDiffusionPipeline, evaluation: Evaluation, editor: Editor) -> pd.DataFrame:
     """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
-    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in evaluation.pairs]
-    (returned,) = edit_jobs(pipe, [(evaluation.edited, back)], settings, **how)
-    distances = metrics.relative_l1(stack(returned.results), evaluation.factual, evaluation.reconstruction)
-    return evaluation.table[["file_name", "patient_id"]].assign(image=distances.tolist())
+    e = evaluation
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in e.pairs]
+    undone = Edit(remove=e.edit.add, add=e.edit.remove)
+    (returned,) = edit_jobs(pipe, [(e.edited, back, undone, [editor])])[0]
+    distances = metrics.relative_l1(stack(returned.results), e.factual, e.reconstruction)
+    return e.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 
 def _of_pixels(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import Folder, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import stack
+from prism_lib.evaluation.evaluate import Editor
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
-from prism_lib.studies.editors import Editor
 
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1].
 Source = Callable[[pd.DataFrame, Edit], Tensor]

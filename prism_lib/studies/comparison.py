@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,15 +17,14 @@ from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.devices import batch_for
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import evaluate
-from prism_lib.evaluation.evaluate import Evaluation, Made, choose_cases
+from prism_lib.evaluation.evaluate import Editor, Evaluation, Made, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
 from prism_lib.records import Timer
-from prism_lib.studies.editors import PLAIN, Edict, Editor, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
+from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 
 CRITERION = "true_error_ratio"
@@ -148,8 +146,8 @@ def measure(
             places[name].append(place)
             shared = (change, type(editor), editor.inverts) if share else place
             groups.setdefault(shared, {}).setdefault(place, editor)
-    jobs, work = [inputs[change] for change, *_ in groups], partial(_edit, list(groups.values()))
-    edited = evaluate.in_batches(pipe, work, jobs, batch_for(pipe), processes)
+    jobs = [(*inputs[change], change, list(group.values())) for (change, *_), group in groups.items()]
+    edited = evaluate.edit_jobs(pipe, jobs, processes)
     made: dict[Place, Made] = {}
     for group, own in zip(groups.values(), edited, strict=True):
         made |= zip(group, own, strict=True)
@@ -162,22 +160,6 @@ def measure(
         name: Measurement(tuple(evaluations[place] for place in own), sum(made[place].rows for place in own) / total)
         for name, own in places.items()
     }
-
-
-def _edit(groups: Sequence[Mapping[Place, Editor]], pipe: StableDiffusionPipeline, batch: evaluate.Batch) -> list[Made]:
-    """What each editor of a group makes of a batch; the inversion counts for the first."""
-    number, images, pairs = batch
-    made: list[Made] = []
-    inverted: Any = None
-    rows: list[int] = []  # of every forward call of the U-Net: one row is one evaluation; gradients do not count
-    with pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
-        for (change, _), editor in groups[number].items():
-            rows.clear()
-            with Timer() as timer:
-                inverted = inverted if made else editor.invert(pipe, images, pairs)
-                results = editor.edit(pipe, inverted, pairs, change)
-            made.append(Made(results, timer.seconds, sum(rows)))
-    return made
 
 
 def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bool = False) -> dict[str, Any]:

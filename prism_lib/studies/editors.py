@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
-from prism_lib.editing.counterfactuals import Counterfactual, edit, scored, stack
+from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED
-from prism_lib.editing.settings import EditConfig, resolved
+from prism_lib.editing.settings import EditConfig, grid, resolved
+from prism_lib.evaluation.evaluate import Editor, Pairs, Results
 from prism_lib.files import image_hash, stable_seed
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import (
     decode_latents,
     encode_images,
@@ -45,41 +46,12 @@ from prism_lib.training.loop import LORA_LAYERS
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
-Pairs = Sequence[PromptPair]
-Results = list[Counterfactual]
 # A mapping stays a mapping: made an `EditConfig`, it would replace what the model recommends for other fields.
 Overrides = Annotated[Mapping[str, Any] | EditConfig, Field(union_mode="left_to_right")]
 
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 _ADAPTER = "imagic"
-
-
-class Editor:
-    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
-
-    Editors with equal `inverts` may share what `invert` gives.
-    """
-
-    @property
-    def inverts(self) -> Hashable:
-        """The settings that `invert` depends on."""
-        return None
-
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Any:
-        """What follows from images (N, C, H, W) in [0, 1] and prompts before any edit; by default the images."""
-        return images
-
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Pairs, change: Edit) -> Results:
-        """A result per image, from what `invert` gave and the edit that the pairs stand for."""
-        raise NotImplementedError
-
-    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
-        """A description of all that decides the results; editors with equal ones are measured once."""
-        return repr(self)
-
-    def __call__(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
-        return self.edit(pipe, self.invert(pipe, images, pairs), pairs, change)
 
 
 @dataclass(frozen=True)
@@ -105,6 +77,9 @@ class PromptToPrompt(Editor):
     def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
+    def within(self, size: int) -> PromptToPrompt:
+        return replace(self, settings=grid(self.settings, batch_size=[size])[0])
+
     def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])
 
@@ -127,8 +102,8 @@ class TwoMasks(Editor):
 
     def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> tuple[Inversion, Tensor]:
         """The inversion, and the masks (N, 1, H, W) that our editor finds on it."""
-        ours = PromptToPrompt("edit_friendly", self.num_inference_steps)
-        inversion = ours.invert(pipe, images, pairs)
+        sources = [pair.source for pair in pairs]
+        inversion = invert(pipe, images, sources, "edit_friendly", self.num_inference_steps)
         return inversion, stack(edit(pipe, inversion, pairs), "mask")
 
     def edit(

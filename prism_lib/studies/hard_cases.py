@@ -15,13 +15,14 @@ from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import marker_masks, prompt_pairs, true_counterfactual
-from prism_lib.evaluation.evaluate import Evaluation, choose_cases, evaluate_results, interval, summarise_rows
+from prism_lib.evaluation import evaluate
+from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import vocabulary
-from prism_lib.studies.comparison import CRITERION, measure
-from prism_lib.studies.editors import Editor, PromptToPrompt
+from prism_lib.studies.comparison import CRITERION
+from prism_lib.studies.editors import PromptToPrompt
 
 Numbers = dict[str, dict[str, float]]
 
@@ -47,7 +48,7 @@ def entanglement(
         inverted = editor.invert(pipe, images, pairs)
         for mask in ("auto", "off"):
             results = replace(editor, mask=mask).edit(pipe, inverted, pairs, change)
-            found = evaluate_results(folder, cases, change, results)
+            found = evaluate.evaluate_results(folder, cases, change, results)
             share = carried_along(found.edited, images, removed[0], ~wanted[1])
             columns = ["file_name", "patient_id", "carried_along", CRITERION]
             values = summarise_rows(found.table.assign(carried_along=share.tolist())[columns], seed)
@@ -84,7 +85,7 @@ def study(
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}."""
     require_truth(folder)
     cases = choose_cases(folder, change, count)
-    (evaluation,) = measure(pipe, folder, {change: cases}, {"hard": editor})["hard"].evaluations
+    (evaluation,) = evaluate.evaluate_edits(pipe, folder, {change: cases}, editor)
     marker = marker_masks(folder, cases)
     assert marker is not None  # of a phantom it is always known
     labels = [label for label in load_info(folder)["labels"] if label != "No Finding"]

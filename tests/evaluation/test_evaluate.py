@@ -28,10 +28,11 @@ from prism_lib.evaluation.evaluate import (
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
 from prism_lib.phantom.patients import marker_mask, sample_patients
+from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_pipeline
 
 REMOVE = Edit(remove=("Support Devices",))
-HOW = {"num_inference_steps": 2}
+EDITOR = PromptToPrompt(num_inference_steps=2, settings=EditConfig())
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Support Devices")
 
 
@@ -50,16 +51,16 @@ class Oracle(torch.nn.Module):
 @pytest.fixture(scope="module")
 def evaluated(phantom_folder):
     chosen = choose_cases(phantom_folder, REMOVE, 3)
-    how = {"num_inference_steps": 2, "judge": Classifier(Oracle(), LABELS)}
-    return evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: chosen}, EditConfig(), **how)[0]
+    judge = Classifier(Oracle(), LABELS)
+    return evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: chosen}, EDITOR, judge=judge)[0]
 
 
 def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated):
     """Judge and truth read the same pixels, to the bit."""
     cases = {REMOVE: choose_cases(phantom_folder, REMOVE, 3), Edit(): choose_cases(phantom_folder, Edit(), 3)}
-    how = {"judge": Classifier(Oracle(), LABELS), "num_inference_steps": 2}
+    judge = Classifier(Oracle(), LABELS)
     one, two = (
-        evaluate_edits(tiny_pipeline(), phantom_folder, cases, EditConfig(), processes=count, **how) for count in (1, 2)
+        evaluate_edits(tiny_pipeline(), phantom_folder, cases, EDITOR, judge=judge, processes=count) for count in (1, 2)
     )
     for alone, shared in zip(one, two, strict=True):
         assert alone.edit == shared.edit and alone.table.equals(shared.table)
@@ -74,14 +75,14 @@ def test_a_large_model_is_not_copied(phantom_folder, monkeypatch):
     monkeypatch.setattr(evaluate.devices, "LARGEST_COPY", 1000)
     monkeypatch.setattr(evaluate.devices, "side_by_side", lambda *_: pytest.fail("copied"))
     cases = choose_cases(phantom_folder, REMOVE, 3)
-    (large,) = evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: cases}, EditConfig(), num_inference_steps=2)
+    (large,) = evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: cases}, EDITOR)
     assert len(large.table) == 3
 
 
 def test_a_batch_changes_results_by_rounding_alone(evaluated):
-    assert batch_difference(tiny_pipeline(), evaluated, EditConfig(), **HOW) < 1e-3
+    assert batch_difference(tiny_pipeline(), evaluated, EDITOR) < 1e-3
     other = replace(evaluated, edited=evaluated.edited.flip(0))
-    assert batch_difference(tiny_pipeline(), other, EditConfig(), **HOW) > 1e-2
+    assert batch_difference(tiny_pipeline(), other, EDITOR) > 1e-2
 
 
 def test_cases_are_held_out_suitable_and_one_per_patient(phantom_folder):
@@ -253,7 +254,7 @@ def three_cases(phantom_folder):
 
 
 def test_a_null_edit_changes_no_pixel_and_its_latent_path_costs_the_autoencoder(phantom_folder, three_cases):
-    table = composition(tiny_pipeline(), phantom_folder, three_cases, EditConfig(), **HOW)
+    table = composition(tiny_pipeline(), phantom_folder, three_cases, EDITOR)
     assert table["image"].tolist() == [0.0] * 3
     assert table["raw"].tolist() == pytest.approx([1.0] * 3, abs=1e-4), "the autoencoder's own error"
     summary = summarise_rows(table)
@@ -262,13 +263,13 @@ def test_a_null_edit_changes_no_pixel_and_its_latent_path_costs_the_autoencoder(
 
 def test_an_edit_that_is_undone_comes_back(phantom_folder, three_cases):
     pipe = tiny_pipeline()
-    (known,) = evaluate_edits(pipe, phantom_folder, {REMOVE: three_cases}, EditConfig(), **HOW)
-    table = reversibility(pipe, known, EditConfig(), **HOW)
+    (known,) = evaluate_edits(pipe, phantom_folder, {REMOVE: three_cases}, EDITOR)
+    table = reversibility(pipe, known, EDITOR)
     back = [
         PromptPair(pair.target, pair.source, pair.target_words, pair.source_words)
         for pair in prompt_pairs(phantom_folder, three_cases, REMOVE)
     ]
-    inversion = invert(pipe, known.edited, [pair.source for pair in back], **HOW)
+    inversion = invert(pipe, known.edited, [pair.source for pair in back], num_inference_steps=2)
     returned = stack(edit(pipe, inversion, back, EditConfig()))
     expected = metrics.relative_l1(returned, read_images(phantom_folder, three_cases), known.reconstruction)
     assert table["image"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)

@@ -21,6 +21,7 @@ from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, judge_au
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
 from prism_lib.models.classifier import predict
+from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_images, tiny_pipeline
 
 WORDS = "<unk> <pad> <image> Yes yes No no USER ASSISTANT Does this chest x ray show support devices pleural effusion"
@@ -99,7 +100,8 @@ def test_the_answer_is_the_models_own_next_word(judge):
 def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
     change = Edit(remove=("Support Devices",))
     cases = choose_cases(phantom_folder, change, 2)
-    (measured,) = evaluate_edits(tiny_pipeline(), phantom_folder, {change: cases}, EditConfig(), num_inference_steps=2)
+    editor = PromptToPrompt(num_inference_steps=2, settings=EditConfig())
+    (measured,) = evaluate_edits(tiny_pipeline(), phantom_folder, {change: cases}, editor)
     read = reread(measured, judge)
     before, after = predict(judge.network, measured.factual)[:, 0], predict(judge.network, measured.edited)[:, 0]
     assert read.table["cpg"].tolist() == pytest.approx((before - after).tolist())

@@ -11,12 +11,12 @@ from prism_lib.data import folder
 from prism_lib.data.folder import load_info
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.settings import EditConfig, recommended
-from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, evaluate_results
+from prism_lib.evaluation.evaluate import Editor, choose_cases, evaluate_edits, evaluate_results
 from prism_lib.language.edits import Edit
 from prism_lib.reporting import plots
 from prism_lib.studies import comparison
 from prism_lib.studies.comparison import ComparisonConfig, measure, summarise, vary
-from prism_lib.studies.editors import Editor, PromptToPrompt, SDEdit, unmasked
+from prism_lib.studies.editors import PromptToPrompt, SDEdit, unmasked
 from tests.tiny import tiny_pipeline
 
 REMOVE, ADD = Edit(remove=("Support Devices",)), Edit(add=("Cardiomegaly",))
@@ -79,9 +79,8 @@ def test_an_unknown_setting_or_a_bad_value_is_named():
 
 
 def test_a_variant_is_its_own_evaluation(phantom_folder, cases, measured):
-    (alone,) = evaluate_edits(
-        tiny_pipeline(), phantom_folder, {ADD: cases[ADD]}, {}, method="ddim", num_inference_steps=2, processes=1
-    )
+    editor = PromptToPrompt("ddim", 2)
+    (alone,) = evaluate_edits(tiny_pipeline(), phantom_folder, {ADD: cases[ADD]}, editor, processes=1)
     (_, found) = measured["method ddim"].evaluations
     assert torch.equal(found.edited, alone.edited)
     assert found.table.equals(alone.table)

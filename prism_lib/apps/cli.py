@@ -213,7 +213,7 @@ def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: An
 
 
 def _check_figures(datasets: Sequence[str]) -> int:
-    from prism_lib.reporting.pages import check_figures  # it imports pandas
+    from prism_lib.reporting.tables import check_figures  # it imports pandas
 
     folder = paths.root() / "figures"
     found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))

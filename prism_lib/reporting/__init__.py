@@ -9,10 +9,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["plots"],
     submod_attrs={
-        "pages": ["check_figures", "update_pages"],
         "tables": [
-            "CLASSIFIERS", "HEADLINES", "absent", "as_tables", "by_strength", "drawings", "intervals", "load_all",
-            "table", "tradeoff", "write_tables",
+            "CLASSIFIERS", "HEADLINES", "absent", "as_tables", "by_strength", "check_figures", "drawings", "intervals",
+            "load_all", "table", "tradeoff", "update_pages", "write_tables",
         ],
     },
 )  # fmt: skip

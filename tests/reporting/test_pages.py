@@ -10,7 +10,7 @@ from prism_lib import paths
 from prism_lib import records as results
 from prism_lib.apps import cli
 from prism_lib.records import record
-from prism_lib.reporting import pages, plots, tables
+from prism_lib.reporting import plots, tables
 
 ABOUT = {"notebook": "03", "parameters": {}, "seed": 0, "model": "m", "seconds": 1.0}
 QUALITY = {
@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     classifiers = ABOUT | {"parameters": {"study": STUDY}}
     record("classifiers", "phantom", metrics={"strength_100": SETS, "worst_group_gain": 0.6}, **classifiers)
     (tmp_path / "docs").mkdir()
-    for page in pages.PAGES:
+    for page in tables.PAGES:
         (tmp_path / page).write_text("# P\n<!-- results:begin -->\n<!-- results:end -->\nafter \\1\n")
     return tmp_path / "figures" / "phantom"
 
@@ -48,7 +48,7 @@ def draw_all(folder):
         figure = plots.draw(drawing.kind, drawing.values, drawing.title, drawing.xlabel, drawing.ylabel)
         plots.save_figure(figure, drawing.name, folder / "plots", pdf=True)
         plots.plt.close(figure)
-    pages.update_pages("phantom")
+    tables.update_pages("phantom")
 
 
 def test_a_table_in_three_forms(folder):
@@ -71,7 +71,7 @@ def test_rows_stand_where_the_record_has_them(folder):
 
 def test_what_07_writes_passes_the_check(folder, tmp_path):
     draw_all(folder)
-    assert pages.check_figures("phantom", pages=True) == []
+    assert tables.check_figures("phantom", pages=True) == []
     drawn = json.loads((folder / "plots" / "classifiers.json").read_text())
     assert drawn["record"] == "classifiers" and drawn["commit"] == "c0ffee"
     assert drawn["values"]["100 %"]["prism"] == pytest.approx([0.7, 0.6, 0.7])
@@ -122,7 +122,7 @@ def test_records_of_another_data_set_or_commit_are_not_mixed(folder, monkeypatch
     monkeypatch.setattr(results, "commit", lambda: "decaf")
     record("judge", "phantom", metrics={"auc": {"A": 0.99}}, **ABOUT)
     with pytest.raises(ValueError, match=r"more than one commit .* counterfactual_quality: c0ffee, judge: decaf"):
-        pages.update_pages("phantom")
+        tables.update_pages("phantom")
     record("judge", "nih", metrics={"auc": {"A": 0.99}}, figures_dir=folder, **ABOUT)
     with pytest.raises(ValueError, match=r"judge.json is the record 'judge' of data set 'nih'"):
         tables.load_all("phantom")
@@ -143,4 +143,4 @@ def test_baselines_and_entanglement_are_drawn_from_their_records(folder):
     assert drawn["entanglement"] == {"confounding 0, prism, mask off": (0.2, 0.2, 0.2)}
     assert list(tables.frame(records["baselines"]).index) == ["ours", "ours / remove_x"]
     assert not {"baselines", "entanglement"} & tables.absent(records).keys()
-    assert pages.check_figures("phantom") == []
+    assert tables.check_figures("phantom") == []

@@ -3,9 +3,19 @@
 import pytest
 
 from prism_lib import paths, records
-from prism_lib.reporting import pages, tables
-from prism_lib.reporting.pages import long_section, quality_table, update_pages
-from prism_lib.reporting.tables import BASE, HEADLINES, KINDS, headlines, intervals, load_all, tradeoff
+from prism_lib.reporting import tables
+from prism_lib.reporting.tables import (
+    BASE,
+    HEADLINES,
+    KINDS,
+    headlines,
+    intervals,
+    load_all,
+    long_section,
+    quality_table,
+    tradeoff,
+    update_pages,
+)
 
 VALUES = {
     "true_error_ratio": 0.1234,
@@ -99,7 +109,7 @@ def folder(tmp_path):
 
 
 def test_a_trial_never_reaches_a_page(folder, monkeypatch):
-    monkeypatch.setattr(pages, "write_text", lambda *_: pytest.fail("a page was written"))
+    monkeypatch.setattr(tables, "write_text", lambda *_: pytest.fail("a page was written"))
     sections = update_pages("phantom", folder)
     assert "| remove x |" in sections["README.md"] and "A 0.9900" in sections["docs/results.md"]
 

@@ -68,10 +68,7 @@ def truth(folder: Folder) -> Source:
 
 
 class Files:
-    """Images made before, such as those of a bulk run (`bulk.files`): (file_name, edit key) -> path.
-
-    ``settings`` is a digest of all names, which in a bulk run contain all that decides the content.
-    """
+    """Images made before, such as a bulk run's (`bulk.files`): (file_name, edit key) -> path, whose name tells all."""
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
         self.images = images

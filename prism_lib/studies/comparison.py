@@ -23,7 +23,6 @@ from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, Made, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
-from prism_lib.records import Timer
 from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 
@@ -67,14 +66,6 @@ class Tuned(NamedTuple):
             {"settings": {"editor": type(editor).__name__, **asdict(editor)}, CRITERION: error}
             for editor, error in tried
         ]
-
-
-class Comparison(NamedTuple):
-    """How each method was tuned, how it does on test patients, and what both took in seconds."""
-
-    tuned: Mapping[str, Tuned]
-    measured: Mapping[str, Measurement]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -197,8 +188,8 @@ def compare_methods(
     output: Path,
     judge: Classifier | None = None,
     processes: int = 0,
-) -> Comparison:
-    """Train the GAN, tune every method on validation patients, compare all on test patients.
+) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
+    """Train the GAN; tune every method on validation patients; measure all on test patients.
 
     GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
     """
@@ -207,21 +198,19 @@ def compare_methods(
         {change: choose_cases(folder, change, count, split) for change in edits}
         for split, count in (("val", config.tuning_images), ("test", config.images))
     )
-    with Timer() as timer:
-        tried: dict[str, Sequence[Editor]] = {
-            name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
-        }
-        wanted = config.methods or (*tried, GAN)
-        if GAN in wanted:
-            labels, precision = tuple(load_info(folder)["labels"]), config.mixed_precision
-            guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
-            guide = named_network("densenet-tiny", guide)
-            gan = GanConfig(config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision)
-            tried[GAN] = [train_for(folder, edits, output, gan, guide, config.guide_images)]
-        tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
-        editors = {name: result.editor for name, result in tuned.items()}
-        measured = measure(pipe, folder, test, editors, judge, processes=processes)
-    return Comparison(tuned, measured, timer.seconds)
+    tried: dict[str, Sequence[Editor]] = {
+        name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
+    }
+    wanted = config.methods or (*tried, GAN)
+    if GAN in wanted:
+        labels, precision = tuple(load_info(folder)["labels"]), config.mixed_precision
+        guide = ClassifierConfig(labels, steps=config.guide_steps, mixed_precision=precision)
+        guide = named_network("densenet-tiny", guide)
+        gan = GanConfig(config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision)
+        tried[GAN] = [train_for(folder, edits, output, gan, guide, config.guide_images)]
+    tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
+    editors = {name: result.editor for name, result in tuned.items()}
+    return tuned, measure(pipe, folder, test, editors, judge, processes=processes)
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import (
@@ -52,6 +52,7 @@ Overrides = Annotated[Mapping[str, Any] | EditConfig, Field(union_mode="left_to_
 # Null-text inversion's editor as published: guidance from the empty prompt, cross .8, self .4, local blend, no mask.
 PLAIN = EditConfig(negative="empty", correct_drift=False, local_blend=True)
 _ADAPTER = "imagic"
+Fit = tuple[Tensor, Tensor, dict[str, Tensor]]  # an image (C, H, W), its embedding (1, L, D), weights of its adapters
 
 
 @dataclass(frozen=True)
@@ -257,14 +258,6 @@ class Edict(Editor):
         return pair
 
 
-class Fit(NamedTuple):
-    """One image (C, H, W) with its optimised embedding (1, L, D) and the weights of its LoRA adapters."""
-
-    image: Tensor
-    embedding: Tensor
-    adapters: dict[str, Tensor]
-
-
 @dataclass(frozen=True)
 class Imagic(Editor):
     """Imagic (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
@@ -301,22 +294,22 @@ class Imagic(Editor):
                 weights = [value for value in pipe.unet.parameters() if value.requires_grad]
                 _fit(pipe, clean, optimised, Adam(weights, self.unet_learning_rate), self.unet_steps, noise)
                 tuned = get_peft_model_state_dict(pipe.unet, adapter_name=_ADAPTER)
-                fits.append(Fit(image, optimised, {name: value.detach().clone() for name, value in tuned.items()}))
+                fits.append((image, optimised, {name: value.detach().clone() for name, value in tuned.items()}))
         return fits
 
     @torch.no_grad()
     def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
         edited = []
-        for fit, pair in zip(inverted, pairs, strict=True):
-            seed = _seed_of(fit.image, self.seed)
+        for (image, embedding, adapters), pair in zip(inverted, pairs, strict=True):
+            seed = _seed_of(image, self.seed)
             target, empty = encode_prompts(pipe, [pair.target, ""]).to(pipe.unet.dtype).split(1)
-            mixed = self.eta * target + (1 - self.eta) * fit.embedding
-            how: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "channels": len(fit.image)}
+            mixed = self.eta * target + (1 - self.eta) * embedding
+            how: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "channels": len(image)}
             how |= {"guidance_scale": self.guidance_scale, "seed": seed % 2**32}
             with self._adapted(pipe, seed):
-                set_peft_model_state_dict(pipe.unet, fit.adapters, _ADAPTER)
+                set_peft_model_state_dict(pipe.unet, adapters, _ADAPTER)
                 edited.append(sample_images(pipe, mixed, empty, **how).cpu())
-        return unmasked(pipe, torch.stack([fit.image for fit in inverted]), pairs, torch.cat(edited), self)
+        return unmasked(pipe, torch.stack([image for image, *_ in inverted]), pairs, torch.cat(edited), self)
 
     @contextmanager
     def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:

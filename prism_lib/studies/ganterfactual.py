@@ -105,10 +105,7 @@ def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, 
 def train_for(
     folder: Folder, edits: Sequence[Edit], output: Path, config: GanConfig, guide: ClassifierConfig, images: int
 ) -> Ganterfactual:
-    """The editor with a GAN for every label that ``edits`` change.
-
-    Each combination of prepared folder and settings has a folder of its own below ``output``.
-    """
+    """The editor with a GAN for every label that ``edits`` change, kept below ``output`` by data and settings."""
     made = (load_info(folder)["content_hash"], config, guide, images)
     home = output / hashlib.sha256(repr(made).encode()).hexdigest()[:12]
     classifier = own_classifier(folder, home / "guide", guide, images)
@@ -133,17 +130,17 @@ class _Training:
         self.config = config
         self.column = classifier.labels.index(label)
         self.classifier = classifier.network.eval().requires_grad_(False)
+        self.device = next(self.classifier.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.generators = _generators(config)
+            self.generators = _generators(config).to(self.device)
             how = {"spatial_dims": 2, "channels": 2 * config.filters, "in_channels": 1, "norm": "INSTANCE"}
-            self.discriminators = nn.ModuleDict({name: PatchDiscriminator(**how) for name in DIRECTIONS})
-        self.device = next(self.classifier.parameters()).device
-        parts = {"generators": self.generators.to(self.device), "discriminators": self.discriminators.to(self.device)}
+            discriminators = {name: PatchDiscriminator(**how) for name in DIRECTIONS}
+            self.discriminators = nn.ModuleDict(discriminators).to(self.device)
+        parts = nn.ModuleDict({"generators": self.generators, "discriminators": self.discriminators})
         self.states = {name: part.state_dict() for name, part in parts.items()}
         # One Adam for both: it leaves alone what has no gradient in a step.
-        weights = [weight for part in parts.values() for weight in part.parameters()]
-        self.optimizer = torch.optim.Adam(weights, lr=config.learning_rate, betas=(0.5, 0.999))
+        self.optimizer = torch.optim.Adam(parts.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
 
     def step(self, negative: Tensor, positive: Tensor) -> None:
         """One step of the generators, then one of the discriminators."""

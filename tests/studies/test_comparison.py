@@ -221,15 +221,15 @@ def compared(phantom_folder, output, config):
 
 
 def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, tmp_path, monkeypatch):
-    found = compared(phantom_folder, tmp_path, small())
-    assert list(found.measured) == ["PRISM (ours)", comparison.GAN] == list(found.tuned)
+    tuned, found = compared(phantom_folder, tmp_path, small())
+    assert list(found) == ["PRISM (ours)", comparison.GAN] == list(tuned)
     test = choose_cases(phantom_folder, REMOVE, 1, "test")
-    for measured in found.measured.values():
+    for measured in found.values():
         assert measured.evaluations[0].table["file_name"].tolist() == test["file_name"].tolist()
     for work in ("prism_lib.studies.ganterfactual._Training.step", "prism_lib.evaluation.evaluate.train_judge"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("trained again"))
-    again = compared(phantom_folder, tmp_path, small())
-    edited = [study.measured[comparison.GAN].evaluations[0].edited for study in (found, again)]
+    _, again = compared(phantom_folder, tmp_path, small())
+    edited = [measured[comparison.GAN].evaluations[0].edited for measured in (found, again)]
     assert torch.equal(*edited)
 
 

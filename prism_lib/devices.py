@@ -47,18 +47,15 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> str:
     """ "no" or "bf16" as given; "auto" is "bf16" where the device multiplies in bfloat16, else "no"."""
-    if asked == "auto":
-        return "bf16" if _multiplies_in_bfloat16(device or default_device()) else "no"
-    if asked not in ("no", "bf16"):  # with fp16, gradients of small networks would need a scaler
+    if asked not in ("auto", "no", "bf16"):  # with fp16, gradients of small networks would need a scaler
         raise ValueError(f"mixed_precision is {asked!r}; expected one of auto, no, bf16")
-    return asked
-
-
-def _multiplies_in_bfloat16(device: torch.device) -> bool:
+    if asked != "auto":
+        return asked
+    device = device or default_device()
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
     found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:

@@ -1,8 +1,4 @@
-"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge.
-
-`choose_cases` picks images that an edit applies to, `evaluate_edits` edits and measures each of them, `summarise` gives
-means with bootstrap intervals over patients. The judge only reads; it never guides or selects.
-"""
+"""Edit held-out images and measure the result: against the truth of phantoms, and by a judge, which only reads."""
 
 from __future__ import annotations
 

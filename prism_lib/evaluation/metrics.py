@@ -31,12 +31,6 @@ def masked_l1(images: Tensor, others: Tensor, mask: Tensor, *, outside: bool = F
     return (difference * region).flatten(1).sum(1) / region.flatten(1).sum(1)
 
 
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, (N,): -10 log10 mean (a - b)^2; infinite for identical images."""
-    _check_images(images=images, others=others)
-    return -10 * torch.log10((images - others).square().flatten(1).mean(1))
-
-
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity with a Gaussian window of sigma 1.5 (Wang et al. 2004), (N,); 1 if equal."""
     _check_images(images=images, others=others)

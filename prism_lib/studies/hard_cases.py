@@ -1,7 +1,4 @@
-"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I).
-
-The truth is known: the other finding's share of the picture is the difference that its removal would make.
-"""
+"""Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I)."""
 
 from __future__ import annotations
 

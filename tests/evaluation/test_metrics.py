@@ -31,13 +31,10 @@ def test_identical_images_are_at_every_limit(images):
     close(metrics.l1(images, images), [0.0] * 3)
     close(metrics.masked_l1(images, images, everywhere), [0.0] * 3)
     close(metrics.ssim(images, images), [1.0] * 3)
-    assert metrics.psnr(images, images).tolist() == [math.inf] * 3
 
 
-def test_l1_and_psnr_by_hand():
+def test_l1_by_hand():
     close(metrics.l1(HALF, shifted(0.1)), [0.1, 0.1])
-    close(metrics.psnr(HALF, shifted(0.1)), [20.0, 20.0])  # -10 log10 0.01
-    close(metrics.psnr(HALF, shifted(0.01)), [40.0, 40.0])
 
 
 def test_masked_l1_splits_the_image_by_area():

@@ -80,7 +80,11 @@ def counterfactual_sheet(
             raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
         _check(images, name)
     with _style():
-        figure, axes, below = _cells(count, len(columns) + 1, bool(notes), bool(title))
+        width, height = (len(columns) + 1) * (CELL + GAP) + 1.4 * bool(notes), count * (CELL + GAP) + 0.95
+        figure, axes = plt.subplots(
+            count, len(columns) + 1, squeeze=False, figsize=(width, height + 0.3 * bool(title)), layout="compressed",
+            subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
+        )  # fmt: skip
         for axis, name in zip(axes[0], [*columns, "signed difference"], strict=True):
             axis.set_title(name, fontsize="medium")
         for row in range(count):
@@ -90,28 +94,18 @@ def counterfactual_sheet(
             drawn = difference_map(last, edited[row], original[row])
             if notes:
                 last.text(1.06, 0.5, notes[row], transform=last.transAxes, va="center", linespacing=1.5, size="small")
-        bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
+        below = {
+            "location": "bottom",
+            "shrink": 0.8 / (len(columns) + 1),
+            "anchor": (1, 0.5),
+            "aspect": 15,
+            "pad": 0.02,
+        }
+        bar = figure.colorbar(drawn, ax=axes, **below)
         bar.set_label("darker  ←  grey level  →  brighter", fontsize="small")
         if title:
-            figure.suptitle(title, y=1 - 0.06 / figure.get_figheight(), va="top")
+            figure.suptitle(title)
     return figure
-
-
-def _cells(rows: int, columns: int, notes: bool, title: bool) -> tuple[Figure, np.ndarray, Axes]:
-    """Square cells and an axis for the colour bar below the last column, in inches: other layouts cut off headings."""
-    left, right, top, bottom = 0.05, 0.05 + 1.4 * notes, 0.3 + 0.3 * title, 0.65
-    width, height = left + columns * (CELL + GAP) - GAP + right, top + rows * (CELL + GAP) - GAP + bottom
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
-    figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(width, height), subplot_kw=bare,
-        gridspec_kw={
-            "left": left / width, "right": 1 - right / width, "wspace": GAP / CELL,
-            "top": 1 - top / height, "bottom": bottom / height, "hspace": GAP / CELL,
-        },
-    )  # fmt: skip
-    start = left + (columns - 0.9) * CELL + (columns - 1) * GAP
-    below = figure.add_axes((start / width, 0.47 / height, 0.8 * CELL / width, 0.1 / height))
-    return figure, axes, below
 
 
 def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:

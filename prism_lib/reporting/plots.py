@@ -94,15 +94,8 @@ def counterfactual_sheet(
             drawn = difference_map(last, edited[row], original[row])
             if notes:
                 last.text(1.06, 0.5, notes[row], transform=last.transAxes, va="center", linespacing=1.5, size="small")
-        below = {
-            "location": "bottom",
-            "shrink": 0.8 / (len(columns) + 1),
-            "anchor": (1, 0.5),
-            "aspect": 15,
-            "pad": 0.02,
-        }
-        bar = figure.colorbar(drawn, ax=axes, **below)
-        bar.set_label("darker  ←  grey level  →  brighter", fontsize="small")
+        bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8 / axes.shape[1], anchor=(1, 0.5), aspect=15)
+        bar.set_label("darker  ←  grey level  →  brighter", loc="right", fontsize="small")
         if title:
             figure.suptitle(title)
     return figure

@@ -244,7 +244,7 @@ def evaluate_edits(
 
 
 def evaluate_results(
-    folder: str | Path,
+    folder: Folder,
     cases: pd.DataFrame,
     change: Edit,
     edited: Sequence[Counterfactual],

@@ -58,10 +58,6 @@ class Drawing:
     xlabel: str
     ylabel: str = ""
 
-    def to_json(self, record: Record) -> str:
-        source = {field: record[field] for field in ("dataset", "commit", "created")}
-        return json.dumps(asdict(self) | source, indent=1) + "\n"
-
 
 Draw = Callable[[Record], list[Drawing]]
 
@@ -257,7 +253,10 @@ def write_tables(records: Mapping[str, Record], folder: Path) -> None:
 
 def expected_files(records: Mapping[str, Record]) -> dict[Path, str]:
     """Path below the figures folder -> text, of all files that follow from the records."""
-    files = {Path("plots", f"{item.name}.json"): item.to_json(records[item.record]) for item in drawings(records)}
+    files = {}
+    for item in drawings(records):
+        source = {field: records[item.record][field] for field in ("dataset", "commit", "created")}
+        files[Path("plots", f"{item.name}.json")] = json.dumps(asdict(item) | source, indent=1) + "\n"
     for name, record in records.items():
         files |= {Path("tables", f"{name}.{end}"): text for end, text in as_tables(record).items()}
     return files

@@ -161,12 +161,12 @@ class _Training:
     def _generator_loss(self, given: Images, wanted: Images) -> tuple[Tensor, Images]:
         total, fakes = torch.zeros((), device=self.device), {}
         for name, other in zip(DIRECTIONS, DIRECTIONS[::-1], strict=True):
-            fake = fakes[name] = self._translated(name, given[name])
+            fake = fakes[name] = self._called(self.generators[name], given[name]).tanh()
             score = self._called(self.discriminators[name], fake)
             read = self._called(self.classifier, (fake + 1) / 2)[:, self.column].sigmoid()
             intended = torch.full_like(read, float(name == "add"))
-            returned = self._translated(other, fake)
-            same = self._translated(name, wanted[name])
+            returned = self._called(self.generators[other], fake).tanh()
+            same = self._called(self.generators[name], wanted[name]).tanh()
             total = total + F.mse_loss(score, torch.ones_like(score)) + F.mse_loss(read, intended)
             total = total + 10 * F.l1_loss(returned, given[name]) + F.l1_loss(same, wanted[name])
         return total, fakes
@@ -175,9 +175,6 @@ class _Training:
         with autocast(self.device, self.config.mixed_precision):  # networks only; losses are float32
             output = network(images)
         return (output[-1] if isinstance(output, list) else output).float()  # a discriminator gives its layers too
-
-    def _translated(self, name: str, images: Tensor) -> Tensor:
-        return self._called(self.generators[name], images).tanh()
 
     def _optimise(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()

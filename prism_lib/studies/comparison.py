@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -53,19 +53,10 @@ class Measurement(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The settings chosen for one method, and the criterion of each candidate in the order tried."""
+    """The best editor of one method, and of every candidate its `settings` and `CRITERION` as plain values."""
 
     editor: Editor
-    errors: tuple[float, ...]
-    candidates: tuple[Editor, ...]
-
-    def as_record(self) -> list[dict[str, Any]]:
-        """Every candidate's name and settings with its error, as plain values."""
-        tried: Any = zip(self.candidates, self.errors, strict=True)  # every editor is a dataclass
-        return [
-            {"settings": {"editor": type(editor).__name__, **asdict(editor)}, CRITERION: error}
-            for editor, error in tried
-        ]
+    tried: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -256,5 +247,7 @@ def tune(
     for name, editors in candidates.items():
         measured = [found[f"{name} {n}"].evaluations for n in range(len(editors))]
         errors = [float(pd.concat([each.table[CRITERION] for each in own]).mean()) for own in measured]
-        tuned[name] = Tuned(editors[errors.index(min(errors))], tuple(errors), tuple(editors))
+        settings = [{"editor": type(editor).__name__, **asdict(cast(Any, editor))} for editor in editors]
+        rows = [{"settings": own, CRITERION: error} for own, error in zip(settings, errors, strict=True)]
+        tuned[name] = Tuned(editors[errors.index(min(errors))], rows)
     return tuned

@@ -163,9 +163,8 @@ def test_the_least_error_to_the_truth_is_chosen(phantom_folder, cases, truth):
     tried = {"oracle": [Oracle(truth, share) for share in (0.2, 0.9, 0.5)]}
     tuned = comparison.tune(tiny_pipeline(), phantom_folder, cases, tried, processes=1)["oracle"]
     assert tuned.editor.share == 0.9
-    assert tuned.errors == pytest.approx((0.8, 0.1, 0.5), abs=1e-5)
-    assert [entry["true_error_ratio"] for entry in tuned.as_record()] == list(tuned.errors)
-    assert [entry["settings"]["editor"] for entry in tuned.as_record()] == ["Oracle"] * 3
+    assert [entry["true_error_ratio"] for entry in tuned.tried] == pytest.approx([0.8, 0.1, 0.5], abs=1e-5)
+    assert [entry["settings"]["editor"] for entry in tuned.tried] == ["Oracle"] * 3
 
 
 def test_tuning_inverts_once_and_finds_what_each_setting_gives_alone(phantom_folder, cases, monkeypatch):
@@ -174,9 +173,9 @@ def test_tuning_inverts_once_and_finds_what_each_setting_gives_alone(phantom_fol
     pipe, tried = tiny_pipeline(), list(vary(BASE, guidance_scale=[2.0, 5.0]).values())
     tuned = comparison.tune(pipe, phantom_folder, cases, {"ours": tried}, processes=1)["ours"]
     assert len(calls) == len(cases)
-    for editor, error in zip(tried, tuned.errors, strict=True):
-        (alone,) = comparison.tune(pipe, phantom_folder, cases, {"ours": [editor]}, processes=1)["ours"].errors
-        assert alone == pytest.approx(error, abs=1e-6)
+    for editor, found in zip(tried, tuned.tried, strict=True):
+        (alone,) = comparison.tune(pipe, phantom_folder, cases, {"ours": [editor]}, processes=1)["ours"].tried
+        assert alone["true_error_ratio"] == pytest.approx(found["true_error_ratio"], abs=1e-6)
 
 
 def test_all_methods_see_the_same_images_and_are_counted(phantom_folder, cases, truth):

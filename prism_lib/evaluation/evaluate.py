@@ -32,14 +32,11 @@ Results = list[Counterfactual]
 
 
 class Editor:
-    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both.
-
-    Editors with equal `inverts` may share what `invert` gives.
-    """
+    """A method with its settings: `invert` the images, then `edit` what that gave; a call does both."""
 
     @property
     def inverts(self) -> Hashable:
-        """The settings that `invert` depends on."""
+        """The settings that `invert` depends on; editors with equal ones may share what it gives."""
         return None
 
     def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Any:

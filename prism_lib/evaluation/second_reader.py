@@ -24,10 +24,7 @@ YES, NO = ("Yes", "yes", " Yes", " yes", "YES"), ("No", "no", " No", " no", "NO"
 
 
 class QuestionReader(nn.Module):
-    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token.
-
-    Nothing is sampled: the same image and question give the same number.
-    """
+    """A vision-language model as a classifier: per label a question and log P(yes) - log P(no) of the first token."""
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str]) -> None:
         super().__init__()

@@ -24,47 +24,39 @@ from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
 
-# Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1].
+# Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
+# sources when their first arguments are bound: `partial(truth, folder)`.
 Source = Callable[[pd.DataFrame, Edit], Tensor]
 
 
-def counterfactuals(pipe: StableDiffusionPipeline, folder: Folder, editor: Editor) -> Source:
+def counterfactuals(
+    pipe: StableDiffusionPipeline, folder: Folder, editor: Editor, rows: pd.DataFrame, change: Edit
+) -> Tensor:
     """An editor's counterfactuals of the rows' own images."""
-
-    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
-        pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
-        return stack(editor(pipe, images, pairs, change)).mean(1, keepdim=True)
-
-    return source
+    pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
+    return stack(editor(pipe, images, pairs, change)).mean(1, keepdim=True)
 
 
-def synthetic(pipe: StableDiffusionPipeline, folder: Folder, *, seed: int = 0, **how: Any) -> Source:
+def synthetic(
+    pipe: StableDiffusionPipeline, folder: Folder, rows: pd.DataFrame, change: Edit, *, seed: int = 0, **how: Any
+) -> Tensor:
     """Samples from the same target prompts, without the image; ``how`` are settings of `sample_images`."""
-
-    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
-        targets = [pair.target for pair in prompt_pairs(folder, rows, change)]
-        embeds = encode_prompts(pipe, [*targets, ""])
-        # The noise follows from the image's name, so a sample does not depend on the rows beside it.
-        seeds = [int.from_bytes(_digest(seed, name, change.key)[:4], "big") for name in rows["file_name"]]
-        samples = [
-            sample_images(pipe, embed[None], embeds[-1:], seed=own, **how)
-            for embed, own in zip(embeds[:-1], seeds, strict=True)
-        ]
-        return torch.cat(samples).cpu().mean(1, keepdim=True)
-
-    return source
+    embeds = encode_prompts(pipe, [*(pair.target for pair in prompt_pairs(folder, rows, change)), ""])
+    # The noise follows from the image's name, so a sample does not depend on the rows beside it.
+    seeds = [int.from_bytes(_digest(seed, name, change.key)[:4], "big") for name in rows["file_name"]]
+    samples = [
+        sample_images(pipe, embed[None], embeds[-1:], seed=own, **how)
+        for embed, own in zip(embeds[:-1], seeds, strict=True)
+    ]
+    return torch.cat(samples).cpu().mean(1, keepdim=True)
 
 
-def truth(folder: Folder) -> Source:
+def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
     """The phantom's true counterfactuals: the upper bound that real images do not have."""
     require_truth(folder)
-
-    def source(rows: pd.DataFrame, change: Edit) -> Tensor:
-        known = true_counterfactual(folder, rows, change)
-        assert known is not None
-        return known[0]
-
-    return source
+    known = true_counterfactual(folder, rows, change)
+    assert known is not None
+    return known.images
 
 
 class Files:

@@ -61,10 +61,7 @@ class Tuned(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """What `compare_methods` compares, and how much work goes into it.
-
-    GAN and guide, which is never the judge, are trained in `mixed_precision`; the editors use that of the pipeline.
-    """
+    """What `compare_methods` compares, and how much work goes into it. The guide of the GAN is never the judge."""
 
     methods: tuple[str, ...] = ()  # names of `candidates` or `GAN`; none stand for all
     images: PositiveInt = 3  # test patients for each edit
@@ -77,7 +74,7 @@ class ComparisonConfig:
     guide_steps: PositiveInt = 200
     guide_images: PositiveInt = 512
     seed: int = 0
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"  # of GAN and guide; the editors use that of the pipeline
 
     @field_validator("methods")
     @classmethod

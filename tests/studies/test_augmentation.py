@@ -1,5 +1,7 @@
 """Sources of images: each gives its rows' images, and a cache makes every image once."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -21,11 +23,13 @@ def rows(phantom_folder):
 
 def test_the_truth_is_the_phantoms(phantom_folder, rows):
     expected = true_counterfactual(phantom_folder, rows, REMOVE)[0]
-    assert torch.equal(augmentation.truth(phantom_folder)(rows, REMOVE), expected)
+    assert torch.equal(augmentation.truth(phantom_folder, rows, REMOVE), expected)
 
 
 def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):
-    source = augmentation.counterfactuals(tiny_pipeline(), phantom_folder, PromptToPrompt(num_inference_steps=2))
+    source = partial(
+        augmentation.counterfactuals, tiny_pipeline(), phantom_folder, PromptToPrompt(num_inference_steps=2)
+    )
     images = source(rows, REMOVE)
     assert images.shape == (3, 1, 32, 32)
     single = source(rows.iloc[1:2], REMOVE)
@@ -33,7 +37,7 @@ def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):
 
 
 def test_a_sample_depends_on_its_name_and_not_on_its_neighbours(phantom_folder, rows):
-    source = augmentation.synthetic(tiny_pipeline(), phantom_folder, num_inference_steps=2)
+    source = partial(augmentation.synthetic, tiny_pipeline(), phantom_folder, num_inference_steps=2)
     images = source(rows, REMOVE)
     assert images.shape == (3, 1, 32, 32)
     torch.testing.assert_close(images[1:2], source(rows.iloc[1:2], REMOVE), atol=1e-6, rtol=0)

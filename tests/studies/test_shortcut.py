@@ -1,6 +1,7 @@
 """Training sets D_k, the balanced test set, what is added, and a study that resumes, with numbers worked out alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -128,7 +129,7 @@ def never(rows, edit):
 
 
 def test_a_study_trains_each_classifier_once(phantom_folder, tmp_path):
-    sources = {"true": augmentation.truth(phantom_folder)}
+    sources = {"true": partial(augmentation.truth, phantom_folder)}
     readings = shortcut.run(phantom_folder, SMALL, sources, tmp_path)
     assert set(readings.probabilities) == {
         (strength, name, seed)
@@ -140,7 +141,7 @@ def test_a_study_trains_each_classifier_once(phantom_folder, tmp_path):
     assert len(files) == 16
     gone = next(iter(files))
     gone.unlink()
-    again = shortcut.run(phantom_folder, SMALL, {"true": augmentation.truth(phantom_folder)}, tmp_path)
+    again = shortcut.run(phantom_folder, SMALL, {"true": partial(augmentation.truth, phantom_folder)}, tmp_path)
     assert all(torch.equal(again.probabilities[key], value) for key, value in readings.probabilities.items())
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {path for path in files if files[path] != kept[path]} == {gone}, "only what was missing is trained"
@@ -223,7 +224,7 @@ def test_classifiers_side_by_side_are_those_of_one_process(phantom_folder, tmp_p
 
         def __call__(self, rows, edit):
             made.append(edit.key)
-            return augmentation.truth(phantom_folder)(rows, edit)
+            return augmentation.truth(phantom_folder, rows, edit)
 
     alone, together = (
         shortcut.run(phantom_folder, few, {"true": Kept()}, tmp_path / str(n), processes=n) for n in (1, 2)

@@ -226,9 +226,8 @@ def save_figure(figure: Figure, name: str, figures_dir: str | os.PathLike[str], 
     folder = Path(figures_dir)
     unsaid: dict[str, tuple[str, ...]] = {"png": ("Software",), "pdf": ("Creator", "Producer", "CreationDate")}
     for kind in ("pdf", "png") if pdf else ("png",):
-        metadata = dict.fromkeys(unsaid[kind])
         with atomic(folder / f"{name}.{kind}") as partial:
-            figure.savefig(partial, format=kind, dpi=150, metadata=metadata, facecolor="white")
+            figure.savefig(partial, format=kind, dpi=150, metadata=dict.fromkeys(unsaid[kind]), facecolor="white")
     return folder / f"{name}.png"
 
 

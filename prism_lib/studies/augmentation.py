@@ -24,6 +24,7 @@ from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
 
+CHUNK = 8  # images that a cached source makes at a time
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
 # sources when their first arguments are bound: `partial(truth, folder)`.
 Source = Callable[[pd.DataFrame, Edit], Tensor]
@@ -60,7 +61,7 @@ def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
 
 
 class Files:
-    """Images made before, such as a bulk run's (`bulk.files`): (file_name, edit key) -> path, whose name tells all."""
+    """Images made before, such as a bulk run's (`bulk.files`): (file_name, edit key) -> path. `settings` has all names."""
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
         self.images = images
@@ -77,10 +78,8 @@ class Files:
 class Cached:
     """A source whose images are kept below ``folder`` as PNG of 8 bits; ``settings`` is all that decides them."""
 
-    def __init__(
-        self, source: Source, folder: Path, settings: Mapping[str, Any], *, chunk: int = 8, label: str = "images"
-    ) -> None:
-        self.source, self.folder, self.chunk, self.label = source, folder, chunk, label
+    def __init__(self, source: Source, folder: Path, settings: Mapping[str, Any], label: str = "images") -> None:
+        self.source, self.folder, self.label = source, folder, label
         self.settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
@@ -88,8 +87,8 @@ class Cached:
         files = [self.folder / f"{change.key}-{digest.hex()[:16]}.png" for digest in digests]
         missing = [n for n, path in enumerate(files) if not path.is_file()]
         with tqdm(total=len(missing), desc=f"{self.label}: {change.key}", disable=not missing or None) as progress:
-            for start in range(0, len(missing), self.chunk):
-                part = missing[start : start + self.chunk]
+            for start in range(0, len(missing), CHUNK):
+                part = missing[start : start + CHUNK]
                 for n, image in zip(part, self.source(rows.iloc[part], change), strict=True):
                     with atomic(files[n]) as partial:
                         Image.fromarray((image[0] * 255).round().byte().numpy()).save(partial, format="PNG")

@@ -44,14 +44,15 @@ def test_a_sample_depends_on_its_name_and_not_on_its_neighbours(phantom_folder, 
     assert not torch.equal(images[0], images[1])
 
 
-def test_a_cache_makes_every_image_once_and_goes_on(rows, tmp_path):
+def test_a_cache_makes_every_image_once_and_goes_on(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(augmentation, "CHUNK", 2)
     made = []
 
     def source(chosen, edit):
         made.append(list(chosen["file_name"]))
         return torch.full((len(chosen), 1, 8, 8), 0.2)
 
-    cached = augmentation.Cached(source, tmp_path, {"steps": 2}, chunk=2)
+    cached = augmentation.Cached(source, tmp_path, {"steps": 2})
     names = list(rows["file_name"])
     first = cached(rows, REMOVE)
     assert made == [names[:2], names[2:]]
@@ -60,7 +61,8 @@ def test_a_cache_makes_every_image_once_and_goes_on(rows, tmp_path):
     sorted(tmp_path.glob("*.png"))[0].unlink()
     cached(rows, REMOVE)
     assert len(made) == 3 and len(made[2]) == 1, "only the image that is gone"
-    other = augmentation.Cached(source, tmp_path, {"steps": 3}, chunk=4)
+    monkeypatch.setattr(augmentation, "CHUNK", 4)
+    other = augmentation.Cached(source, tmp_path, {"steps": 3})
     other(rows, REMOVE)
     assert made[3] == names, "other settings share nothing"
     assert not list(tmp_path.glob(".*")), "no temporary file is left"

@@ -61,7 +61,7 @@ def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
 
 
 class Files:
-    """Images made before, such as a bulk run's (`bulk.files`): (file_name, edit key) -> path. `settings` has all names."""
+    """Images made before, such as a bulk run's (`bulk.files`): (file_name, edit key) -> path, whose name tells all."""
 
     def __init__(self, images: Mapping[tuple[str, str], Path]) -> None:
         self.images = images

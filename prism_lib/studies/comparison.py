@@ -245,6 +245,6 @@ def tune(
         measured = [found[f"{name} {n}"].evaluations for n in range(len(editors))]
         errors = [float(pd.concat([each.table[CRITERION] for each in own]).mean()) for own in measured]
         settings = [{"editor": type(editor).__name__, **asdict(cast(Any, editor))} for editor in editors]
-        rows = [{"settings": own, CRITERION: error} for own, error in zip(settings, errors, strict=True)]
-        tuned[name] = Tuned(editors[errors.index(min(errors))], rows)
+        known = [{"settings": own, CRITERION: error} for own, error in zip(settings, errors, strict=True)]
+        tuned[name] = Tuned(editors[errors.index(min(errors))], known)
     return tuned

@@ -65,9 +65,8 @@ class PrepareConfig:
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
-    screened: Path | None = (
-        None  # for "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out
-    )
+    # For "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out.
+    screened: Path | None = None
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:

@@ -67,7 +67,9 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     )
     table = load_table(dataset, "train")
     parts = tqdm(image_batches(dataset, table), desc="images for CLIP, by 64")
-    images = torch.cat([_small(part, config.image_size) for part in parts])
+    size = (config.image_size, config.image_size)
+    smaller = (F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False) for part in parts)
+    images = torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in smaller])
     labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
     joint = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     with torch.random.fork_rng(devices=[]):
@@ -119,14 +121,8 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
 
 def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
     known = torch.isfinite(labels) & (labels >= 0)
-    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none")
-    return (loss * known).sum() / known.sum().clamp(min=1)
-
-
-def _small(images: Tensor, size: int) -> Tensor:
-    """Images at CLIP's size, uint8 (N, 1, size, size)."""
-    small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return (small.mean(1, keepdim=True) * 255).round().byte()
+    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), known.float(), reduction="sum")
+    return loss / known.sum().clamp(min=1)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -172,7 +168,11 @@ def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: 
                 texts = _contrasts(label, vocab, rng)
                 ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(table.device)
                 states = torch.func.functional_call(encoder, replaced, (ids,))[0].float().mean(1)
-                losses = losses + torch.stack(_detail_losses(states, config.apart)) / config.contexts
+                without, plain, details = states[0], states[1], states[2:]
+                unit = (plain - without).norm()
+                spread = (config.apart - torch.pdist(details) / unit).clamp(min=0).square().mean()
+                centre = ((details.mean(0) - plain) / unit).square().sum()
+                losses = losses + torch.stack((spread, centre)) / config.contexts
         (losses[0] + config.centre_weight * losses[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -190,11 +190,3 @@ def _contrasts(label: str, vocab: Vocabulary, rng: random.Random) -> list[str]:
     own = [Clause(label, phrase, True) for phrase in (vocab.phrase(label), *vocab.details[label])]
     own.insert(0, replace(own[0], present=False))
     return [explicit(Statement(vocab.subject, (*others[:place], c, *others[place:]), False, vocab.title)) for c in own]
-
-
-def _detail_losses(states: Tensor, apart: float) -> tuple[Tensor, Tensor]:
-    """Losses of the distance between details and of their middle, for states of `_contrasts` (N, width)."""
-    without, plain, details = states[0], states[1], states[2:]
-    unit = (plain - without).norm()
-    between = torch.pdist(details) / unit
-    return (apart - between).clamp(min=0).square().mean(), ((details.mean(0) - plain) / unit).square().sum()

@@ -140,15 +140,12 @@ def _phantoms(folder: Folder, table: pd.DataFrame) -> tuple[Patients, int] | Non
     return sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"]), config["size"]
 
 
-def label_counts(folder: Folder, when: str = "after", split: str = "train") -> pd.DataFrame:
-    """How often each label of a split is present, absent, uncertain and not mentioned, "before" or "after" preparation.
+def label_counts(folder: Folder, when: str = "after") -> pd.DataFrame:
+    """How often labels of the train split are present, absent, uncertain and not mentioned, "before" or "after" `prepare`.
 
     "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned.
     """
-    splits = load_info(folder)["counts"][when]
-    if split not in splits:
-        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-    counts = pd.DataFrame(splits[split]["labels"]).T
+    counts = pd.DataFrame(load_info(folder)["counts"][when]["train"]["labels"]).T
     blank = counts["not mentioned"] / (counts["not mentioned"] + counts["absent"])
     return counts.assign(**{"blank, not absent": blank})
 

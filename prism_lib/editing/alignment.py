@@ -38,9 +38,8 @@ def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: 
         for old, new in zip(words, others, strict=True):
             if len(old) == len(new):
                 transfer[old, new] = 1
-                continue
-            for j in new:
-                transfer[old, j] = 1 / len(new)
+            else:
+                transfer[torch.tensor(old)[:, None], new] = 1 / len(new)
     if len(source_ids) < length:  # n-th padding from n-th padding; surplus padding from the last
         for n, j in enumerate(range(len(target_ids), length)):
             transfer[min(len(source_ids) + n, length - 1), j] = 1

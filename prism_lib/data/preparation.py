@@ -232,10 +232,7 @@ def _collect(
 
 
 def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[list[Rejection], int]:
-    """Images whose pixels are also in a more held-out split (test, then val), and how many repeat within a split.
-
-    Patients are not merged: two patients may share an image by a mistake of the archive.
-    """
+    """Images whose pixels are also in a more held-out split (test, then val), and how many repeat within a split."""
     order = usable.sort_values("split", key=lambda split: split.map(SPLITS.index), ascending=False, kind="stable")
     pixels = order["file_name"].map(lambda name: written[name].pixel_hash)
     kept = order[["file_name", "patient_id", "split"]].groupby(pixels).transform("first")
@@ -246,10 +243,7 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
 
 
 def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig, planned: set[str]) -> pd.DataFrame:
-    """The rows as they are stored: a column has one type in all splits, or `load_dataset` refuses the folder.
-
-    Labels and ages therefore stay floats, and no text is empty.
-    """
+    """The rows as they are stored: floats, and texts of which none is empty, as `load_dataset` needs."""
     if empty := planned - set(table["split"]):
         raise ValueError(f"no usable image is left for {', '.join(sorted(empty))}: prepare more images")
     first = ["file_name", "patient_id", "split", "text", *labels]

@@ -200,16 +200,16 @@ def film_source(
     """
     if films.table.empty:
         return films  # the rejections say why
-    table = films.table.assign(**{DEVICES: float("nan")})
+    table = films.table
     if screened is not None:
         verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
-        films_read = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
-        refuse(films_read.duplicated(), verdict["file_name"], screened, "repeated file_name")
-        known = tables.label_values(verdict[DEVICES], screened, DEVICES)
-        if not table["name"].isin(films_read).any():
-            raise ValueError(f"{screened} names none of the films, such as {table['source_file'].iloc[0]!r}")
-        table[DEVICES] = table["name"].map(dict(zip(films_read, known, strict=True)))
-        table = table[table["name"].isin(films_read) & (table[DEVICES] != 1)]
+        verdict["name"] = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
+        refuse(verdict["name"].duplicated(), verdict["file_name"], screened, "repeated file_name")
+        verdict[DEVICES] = tables.label_values(verdict[DEVICES], screened, DEVICES)
+        table = table.drop(columns=DEVICES).merge(verdict[["name", DEVICES]], on="name")
+        if table.empty:
+            raise ValueError(f"{screened} names none of the films, such as {films.table['source_file'].iloc[0]!r}")
+        table = table[table[DEVICES] != 1]
         if table.empty:
             raise ValueError(f"{screened} leaves out every film: all show devices")
     if "split" not in table:
@@ -231,5 +231,4 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    labels = tuple(dict.fromkeys((*films.labels, DEVICES)))
-    return Source(pairs, labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)
+    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)

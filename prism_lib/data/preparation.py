@@ -27,6 +27,7 @@ from prism_lib.language.labels import vocabulary
 logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
+DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")  # settings that do too
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -137,7 +138,12 @@ def prepare(config: PrepareConfig) -> Path:
     with building(output) as folder:
         source = SOURCES[config.dataset](config)
         plan = _plan(source, config)
-        work = write_images(source.images, plan, folder, _work_key(plan, config), config.processes)
+        # A key of everything that decides an image file's bytes, its name, or its patient.
+        files = plan[[column for column in plan if column in FILE_COLUMNS]]
+        rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
+        chosen = {name: value for name, value in settings(config).items() if name in DECISIVE}
+        key = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
+        work = write_images(source.images, plan, folder, key, config.processes)
         rejected = list(source.rejected)
         with closing(work) as outcomes:
             written = _collect(outcomes, rejected, len(plan) + len(rejected), config.max_rejected)
@@ -193,15 +199,6 @@ def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig)
         values = table[label].fillna(POLICIES.get(blank, float("nan")))
         columns[label] = values.mask(values == -1, POLICIES.get(uncertain, -1.0))
     return table.assign(**columns)
-
-
-def _work_key(plan: pd.DataFrame, config: PrepareConfig) -> str:
-    """A hash of everything that decides an image file's bytes, its name, or its patient."""
-    files = plan[[column for column in plan if column in FILE_COLUMNS]]
-    rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
-    decisive = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")
-    chosen = {name: value for name, value in settings(config).items() if name in decisive}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
 
 
 def _collect(

@@ -125,16 +125,9 @@ def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
     return loss / known.sum().clamp(min=1)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class DetailConfig:
-    """Recipe of the embeddings; distances are shares of what lies between "with" and "without" the label."""
-
-    steps: PositiveInt = 300
-    contexts: PositiveInt = 4  # captions of other labels in which a step compares the details
-    learning_rate: PositiveFloat = 1e-2
-    apart: NonNegativeFloat = 0.6  # details of a label at least as far from each other
-    centre_weight: NonNegativeFloat = 1.0  # of the distance between a label's plain phrase and its details' middle
-    seed: int = 0
+CONTEXTS = 4  # captions of other labels in which a step compares the details
+# Details of a label are at least as far from each other, as a share of what lies between "with" and "without" it.
+APART = 0.6
 
 
 def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
@@ -148,32 +141,34 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     return sorted(set().union(*fresh.values()))
 
 
-def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig) -> None:
+def teach_details(
+    pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, learning_rate: float = 1e-2
+) -> None:
     """Train the embeddings of `detail_tokens` in place.
 
-    A label's details move away from each other until they are ``apart``, and stay centred on its plain phrase.
+    A label's details move away from each other until they are `APART`, and stay centred on its plain phrase.
     """
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
     table = encoder.get_input_embeddings().weight
     (name,) = (name for name, value in encoder.named_parameters() if value is table)
     learned = table[rows].clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([learned], lr=config.learning_rate)
-    rng = random.Random(config.seed)
-    for step in tqdm(range(config.steps), desc="detail words"):
+    optimizer = torch.optim.Adam([learned], lr=learning_rate)
+    rng = random.Random(0)
+    for step in tqdm(range(steps), desc="detail words"):
         replaced = {name: table.index_copy(0, rows, learned)}
         losses = torch.zeros(2, device=table.device)
-        for _ in range(config.contexts):
+        for _ in range(CONTEXTS):
             for label in vocab.details:
                 texts = _contrasts(label, vocab, rng)
                 ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(table.device)
                 states = torch.func.functional_call(encoder, replaced, (ids,))[0].float().mean(1)
                 without, plain, details = states[0], states[1], states[2:]
                 unit = (plain - without).norm()
-                spread = (config.apart - torch.pdist(details) / unit).clamp(min=0).square().mean()
+                spread = (APART - torch.pdist(details) / unit).clamp(min=0).square().mean()
                 centre = ((details.mean(0) - plain) / unit).square().sum()
-                losses = losses + torch.stack((spread, centre)) / config.contexts
-        (losses[0] + config.centre_weight * losses[1]).backward()
+                losses = losses + torch.stack((spread, centre)) / CONTEXTS
+        losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:

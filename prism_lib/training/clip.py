@@ -76,7 +76,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         torch.manual_seed(config.seed)
         clip = CLIPModel(joint).train().to(device)
         torch.manual_seed(config.seed)
-        widths = (vision.hidden_size, text.hidden_size, text.hidden_size)
+        widths = (text.projection_dim, text.projection_dim, text.hidden_size)
         readers = nn.ModuleList(nn.Linear(width, labels.shape[1]) for width in widths)
     trained = [*clip.parameters(), *readers.to(device).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)

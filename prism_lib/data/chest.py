@@ -94,21 +94,16 @@ def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) 
     table.insert(0, "name", tables.stems(table["source_file"]))
     refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
     table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
-    table = pd.concat([table.drop(columns="findings"), _nih_labels(table["findings"], path)], axis=1)
+    findings, names = table.pop("findings"), {NO_FINDING: NO_FINDING, **NIH_LABELS}
+    listed = findings.str.replace(r"\s*\|\s*", "|", regex=True).str.get_dummies("|").astype(float)
+    unknown = listed[listed.columns.difference(list(names))].any(axis=1) | findings.str.contains(r"(?:^|\|)\s*(?:\||$)")
+    refuse(unknown, findings, path, f"unknown label (known: {', '.join(names)})")
+    listed = listed.reindex(columns=list(names), fill_value=0.0)
+    refuse((listed[NO_FINDING] == 1) & (listed.sum(axis=1) > 1), findings, path, "contradiction")
+    table = pd.concat([table, listed.rename(columns=names).assign(**{DEVICES: float("nan")})], axis=1)
     table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root))
     labels = (NO_FINDING, *NIH_LABELS.values(), DEVICES)
     return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
-
-
-def _nih_labels(findings: pd.Series, path: Path) -> pd.DataFrame:
-    """One column per label from "Effusion|Mass": 1 listed, 0 not listed, all missing for Support Devices."""
-    names = {NO_FINDING: NO_FINDING, **NIH_LABELS}
-    listed = findings.map(lambda text: [part.strip() for part in text.split("|")])
-    unknown = listed.map(lambda parts: not names.keys() >= set(parts))
-    refuse(unknown, findings, path, f"unknown label (known: {', '.join(names)})")
-    refuse(listed.map(lambda parts: NO_FINDING in parts and len(parts) > 1), findings, path, "contradiction")
-    columns = {label: listed.map(lambda parts, n=name: float(n in parts)) for name, label in names.items()}
-    return pd.DataFrame({**columns, DEVICES: float("nan")}, index=findings.index)
 
 
 NOT_THERE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
@@ -123,7 +118,6 @@ class Phantoms:
     size: int
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
-        """The pictures in the rows' order."""
         from prism_lib.phantom.patients import render, sample_patients  # torch: only in a process that renders
 
         patients = sample_patients(rows["phantom_index"].tolist(), self.seed, self.confounding)
@@ -152,12 +146,11 @@ RENDERED_POLICY = (
 
 @dataclass(frozen=True)
 class RenderedFilms:
-    """A `Reader` of films; "copy" above 0 is moved and windowed, and "rendered" gets devices by "film_seed"."""
+    """A `Reader` of films: "copy" above 0 is moved, "rendered" gets devices by "film_seed", their kinds in "kinds"."""
 
     films: ImageFiles
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
-        """The pictures in the rows' order, with the kinds of their devices in the column "kinds"."""
         import torch  # only in a process that renders
 
         from prism_lib.phantom.films import with_devices
@@ -207,16 +200,16 @@ def film_source(
     """
     if films.table.empty:
         return films  # the rejections say why
-    table = films.table.assign(**{DEVICES: float("nan")})
+    table = films.table
     if screened is not None:
         verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
-        films_read = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
-        refuse(films_read.duplicated(), verdict["file_name"], screened, "repeated file_name")
-        known = tables.label_values(verdict[DEVICES], screened, DEVICES)
-        if not table["name"].isin(films_read).any():
-            raise ValueError(f"{screened} names none of the films, such as {table['source_file'].iloc[0]!r}")
-        table[DEVICES] = table["name"].map(dict(zip(films_read, known, strict=True)))
-        table = table[table["name"].isin(films_read) & (table[DEVICES] != 1)]
+        verdict["name"] = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
+        refuse(verdict["name"].duplicated(), verdict["file_name"], screened, "repeated file_name")
+        verdict[DEVICES] = tables.label_values(verdict[DEVICES], screened, DEVICES)
+        table = table.drop(columns=DEVICES).merge(verdict[["name", DEVICES]], on="name")
+        if table.empty:
+            raise ValueError(f"{screened} names none of the films, such as {films.table['source_file'].iloc[0]!r}")
+        table = table[table[DEVICES] != 1]
         if table.empty:
             raise ValueError(f"{screened} leaves out every film: all show devices")
     if "split" not in table:
@@ -238,5 +231,4 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    labels = tuple(dict.fromkeys((*films.labels, DEVICES)))
-    return Source(pairs, labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)
+    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)

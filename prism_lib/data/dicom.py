@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pydicom
+from pydicom import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import generate_uid
 
 from prism_lib.files import atomic
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,11 @@ class Film:
     fields: dict[str, str]
 
 
-def check_keywords(keywords: Sequence[str]) -> None:
-    """Raise ValueError at the first that is no keyword of the DICOM dictionary, such as "PatientAge"."""
-    from pydicom.datadict import tag_for_keyword
-
-    for keyword in keywords:
-        if tag_for_keyword(keyword) is None:
-            raise ValueError(f"header field {keyword!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
-
-
 def read(path: Path, keywords: Sequence[str] = (), check_size: Callable[[tuple[int, int]], None] | None = None) -> Film:
     """Decode one single-frame gray image; ValueError with the reason where that is not possible.
 
     `check_size` gets width and height before anything is decoded.
     """
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's remarks on values that break the standard but can be read
@@ -85,10 +75,6 @@ def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray])
     Window, bits and interpretation stay, and so does every stored value whose level does not change. A film without a
     window gets its own range as the window, so that it looks the same.
     """
-    import pydicom
-    from pydicom.pixels import apply_modality_lut
-    from pydicom.uid import generate_uid
-
     read(path)  # refuses what cannot be used
     data = pydicom.dcmread(path)
     stored = _stored(data)
@@ -136,8 +122,6 @@ def _stored(data: Dataset) -> np.ndarray:
 
 def _levels(data: Dataset, stored: np.ndarray) -> np.ndarray:
     """Gray levels in [0, 255] of stored values by the VOI LUT, else the window, else the range of the values."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
     values = np.asarray(apply_modality_lut(stored, data), dtype=np.float64)
     if data.get("VOILUTSequence"):
         low, high = 0.0, 2.0 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1

@@ -73,11 +73,22 @@ def read_images(folder: Folder, table: pd.DataFrame) -> Tensor:
     """The images of a table's rows, float32 (N, C, H, W) in [0, 1]; C is 1 for gray and 3 for colour."""
     if table.empty:
         raise ValueError(f"no images to read from {folder}: the table has no rows")
+    root = Path(folder).resolve()
     images: list[np.ndarray] = []
     for name in table["file_name"]:
-        images.append(_read_image(Path(folder).resolve(), name))
-        if images[-1].shape != images[0].shape:
-            raise ValueError(f"{name} is {images[-1].shape}, but the images before it are {images[0].shape}")
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ValueError(f"file_name {name!r} leads outside the prepared folder {root}")
+        try:
+            with Image.open(path) as file:
+                pixels = np.atleast_3d(np.asarray(file))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
+            raise ValueError(f"{path} is {pixels.shape} {pixels.dtype}; expected 8-bit gray or colour")
+        images.append(pixels)
+        if pixels.shape != images[0].shape:
+            raise ValueError(f"{name} is {pixels.shape}, but the images before it are {images[0].shape}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -132,18 +143,3 @@ def building(output: Path) -> Iterator[Path]:
         if path.is_file() and path.name not in ("metadata.csv", "dataset.json"):
             path.unlink()  # a record of the work
     folder.replace(output)
-
-
-def _read_image(root: Path, name: str) -> np.ndarray:
-    """One image (H, W, C) uint8; ValueError for a path outside the folder."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"file_name {name!r} leads outside the prepared folder {root}")
-    try:
-        with Image.open(path) as file:
-            pixels = np.atleast_3d(np.asarray(file))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
-        raise ValueError(f"{path} is {pixels.shape} {pixels.dtype}; expected 8-bit gray or colour")
-    return pixels

@@ -70,7 +70,6 @@ class ImageFiles:
     max_pixels: float = math.inf  # of an image as it is in its file
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
-        """The pictures in the rows' order."""
         for name, path in zip(rows["source_file"], rows["path"], strict=True):
             try:
                 yield self.read(Path(path))

@@ -27,6 +27,7 @@ from prism_lib.language.labels import vocabulary
 logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
+DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")  # settings that do too
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -65,9 +66,8 @@ class PrepareConfig:
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
-    screened: Path | None = (
-        None  # for "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out
-    )
+    # For "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out.
+    screened: Path | None = None
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
@@ -138,7 +138,12 @@ def prepare(config: PrepareConfig) -> Path:
     with building(output) as folder:
         source = SOURCES[config.dataset](config)
         plan = _plan(source, config)
-        work = write_images(source.images, plan, folder, _work_key(plan, config), config.processes)
+        # A key of everything that decides an image file's bytes, its name, or its patient.
+        files = plan[[column for column in plan if column in FILE_COLUMNS]]
+        rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
+        chosen = {name: value for name, value in settings(config).items() if name in DECISIVE}
+        key = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
+        work = write_images(source.images, plan, folder, key, config.processes)
         rejected = list(source.rejected)
         with closing(work) as outcomes:
             written = _collect(outcomes, rejected, len(plan) + len(rejected), config.max_rejected)
@@ -196,15 +201,6 @@ def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig)
     return table.assign(**columns)
 
 
-def _work_key(plan: pd.DataFrame, config: PrepareConfig) -> str:
-    """A hash of everything that decides an image file's bytes, its name, or its patient."""
-    files = plan[[column for column in plan if column in FILE_COLUMNS]]
-    rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
-    decisive = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")
-    chosen = {name: value for name, value in settings(config).items() if name in decisive}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
-
-
 def _collect(
     outcomes: Iterable[list[Outcome]], rejected: list[Rejection], total: int, max_rejected: float
 ) -> dict[str, Written]:
@@ -233,10 +229,7 @@ def _collect(
 
 
 def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[list[Rejection], int]:
-    """Images whose pixels are also in a more held-out split (test, then val), and how many repeat within a split.
-
-    Patients are not merged: two patients may share an image by a mistake of the archive.
-    """
+    """Images whose pixels are also in a more held-out split (test, then val), and how many repeat within a split."""
     order = usable.sort_values("split", key=lambda split: split.map(SPLITS.index), ascending=False, kind="stable")
     pixels = order["file_name"].map(lambda name: written[name].pixel_hash)
     kept = order[["file_name", "patient_id", "split"]].groupby(pixels).transform("first")
@@ -247,10 +240,7 @@ def _duplicates(usable: pd.DataFrame, written: Mapping[str, Written]) -> tuple[l
 
 
 def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig, planned: set[str]) -> pd.DataFrame:
-    """The rows as they are stored: a column has one type in all splits, or `load_dataset` refuses the folder.
-
-    Labels and ages therefore stay floats, and no text is empty.
-    """
+    """The rows as they are stored: floats, and texts of which none is empty, as `load_dataset` needs."""
     if empty := planned - set(table["split"]):
         raise ValueError(f"no usable image is left for {', '.join(sorted(empty))}: prepare more images")
     first = ["file_name", "patient_id", "split", "text", *labels]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from prism_lib.data.chest import DEVICES, NOT_THERE
-from prism_lib.data.folder import Folder, load_info, load_table, read_images
+from prism_lib.data.folder import Folder, load_info, load_table, read_images, truth_is_known
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
-from prism_lib.phantom.patients import Patients, counterfactual, marker_mask, sample_patients
+from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
 NO_DEVICES = Edit(remove=(DEVICES,))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
@@ -119,36 +119,19 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
         images = read_images(folder, table.assign(file_name=table["twin"]))
         changed = read_images(folder, table) != images
         return Truth(images, changed, torch.zeros_like(changed))
-    if (phantoms := _phantoms(folder, table)) is None:
+    if not truth_is_known(folder):
         return None
-    patients, size = phantoms
-    return Truth(*counterfactual(patients, size, **edit.attributes), marker_mask(patients, size))
+    config = load_info(folder)["config"]
+    patients = sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"])
+    return Truth(*counterfactual(patients, config["size"], **edit.attributes), marker_mask(patients, config["size"]))
 
 
-def marker_masks(folder: Folder, table: pd.DataFrame) -> Tensor | None:
-    """Pixels of the burnt-in side marker, bool (N, 1, H, W); None for real images, which have no outline of it."""
-    phantoms = _phantoms(folder, table)
-    return None if phantoms is None else marker_mask(*phantoms)
-
-
-def _phantoms(folder: Folder, table: pd.DataFrame) -> tuple[Patients, int] | None:
-    """The patients of a table's rows and the size of their images, if they are phantoms."""
-    info = load_info(folder)
-    if info["source"] != "phantom":
-        return None
-    config = info["config"]
-    return sample_patients(table["phantom_index"].tolist(), config["seed"], config["confounding"]), config["size"]
-
-
-def label_counts(folder: Folder, when: str = "after", split: str = "train") -> pd.DataFrame:
-    """How often each label of a split is present, absent, uncertain and not mentioned, "before" or "after" preparation.
+def label_counts(folder: Folder, when: str = "after") -> pd.DataFrame:
+    """How often labels in train are present, absent, uncertain and not mentioned, "before" or "after" preparation.
 
     "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned.
     """
-    splits = load_info(folder)["counts"][when]
-    if split not in splits:
-        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-    counts = pd.DataFrame(splits[split]["labels"]).T
+    counts = pd.DataFrame(load_info(folder)["counts"][when]["train"]["labels"]).T
     blank = counts["not mentioned"] / (counts["not mentioned"] + counts["absent"])
     return counts.assign(**{"blank, not absent": blank})
 

@@ -22,7 +22,6 @@ _POLICY = "one diagnosis is 1 and all others are 0; {unknown}; artefacts are not
 
 # ISIC 2019's columns and HAM10000's codes by label; BKL and bkl hold solar lentigines and lichenoid keratoses too.
 ISIC2019_CODES = dict(zip(("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"), SKIN_DIAGNOSES, strict=True))
-HAM10000_CODES = dict(zip(("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"), SKIN_DIAGNOSES[:7], strict=True))
 UNKNOWN = "unknown"
 ISIC2020_DIAGNOSES = {
     "melanoma": "Melanoma",
@@ -44,28 +43,29 @@ class Format:
     unknown: str = "no diagnosis is unknown"
 
 
-ISIC2019 = Format(
-    tables=("ISIC_2019_*GroundTruth.csv",),
-    columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
-    optional={"UNK": "UNK"},
-    diagnoses=ISIC2019_CODES | {UNKNOWN: ""},
-    unknown="of an unknown diagnosis (UNK) none is mentioned",
-)
-ISIC2020 = Format(
-    tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
-    columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
-    | {"anatom_site_general_challenge": "site", "diagnosis": "diagnosis", "target": "target"},
-    optional={"lesion_id": "lesion"},
-    diagnoses=ISIC2020_DIAGNOSES,
-    unknown="of an unknown diagnosis only melanoma is, by the column target",
-)
-HAM10000 = Format(
-    tables=("HAM10000_metadata*",),
-    columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
-    | {"age": "age", "sex": "sex", "localization": "site"},
-    diagnoses=HAM10000_CODES,
-)
-FORMATS = {"isic2019": ISIC2019, "isic2020": ISIC2020, "ham10000": HAM10000}
+FORMATS = {
+    "isic2019": Format(
+        tables=("ISIC_2019_*GroundTruth.csv",),
+        columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
+        optional={"UNK": "UNK"},
+        diagnoses=ISIC2019_CODES | {UNKNOWN: ""},
+        unknown="of an unknown diagnosis (UNK) none is mentioned",
+    ),
+    "isic2020": Format(
+        tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
+        columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
+        | {"anatom_site_general_challenge": "site", "diagnosis": "diagnosis", "target": "target"},
+        optional={"lesion_id": "lesion"},
+        diagnoses=ISIC2020_DIAGNOSES,
+        unknown="of an unknown diagnosis only melanoma is, by the column target",
+    ),
+    "ham10000": Format(
+        tables=("HAM10000_metadata*",),
+        columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
+        | {"age": "age", "sex": "sex", "localization": "site"},
+        diagnoses=dict(zip(("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"), SKIN_DIAGNOSES[:7], strict=True)),
+    ),
+}
 
 
 def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, archive: str) -> Source:

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 import pydantic
+from pydicom.datadict import tag_for_keyword
 
-from prism_lib.data import dicom
 from prism_lib.data.folder import SPLITS
 from prism_lib.data.images import IMAGE_SUFFIXES, ImageFiles, Reader, Rejection
 from prism_lib.language.labels import vocabulary
@@ -209,8 +209,8 @@ def table_source(
     """
     path = find_table(data_root, [name])
     labels = _labels(read_header(path), path, columns, vocab)
-    if reader.header is not None:
-        dicom.check_keywords(reader.header)
+    if wrong := [keyword for keyword in columns.header if tag_for_keyword(keyword) is None]:
+        raise ValueError(f"header field {wrong[0]!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
     for column in (*columns.extra, *columns.header):
         if column in RESERVED or column in labels:
             raise ValueError(f"column {column!r} cannot be carried along: the prepared table has another of that name")

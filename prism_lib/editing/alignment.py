@@ -29,7 +29,8 @@ def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: 
             transfer[i, j] = 1
     else:
         transfer[0, 0] = transfer[len(source_ids) - 1, len(target_ids) - 1] = 1  # begin and end of text
-        words, others = _words(tokenizer, source), _words(tokenizer, target)
+        offsets = (_offsets(tokenizer, source), source), (_offsets(tokenizer, target), target)
+        words, others = ([_overlapping(r, match) for match in re.finditer(r"\S+", text)] for r, text in offsets)
         if len(words) != len(others):
             raise ValueError(
                 f"replacing words needs prompts of equally many words, got {len(words)} and {len(others)}: "
@@ -38,9 +39,8 @@ def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: 
         for old, new in zip(words, others, strict=True):
             if len(old) == len(new):
                 transfer[old, new] = 1
-                continue
-            for j in new:
-                transfer[old, j] = 1 / len(new)
+            else:
+                transfer[torch.tensor(old)[:, None], new] = 1 / len(new)
     if len(source_ids) < length:  # n-th padding from n-th padding; surplus padding from the last
         for n, j in enumerate(range(len(target_ids), length)):
             transfer[min(len(source_ids) + n, length - 1), j] = 1
@@ -76,11 +76,6 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
     if not span:
         raise ValueError(f"the word {word!r} has no token in the prompt {prompt!r}")
     return span
-
-
-def _words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
-    offsets = _offsets(tokenizer, prompt)
-    return [_overlapping(offsets, match) for match in re.finditer(r"\S+", prompt)]
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], match: re.Match[str]) -> list[int]:

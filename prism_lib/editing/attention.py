@@ -38,13 +38,8 @@ class WordMaps:
         """Add one layer's probabilities, each (K, heads, queries, L)."""
         queries = source.shape[2]
         dtype = torch.promote_types(source.dtype, torch.float32)
-        maps = torch.stack(
-            [
-                torch.einsum("nhql,nl->nq", probabilities.to(dtype), tokens.to(dtype)) / probabilities.shape[1]
-                for probabilities, tokens in ((source, self.source_tokens), (target, self.target_tokens))
-            ],
-            dim=1,
-        )
+        both = ((source.to(dtype), self.source_tokens.to(dtype)), (target.to(dtype), self.target_tokens.to(dtype)))
+        maps = torch.stack([torch.einsum("nhql,nl->nq", part, tokens) / part.shape[1] for part, tokens in both], dim=1)
         self.sums[queries] = self.sums[queries] + maps if queries in self.sums else maps
         self.counts[queries] = self.counts.get(queries, 0) + 1
 
@@ -52,16 +47,11 @@ class WordMaps:
         """Mean attention over steps and layers at latent resolution, (K, 2, height, width)."""
         if not self.sums:
             raise ValueError(f"no cross-attention layer with at most {self.max_queries} queries was recorded")
-        images = [
-            F.interpolate(
-                maps.unflatten(2, grid(queries, height, width)) / self.counts[queries],
-                size=(height, width),
-                mode="bilinear",
-                align_corners=False,
-            )
-            for queries, maps in self.sums.items()
-        ]
-        return torch.stack(images).mean(0)
+        size, found = (height, width), self.sums.items()
+        images = (maps.unflatten(2, grid(queries, *size)) / self.counts[queries] for queries, maps in found)
+        return torch.stack([F.interpolate(image, size, mode="bilinear", align_corners=False) for image in images]).mean(
+            0
+        )
 
     def continue_from(self, before: WordMaps, rows: Sequence[int]) -> None:
         """Take the sums of these `rows` of `before`, one for each edit; rows may repeat."""
@@ -177,14 +167,12 @@ class PromptToPromptProcessor:
         """(rows, queries, C) -> (rows, heads, queries, C / heads)."""
         computed, used = self.controller.query_rows(hidden_states.shape[1])
         seen = hidden_states[computed]
-        query, key = _heads(attn, attn.to_q(seen))[used], _heads(attn, attn.to_k(seen))[used]
-        return _attend(attn, query, key, _heads(attn, attn.to_v(hidden_states)))
+        query, key, value = _heads(attn, attn.to_q(seen), attn.to_k(seen), attn.to_v(hidden_states))
+        return _attend(attn, query[used], key[used], value)
 
     def _cross_attention(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> Tensor:
         """(rows, queries, C), (rows, L, D) -> (rows, heads, queries, C / heads)."""
-        query, key, value = (
-            _heads(attn, part) for part in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
-        )
+        query, key, value = _heads(attn, attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         control = self.controller
         record = hidden_states.shape[1] <= control.maps.max_queries
         if not (record or control.edits_cross()):
@@ -216,7 +204,11 @@ def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[P
     if not layers:
         raise ValueError("this U-Net has no attention layer that could be controlled")
     for name, layer in layers.items():
-        _check_replaceable(name, layer)
+        if isinstance(layer.processor, nn.Module) and any(True for _ in layer.processor.parameters()):
+            raise ValueError(f"{name} ({type(layer.processor).__name__}) has weights of its own and cannot be replaced")
+        norms = (layer.spatial_norm, layer.group_norm, layer.norm_cross, layer.norm_q, layer.norm_k)
+        if layer.residual_connection or layer.rescale_output_factor != 1 or any(norm is not None for norm in norms):
+            raise ValueError(f"{name} is not an attention layer of Stable Diffusion 1.x or 2.x")
     before = dict(unet.attn_processors)
     processor = PromptToPromptProcessor(controller)
     unet.set_attn_processor(processor)
@@ -238,17 +230,9 @@ def grid(queries: int, height: int, width: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _check_replaceable(name: str, layer: Attention) -> None:
-    if isinstance(layer.processor, nn.Module) and any(True for _ in layer.processor.parameters()):
-        raise ValueError(f"{name} ({type(layer.processor).__name__}) has weights of its own and cannot be replaced")
-    norms = (layer.spatial_norm, layer.group_norm, layer.norm_cross, layer.norm_q, layer.norm_k)
-    if layer.residual_connection or layer.rescale_output_factor != 1 or any(norm is not None for norm in norms):
-        raise ValueError(f"{name} is not an attention layer of Stable Diffusion 1.x or 2.x")
-
-
-def _heads(attn: Attention, projected: Tensor) -> Tensor:
-    """(B, tokens, C) -> (B, heads, tokens, C / heads)."""
-    return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+def _heads(attn: Attention, *projected: Tensor) -> list[Tensor]:
+    """Each (B, tokens, C) -> (B, heads, tokens, C / heads)."""
+    return [attn.head_to_batch_dim(part, out_dim=4) for part in projected]
 
 
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -101,7 +101,11 @@ def sweep(
     count = len(settings)
     tasks = [EditTask(image, pair, resolved(pipe, pair, one)) for image, pair in enumerate(pairs) for one in settings]
     for task in tasks:
-        _check(task, inversion.prompts[task.image])
+        if task.pair.source != (prompt := inversion.prompts[task.image]):
+            started = f"image {task.image} was inverted as {prompt!r}"
+            raise ValueError(f"{started}, but its edit starts from {task.pair.source!r}")
+        if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
+            raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")
     areas = Areas.checked(mask, keep, inversion.images)
     edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size
@@ -170,11 +174,7 @@ def scored(
 
 
 def _finish(
-    pipe: StableDiffusionPipeline,
-    inversion: Inversion,
-    tasks: Sequence[EditTask],
-    outcome: Outcome,
-    areas: Areas,
+    pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask], outcome: Outcome, areas: Areas
 ) -> list[Counterfactual]:
     """Decode every row once, then find masks and composite for all edits of equal settings together."""
     images, channels = inversion.images, inversion.images.shape[1]
@@ -210,12 +210,3 @@ def _mask(
         if config.protect_text:
             mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
     return mask if areas.keep is None else masks.without(mask, areas.keep, config.mask.feather)
-
-
-def _check(task: EditTask, prompt: str) -> None:
-    if task.pair.source != prompt:
-        raise ValueError(
-            f"image {task.image} was inverted as {prompt!r}, but its edit starts from {task.pair.source!r}"
-        )
-    if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
-        raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")

@@ -7,7 +7,6 @@ what is edited. A model without that file gets the defaults of `EditConfig`, tho
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from prism_lib.editing.masks import MaskConfig, Share
@@ -164,6 +163,6 @@ def _recommendation(folder: str) -> Recommendation:
         logger.warning("%s has no %s: edits take the published settings", folder or "this pipeline", FILE)
         return Recommendation()
     try:
-        return TypeAdapter(Recommendation).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (ValidationError, ValueError) as error:
+        return TypeAdapter(Recommendation).validate_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} holds no settings of edits: {error}") from None

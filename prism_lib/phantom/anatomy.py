@@ -57,7 +57,7 @@ class Scene:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Self:
         """A sub-batch, by slice or by a list of rows."""
-        chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
+        chosen = torch.arange(len(self))[rows].tolist()
         return replace(
             self,
             index=tuple(self.index[row] for row in chosen),
@@ -116,7 +116,7 @@ def radiograph(scene: Scene, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Frame:
-    """Pixel coordinates in the patient's own frame, and the way back for points."""
+    """Pixel coordinates in the patient's own frame."""
 
     x: Tensor  # (N, H, W), patient frame
     y: Tensor
@@ -138,20 +138,16 @@ class Frame:
         cos, sin = (rotation.cos() / zoom)[:, None, None], (rotation.sin() / zoom)[:, None, None]
         return cls(cos * gx + sin * gy, -sin * gx + cos * gy, size, rotation, shift, zoom)
 
-    def to_pixels(self, points: Tensor) -> Tensor:
-        """Patient points (N, P, 2) to pixel coordinates (N, P, 2), x first."""
-        cos, sin = (self.rotation.cos() * self.zoom)[:, None], (self.rotation.sin() * self.zoom)[:, None]
-        x, y = points[..., 0], points[..., 1]
-        image = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1) + self.shift[:, None, :]
-        return (image + 1) / 2 * self.size - 0.5
-
 
 def tubes(points: Tensor, radius: Tensor | float, frame: Frame) -> Tensor:
     """Thickness (N, H, W) of round tubes through dense points (N, P, 2); chord 2 sqrt(r^2 - d^2), union by maximum.
 
     ``radius`` is in patient units, a number or (N, P); a tube thinner than a pixel is drawn wider and fainter.
     """
-    pixels, scale = frame.to_pixels(points), frame.size / 2
+    cos, sin = (frame.rotation.cos() * frame.zoom)[:, None], (frame.rotation.sin() * frame.zoom)[:, None]
+    (x, y), scale = points.unbind(-1), frame.size / 2
+    image = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1) + frame.shift[:, None, :]
+    pixels = (image + 1) / 2 * frame.size - 0.5
     return stamp(pixels, torch.as_tensor(radius).expand(points.shape[:2]) * scale, frame.size) / scale
 
 

@@ -349,29 +349,22 @@ def with_devices(films: Tensor, seeds: Sequence[int], kinds: Sequence[str] = KIN
         raise ValueError(f"films must lie in [0, 1]; got {films.min():g} to {films.max():g}")
     images, drawn = films.clone(), []
     for image, film, seed in zip(images[:, 0], films[:, 0], seeds, strict=True):
-        attenuation, seen = _devices(film, int(seed), kinds)
+        body = Anchors.of(film)
+        dice = {kind: Dice(seed, k) for k, kind in enumerate(KINDS) if kind in kinds}
+        rank = {kind: d.uniform(0, 1) / CATALOGUE[kind][0] for kind, d in dice.items()}  # below 1: drawn
+        attenuation, seen = torch.zeros_like(film), list[str]()
+        tone = math.exp(Dice(seed, len(KINDS) + 1).uniform(math.log(0.5), math.log(1.7)))
+        contrast, field = film_contrast(film, body) * tone, exposed(film)
+        for kind, d in dice.items():
+            if rank[kind] < 1 or rank[kind] == min(rank.values()):
+                canvas = Canvas(body, contrast * d.uniform(0.8, 1.25))
+                CATALOGUE[kind][1](d, body, canvas)
+                shown = canvas.map * field
+                if ((1 - film) * shown.clamp(max=1)).max() > 0.02:  # it changes the film visibly
+                    seen.append(kind)
+                attenuation += shown
         scatter = Dice(seed, len(KINDS)).uniform(0.10, 0.20)
         gray = 1 - (1 - film) * (scatter + (1 - scatter) * torch.exp(-point_spread(attenuation[None])[0]))
         image.copy_(torch.where((gray * 255).round() == (film * 255).round(), film, (gray * 255).round() / 255))
-        drawn.append(seen)
+        drawn.append(tuple(seen))
     return Rendered(images, images != films, tuple(drawn))
-
-
-def _devices(film: Tensor, seed: int, kinds: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """Attenuation (H, W) of a film's devices and the kinds that change it visibly."""
-    body = Anchors.of(film)
-    dice = {kind: Dice(seed, k) for k, kind in enumerate(KINDS) if kind in kinds}
-    rank = {kind: d.uniform(0, 1) / CATALOGUE[kind][0] for kind, d in dice.items()}  # below 1: drawn
-    least = min(rank.values())
-    total, seen = torch.zeros_like(film), []
-    contrast = film_contrast(film, body) * math.exp(Dice(seed, len(KINDS) + 1).uniform(math.log(0.5), math.log(1.7)))
-    field = exposed(film)
-    for kind, d in dice.items():
-        if rank[kind] < 1 or rank[kind] == least:
-            canvas = Canvas(body, contrast * d.uniform(0.8, 1.25))
-            CATALOGUE[kind][1](d, body, canvas)
-            shown = canvas.map * field
-            if ((1 - film) * shown.clamp(max=1)).max() > 0.02:
-                seen.append(kind)
-            total += shown
-    return total, tuple(seen)

@@ -125,11 +125,7 @@ def sample_patients(patients: int | Sequence[int], seed: int, confounding: float
     table = np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(width) for i in index])
     columns = torch.from_numpy(table).float().split(list(names.values()), dim=1)
     noise = {name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}
-    return Patients(index, seed, noise, _attributes(noise, confounding), confounding)
-
-
-def _attributes(noise: dict[str, Tensor], confounding: float) -> dict[str, Tensor]:
-    """The structural equations of the module docstring, in the order of the graph."""
+    # The structural equations of the module docstring, in the order of the graph.
     age = 20 + 70 * noise["age"]
     older = (age - 55) / 20
     cardiomegaly = (noise["cardiomegaly"] < torch.sigmoid(confounding * older)).float()
@@ -139,7 +135,7 @@ def _attributes(noise: dict[str, Tensor], confounding: float) -> dict[str, Tenso
     ap = (noise["view"] < 0.5 + 0.4 * confounding * (2 * devices - 1)).float()
     female = (noise["sex"] < 0.5).float()
     values = (age, female, ap, cardiomegaly, effusion, devices)
-    return dict(zip(ATTRIBUTES, values, strict=True))
+    return Patients(index, seed, noise, dict(zip(ATTRIBUTES, values, strict=True)), confounding)
 
 
 def render(patients: Patients, size: int = 256) -> Tensor:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib.data.folder import load_info, read_images, require_truth
-from prism_lib.data.rows import marker_masks, prompt_pairs, true_counterfactual
+from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
@@ -83,12 +83,12 @@ def study(
     require_truth(folder)
     cases = choose_cases(folder, change, count)
     (evaluation,) = evaluate.evaluate_edits(pipe, folder, {change: cases}, editor)
-    marker = marker_masks(folder, cases)
-    assert marker is not None  # of a phantom it is always known
+    truth = true_counterfactual(folder, cases, change)
+    assert truth is not None  # of a phantom it is always known
     labels = [label for label in load_info(folder)["labels"] if label != "No Finding"]
     return {
         "hard_cases": by_stratum(evaluation, strata(evaluation, cases, labels), seed),
-        "corner_text": corner_text(evaluation, marker, seed),
+        "corner_text": corner_text(evaluation, truth.marker, seed),
     }
 
 

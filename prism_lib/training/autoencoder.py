@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -34,7 +33,7 @@ from prism_lib.phantom.anatomy import bezier, stamp
 from prism_lib.phantom.patients import render, sample_patients
 from prism_lib.training.cache import require_captions_fit
 from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, set_learning_rate
-from prism_lib.training.clip import ClipConfig, DetailConfig, teach_details, train_clip
+from prism_lib.training.clip import ClipConfig, teach_details, train_clip
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +180,10 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of encode-decode, per image (N,), for images (N, 1 or 3, H, W) in [0, 1]."""
-    errors = []
-    for chunk in images.split(8):
-        pixels = (chunk * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
-        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-        output = (output.mean(1, keepdim=True) if chunk.shape[1] == 1 else output).to(chunk) / 2 + 0.5
-        errors.append(F.mse_loss(output.clamp(0, 1), chunk, reduction="none").mean((1, 2, 3)))
-    return -10 * torch.cat(errors).log10()
+    chunks = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device).split(8)
+    output = torch.cat([vae.decode(vae.encode(pixels).latent_dist.mean).sample for pixels in chunks])
+    output = (output.mean(1, keepdim=True) if images.shape[1] == 1 else output).to(images) / 2 + 0.5
+    return -10 * (output.clamp(0, 1) - images).square().mean((1, 2, 3)).log10()
 
 
 def textures(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -275,7 +271,6 @@ class PretrainConfig:
     vae: VaeConfig = VaeConfig()
     decoder: VaeConfig | None = None  # such as `DECODER`: the decoder trained on alone, once the encoder is done
     clip: ClipConfig = ClipConfig()
-    details: DetailConfig = DetailConfig()  # where the captions have details
     seed: int = 0
 
 
@@ -296,7 +291,7 @@ def pretrain(config: PretrainConfig) -> Path:
         history += train_vae(pipeline.vae, replace(config.decoder, decoder_only=True), output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     if truth_is_known(config.dataset):
-        teach_details(pipeline, vocabulary(load_info(config.dataset)["config"]["vocabulary"]), config.details)
+        teach_details(pipeline, vocabulary(load_info(config.dataset)["config"]["vocabulary"]))
     write_text(output / "vae" / "history.json", json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):
         with atomic(folder) as partial:

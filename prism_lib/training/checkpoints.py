@@ -7,7 +7,6 @@ number continue a run bit for bit.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +71,16 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.
             raise ValueError(f"checkpoint file {path} {fault}; delete {newest} to use the one before")
     for name, tensors in states.items():
         read_tensors(newest / f"{name}.safetensors", tensors)
-    _load_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(newest / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # Fused kernels walk moments and weights in memory order: they must share one layout.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return info
 
 
@@ -115,17 +123,4 @@ def _free(path: Path) -> int:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            # Fused kernels walk moments and weights in memory order: they must share one layout.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return sorted(folder.glob("step-" + 8 * "[0-9]"))

@@ -67,14 +67,16 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     )
     table = load_table(dataset, "train")
     parts = tqdm(image_batches(dataset, table), desc="images for CLIP, by 64")
-    images = torch.cat([_small(part, config.image_size) for part in parts])
+    size = (config.image_size, config.image_size)
+    smaller = (F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False) for part in parts)
+    images = torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in smaller])
     labels = torch.tensor(table[load_info(dataset)["labels"]].to_numpy(dtype=float)).float()
     joint = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         clip = CLIPModel(joint).train().to(device)
         torch.manual_seed(config.seed)
-        widths = (vision.hidden_size, text.hidden_size, text.hidden_size)
+        widths = (text.projection_dim, text.projection_dim, text.hidden_size)
         readers = nn.ModuleList(nn.Linear(width, labels.shape[1]) for width in widths)
     trained = [*clip.parameters(), *readers.to(device).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=1e-2, fused=True)
@@ -119,26 +121,13 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
 
 def _known_bce(logits: Tensor, labels: Tensor) -> Tensor:
     known = torch.isfinite(labels) & (labels >= 0)
-    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none")
-    return (loss * known).sum() / known.sum().clamp(min=1)
+    loss = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), known.float(), reduction="sum")
+    return loss / known.sum().clamp(min=1)
 
 
-def _small(images: Tensor, size: int) -> Tensor:
-    """Images at CLIP's size, uint8 (N, 1, size, size)."""
-    small = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return (small.mean(1, keepdim=True) * 255).round().byte()
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class DetailConfig:
-    """Recipe of the embeddings; distances are shares of what lies between "with" and "without" the label."""
-
-    steps: PositiveInt = 300
-    contexts: PositiveInt = 4  # captions of other labels in which a step compares the details
-    learning_rate: PositiveFloat = 1e-2
-    apart: NonNegativeFloat = 0.6  # details of a label at least as far from each other
-    centre_weight: NonNegativeFloat = 1.0  # of the distance between a label's plain phrase and its details' middle
-    seed: int = 0
+CONTEXTS = 4  # captions of other labels in which a step compares the details
+# Details of a label are at least as far from each other, as a share of what lies between "with" and "without" it.
+APART = 0.6
 
 
 def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
@@ -152,28 +141,34 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     return sorted(set().union(*fresh.values()))
 
 
-def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, config: DetailConfig) -> None:
+def teach_details(
+    pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, learning_rate: float = 1e-2
+) -> None:
     """Train the embeddings of `detail_tokens` in place.
 
-    A label's details move away from each other until they are ``apart``, and stay centred on its plain phrase.
+    A label's details move away from each other until they are `APART`, and stay centred on its plain phrase.
     """
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
     table = encoder.get_input_embeddings().weight
     (name,) = (name for name, value in encoder.named_parameters() if value is table)
     learned = table[rows].clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([learned], lr=config.learning_rate)
-    rng = random.Random(config.seed)
-    for step in tqdm(range(config.steps), desc="detail words"):
+    optimizer = torch.optim.Adam([learned], lr=learning_rate)
+    rng = random.Random(0)
+    for step in tqdm(range(steps), desc="detail words"):
         replaced = {name: table.index_copy(0, rows, learned)}
         losses = torch.zeros(2, device=table.device)
-        for _ in range(config.contexts):
+        for _ in range(CONTEXTS):
             for label in vocab.details:
                 texts = _contrasts(label, vocab, rng)
                 ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(table.device)
                 states = torch.func.functional_call(encoder, replaced, (ids,))[0].float().mean(1)
-                losses = losses + torch.stack(_detail_losses(states, config.apart)) / config.contexts
-        (losses[0] + config.centre_weight * losses[1]).backward()
+                without, plain, details = states[0], states[1], states[2:]
+                unit = (plain - without).norm()
+                spread = (APART - torch.pdist(details) / unit).clamp(min=0).square().mean()
+                centre = ((details.mean(0) - plain) / unit).square().sum()
+                losses = losses + torch.stack((spread, centre)) / CONTEXTS
+        losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
@@ -190,11 +185,3 @@ def _contrasts(label: str, vocab: Vocabulary, rng: random.Random) -> list[str]:
     own = [Clause(label, phrase, True) for phrase in (vocab.phrase(label), *vocab.details[label])]
     own.insert(0, replace(own[0], present=False))
     return [explicit(Statement(vocab.subject, (*others[:place], c, *others[place:]), False, vocab.title)) for c in own]
-
-
-def _detail_losses(states: Tensor, apart: float) -> tuple[Tensor, Tensor]:
-    """Losses of the distance between details and of their middle, for states of `_contrasts` (N, width)."""
-    without, plain, details = states[0], states[1], states[2:]
-    unit = (plain - without).norm()
-    between = torch.pdist(details) / unit
-    return (apart - between).clamp(min=0).square().mean(), ((details.mean(0) - plain) / unit).square().sum()

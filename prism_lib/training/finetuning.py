@@ -45,7 +45,16 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
     output, final = Path(config.output), Path(config.output) / "pipeline"
     if not final.is_dir():
         check_run(config)  # before anything is written
-    accelerator = _accelerator(config)
+    AcceleratorState._reset_state()  # a notebook may train twice, with another precision
+    accelerator = Accelerator(
+        cpu=default_device().type == "cpu",  # else processes of torchrun do not find each other there
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
+        # Processes may wait long for each other, while one of them samples.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
     with exclusive(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             save_config(config)
@@ -111,19 +120,6 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
 def _finetune_forked(config: FinetuneConfig) -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     finetune(config)
-
-
-def _accelerator(config: FinetuneConfig) -> Accelerator:
-    """The processes of this run; they may wait long for each other, while one of them samples."""
-    AcceleratorState._reset_state()  # a notebook may train twice, with another precision
-    return Accelerator(
-        cpu=default_device().type == "cpu",  # else processes of torchrun do not find each other there
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=list(config.trackers) or None,
-        project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

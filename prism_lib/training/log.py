@@ -55,9 +55,8 @@ def curve(log: pd.DataFrame, column: str) -> tuple[list[float], list[float]]:
 
 def curves_by_timestep(log: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
     """The validation loss of each bin of timesteps, named by its range; small timesteps are the fine detail."""
-    prefix = "validation_loss_t"
-    bins = [column for column in map(str, log.columns) if column.startswith(prefix)]
-    return {f"t = {column.removeprefix(prefix).replace('_', ' to ')}": curve(log, column) for column in bins}
+    bins = [str(column) for column in log.filter(like="validation_loss_t")]
+    return {f"t = {name.removeprefix('validation_loss_t').replace('_', ' to ')}": curve(log, name) for name in bins}
 
 
 def summary(log: pd.DataFrame) -> dict[str, float]:

@@ -19,12 +19,12 @@ from prism_lib.data.chest import NIH_COLUMNS, nih_source
 from prism_lib.data.folder import SPLITS, load_info, load_table, read_images
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.preparation import SOURCES, PrepareConfig, prepare
-from prism_lib.data.rows import edit_examples, editable, marker_masks, sample_captions, true_counterfactual
+from prism_lib.data.rows import edit_examples, editable, sample_captions, true_counterfactual
 from prism_lib.data.tables import Columns, seeded_order, split_patients
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import CHEST, PHANTOM, PHANTOM_LABELS
-from prism_lib.phantom.patients import render, sample_patients
+from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests import formats
 
 SIZE = 32
@@ -125,7 +125,7 @@ def test_training_draws_the_captions_that_are_stored(phantoms):
 def test_the_truth_holds_the_marker_of_the_same_patients(phantoms):
     table = load_table(phantoms)[:3]
     truth = true_counterfactual(phantoms, table, Edit(add=("Cardiomegaly",)))
-    assert torch.equal(truth.marker, marker_masks(phantoms, table))
+    assert torch.equal(truth.marker, marker_mask(sample_patients(table["phantom_index"].tolist(), 0), SIZE))
     assert truth.images.shape == truth.changed.shape == truth.marker.shape
 
 

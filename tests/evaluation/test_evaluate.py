@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prism_lib.data.folder import load_table, read_images
-from prism_lib.data.rows import marker_masks, prompt_pairs, sample_captions
+from prism_lib.data.rows import prompt_pairs, sample_captions, true_counterfactual
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig
@@ -142,7 +142,7 @@ def test_captions_depend_on_image_and_seed_alone(phantom_folder):
 
 def test_markers_are_those_of_the_rows(phantom_folder):
     table = load_table(phantom_folder, "val").iloc[[2, 0]]
-    masks = marker_masks(phantom_folder, table)
+    masks = true_counterfactual(phantom_folder, table, Edit(add=("Cardiomegaly",))).marker
     patients = sample_patients([int(i) for i in table["phantom_index"]], 0)
     assert torch.equal(masks, marker_mask(patients, 32))
     assert masks.flatten(1).any(1).all()

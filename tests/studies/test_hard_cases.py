@@ -5,7 +5,7 @@ import torch
 
 from prism_lib.data import folder
 from prism_lib.data.folder import load_info, read_images
-from prism_lib.data.rows import marker_masks, prompt_pairs, true_counterfactual
+from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation.evaluate import choose_cases, evaluate_results
 from prism_lib.language.edits import Edit, PromptPair
@@ -66,7 +66,7 @@ def test_an_empty_stratum_is_left_out(halved, cases):
 
 
 def test_text_by_path(halved, cases, phantom_folder):
-    marker = marker_masks(phantom_folder, cases)
+    marker = true_counterfactual(phantom_folder, cases, Edit(add=("Cardiomegaly",))).marker
     numbers = corner_text(halved, marker)
     assert numbers["composite"]["marker_l1"] == 0
     assert numbers["latent path"]["marker_l1"] == pytest.approx(0.2, abs=1e-6)

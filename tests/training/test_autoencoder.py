@@ -20,7 +20,7 @@ from tests.tiny import tiny_images
 TINY_VAE = autoencoder.VaeConfig(
     steps=4, batch_size=2, crop=16, image_size=32, phantoms=32, textures=8, warmup=1, checkpoint_every=2
 )
-TINY_CLIP = ClipConfig(steps=2, batch_size=4, image_size=32, patch_size=16, vision_width=16, vision_layers=1)
+TINY_CLIP = ClipConfig(steps=2, batch_size=4, image_size=32, patch_size=16, vision_width=32, vision_layers=1)
 
 
 def test_textures_follow_their_generator():

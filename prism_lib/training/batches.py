@@ -116,12 +116,12 @@ class DrawConfig:
 
     batch_size: int
     caption_dropout: float
-    num_timesteps: int = 1000
+    num_timesteps: int = 1000  # those below are drawn
     rank: int = 0
     world: int = 1
     noisy_share: float = 0.5  # of timesteps drawn from the noisier half
     pairs: float = 0.0  # share of the images in known pairs that are trained on as a pair
-    change_weight: float = 0.0  # by how much a cell weighs more that differs from its counterfactual by 1
+    change_weight: float = 0.0  # of the cells that differ from their counterfactual, see `change_weights`
     crop: int = 0  # side of random crops in cells; 0: whole images
 
 
@@ -140,13 +140,12 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     first, second = mean + std * torch.randn(mean.shape[1:], generator=generator)
     latents = torch.where((paired | (rows == factual))[:, None, None, None], first, second)
     goals = torch.where(paired[:, None, None, None], second, latents)
-    weights = 1 + config.change_weight * (mean[0] - mean[1]).abs().mean(1, keepdim=True)
+    weights = 1 + config.change_weight * change_weights(mean[0] - mean[1])
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
-    if config.noisy_share != 0.5:
-        moved = torch.rand(len(rows), generator=generator) < abs(2 * config.noisy_share - 1)
-        half = timesteps + config.num_timesteps if config.noisy_share > 0.5 else timesteps
-        timesteps = torch.where(moved, half // 2, timesteps)
+    if config.noisy_share > 0.5:
+        moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
+        timesteps = torch.where(moved, (timesteps + config.num_timesteps) // 2, timesteps)
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
@@ -154,12 +153,23 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float(), goals, weights)
 
 
+def change_weights(change: Tensor) -> Tensor:
+    """Weights (N, 1, h, w) of cells by their change (N, c, h, w): highest for a faint one, 0 for none.
+
+    A squared error counts a faint change, such as a tube's, hundreds of times less than a dense one, while the share of
+    the change that is left counts them alike. So cells are weighted against their change, but for the faintest.
+    """
+    size = change.abs().mean(1, keepdim=True)
+    return size / (size + 0.05) / (size + 0.1)
+
+
 def _cropped(moments: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """The same random square of everything in (..., h, w)."""
+    """The same random square of images and counterfactuals (2, 2, c, h, w): of three, the one that changes most."""
     height, width = moments.shape[-2:]
-    top = int(torch.randint(height - side + 1, (), generator=generator))
-    left = int(torch.randint(width - side + 1, (), generator=generator))
-    return moments[..., top : top + side, left : left + side]
+    tops = torch.randint(height - side + 1, (3,), generator=generator).tolist()
+    lefts = torch.randint(width - side + 1, (3,), generator=generator).tolist()
+    squares = [moments[..., y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
+    return max(squares, key=lambda square: int(((square[0, 0] - square[1, 0]).abs() > 0.05).sum()))
 
 
 def batches_from(start: int, config: FinetuneConfig, train: Cache, draws: DrawConfig, gpu: bool) -> Generator[Draw]:

@@ -96,7 +96,7 @@ class Run:
         self.draws = DrawConfig(
             batch_size=config.batch_size,
             caption_dropout=config.caption_dropout,
-            num_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
+            num_timesteps=config.timestep_end or int(pipeline.scheduler.config.num_train_timesteps),
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             noisy_share=config.noisy_share,
@@ -249,6 +249,8 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDi
         require_captions_fit(pipeline.tokenizer, split, table["file_name"], captions[split])
     if config.crop > (cells := load_info(config.dataset)["config"]["size"] // image_factor(pipeline.vae)):
         raise ValueError(f"crop={config.crop} is larger than the latents, {cells} x {cells} cells")
+    if (end := config.timestep_end or 0) > (known := pipeline.scheduler.config.num_train_timesteps):
+        raise ValueError(f"timestep_end={end} is above the {known} timesteps of {config.pipeline}")
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(accelerator.device)
     caches = [build_cache(pipeline, config.dataset, split, folder, captions[split], dtype) for split in captions]

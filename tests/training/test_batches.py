@@ -13,6 +13,7 @@ from prism_lib.training.batches import (
     Order,
     balancing_weights,
     by_timestep,
+    change_weights,
     diffusion_loss,
     draw_batch,
     drawn_ahead,
@@ -192,7 +193,7 @@ def test_a_pair_is_denoised_towards_the_counterfactual(prediction):
 def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
     cache = blank_cache(1000, captions=3)
     cache.moments[:, 0] = torch.arange(1000)[:, None, None, None]
-    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3, change_weight=7), 0)
+    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3, change_weight=7, num_timesteps=40), 0)
     change = (draw.latents - draw.goals)[:, 0, 0, 0]
     paired = change != 0
     assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {-1.0}
@@ -200,10 +201,29 @@ def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
         "from the factual to the counterfactual, whichever was drawn"
     )
     assert draw.embeddings[paired].eq(0).all(), "their prompt is that of the edit"
-    assert draw.weights.eq(1 + 7).all(), "trained on as a pair or not"
-    plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1), 0)
+    assert torch.allclose(draw.weights, torch.tensor(1 + 7 / 1.05 / 1.1)), "trained on as a pair or not"
+    assert set(draw.timesteps.tolist()) == set(range(40))
+    plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, num_timesteps=40), 0)
     assert torch.equal(plain.latents, plain.goals) and plain.weights.eq(1).all()
     assert torch.equal(plain.latents[~paired], draw.latents[~paired]) and torch.equal(plain.noise, draw.noise)
+
+
+def test_a_faint_change_weighs_more_than_a_dense_one_and_the_faintest_less():
+    change = torch.tensor([0.0, 0.001, 0.05, 0.1, 0.4, -1.5])[:, None, None, None].expand(-1, 4, 1, 1)
+    none, faintest, faint, seen, plain, dense = change_weights(change).flatten().tolist()
+    assert none == 0 and faintest < dense < plain < seen and faint == pytest.approx(seen, rel=0.01)
+
+
+def test_the_crop_of_three_that_changes_most_is_taken():
+    cache = blank_cache(400, side=16)
+    cache.moments[1::2, 0, :, 2, 3] = 1.0  # one cell of every counterfactual
+    shares = [
+        (draw.latents != draw.goals).flatten(1).any(1).float().mean().item()
+        for side in (6, 16)
+        for draw in [draw_batch(cache, Order(400, 0), DrawConfig(400, 0.1, pairs=1.0, crop=side), 0)]
+    ]
+    one = 3 * 4 / 11**2  # of the places of a crop hold the cell
+    assert shares[0] == pytest.approx(1 - (1 - one) ** 3, abs=0.06) and shares[1] == 1.0
 
 
 def test_a_crop_is_the_same_for_image_and_counterfactual_and_lies_anywhere():

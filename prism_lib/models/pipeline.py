@@ -25,11 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
 from prism_lib.language.captions import corpus
-from prism_lib.models.published import load_whole, locate, replace_part
+from prism_lib.models.published import load_whole, locate
 
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
-# What every inversion here needs of a scheduler.
-_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,8 @@ def assembled(
 def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's noise schedule, every choice explicit."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, **betas, **_DDIM)
+    steps = {"num_train_timesteps": 1000, "steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False}
+    return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, **betas, **steps)
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
@@ -167,7 +166,9 @@ def load_pipeline(
     device: str | torch.device | None = None,
     mixed_precision: str = "no",
 ) -> StableDiffusionPipeline:
-    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
+    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, as DDIM.
+
+    It is a Stable Diffusion 1.x or 2.x, and keeps its own scheduler's settings; `load_whole` lists the errors.
 
     Args:
         dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
@@ -182,11 +183,10 @@ def load_pipeline(
     arithmetic = dtype_of(devices.mixed_precision(mixed_precision, device))
     if torch.float32 not in (arithmetic, dtype):
         raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
-    pipeline = load_whole(locate(str(name_or_path)), dtype)
-    for slot, source in (("unet", unet), ("vae", vae)):
-        if source:
-            replace_part(pipeline, slot, source)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **_DDIM)
+    pipeline = load_whole(locate(str(name_or_path)), dtype, {"unet": unet, "vae": vae})
+    own = pipeline.scheduler.config  # its defaults are another class's; the pipeline itself sets clipping and offset
+    kept = {"clip_sample": False, "steps_offset": own.get("steps_offset", 1)}
+    pipeline.scheduler = DDIMScheduler.from_config(own, **kept)
     pipeline.set_progress_bar_config(disable=True)
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
@@ -332,13 +332,17 @@ def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut."""
+    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut.
+
+    As in diffusers, padding is masked only where the text encoder's configuration says ``use_attention_mask``.
+    """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     distinct = list(dict.fromkeys(texts))
     for text, length in too_long(tokenizer, distinct).items():
         raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
     tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    embeddings = encoder(tokens.input_ids.to(encoder.device))[0].float()
+    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    embeddings = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
 

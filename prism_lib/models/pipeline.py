@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
+from prism_lib.files import model_hash
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
 
@@ -166,9 +167,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     mixed_precision: str = "no",
 ) -> StableDiffusionPipeline:
-    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, as DDIM.
-
-    It is a Stable Diffusion 1.x or 2.x, and keeps its own scheduler's settings; `load_whole` lists the errors.
+    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id; see `load_whole`.
 
     Args:
         dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
@@ -184,9 +183,9 @@ def load_pipeline(
     if torch.float32 not in (arithmetic, dtype):
         raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
     pipeline = load_whole(locate(str(name_or_path)), dtype, {"unet": unet, "vae": vae})
-    own = pipeline.scheduler.config  # its defaults are another class's; the pipeline itself sets clipping and offset
-    kept = {"clip_sample": False, "steps_offset": own.get("steps_offset", 1)}
-    pipeline.scheduler = DDIMScheduler.from_config(own, **kept)
+    offset = pipeline.scheduler.config.get("steps_offset", 1)  # as StableDiffusionPipeline has it, clipping too
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, steps_offset=offset)
+    pipeline.scheduler.register_to_config(_use_default_values=[])  # would have another order in every process
     pipeline.set_progress_bar_config(disable=True)
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
@@ -247,12 +246,8 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
     """A hash of all weights and of the U-Net's mixed precision."""
-    content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, None) or "").encode())
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        for name, value in part.state_dict().items():
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            content.update(name.encode() + values.numpy().tobytes())
-    return content.hexdigest()[:16]
+    hashes = [model_hash(part) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    return hashlib.sha256(repr((getattr(pipeline.unet, _ARITHMETIC, None), hashes)).encode()).hexdigest()[:16]
 
 
 def image_factor(vae: AutoencoderKL) -> int:
@@ -332,17 +327,15 @@ def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut.
-
-    As in diffusers, padding is masked only where the text encoder's configuration says ``use_attention_mask``.
-    """
+    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut."""
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     distinct = list(dict.fromkeys(texts))
     for text, length in too_long(tokenizer, distinct).items():
         raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
     tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-    embeddings = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].float()
+    tokens = tokens.to(encoder.device)
+    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None  # as in diffusers
+    embeddings = encoder(tokens.input_ids, attention_mask=mask)[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
 

@@ -2,8 +2,6 @@
 
 - a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, itself or below ``unet/`` or ``vae/``;
 - a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part.
-
-A pipeline runs as diffusers runs it, or one sentence says why it is refused.
 """
 
 from __future__ import annotations
@@ -12,10 +10,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -32,27 +29,21 @@ logger = logging.getLogger(__name__)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-_CLASSES = {  # in a model_index.json
+_CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in model_index.json
     "_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "BertModel"),
 }
-_SUPPORTED = (
-    "supported are Stable Diffusion 1.x and 2.x: a StableDiffusionPipeline of a UNet2DConditionModel, an "
-    "AutoencoderKL, and a CLIPTextModel or BertModel"
-)
+_SUPPORTED = "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel)"
 _BESIDE_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-_TRAINED = {  # what a U-Net is trained with: the part of a pipeline, and the field of its configuration
-    "text encoder": ("text_encoder", "model_type"),
-    "prediction type": ("scheduler", "prediction_type"),
-    "scaling factor": ("vae", "scaling_factor"),
+_TRAINED = {  # what a U-Net is trained with: a part's field, and its value where early configurations leave it out
+    "text encoder": ("text_encoder", "model_type", "clip_text_model"),
+    "prediction type": ("scheduler", "prediction_type", "epsilon"),
+    "scaling factor": ("vae", "scaling_factor", 0.18215),
 }
 _SCRIPT = (
     "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
     "{options} --to_safetensors --dump_path FOLDER, then load FOLDER"
 )
-Result = TypeVar("Result")
 
 
 def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
@@ -77,27 +68,23 @@ def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers p
 
 
 def load_whole(name: str, dtype: torch.dtype, parts: Mapping[str, str | Path]) -> StableDiffusionPipeline:
-    """The pipeline of a folder or hub id with the published ``parts`` ("unet", "vae") in place of its own.
+    """The pipeline of a folder or hub id with published ``parts`` ("unet", "vae"); only a download shows progress bars.
 
-    Raises OSError for what is missing or damaged; ValueError for another family, for a pickle, and for parts that do
-    not go together. Only a download shows progress bars.
+    OSError for what is missing or damaged; ValueError for another family, pickles, and parts that do not go together.
     """
-    wanted = {"use_safetensors": True, "safety_checker": None, "feature_extractor": None}
-    wanted |= {"requires_safety_checker": False}
 
     def load(local: bool) -> StableDiffusionPipeline:
         index = StableDiffusionPipeline.load_config(name, local_files_only=local)
+        kinds = {part: kind if isinstance(kind, str) else kind[1] for part, kind in index.items() if part in _CLASSES}
         for part, known in _CLASSES.items():
-            kind = index.get(part, (None, None))
-            if (kind := kind if isinstance(kind, str) else kind[1]) not in known:
+            if (kind := kinds.get(part)) not in known:
                 raise ValueError(f"{name} has {part} {kind}; {_SUPPORTED}")
+        wanted = {"local_files_only": local, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
         with without_bars() if local else nullcontext():
-            folder = Path(name)
-            if not folder.is_dir():
-                folder = Path(StableDiffusionPipeline.download(name, local_files_only=local, **wanted))
+            folder = Path(name if Path(name).is_dir() else StableDiffusionPipeline.download(name, **wanted))
             for part in (*PARTS, "text_encoder"):
                 _check_weights(folder / part, "diffusion_pytorch_model" if part in PARTS else "model")
-            return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **wanted)
+            return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, requires_safety_checker=False, **wanted)
 
     pipeline = load(True) if Path(name).is_dir() else _from_hub(name, load)
     if not hasattr(pipeline.scheduler, "alphas_cumprod"):
@@ -114,21 +101,20 @@ def _check_weights(folder: Path, stem: str) -> None:
         files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     for file in files:
         if not file.is_file():
-            for other in sorted(folder.glob(f"{stem}.*.safetensors")):
+            begun = ", ".join(part.name for part in folder.parent.rglob("*.incomplete"))
+            way = f"{f'{begun} was begun: ' if begun else ''}download it again"
+            for other in folder.glob(f"{stem}.*.safetensors"):
                 variant = Path(other.stem).suffix[1:].split("-")[0]
-                way = f"from_pretrained({str(folder.parent)!r}, {variant=}).save_pretrained(FOLDER)"
-                raise FileNotFoundError(
-                    f"{folder} has only the variant {variant}; once, run StableDiffusionPipeline.{way}"
-                )
-            part = ", ".join(found.name for found in folder.parent.rglob("*.incomplete"))
-            raise FileNotFoundError(f"{folder} lacks {file.name}{part and f' ({part})'}: download it again")
+                load = f"StableDiffusionPipeline.from_pretrained({str(folder.parent)!r}, {variant=})"
+                way = f"{other.name} is a variant; save it once with {load}.save_pretrained(FOLDER)"
+            raise FileNotFoundError(f"{folder} lacks {file.name}: {way}")
         try:
-            safe_open(file, "pt").__enter__()
+            safe_open(file, "pt")
         except SafetensorError as error:
             raise OSError(f"{file} is not whole ({error}): download it again") from None
 
 
-def _from_hub(name: str, load: Callable[[bool], Result]) -> Result:
+def _from_hub(name: str, load: Callable[[bool], Any]) -> Any:
     """``load(True)``, of the cache alone, and if something is missing there ``load(False)``, which downloads."""
     try:
         return load(True)
@@ -143,14 +129,12 @@ def _from_hub(name: str, load: Callable[[bool], Result]) -> Result:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Inside, diffusers and transformers show no progress bars; afterwards they are as before."""
-    shown = [bars for bars in (diffusers_bars, transformers_bars) if bars.is_progress_bar_enabled()]
-    for bars in shown:
-        bars.disable_progress_bar()
-    try:
+    with ExitStack() as after:
+        for bars in (diffusers_bars, transformers_bars):
+            if bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                after.callback(bars.enable_progress_bar)
         yield
-    finally:
-        for bars in shown:
-            bars.enable_progress_bar()
 
 
 def weights_hash(name_or_path: str | Path) -> str:
@@ -166,7 +150,7 @@ def weights_hash(name_or_path: str | Path) -> str:
 
 def _replace_parts(pipeline: StableDiffusionPipeline, name: str, parts: Mapping[str, str | Path]) -> None:
     """Put published parts into a pipeline, and compare what it then is with what its U-Net was trained with."""
-    trained = _has(pipeline)
+    trained = {"scaling factor": pipeline.vae.config.scaling_factor}  # the own U-Net
     for slot, source in parts.items():
         place, current = _place(str(source), slot), getattr(pipeline, slot)
         if (place / "config.json").is_file():
@@ -182,29 +166,22 @@ def _replace_parts(pipeline: StableDiffusionPipeline, name: str, parts: Mapping[
             trained = _said(place.parent) if place.name == slot else {}
     origin = " and ".join(str(source) for source in parts.values()) or name
     _check_fit(pipeline, origin)
-    has = _has(pipeline)
-    for what, value in trained.items():
-        if value != has[what]:
-            own = f"the pipeline has {has[what]}"
-            raise ValueError(f"{origin} does not fit: the U-Net was trained with {what} {value}, {own}")
-    if silent := ", ".join(what for what in has if what not in trained):
-        logger.warning("%s does not say what the U-Net was trained with (%s): the pipeline's is taken", origin, silent)
-    elif "unet" in parts:
-        logger.info("%s was trained with %s, as the pipeline has it", origin, trained)
-
-
-def _has(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """The values of `_TRAINED` in a pipeline."""
-    return {what: getattr(getattr(pipeline, part).config, field) for what, (part, field) in _TRAINED.items()}
+    for what, (of, field, _) in _TRAINED.items():
+        has = getattr(getattr(pipeline, of).config, field)
+        if (value := trained.get(what, has)) != has:
+            raise ValueError(f"{origin} does not fit: its U-Net was trained with {what} {value}, this one is {has}")
+    if "unet" in parts:
+        level = logging.INFO if len(trained) == len(_TRAINED) else logging.WARNING
+        logger.log(level, "%s: of what its U-Net was trained with, the folder says %s", origin, trained or "nothing")
 
 
 def _said(folder: Path) -> dict[str, Any]:
-    """The values of `_TRAINED` that a pipeline folder states, with diffusers' defaults of its early versions."""
-    found = {"prediction_type": "epsilon", "scaling_factor": 0.18215}
-    for what, (part, field) in _TRAINED.items():
+    """What a pipeline folder says of `_TRAINED`."""
+    said = {}
+    for what, (part, field, early) in _TRAINED.items():
         for file in (folder / part).glob("*config.json"):
-            found[what] = json.loads(file.read_text("utf-8")).get(field, found.get(field))
-    return {what: found[what] for what in _TRAINED if what in found}
+            said[what] = json.loads(file.read_text("utf-8")).get(field, early)
+    return said
 
 
 def refuse_pickles(path: Path) -> None:
@@ -228,8 +205,8 @@ def _place(source: str, slot: str) -> Path:
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
             raise FileNotFoundError(f"{slot}: {source} does not exist")
-        fetch = partial(snapshot_download, source, allow_patterns=[f"{slot}/*", "*.safetensors", "*config.json"])
-        path = Path(_from_hub(source, lambda local: fetch(local_files_only=local)))
+        wanted = {"allow_patterns": [f"{slot}/*", "*.safetensors", "*config.json"]}
+        path = Path(_from_hub(source, lambda local: snapshot_download(source, local_files_only=local, **wanted)))
     if path.is_dir() and (path / slot).is_dir():
         path = path / slot
     refuse_pickles(path)
@@ -288,9 +265,9 @@ def _check_fit(pipeline: StableDiffusionPipeline, source: str) -> None:
         raise ValueError(f"{misfit} also reads {', '.join(more)}; {_SUPPORTED}")
     if (count := len(pipeline.tokenizer)) != text.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {count} tokens, its text encoder {text.vocab_size}")
-    if (limit := pipeline.tokenizer.model_max_length) > text.max_position_embeddings:
-        reads = f"the text encoder reads {text.max_position_embeddings}"
-        raise ValueError(f"{source}: model_max_length is {limit:g}, but {reads}: set it in tokenizer_config.json")
+    if (limit := pipeline.tokenizer.model_max_length) > (longest := text.max_position_embeddings):
+        way = f"the text encoder reads {longest}: set the number of the training in tokenizer_config.json"
+        raise ValueError(f"{source}: model_max_length of the tokenizer is {limit:g}, but {way}")
     schedule = pipeline.scheduler.config
     if schedule.get("rescale_betas_zero_snr") and schedule.prediction_type == "epsilon":
         raise ValueError(f"{source} predicts epsilon, which says nothing at the zero-terminal SNR of its scheduler")

@@ -205,7 +205,7 @@ def _place(source: str, slot: str) -> Path:
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
             raise FileNotFoundError(f"{slot}: {source} does not exist")
-        wanted = {"allow_patterns": [f"{slot}/*", "*.safetensors", "*config.json"]}
+        wanted: dict[str, Any] = {"allow_patterns": [f"{slot}/*", "*.safetensors", "*config.json"]}
         path = Path(_from_hub(source, lambda local: snapshot_download(source, local_files_only=local, **wanted)))
     if path.is_dir() and (path / slot).is_dir():
         path = path / slot

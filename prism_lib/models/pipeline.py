@@ -24,12 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
+from prism_lib.files import model_hash
 from prism_lib.language.captions import corpus
-from prism_lib.models.published import load_whole, locate, replace_part
+from prism_lib.models.published import load_whole, locate
 
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
-# What every inversion here needs of a scheduler.
-_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def assembled(
 def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's noise schedule, every choice explicit."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, **betas, **_DDIM)
+    steps = {"num_train_timesteps": 1000, "steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False}
+    return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, **betas, **steps)
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
@@ -167,7 +167,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     mixed_precision: str = "no",
 ) -> StableDiffusionPipeline:
-    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id, with a DDIM scheduler.
+    """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id; see `load_whole`.
 
     Args:
         dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
@@ -182,11 +182,10 @@ def load_pipeline(
     arithmetic = dtype_of(devices.mixed_precision(mixed_precision, device))
     if torch.float32 not in (arithmetic, dtype):
         raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
-    pipeline = load_whole(locate(str(name_or_path)), dtype)
-    for slot, source in (("unet", unet), ("vae", vae)):
-        if source:
-            replace_part(pipeline, slot, source)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **_DDIM)
+    pipeline = load_whole(locate(str(name_or_path)), dtype, {"unet": unet, "vae": vae})
+    offset = pipeline.scheduler.config.get("steps_offset", 1)  # as StableDiffusionPipeline has it, clipping too
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, steps_offset=offset)
+    pipeline.scheduler.register_to_config(_use_default_values=[])  # would have another order in every process
     pipeline.set_progress_bar_config(disable=True)
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
@@ -247,12 +246,8 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
     """A hash of all weights and of the U-Net's mixed precision."""
-    content = hashlib.sha256(str(getattr(pipeline.unet, _ARITHMETIC, None) or "").encode())
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        for name, value in part.state_dict().items():
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            content.update(name.encode() + values.numpy().tobytes())
-    return content.hexdigest()[:16]
+    hashes = [model_hash(part) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    return hashlib.sha256(repr((getattr(pipeline.unet, _ARITHMETIC, None), hashes)).encode()).hexdigest()[:16]
 
 
 def image_factor(vae: AutoencoderKL) -> int:
@@ -338,7 +333,9 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
     for text, length in too_long(tokenizer, distinct).items():
         raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
     tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    embeddings = encoder(tokens.input_ids.to(encoder.device))[0].float()
+    tokens = tokens.to(encoder.device)
+    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None  # as in diffusers
+    embeddings = encoder(tokens.input_ids, attention_mask=mask)[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
 

@@ -7,17 +7,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_bars
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_bars
 
@@ -28,11 +29,21 @@ logger = logging.getLogger(__name__)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in model_index.json
+    "_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    "text_encoder": ("CLIPTextModel", "BertModel"),
+}
+_SUPPORTED = "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel)"
+_BESIDE_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+_TRAINED = {  # what a U-Net is trained with: a part's field, and its value where early configurations leave it out
+    "text encoder": ("text_encoder", "model_type", "clip_text_model"),
+    "prediction type": ("scheduler", "prediction_type", "epsilon"),
+    "scaling factor": ("vae", "scaling_factor", 0.18215),
+}
 _SCRIPT = (
     "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
     "{options} --to_safetensors --dump_path FOLDER, then load FOLDER"
 )
-Result = TypeVar("Result")
 
 
 def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
@@ -56,19 +67,54 @@ def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers p
     return name
 
 
-def load_whole(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The pipeline of a folder or hub id as it is; only a download shows progress bars."""
-    wanted = {"dtype": dtype, "use_safetensors": True}
-    wanted |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+def load_whole(name: str, dtype: torch.dtype, parts: Mapping[str, str | Path]) -> StableDiffusionPipeline:
+    """The pipeline of a folder or hub id with published ``parts`` ("unet", "vae"); only a download shows progress bars.
+
+    OSError for what is missing or damaged; ValueError for another family, pickles, and parts that do not go together.
+    """
 
     def load(local: bool) -> StableDiffusionPipeline:
+        index = StableDiffusionPipeline.load_config(name, local_files_only=local)
+        kinds = {part: kind if isinstance(kind, str) else kind[1] for part, kind in index.items() if part in _CLASSES}
+        for part, known in _CLASSES.items():
+            if (kind := kinds.get(part)) not in known:
+                raise ValueError(f"{name} has {part} {kind}; {_SUPPORTED}")
+        wanted = {"local_files_only": local, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
         with without_bars() if local else nullcontext():
-            return StableDiffusionPipeline.from_pretrained(name, local_files_only=local, **wanted)
+            folder = Path(name if Path(name).is_dir() else StableDiffusionPipeline.download(name, **wanted))
+            for part in (*PARTS, "text_encoder"):
+                _check_weights(folder / part, "diffusion_pytorch_model" if part in PARTS else "model")
+            return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, requires_safety_checker=False, **wanted)
 
-    return load(True) if Path(name).is_dir() else _from_hub(name, load)
+    pipeline = load(True) if Path(name).is_dir() else _from_hub(name, load)
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise ValueError(f"{name} has a {type(pipeline.scheduler).__name__}, a schedule without alphas; {_SUPPORTED}")
+    _replace_parts(pipeline, name, {slot: source for slot, source in parts.items() if source})
+    return pipeline
 
 
-def _from_hub(name: str, load: Callable[[bool], Result]) -> Result:
+def _check_weights(folder: Path, stem: str) -> None:
+    """OSError for a part of a pipeline without all its weights in safetensors; ValueError for pickles only."""
+    refuse_pickles(folder)
+    files, index = [folder / f"{stem}.safetensors"], folder / f"{stem}.safetensors.index.json"
+    if index.is_file() and not files[0].is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    for file in files:
+        if not file.is_file():
+            begun = ", ".join(part.name for part in folder.parent.rglob("*.incomplete"))
+            way = f"{f'{begun} was begun: ' if begun else ''}download it again"
+            for other in folder.glob(f"{stem}.*.safetensors"):
+                variant = Path(other.stem).suffix[1:].split("-")[0]
+                load = f"StableDiffusionPipeline.from_pretrained({str(folder.parent)!r}, {variant=})"
+                way = f"{other.name} is a variant; save it once with {load}.save_pretrained(FOLDER)"
+            raise FileNotFoundError(f"{folder} lacks {file.name}: {way}")
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            raise OSError(f"{file} is not whole ({error}): download it again") from None
+
+
+def _from_hub(name: str, load: Callable[[bool], Any]) -> Any:
     """``load(True)``, of the cache alone, and if something is missing there ``load(False)``, which downloads."""
     try:
         return load(True)
@@ -83,14 +129,12 @@ def _from_hub(name: str, load: Callable[[bool], Result]) -> Result:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Inside, diffusers and transformers show no progress bars; afterwards they are as before."""
-    shown = [bars for bars in (diffusers_bars, transformers_bars) if bars.is_progress_bar_enabled()]
-    for bars in shown:
-        bars.disable_progress_bar()
-    try:
+    with ExitStack() as after:
+        for bars in (diffusers_bars, transformers_bars):
+            if bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                after.callback(bars.enable_progress_bar)
         yield
-    finally:
-        for bars in shown:
-            bars.enable_progress_bar()
 
 
 def weights_hash(name_or_path: str | Path) -> str:
@@ -104,23 +148,40 @@ def weights_hash(name_or_path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def replace_part(pipeline: StableDiffusionPipeline, slot: str, source: str | Path) -> None:
-    """Put the "unet" or "vae" that ``source`` names into the pipeline.
+def _replace_parts(pipeline: StableDiffusionPipeline, name: str, parts: Mapping[str, str | Path]) -> None:
+    """Put published parts into a pipeline, and compare what it then is with what its U-Net was trained with."""
+    trained = {"scaling factor": pipeline.vae.config.scaling_factor}  # the own U-Net
+    for slot, source in parts.items():
+        place, current = _place(str(source), slot), getattr(pipeline, slot)
+        if (place / "config.json").is_file():
+            part = _from_folder(PARTS[slot], place, current.dtype)
+        else:
+            files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+            if len(files) != 1:
+                found = ", ".join(file.name for file in files) or "none"
+                raise FileNotFoundError(f"{place} has no config.json and not one .safetensors file (it has: {found})")
+            part = _from_state_dict(current, files[0])
+        setattr(pipeline, slot, part)
+        if slot == "unet":
+            trained = _said(place.parent) if place.name == slot else {}
+    origin = " and ".join(str(source) for source in parts.values()) or name
+    _check_fit(pipeline, origin)
+    for what, (of, field, _) in _TRAINED.items():
+        has = getattr(getattr(pipeline, of).config, field)
+        if (value := trained.get(what, has)) != has:
+            raise ValueError(f"{origin} does not fit: its U-Net was trained with {what} {value}, this one is {has}")
+    if "unet" in parts:
+        level = logging.INFO if len(trained) == len(_TRAINED) else logging.WARNING
+        logger.log(level, "%s: of what its U-Net was trained with, the folder says %s", origin, trained or "nothing")
 
-    Raises FileNotFoundError when nothing is there, ValueError for a pickle and for tensors or sizes that do not fit.
-    """
-    place = _place(str(source), slot)
-    current = getattr(pipeline, slot)
-    if (place / "config.json").is_file():
-        part = _from_folder(PARTS[slot], place)
-    else:
-        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            raise FileNotFoundError(f"{place} has no config.json and not one .safetensors file (it has: {found})")
-        part = _from_state_dict(current, files[0])
-    setattr(pipeline, slot, part.to(current.device, current.dtype))
-    _check_fit(pipeline, source)
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What a pipeline folder says of `_TRAINED`."""
+    said = {}
+    for what, (part, field, early) in _TRAINED.items():
+        for file in (folder / part).glob("*config.json"):
+            said[what] = json.loads(file.read_text("utf-8")).get(field, early)
+    return said
 
 
 def refuse_pickles(path: Path) -> None:
@@ -144,19 +205,20 @@ def _place(source: str, slot: str) -> Path:
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix:
             raise FileNotFoundError(f"{slot}: {source} does not exist")
-        fetch = partial(snapshot_download, source, allow_patterns=[f"{slot}/*", "*.safetensors", "config.json"])
-        path = Path(_from_hub(source, lambda local: fetch(local_files_only=local)))
+        wanted: dict[str, Any] = {"allow_patterns": [f"{slot}/*", "*.safetensors", "*config.json"]}
+        path = Path(_from_hub(source, lambda local: snapshot_download(source, local_files_only=local, **wanted)))
     if path.is_dir() and (path / slot).is_dir():
         path = path / slot
     refuse_pickles(path)
     return path
 
 
-def _from_folder(kind: Any, folder: Path) -> Any:
+def _from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A component folder; diffusers renames the attention weights of its early versions."""
+    _check_weights(folder, "diffusion_pytorch_model")
     # These three make the report complete.
     options = {"output_loading_info": True, "low_cpu_mem_usage": False, "ignore_mismatched_sizes": True}
-    part, report = kind.from_pretrained(folder, use_safetensors=True, **options)
+    part, report = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **options)
     misshapen = [key for key, *_ in report["mismatched_keys"]]
     _check_keys(folder, report["missing_keys"], report["unexpected_keys"], misshapen)
     return part
@@ -176,7 +238,7 @@ def _from_state_dict(current: Any, file: Path) -> Any:
     own = part.state_dict()
     misshapen = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
     _check_keys(file, own.keys() - tensors.keys(), tensors.keys() - own.keys(), misshapen)
-    part.load_state_dict(tensors)
+    part.load_state_dict({key: value.to(current.dtype) for key, value in tensors.items()}, assign=True)
     return part
 
 
@@ -190,11 +252,22 @@ def _check_keys(source: Path, missing: Any, unexpected: Any, misshapen: Any) -> 
         raise ValueError(f"{source} does not fit: of its tensors, {'; '.join(problems)}")
 
 
-def _check_fit(pipeline: StableDiffusionPipeline, source: str | Path) -> None:
-    unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
+def _check_fit(pipeline: StableDiffusionPipeline, source: str) -> None:
+    """ValueError where text encoder, U-Net, autoencoder, tokenizer and scheduler do not go together."""
+    unet, text, latent = pipeline.unet.config, pipeline.text_encoder.config, pipeline.vae.config.latent_channels
     takes, gives, read = unet.in_channels, unet.out_channels, unet.cross_attention_dim
     misfit = f"{source} does not fit: the U-Net"
     if (takes, gives) != (latent, latent):
         raise ValueError(f"{misfit} takes {takes} channels and gives {gives}, the autoencoder has {latent}")
-    if read != (width := pipeline.text_encoder.config.hidden_size):
-        raise ValueError(f"{misfit} reads text of width {read}, the text encoder gives {width}")
+    if read != text.hidden_size:
+        raise ValueError(f"{misfit} reads text of width {read}, the text encoder gives {text.hidden_size}")
+    if more := [name for name in _BESIDE_TEXT if unet.get(name) is not None]:
+        raise ValueError(f"{misfit} also reads {', '.join(more)}; {_SUPPORTED}")
+    if (count := len(pipeline.tokenizer)) != text.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {count} tokens, its text encoder {text.vocab_size}")
+    if (limit := pipeline.tokenizer.model_max_length) > (longest := text.max_position_embeddings):
+        way = f"the text encoder reads {longest}: set the number of the training in tokenizer_config.json"
+        raise ValueError(f"{source}: model_max_length of the tokenizer is {limit:g}, but {way}")
+    schedule = pipeline.scheduler.config
+    if schedule.get("rescale_betas_zero_snr") and schedule.prediction_type == "epsilon":
+        raise ValueError(f"{source} predicts epsilon, which says nothing at the zero-terminal SNR of its scheduler")

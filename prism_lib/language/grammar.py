@@ -1,138 +1,208 @@
 """What a sentence changes: "remove the pacemaker and the leads, keep the effusion".
 
-    sentence  ::=  clause (("," | ";" | "." | "and" | "but" | "then") clause)*
-    clause    ::=  verb finding (("," | "and" | "or") finding)*      the verb holds until the next one
-                |  "replace" finding "with" finding
-                |  "enlarge the heart", "make the heart normal", ...  (`STATES`)
+    sentence  ::=  clause (("," | ";" | "." | "but" | "then" | verb) clause)*
+    clause    ::=  verb finding*     the verb holds until the next one
+                |  finding* after    "pacemaker removed", "effusion -> none"; gives way to no verb but "show", "leave" ...
+                |  state             "make the heart normal", "healthy patient", "clear lungs"
                 |  "keep everything else"                            always true here
-    verb      ::=  remove, without, no, ... | add, with, ... | keep, do not change, ...  (`VERBS`)
-    finding   ::=  a label, phrase, synonym, detail or alias of the vocabulary, singular or plural
+    verb      ::=  remove, without, no, ... | add, with, ... | keep, do not remove, ...
+    finding   ::=  a name or word for a label, a detail, a kind of device, or several labels ("everything"), in any number
 
-Case, hyphens, articles and "please" make no difference. Anything else is named in a ValueError, with the nearest known
-word; so are a verb without a finding, a finding without a verb, and a contradiction.
+All words are in `words.yaml`. Anything else is named in a ValueError, with the nearest known term; so are a verb without
+a finding, a finding without a verb, a term without a label, a wish for more or less, and a contradiction.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
-from prism_lib.language.labels import Vocabulary
+from prism_lib.language.labels import CHEST, VOCABULARIES, WORDS, Labels, Vocabulary, label_state
 
-# The first word of each row is the change that the others mean too.
-VERBS: dict[str, tuple[str, ...]] = {
-    "remove": (
-        "remove", "delete", "erase", "eliminate", "drop", "clear", "take out", "take away", "get rid of",
-        "without", "no", "replace", "exchange", "swap",
-    ),
-    "add": ("add", "insert", "introduce", "place", "put in", "give", "show", "with", "plus", "by", "for"),
-    "keep": (
-        "keep", "preserve", "retain", "leave", "maintain", "do not change", "do not remove", "do not touch",
-        "without changing", "without touching", "without removing",
-    ),
-}  # fmt: skip
-STATES: dict[str, dict[str, tuple[str, ...]]] = {
-    "Cardiomegaly": {
-        "add": ("enlarge heart", *(f"make heart {size}" for size in ("bigger", "larger", "big", "large", "enlarged"))),
-        "remove": (
-            "make heart normal", "make heart smaller", "make heart normal size", "make heart normal in size",
-            "make heart normal sized", "shrink heart", "normalize heart", "normalise heart", "normal heart",
-            "normal heart size", "normal sized heart",
-        ),
-    },
-}  # fmt: skip
-FILLERS = {"the", "a", "an", "any", "all", "please", "patient", "patient's", "its", "their", "his", "her", "of"}
-JOINTS = {",", ";", ".", "!", "and", "or", "but", "then", "also"}
-REST = ("everything else", "all else", "rest", "everything else unchanged", "rest unchanged", "rest as it is")
+FILLERS = set(WORDS["fillers"])
+AFTER = {words for listed in WORDS["after"].values() for words in listed}
+KINDS = {kind: (broader, words) for kind, broader, *words in WORDS["kinds"]}
+TURNED = {"remove": "keep", "keep": "remove", "add": ""}  # "do not add" asks for nothing
 
 
 class _Sign(NamedTuple):
-    kind: str  # "verb", "finding", "state" (a finding with its change) or "rest"
+    kind: str  # verb, weak, after, finding, state, rest, joint or link (without effect); "wrong" has a refusal as note
     change: str = ""
-    finding: str = ""
+    names: tuple[str, ...] = ()  # several: those of them that are present
+    note: str = ""
 
 
-def parse(text: str, vocab: Vocabulary) -> dict[str, str]:
-    """The labels and details that `text` names, in its order, each with "remove", "add" or "keep"."""
-    signs, unknown = _read(text, vocab)
-    if unknown:
-        raise ValueError(f"cannot read {text!r}: {'; '.join(unknown)}")
+@dataclass
+class _Clause:
+    change: str = ""
+    said: str = ""  # its verb
+    weak: bool = False  # gives way to another verb, and to a word after the findings
+    ended: bool = False
+    things: list[tuple[str, _Sign]] = field(default_factory=list)
+
+
+def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[dict[str, str], str]:
+    """The labels and details that `text` names, in its order, each with "remove", "add" or "keep"; and what to note.
+
+    "Everything" and the like are those that `labels` of the image call present, or without any, `vocab.stated`.
+    """
+    read = list(_read(text, vocab))
+    if wrong := [sign.note for _, sign in read if sign.kind == "wrong"]:
+        raise ValueError(f"cannot read {text!r}: {'; '.join(dict.fromkeys(wrong))}")
     asked: dict[str, str] = {}
-    verb, said, used = "", "", True
-    for words, sign in [*signs, ("", _Sign("verb"))]:
-        if sign.kind == "verb":
-            if not used:
-                raise ValueError(f"cannot read {text!r}: {said!r} has nothing to act on")
-            verb, said, used = sign.change, words, False
-            continue
-        if sign.kind == "rest":
-            if verb != "keep":
-                raise ValueError(f"cannot read {text!r}: {words!r} can only be kept")
-            used = True
-            continue
-        if sign.kind == "finding" and not verb:
+    groups: list[tuple[str, _Sign]] = []
+    things = ((clause, *thing) for clause in _clauses(text, read) for thing in clause.things)
+    for clause, words, sign in things:
+        change, several = sign.change or clause.change, len(sign.names) > 1
+        if sign.kind == "finding" and not clause.said:
             raise ValueError(f"cannot read {text!r}: it does not say what to do with {words!r}")
-        if sign.kind == "state" and verb == "remove":
-            raise ValueError(f"cannot read {text!r}: {words!r} is a state and cannot be removed; say what to add")
-        used, change = True, sign.change or verb
-        if asked.setdefault(sign.finding, change) != change:
-            raise ValueError(f"contradictory edit {text!r}: {asked[sign.finding]} and {change} {sign.finding!r}")
+        if sign.kind == "state" and clause.change in ("remove", "keep") and not clause.weak:
+            raise ValueError(f"cannot read {text!r}: {words!r} is a state and can only be added")
+        if (several and change == "add") or (sign.kind == "rest" and change != "keep"):
+            raise ValueError(f"cannot read {text!r}: {words!r} can only be kept{' or removed' if several else ''}")
+        if several and change == "remove":
+            groups.append((words, sign))
+        elif len(sign.names) == 1 and asked.setdefault(sign.names[0], change) != change:
+            raise ValueError(f"contradictory edit {text!r}: {asked[sign.names[0]]} and {change} {sign.names[0]!r}")
+    for words, sign in groups:
+        if not (present := _present(sign.names, vocab, labels)):
+            raise ValueError(f"{words!r} asks for no change: none of {', '.join(sign.names)} is labelled present")
+        named = {*asked, *(vocab.owners.get(name) for name in asked)}
+        asked |= dict.fromkeys((name for name in present if name not in named), "remove")
     if not {"remove", "add"} & set(asked.values()):
         raise ValueError(f"{text!r} asks for no change: name what to remove or to add")
-    return asked
+    notes = dict.fromkeys(sign.note for _, sign in read if sign.note)
+    return {name: change for name, change in asked.items() if change}, "; ".join(notes)
 
 
-def _read(text: str, vocab: Vocabulary) -> tuple[list[tuple[str, _Sign]], list[str]]:
-    """The signs of a text with the words that made them, by longest match, and what could not be read."""
-    lexicon = _lexicon(vocab)
-    longest = max(map(len, lexicon))
-    words = list(_words(text))
-    signs: list[tuple[str, _Sign]] = []
-    unknown: list[str] = []
-    at = 0
+def _present(names: Sequence[str], vocab: Vocabulary, labels: Labels | None) -> list[str]:
+    """Those of `names` that an image has; without known labels, those whose absence captions state."""
+    states = {label: label_state(label, value) for label, value in (labels or {}).items()}
+    known = any(state is not None for state in states.values())
+    return [name for name in names if (states.get(name) if known else name in vocab.stated)]
+
+
+def _clauses(text: str, signs: Sequence[tuple[str, _Sign]]) -> list[_Clause]:
+    """The findings of a sentence, grouped by the verb before or after them."""
+    clauses = [_Clause()]
+    for words, sign in signs:
+        last = clauses[-1]
+        if sign.kind in ("verb", "weak"):
+            clauses.append(_Clause(sign.change, words, sign.kind == "weak"))
+        elif sign.kind == "joint":
+            last.ended = bool(last.things)
+        elif sign.kind == "after":
+            if not last.things or (last.change != sign.change and last.said and not last.weak):
+                raise ValueError(f"cannot read {text!r}: {words!r} has nothing to act on")
+            last.said = ""
+            _settle(clauses, sign.change, words)
+            clauses.append(_Clause())
+        elif sign.kind in ("finding", "state", "rest"):
+            if last.ended:
+                clauses.append(last := _Clause(last.change, last.said, last.weak))
+            last.things.append((words, sign))
+    for before, clause in pairwise(clauses):
+        if clause.said and not clause.things:
+            if before.things and not before.said:  # "pacemaker and leads: remove"
+                _settle(clauses[: clauses.index(clause)], clause.change, clause.said)
+            elif not clause.weak:
+                raise ValueError(f"cannot read {text!r}: {clause.said!r} has nothing to act on")
+    return clauses
+
+
+def _settle(clauses: Sequence[_Clause], change: str, said: str) -> None:
+    """Give the last clauses, those without a verb, a change."""
+    for clause in takewhile(lambda clause: not clause.said, reversed(clauses)):
+        clause.change, clause.said, clause.weak = change, said, False
+
+
+def _read(text: str, vocab: Vocabulary) -> Iterator[tuple[str, _Sign]]:
+    """The words of a text with their meaning, by longest match; those that have none with a refusal."""
+    lexicon, spelled = _lexicon(vocab), _spelled(text)
+    longest, words, at = max(map(len, lexicon)), _words(spelled), 0
     while at < len(words):
-        lengths = range(min(longest, len(words) - at), 0, -1)
-        length = next((n for n in lengths if tuple(words[at : at + n]) in lexicon), 0)
-        run = tuple(words[at : at + length])
-        if length:
-            signs.append((" ".join(run), lexicon[run]))
-        elif words[at] not in JOINTS:
-            unknown.append(_not_understood(words[at], lexicon))
-        at += max(length, 1)
-    return signs, unknown
+        runs = [tuple(word[0] for word in words[at : at + n]) for n in range(longest, 0, -1)]
+        run = next((run for run in runs if run in lexicon), runs[-1])
+        said = spelled[words[at].start() : words[at + len(run) - 1].end()]
+        sign = lexicon.get(run) or _Sign("wrong", note=_not_understood(said, lexicon))
+        yield said, sign._replace(note=sign.note.replace("{words}", said))
+        at += len(run)
 
 
-def _words(text: str) -> Iterator[str]:
-    """Lower-case words and separators without fillers; hyphens part words and "don't" is two."""
-    spelled = text.lower().replace("’", "'").replace("don't", "do not").replace("-", " ").replace("_", " ")
-    for word in re.findall(r"[^\s,;.!]+|[,;.!]", spelled):
-        if word not in FILLERS:
-            yield word
+def _spelled(text: str) -> str:
+    text = text.lower()
+    for pattern, replacement in WORDS["spelling"]:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def _words(spelled: str) -> list[re.Match[str]]:
+    """Words and separators without fillers."""
+    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", spelled) if word[0] not in FILLERS]
 
 
 def _lexicon(vocab: Vocabulary) -> dict[tuple[str, ...], _Sign]:
-    """Every run of words that means something with this vocabulary."""
-    lexicon = {tuple(words.split()): _Sign("rest") for words in REST}
-    for change, verbs in VERBS.items():
-        lexicon |= {tuple(words.split()): _Sign("verb", change) for words in verbs}
-    for label, changes in STATES.items():
-        for change, phrases in changes.items() if label in vocab.phrases else ():
-            lexicon |= {tuple(words.split()): _Sign("state", change, label) for words in phrases}
-    for name in (*vocab.phrases, *vocab.owners):
-        for words in (name, vocab.phrase(name), *vocab.synonyms.get(name, ()), *vocab.aliases.get(name, ())):
-            *first, noun = _words(words)
-            lexicon[*first, noun] = sign = _Sign("finding", finding=name)
+    """Every run of words that means something with this vocabulary; what is entered first holds."""
+    lexicon: dict[tuple[str, ...], _Sign] = {}
+    none = f"'{{words}}' has no label in the vocabulary {vocab.name!r}; it has {', '.join(vocab.phrases.values())}"
+
+    def enter(phrases: Sequence[str], sign: _Sign) -> None:
+        for phrase in phrases:
+            *first, noun = (word[0] for word in _words(_spelled(phrase)))
+            lexicon.setdefault((*first, noun), sign)
             # The plural of a singular noun and the other way round.
             other = noun[:-1] if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
-            lexicon.setdefault((*first, other), sign)
+            if sign.kind in ("finding", "wrong"):
+                lexicon.setdefault((*first, other), sign)
+
+    def found(name: str, kind: str = "finding", change: str = "") -> _Sign:
+        own = _named(name, vocab)
+        read_as = f"'{{words}}' is read as {own!r}: captions do not tell them apart" if own != name else ""
+        return _Sign(kind, change, (own,), read_as) if own else _Sign("wrong", note=none)
+
+    for name, changes in WORDS["states"].items():
+        for change, phrases in changes.items():
+            enter(phrases, found(name, "state", change))
+    for group in WORDS["groups"].values():
+        names = tuple(
+            n for n in group.get("only", vocab.phrases) if n in vocab.phrases and n not in group.get("but", ())
+        )
+        for kind, change in (("state", "remove"), ("finding", "")):
+            enter(group.get(kind, ()), _Sign(kind, change, names) if names else _Sign("wrong", note=none))
+    for kind in ("joint", "link", "rest"):
+        enter(WORDS[kind], _Sign(kind))
+    for kind in ("verb", "weak", "after"):
+        for change, phrases in WORDS[kind].items():
+            enter(phrases, _Sign(kind, change))
+    for change, phrases in (*WORDS["verb"].items(), *WORDS["weak"].items()):
+        enter([f"{no} {verb}" for no in WORDS["negators"] for verb in phrases], _Sign("verb", TURNED[change]))
+    for known in (vocab, *VOCABULARIES.values()):
+        for name in (*known.phrases, *known.owners):
+            words = known.phrase(name), *known.synonyms.get(name, ()), *known.aliases.get(name, ())
+            enter((name, *words), found(name))
+    for kind, (_, words) in KINDS.items():
+        enter((kind, *words), found(kind))
+    enter(WORDS["unlabelled"], _Sign("wrong", note=none))
+    for kind, sentences in (("wrong", WORDS["refused"]), ("link", WORDS["unheard"])):
+        for sentence, phrases in sentences.items():
+            enter(phrases, _Sign(kind, note=sentence))
     return lexicon
 
 
+def _named(name: str, vocab: Vocabulary) -> str:
+    """The name itself or what a vocabulary has for it: a chest drain is a support device; "" if nothing."""
+    while name and name not in vocab.phrases and name not in vocab.owners:
+        name = KINDS[name][0] if name in KINDS else CHEST.owners.get(name, "")
+    return name
+
+
 def _not_understood(word: str, lexicon: dict[tuple[str, ...], _Sign]) -> str:
-    longer = [" ".join(run) for run, sign in lexicon.items() if word in run and sign.kind == "finding"]
-    if longer:
-        return f"{word!r} alone is not understood, as it is in {longer[0]!r}"
-    near = difflib.get_close_matches(word, sorted({part for run in lexicon for part in run}), n=1)
-    return f"{word!r} is not understood" + (f"; did you mean {near[0]!r}?" if near else "")
+    terms = {part: run for run, sign in reversed(lexicon.items()) if sign.kind in ("verb", "finding") for part in run}
+    if word in terms and lexicon[terms[word]].kind == "finding":
+        return f"{word!r} alone is not understood, as it is in {' '.join(terms[word])!r}"
+    near = difflib.get_close_matches(word, sorted(terms.keys() - {word}), n=1)
+    return f"{word!r} is not understood" + (f"; did you mean {' '.join(terms[near[0]])!r}?" if near else "")

@@ -6,8 +6,12 @@ A label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 Labels = Mapping[str, float | None]
 
@@ -26,7 +30,7 @@ class Vocabulary:
     stated: tuple[str, ...]  # labels whose absence the explicit template says: all would overflow CLIP's 77 tokens
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label, for captions
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that say more than the label, for captions
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label or detail, for sentences of users
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label or detail, for sentences of users
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     @property
@@ -67,31 +71,8 @@ _FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
 _CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 SIDES = ("left", "right", "bilateral")
-# Words of users; words for a side or a kind of device are aliases of the detail.
-_ALIASES = {
-    "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
-    "Cardiomegaly": ("cardiac enlargement", "heart enlargement", "big heart", "large heart"),
-    "Lung Opacity": ("opacity", "opacities", "lung opacities", "opacification"),
-    "Lung Lesion": ("lesion", "lung nodule"),
-    "Edema": ("oedema", "pulmonary edema", "pulmonary oedema"),
-    "Consolidation": ("airspace consolidation",),
-    "Atelectasis": ("atelectases",),
-    "Pneumothorax": ("collapsed lung", "ptx"),
-    "Pleural Effusion": ("effusion", "fluid"),
-    "Fracture": ("rib fracture", "broken rib"),
-    "Support Devices": ("device", "support device", "medical device", "medical hardware", "hardware"),
-    "pacemaker": ("pacer", "pace maker", "cardiac pacemaker"),
-    "central venous catheter": ("central line", "cvc", "central catheter", "venous catheter"),
-    "ecg leads": ("ecg lead", "ekg lead", "ecg electrode", "lead", "electrode", "ecg wire"),
-    "endotracheal tube": ("ett", "et tube", "breathing tube", "intubation tube"),
-} | {
-    f"{side} pleural effusion": tuple(
-        words.format(side=side, fluid=fluid)
-        for fluid in ("pleural effusion", "effusion", "pleural fluid", "fluid")
-        for words in ("{side} {fluid}", "{side} sided {fluid}", "{fluid} on the {side}", "{fluid} on the {side} side")
-    )
-    for side in SIDES
-}
+# Words of users: spellings, verbs, and terms for labels, details and kinds of devices.
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 # The absences that captions of CHEST state: CheXpert's five competition findings, pneumothorax and devices.
 _STATED = (
@@ -108,7 +89,7 @@ CHEST = Vocabulary(
         "Support Devices": ("medical devices",),
     },
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
-    aliases=_ALIASES,
+    aliases=WORDS["terms"],
 )
 PHANTOM = replace(
     CHEST,
@@ -131,6 +112,7 @@ SKIN = Vocabulary(
     | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
     synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
+    aliases=WORDS["terms"],
     title="Dermoscopic image",
 )
 VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM, SKIN)}

@@ -89,10 +89,7 @@ class Edit:
 
     @classmethod
     def parse(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> Edit:
-        """The edit of a sentence: "remove the pacemaker, keep the effusion" (see `language.grammar`).
-
-        `labels` of the image say what "everything" is; without them it is every label that captions state.
-        """
+        """The edit of a sentence (see `grammar`); "everything" is what `labels` call present, else `vocab.stated`."""
         asked, note = grammar.parse(text, vocab, labels)
         remove, add, keep = (tuple(name for name in asked if asked[name] == verb) for verb in _VERBS)
         edit = cls(remove, add, keep=keep, note=note)

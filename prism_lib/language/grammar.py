@@ -1,15 +1,13 @@
 """What a sentence changes: "remove the pacemaker and the leads, keep the effusion".
 
-    sentence  ::=  clause (("," | ";" | "." | "but" | "then" | verb) clause)*
-    clause    ::=  verb finding*     the verb holds until the next one
-                |  finding* after    "pacemaker removed", "effusion -> none"; gives way to no verb but "show", "leave" ...
-                |  state             "make the heart normal", "healthy patient", "clear lungs"
-                |  "keep everything else"                            always true here
+    sentence  ::=  (verb finding* | finding* after | state)*      a verb holds until the next one
     verb      ::=  remove, without, no, ... | add, with, ... | keep, do not remove, ...
-    finding   ::=  a name or word for a label, a detail, a kind of device, or several labels ("everything"), in any number
+    after     ::=  removed, gone, "-> none", ... | added, ... | unchanged, ...
+    state     ::=  "make the heart normal", "healthy patient", "clear lungs", ...
+    finding   ::=  a word for a label, a detail, a kind of device, or several labels ("everything")
 
-All words are in `words.yaml`. Anything else is named in a ValueError, with the nearest known term; so are a verb without
-a finding, a finding without a verb, a term without a label, a wish for more or less, and a contradiction.
+All words are in `words.yaml`. Anything else is named in a ValueError, with the nearest known term; so are a verb
+without a finding, a finding without a verb, a term without a label, a wish for more or less, and a contradiction.
 """
 
 from __future__ import annotations
@@ -18,13 +16,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from functools import cache
+from itertools import takewhile
 from typing import NamedTuple
 
 from prism_lib.language.labels import CHEST, VOCABULARIES, WORDS, Labels, Vocabulary, label_state
 
 FILLERS = set(WORDS["fillers"])
-AFTER = {words for listed in WORDS["after"].values() for words in listed}
+SIGNS = [(kind, change, words) for kind, table in WORDS["signs"].items() for change, words in table.items()]
+AFTER = {words for kind, _, listed in SIGNS for words in listed if kind == "after"}
 KINDS = {kind: (broader, words) for kind, broader, *words in WORDS["kinds"]}
 TURNED = {"remove": "keep", "keep": "remove", "add": ""}  # "do not add" asks for nothing
 
@@ -46,13 +46,11 @@ class _Clause:
 
 
 def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[dict[str, str], str]:
-    """The labels and details that `text` names, in its order, each with "remove", "add" or "keep"; and what to note.
-
-    "Everything" and the like are those that `labels` of the image call present, or without any, `vocab.stated`.
-    """
+    """What `text` asks for: label or detail -> remove, add or keep; and a note. `labels` say what "everything" is."""
     read = list(_read(text, vocab))
     if wrong := [sign.note for _, sign in read if sign.kind == "wrong"]:
-        raise ValueError(f"cannot read {text!r}: {'; '.join(dict.fromkeys(wrong))}")
+        known = f"{vocab.name!r} has {', '.join(vocab.phrases.values())}"
+        raise ValueError(f"cannot read {text!r}: {'; '.join(dict.fromkeys(wrong))}. {known}")
     asked: dict[str, str] = {}
     groups: list[tuple[str, _Sign]] = []
     things = ((clause, *thing) for clause in _clauses(text, read) for thing in clause.things)
@@ -62,14 +60,17 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
             raise ValueError(f"cannot read {text!r}: it does not say what to do with {words!r}")
         if sign.kind == "state" and clause.change in ("remove", "keep") and not clause.weak:
             raise ValueError(f"cannot read {text!r}: {words!r} is a state and can only be added")
-        if (several and change == "add") or (sign.kind == "rest" and change != "keep"):
+        if (several and change == "add") or (sign.kind == "rest" and change in ("remove", "add") and not clause.weak):
             raise ValueError(f"cannot read {text!r}: {words!r} can only be kept{' or removed' if several else ''}")
         if several and change == "remove":
             groups.append((words, sign))
         elif len(sign.names) == 1 and asked.setdefault(sign.names[0], change) != change:
             raise ValueError(f"contradictory edit {text!r}: {asked[sign.names[0]]} and {change} {sign.names[0]!r}")
+    states = {label: label_state(label, value) for label, value in (labels or {}).items()}
+    known = any(state is not None for state in states.values())
     for words, sign in groups:
-        if not (present := _present(sign.names, vocab, labels)):
+        present = [name for name in sign.names if (states.get(name) if known else name in vocab.stated)]
+        if not present:
             raise ValueError(f"{words!r} asks for no change: none of {', '.join(sign.names)} is labelled present")
         named = {*asked, *(vocab.owners.get(name) for name in asked)}
         asked |= dict.fromkeys((name for name in present if name not in named), "remove")
@@ -79,130 +80,113 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
     return {name: change for name, change in asked.items() if change}, "; ".join(notes)
 
 
-def _present(names: Sequence[str], vocab: Vocabulary, labels: Labels | None) -> list[str]:
-    """Those of `names` that an image has; without known labels, those whose absence captions state."""
-    states = {label: label_state(label, value) for label, value in (labels or {}).items()}
-    known = any(state is not None for state in states.values())
-    return [name for name in names if (states.get(name) if known else name in vocab.stated)]
-
-
 def _clauses(text: str, signs: Sequence[tuple[str, _Sign]]) -> list[_Clause]:
     """The findings of a sentence, grouped by the verb before or after them."""
     clauses = [_Clause()]
     for words, sign in signs:
         last = clauses[-1]
-        if sign.kind in ("verb", "weak"):
+        if sign.kind in ("verb", "weak") or (sign.kind == "after" and not last.things):
             clauses.append(_Clause(sign.change, words, sign.kind == "weak"))
         elif sign.kind == "joint":
             last.ended = bool(last.things)
         elif sign.kind == "after":
-            if not last.things or (last.change != sign.change and last.said and not last.weak):
-                raise ValueError(f"cannot read {text!r}: {words!r} has nothing to act on")
+            if last.change != sign.change and last.said and not last.weak:
+                raise ValueError(f"contradictory edit {text!r}: {last.said!r} and {words!r}")
             last.said = ""
             _settle(clauses, sign.change, words)
             clauses.append(_Clause())
         elif sign.kind in ("finding", "state", "rest"):
             if last.ended:
-                clauses.append(last := _Clause(last.change, last.said, last.weak))
+                clauses.append(last := _Clause(last.change, last.said, weak=True))
             last.things.append((words, sign))
-    for before, clause in pairwise(clauses):
-        if clause.said and not clause.things:
-            if before.things and not before.said:  # "pacemaker and leads: remove"
-                _settle(clauses[: clauses.index(clause)], clause.change, clause.said)
-            elif not clause.weak:
-                raise ValueError(f"cannot read {text!r}: {clause.said!r} has nothing to act on")
+    for number, clause in enumerate(clauses):
+        idle = clause.said and not clause.things and not _settle(clauses[:number], clause.change, clause.said)
+        if idle and not clause.weak:
+            raise ValueError(f"cannot read {text!r}: {clause.said!r} has nothing to act on")
     return clauses
 
 
-def _settle(clauses: Sequence[_Clause], change: str, said: str) -> None:
-    """Give the last clauses, those without a verb, a change."""
-    for clause in takewhile(lambda clause: not clause.said, reversed(clauses)):
+def _settle(clauses: Sequence[_Clause], change: str, said: str) -> bool:
+    """Give the last clauses, those without a verb, a change; whether they name anything: "pacemaker, leads: remove"."""
+    last = [clause for clause in takewhile(lambda clause: not clause.said, reversed(clauses)) if clause.things]
+    for clause in last:
         clause.change, clause.said, clause.weak = change, said, False
+    return bool(last)
 
 
 def _read(text: str, vocab: Vocabulary) -> Iterator[tuple[str, _Sign]]:
     """The words of a text with their meaning, by longest match; those that have none with a refusal."""
-    lexicon, spelled = _lexicon(vocab), _spelled(text)
-    longest, words, at = max(map(len, lexicon)), _words(spelled), 0
+    lexicon, words, at = _lexicon(vocab), _words(text), 0
+    longest = max(map(len, lexicon))
     while at < len(words):
         runs = [tuple(word[0] for word in words[at : at + n]) for n in range(longest, 0, -1)]
         run = next((run for run in runs if run in lexicon), runs[-1])
-        said = spelled[words[at].start() : words[at + len(run) - 1].end()]
+        said = words[at].string[words[at].start() : words[at + len(run) - 1].end()]
         sign = lexicon.get(run) or _Sign("wrong", note=_not_understood(said, lexicon))
         yield said, sign._replace(note=sign.note.replace("{words}", said))
         at += len(run)
 
 
-def _spelled(text: str) -> str:
+def _words(text: str) -> list[re.Match[str]]:
+    """Words and separators of a text as `words.yaml` spells it, without fillers."""
     text = text.lower()
     for pattern, replacement in WORDS["spelling"]:
         text = re.sub(pattern, replacement, text)
-    return text
+    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", text) if word[0] not in FILLERS]
 
 
-def _words(spelled: str) -> list[re.Match[str]]:
-    """Words and separators without fillers."""
-    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", spelled) if word[0] not in FILLERS]
-
-
+@cache
 def _lexicon(vocab: Vocabulary) -> dict[tuple[str, ...], _Sign]:
     """Every run of words that means something with this vocabulary; what is entered first holds."""
     lexicon: dict[tuple[str, ...], _Sign] = {}
-    none = f"'{{words}}' has no label in the vocabulary {vocab.name!r}; it has {', '.join(vocab.phrases.values())}"
+    none = _Sign("wrong", note=f"'{{words}}' has no label in the vocabulary {vocab.name!r}")
 
     def enter(phrases: Sequence[str], sign: _Sign) -> None:
         for phrase in phrases:
-            *first, noun = (word[0] for word in _words(_spelled(phrase)))
+            *first, noun = (word[0] for word in _words(phrase))
             lexicon.setdefault((*first, noun), sign)
             # The plural of a singular noun and the other way round.
             other = noun[:-1] if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
-            if sign.kind in ("finding", "wrong"):
+            if sign.kind in ("finding", "wrong", "rest"):
                 lexicon.setdefault((*first, other), sign)
 
     def found(name: str, kind: str = "finding", change: str = "") -> _Sign:
-        own = _named(name, vocab)
+        own = name
+        while own and own not in vocab.phrases and own not in vocab.owners:  # a chest drain is a support device
+            own = KINDS[own][0] if own in KINDS else CHEST.owners.get(own, "")
         read_as = f"'{{words}}' is read as {own!r}: captions do not tell them apart" if own != name else ""
-        return _Sign(kind, change, (own,), read_as) if own else _Sign("wrong", note=none)
+        return _Sign(kind, change, (own,), read_as) if own else none
 
     for name, changes in WORDS["states"].items():
         for change, phrases in changes.items():
             enter(phrases, found(name, "state", change))
     for group in WORDS["groups"].values():
-        names = tuple(
-            n for n in group.get("only", vocab.phrases) if n in vocab.phrases and n not in group.get("but", ())
-        )
+        only, but = group.get("only", vocab.phrases), group.get("but", ())
+        names = tuple(name for name in vocab.phrases if name in only and name not in but)
         for kind, change in (("state", "remove"), ("finding", "")):
-            enter(group.get(kind, ()), _Sign(kind, change, names) if names else _Sign("wrong", note=none))
-    for kind in ("joint", "link", "rest"):
-        enter(WORDS[kind], _Sign(kind))
-    for kind in ("verb", "weak", "after"):
-        for change, phrases in WORDS[kind].items():
-            enter(phrases, _Sign(kind, change))
-    for change, phrases in (*WORDS["verb"].items(), *WORDS["weak"].items()):
-        enter([f"{no} {verb}" for no in WORDS["negators"] for verb in phrases], _Sign("verb", TURNED[change]))
+            enter(group.get(kind, ()), _Sign(kind, change, names) if names else none)
+    for kind, change, phrases in SIGNS:
+        enter(phrases, _Sign(kind, change))
+    for kind, change, phrases in SIGNS:
+        if kind in ("verb", "weak", "after"):
+            turned = _Sign("after" if kind == "after" else "verb", TURNED[change])
+            enter([f"{no} {words}" for no in WORDS["negators"] for words in phrases], turned)
     for known in (vocab, *VOCABULARIES.values()):
         for name in (*known.phrases, *known.owners):
             words = known.phrase(name), *known.synonyms.get(name, ()), *known.aliases.get(name, ())
             enter((name, *words), found(name))
     for kind, (_, words) in KINDS.items():
         enter((kind, *words), found(kind))
-    enter(WORDS["unlabelled"], _Sign("wrong", note=none))
+    enter(WORDS["unlabelled"], none)
     for kind, sentences in (("wrong", WORDS["refused"]), ("link", WORDS["unheard"])):
         for sentence, phrases in sentences.items():
             enter(phrases, _Sign(kind, note=sentence))
     return lexicon
 
 
-def _named(name: str, vocab: Vocabulary) -> str:
-    """The name itself or what a vocabulary has for it: a chest drain is a support device; "" if nothing."""
-    while name and name not in vocab.phrases and name not in vocab.owners:
-        name = KINDS[name][0] if name in KINDS else CHEST.owners.get(name, "")
-    return name
-
-
 def _not_understood(word: str, lexicon: dict[tuple[str, ...], _Sign]) -> str:
     terms = {part: run for run, sign in reversed(lexicon.items()) if sign.kind in ("verb", "finding") for part in run}
     if word in terms and lexicon[terms[word]].kind == "finding":
         return f"{word!r} alone is not understood, as it is in {' '.join(terms[word])!r}"
-    near = difflib.get_close_matches(word, sorted(terms.keys() - {word}), n=1)
+    near = difflib.get_close_matches(word, sorted(terms.keys() - {word}), n=1, cutoff=0.7)
     return f"{word!r} is not understood" + (f"; did you mean {' '.join(terms[near[0]])!r}?" if near else "")

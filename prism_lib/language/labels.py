@@ -20,7 +20,7 @@ NO_FINDING = "No Finding"
 NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The words for a set of labels."""
 

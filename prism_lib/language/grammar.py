@@ -58,7 +58,7 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
         change, several = sign.change or clause.change, len(sign.names) > 1
         if sign.kind == "finding" and not clause.said:
             raise ValueError(f"cannot read {text!r}: it does not say what to do with {words!r}")
-        if sign.kind == "state" and clause.change in ("remove", "keep") and not clause.weak:
+        if sign.kind == "state" and clause.said and clause.change != "add" and not clause.weak:
             raise ValueError(f"cannot read {text!r}: {words!r} is a state and can only be added")
         if (several and change == "add") or (sign.kind == "rest" and change in ("remove", "add") and not clause.weak):
             raise ValueError(f"cannot read {text!r}: {words!r} can only be kept{' or removed' if several else ''}")
@@ -77,7 +77,7 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
     if not {"remove", "add"} & set(asked.values()):
         raise ValueError(f"{text!r} asks for no change: name what to remove or to add")
     notes = dict.fromkeys(sign.note for _, sign in read if sign.note)
-    return {name: change for name, change in asked.items() if change}, "; ".join(notes)
+    return {name: change for name, change in asked.items() if change}, " ".join(f"{note}." for note in notes)
 
 
 def _clauses(text: str, signs: Sequence[tuple[str, _Sign]]) -> list[_Clause]:

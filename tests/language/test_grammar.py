@@ -1,6 +1,7 @@
 """A sentence means exactly one edit, or it is said which of its words means nothing."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,36 @@ def test_every_word_for_a_label_is_read_singular_and_plural(vocab):
             assert grammar.parse(f"remove the {words}", vocab)[0] == {name: "remove"}, words
             if not words.lower().endswith("s"):
                 assert grammar.parse(f"add {words}s", vocab)[0] == {name: "add"}, words
+
+
+@pytest.mark.parametrize("kind", grammar.KINDS)
+def test_every_word_for_a_kind_of_device_is_read_as_the_broader_term(kind):
+    broader, words = grammar.KINDS[kind]
+    for word in (kind, *words):
+        asked, note = grammar.parse(f"remove the {word}", CHEST)
+        assert asked == {broader: "remove"} and f"is read as {broader!r}" in note, word
+
+
+def test_everything_is_what_the_image_has():
+    known = {"Cardiomegaly": 0, "Pleural Effusion": 1, "Support Devices": 1}
+    assert Edit.parse("remove everything", PHANTOM, known).remove == ("Pleural Effusion", "Support Devices")
+    assert Edit.parse("make it normal", PHANTOM, known).remove == ("Pleural Effusion",)
+    assert Edit.parse("remove everything except the pacemaker", PHANTOM, known).remove == ("Pleural Effusion",)
+    with pytest.raises(ValueError, match="asks for no change: none of Cardiomegaly, Pleural Effusion is labelled"):
+        Edit.parse("healthy patient", PHANTOM, known | {"Pleural Effusion": 0})
+
+
+def test_a_severity_that_captions_have_is_understood():
+    details = {"Pleural Effusion": ("mild pleural effusion",)}
+    edit = Edit.parse("add a mild pleural effusion", replace(PHANTOM, details=details))
+    assert (edit.add, edit.note) == (("mild pleural effusion",), "")
+
+
+@pytest.mark.parametrize("word", ["everything", "not", "make", "it", "lines", "pacemaker", "removing"])
+def test_no_word_is_answered_by_itself(word):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 - any refusal but one
+        Edit.parse(word, PHANTOM)
+    assert f"did you mean {word!r}" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)

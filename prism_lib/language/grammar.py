@@ -1,13 +1,11 @@
 """What a sentence changes: "remove the pacemaker and the leads, keep the effusion".
 
     sentence  ::=  (verb finding* | finding* after | state)*      a verb holds until the next one
-    verb      ::=  remove, without, no, ... | add, with, ... | keep, do not remove, ...
-    after     ::=  removed, gone, "-> none", ... | added, ... | unchanged, ...
+    after     ::=  removed, "-> none", unchanged, ...
     state     ::=  "make the heart normal", "healthy patient", "clear lungs", ...
     finding   ::=  a word for a label, a detail, a kind of device, or several labels ("everything")
 
-All words are in `words.yaml`. Anything else is named in a ValueError, with the nearest known term; so are a verb
-without a finding, a finding without a verb, a term without a label, a wish for more or less, and a contradiction.
+All words are in `words.yaml`. A ValueError names what cannot be read, with the nearest known term.
 """
 
 from __future__ import annotations
@@ -67,10 +65,10 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
         elif len(sign.names) == 1 and asked.setdefault(sign.names[0], change) != change:
             raise ValueError(f"contradictory edit {text!r}: {asked[sign.names[0]]} and {change} {sign.names[0]!r}")
     states = {label: label_state(label, value) for label, value in (labels or {}).items()}
-    known = any(state is not None for state in states.values())
+    if set(states.values()) <= {None}:
+        states = dict.fromkeys(vocab.stated, True)
     for words, sign in groups:
-        present = [name for name in sign.names if (states.get(name) if known else name in vocab.stated)]
-        if not present:
+        if not (present := [name for name in sign.names if states.get(name)]):
             raise ValueError(f"{words!r} asks for no change: none of {', '.join(sign.names)} is labelled present")
         named = {*asked, *(vocab.owners.get(name) for name in asked)}
         asked |= dict.fromkeys((name for name in present if name not in named), "remove")

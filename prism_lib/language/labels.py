@@ -28,7 +28,7 @@ class Vocabulary:
     subject: str
     phrases: Mapping[str, str]  # by label, in the order of the clauses
     stated: tuple[str, ...]  # labels whose absence the explicit template says: all would overflow CLIP's 77 tokens
-    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label, for captions
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label, for captions
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that say more than the label, for captions
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label or detail, for sentences of users
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
@@ -83,20 +83,12 @@ CHEST = Vocabulary(
     subject="chest x-ray",
     phrases=_CHEST_PHRASES,
     stated=_STATED,
-    synonyms={
-        "Cardiomegaly": ("enlarged heart",),
-        "Pleural Effusion": ("pleural fluid",),
-        "Support Devices": ("medical devices",),
-    },
+    synonyms=WORDS["synonyms"],
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
     aliases=WORDS["terms"],
 )
-PHANTOM = replace(
-    CHEST,
-    name="phantom",
-    phrases={label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]},
-    stated=PHANTOM_LABELS[1:],
-)
+_THREE = {label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]}
+PHANTOM = replace(CHEST, name="phantom", phrases=_THREE, stated=PHANTOM_LABELS[1:])
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
@@ -111,7 +103,7 @@ SKIN = Vocabulary(
     phrases=_SKIN_PHRASES
     | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
-    synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
+    synonyms=WORDS["synonyms"],
     aliases=WORDS["terms"],
     title="Dermoscopic image",
 )

@@ -21,7 +21,7 @@ from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import selection
 from prism_lib.evaluation.selection import Criteria
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import Vocabulary, vocabulary
+from prism_lib.language.labels import Labels, Vocabulary, vocabulary
 from prism_lib.paths import SHIPPED
 
 ALL = "all"
@@ -220,6 +220,7 @@ def _tasks(
         image = images[file_name]
         known = {label: image[label] for label in labels}
         try:
+            edit = _edit(row, vocab, known)  # "everything" is another thing in every image
             pair = edit.prompts(known, vocab)
         except ValueError:
             if name != ALL:
@@ -232,12 +233,12 @@ def _tasks(
         raise ValueError(f"edit {edit.key} applies to none of the {len(images)} images in {config.data}")
 
 
-def _edit(row: Row, vocab: Vocabulary) -> Edit:
+def _edit(row: Row, vocab: Vocabulary, known: Labels | None = None) -> Edit:
     """The edit of a row: a key, a sentence, or two prompts."""
     if "edit" in row:
         if twice := [name for name in ("source", "target", "words") if name in row]:
             raise ValueError(f"a row has either edit or source and target, not both: {twice[0]} is given too")
-        return Edit.read(str(row["edit"]), vocab)
+        return Edit.read(str(row["edit"]), vocab, known)
     words = row.get("words", ())
     words = words.split("|") if isinstance(words, str) else words
     return Edit.text(str(row.get("source", "")), str(row.get("target", "")), tuple(words))

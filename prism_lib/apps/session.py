@@ -182,11 +182,9 @@ class Session:
         with _faults_of("edit"):
             if text.strip() and (remove or add):
                 raise ValueError("Give the edit in words or by the buttons, not both.")
-            if "->" in text:
-                source, _, target = text.partition("->")
-                return Edit.text(source, target)
             if text.strip():
-                return Edit.parse(text, self.vocab)
+                known = {label: self.case and self.case.state(label) for label in self.vocab.phrases}
+                return Edit.read(text, self.vocab, known)
             if not (remove or add):
                 raise ValueError("Say what should be different: press a button or write it.")
             return Edit(tuple(remove), tuple(add))
@@ -287,7 +285,7 @@ class Session:
         uploaded = self._masks.get(str(recipe.mask))
         mask = None if uploaded is None else (uploaded > 0.5).float()
         result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
-        notice = " ".join(filter(None, (case.notice, self._unheard(edit))))
+        notice = " ".join(filter(None, (case.notice, edit.note, self._unheard(edit))))
         return Outcome(case, recipe, edit, result, self._scores(case, edit, result), notice)
 
     def _unheard(self, edit: Edit) -> str:

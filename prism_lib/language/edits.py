@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from prism_lib.language import grammar
@@ -60,6 +60,7 @@ class Edit:
     target: str = ""
     words: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    note: str = field(default="", compare=False)  # of a sentence: which of its words have no effect, or a wider one
 
     def __post_init__(self) -> None:
         if {type(self.remove), type(self.add), type(self.keep)} != {tuple}:
@@ -87,20 +88,23 @@ class Edit:
         return cls(source=source, target=target, words=tuple(words))
 
     @classmethod
-    def parse(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
-        """The edit of a sentence: "remove the pacemaker, keep the effusion" (see `language.grammar`)."""
-        asked = grammar.parse(text, vocab)
+    def parse(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> Edit:
+        """The edit of a sentence (see `grammar`); "everything" is what `labels` call present, else `vocab.stated`."""
+        asked, note = grammar.parse(text, vocab, labels)
         remove, add, keep = (tuple(name for name in asked if asked[name] == verb) for verb in _VERBS)
-        edit = cls(remove, add, keep=keep)
+        edit = cls(remove, add, keep=keep, note=note)
         edit._check_names(vocab)
         return edit
 
     @classmethod
-    def read(cls, text: str, vocab: Vocabulary = CHEST) -> Edit:
-        """The edit of a key or of a sentence, whichever `text` is."""
+    def read(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> Edit:
+        """The edit of a key, of a sentence, or of "source prompt -> target prompt", whichever `text` is."""
         text = text.strip()
+        source, arrow, target = text.partition("->")
+        if arrow and target.strip(" .!").lower() not in grammar.AFTER:  # "pacemaker -> none" is a sentence
+            return cls.text(source, target)
         is_key = text == "unchanged" or (" " not in text and text.startswith(("remove_", "add_")))
-        return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab)
+        return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab, labels)
 
     @classmethod
     def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:

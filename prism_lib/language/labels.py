@@ -6,8 +6,12 @@ A label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 Labels = Mapping[str, float | None]
 
@@ -16,7 +20,7 @@ NO_FINDING = "No Finding"
 NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The words for a set of labels."""
 
@@ -24,9 +28,9 @@ class Vocabulary:
     subject: str
     phrases: Mapping[str, str]  # by label, in the order of the clauses
     stated: tuple[str, ...]  # labels whose absence the explicit template says: all would overflow CLIP's 77 tokens
-    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label, for captions
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label, for captions
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that say more than the label, for captions
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a label or detail, for sentences of users
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label or detail, for sentences of users
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     @property
@@ -67,31 +71,8 @@ _FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
 _CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 SIDES = ("left", "right", "bilateral")
-# Words of users; words for a side or a kind of device are aliases of the detail.
-_ALIASES = {
-    "Enlarged Cardiomediastinum": ("widened mediastinum", "wide mediastinum"),
-    "Cardiomegaly": ("cardiac enlargement", "heart enlargement", "big heart", "large heart"),
-    "Lung Opacity": ("opacity", "opacities", "lung opacities", "opacification"),
-    "Lung Lesion": ("lesion", "lung nodule"),
-    "Edema": ("oedema", "pulmonary edema", "pulmonary oedema"),
-    "Consolidation": ("airspace consolidation",),
-    "Atelectasis": ("atelectases",),
-    "Pneumothorax": ("collapsed lung", "ptx"),
-    "Pleural Effusion": ("effusion", "fluid"),
-    "Fracture": ("rib fracture", "broken rib"),
-    "Support Devices": ("device", "support device", "medical device", "medical hardware", "hardware"),
-    "pacemaker": ("pacer", "pace maker", "cardiac pacemaker"),
-    "central venous catheter": ("central line", "cvc", "central catheter", "venous catheter"),
-    "ecg leads": ("ecg lead", "ekg lead", "ecg electrode", "lead", "electrode", "ecg wire"),
-    "endotracheal tube": ("ett", "et tube", "breathing tube", "intubation tube"),
-} | {
-    f"{side} pleural effusion": tuple(
-        words.format(side=side, fluid=fluid)
-        for fluid in ("pleural effusion", "effusion", "pleural fluid", "fluid")
-        for words in ("{side} {fluid}", "{side} sided {fluid}", "{fluid} on the {side}", "{fluid} on the {side} side")
-    )
-    for side in SIDES
-}
+# Words of users: spellings, verbs, and terms for labels, details and kinds of devices.
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 # The absences that captions of CHEST state: CheXpert's five competition findings, pneumothorax and devices.
 _STATED = (
@@ -102,20 +83,12 @@ CHEST = Vocabulary(
     subject="chest x-ray",
     phrases=_CHEST_PHRASES,
     stated=_STATED,
-    synonyms={
-        "Cardiomegaly": ("enlarged heart",),
-        "Pleural Effusion": ("pleural fluid",),
-        "Support Devices": ("medical devices",),
-    },
+    synonyms=WORDS["synonyms"],
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
-    aliases=_ALIASES,
+    aliases=WORDS["terms"],
 )
-PHANTOM = replace(
-    CHEST,
-    name="phantom",
-    phrases={label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]},
-    stated=PHANTOM_LABELS[1:],
-)
+_THREE = {label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]}
+PHANTOM = replace(CHEST, name="phantom", phrases=_THREE, stated=PHANTOM_LABELS[1:])
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
@@ -130,7 +103,8 @@ SKIN = Vocabulary(
     phrases=_SKIN_PHRASES
     | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
-    synonyms={"Melanocytic Nevus": ("mole",), "Ruler": ("ruler marks",), "Ink": ("surgical ink",)},
+    synonyms=WORDS["synonyms"],
+    aliases=WORDS["terms"],
     title="Dermoscopic image",
 )
 VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM, SKIN)}

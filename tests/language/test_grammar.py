@@ -1,5 +1,9 @@
 """A sentence means exactly one edit, or it is said which of its words means nothing."""
 
+import csv
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from prism_lib.language import grammar
@@ -48,9 +52,39 @@ def test_a_key_and_a_sentence_are_told_apart(text):
 def test_every_word_for_a_label_is_read_singular_and_plural(vocab):
     for name in (*vocab.phrases, *vocab.owners):
         for words in (name, vocab.phrase(name), *vocab.synonyms.get(name, ()), *vocab.aliases.get(name, ())):
-            assert grammar.parse(f"remove the {words}", vocab) == {name: "remove"}, words
+            assert grammar.parse(f"remove the {words}", vocab)[0] == {name: "remove"}, words
             if not words.lower().endswith("s"):
-                assert grammar.parse(f"add {words}s", vocab) == {name: "add"}, words
+                assert grammar.parse(f"add {words}s", vocab)[0] == {name: "add"}, words
+
+
+@pytest.mark.parametrize("kind", grammar.KINDS)
+def test_every_word_for_a_kind_of_device_is_read_as_the_broader_term(kind):
+    broader, words = grammar.KINDS[kind]
+    for word in (kind, *words):
+        asked, note = grammar.parse(f"remove the {word}", CHEST)
+        assert asked == {broader: "remove"} and f"is read as {broader!r}" in note, word
+
+
+def test_everything_is_what_the_image_has():
+    known = {"Cardiomegaly": 0, "Pleural Effusion": 1, "Support Devices": 1}
+    assert Edit.parse("remove everything", PHANTOM, known).remove == ("Pleural Effusion", "Support Devices")
+    assert Edit.parse("make it normal", PHANTOM, known).remove == ("Pleural Effusion",)
+    assert Edit.parse("remove everything except the pacemaker", PHANTOM, known).remove == ("Pleural Effusion",)
+    with pytest.raises(ValueError, match="asks for no change: none of Cardiomegaly, Pleural Effusion is labelled"):
+        Edit.parse("healthy patient", PHANTOM, known | {"Pleural Effusion": 0})
+
+
+def test_a_severity_that_captions_have_is_understood():
+    details = {"Pleural Effusion": ("mild pleural effusion",)}
+    edit = Edit.parse("add a mild pleural effusion", replace(PHANTOM, details=details))
+    assert (edit.add, edit.note) == (("mild pleural effusion",), "")
+
+
+@pytest.mark.parametrize("word", ["everything", "not", "make", "it", "lines", "pacemaker", "removing"])
+def test_no_word_is_answered_by_itself(word):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 - any refusal but one
+        Edit.parse(word, PHANTOM)
+    assert f"did you mean {word!r}" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
@@ -86,7 +120,7 @@ def test_what_is_not_understood_is_named(text, message):
 
 def test_words_of_another_vocabulary_are_unknown():
     assert Edit.parse("remove the edema", CHEST).remove == ("Edema",)
-    with pytest.raises(ValueError, match="'edema' is not understood"):
+    with pytest.raises(ValueError, match="'edema' has no label in the vocabulary 'phantom'"):
         Edit.parse("remove the edema", PHANTOM)
 
 
@@ -122,3 +156,26 @@ def test_an_edit_that_the_labels_contradict_is_refused(text, labels, message):
 def test_a_device_may_join_others():
     pair = Edit.parse("add ecg leads").prompts({"Support Devices": 1}, PHANTOM)
     assert (pair.source, pair.target) == ("chest x-ray without ecg leads", "chest x-ray with ecg leads")
+
+
+with Path(__file__).with_name("sentences.csv").open(encoding="utf-8", newline="") as file:
+    SENTENCES = list(csv.DictReader(file))
+
+
+def test_the_table_of_sentences_is_varied():
+    assert len({(row["sentence"], row["vocabulary"]) for row in SENTENCES}) == len(SENTENCES) >= 120
+    assert {row["vocabulary"] for row in SENTENCES} == VOCABULARIES.keys()
+
+
+@pytest.mark.parametrize("row", SENTENCES, ids=[f"{row['vocabulary']}: {row['sentence']}" for row in SENTENCES])
+def test_a_sentence_means_what_the_table_says(row):
+    vocab = VOCABULARIES[row["vocabulary"]]
+    if row["means"] == "refused":
+        with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the message is looked at below
+            Edit.read(row["sentence"], vocab)
+        assert row["says"] in str(refusal.value)
+        return
+    edit = Edit.read(row["sentence"], vocab)
+    asked = {(verb, name) for verb in ("remove", "add", "keep") for name in getattr(edit, verb)}
+    assert asked == {tuple(part.split(" ", 1)) for part in row["means"].split("; ")}
+    assert row["says"] in edit.note

@@ -184,7 +184,7 @@ class Session:
                 raise ValueError("Give the edit in words or by the buttons, not both.")
             if text.strip():
                 case = self.case
-                known = case and {label: case.state(label) for label in self.vocab.phrases}
+                known = {label: case.state(label) for label in self.vocab.phrases} if case else None
                 return Edit.read(text, self.vocab, known)
             if not (remove or add):
                 raise ValueError("Say what should be different: press a button or write it.")

@@ -183,7 +183,8 @@ class Session:
             if text.strip() and (remove or add):
                 raise ValueError("Give the edit in words or by the buttons, not both.")
             if text.strip():
-                known = {label: self.case and self.case.state(label) for label in self.vocab.phrases}
+                case = self.case
+                known = {label: case.state(label) for label in self.vocab.phrases} if case else None
                 return Edit.read(text, self.vocab, known)
             if not (remove or add):
                 raise ValueError("Say what should be different: press a button or write it.")

@@ -18,8 +18,8 @@ from IPython.core.pylabtools import print_figure
 
 from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
-from prism_lib.apps.session import Case, Fault, Outcome, Session, sentence
-from prism_lib.paths import SHIPPED
+from prism_lib.apps.recipe import Case, Outcome
+from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
 
 STYLE = """<style>
@@ -40,34 +40,36 @@ STYLE = """<style>
 
 
 def explore(
-    model: str = SHIPPED,
+    model: str = "",
     judge: str = "phantom-judge",
     vocabulary: str = "phantom",
     mode: str = "L",
     *,
+    data: str = "",
     seed: int = 4001,
     patient: int = 1,
-    steps: int = 20,
+    steps: int = 0,
 ) -> Explorer:
-    """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
+    """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
-    `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
-    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
+    "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that
+    reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
+    begins with the folder `data`, prepared or of images, else a phantom (`seed`, `patient`); `steps` 0 is the model's.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps, data)
 
 
 class Explorer(widgets.VBox):
     """The panels of one `Session`, connected."""
 
-    def __init__(self, session: Session, seed: int, patient: int, steps: int) -> None:
+    def __init__(self, session: Session, seed: int, patient: int, steps: int, data: str = "") -> None:
         self.session = session
         self.outcome: Outcome | None = None
         self._started = 0.0
         self.result = ResultPanel(self._show)
         self.edit = EditPanel(session)
         self.settings = SettingsPanel(session, steps)
-        self.source = SourcePanel(session, self._opened, seed, patient)
+        self.source = SourcePanel(session, self._opened, seed, patient, data)
         self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
         about, stop = "stop after the step it is in", lambda _: session.cancel()
         self.cancel = _button("Cancel", "stop", about, stop, disabled=True)
@@ -85,16 +87,17 @@ class Explorer(widgets.VBox):
         right = {"flex": "1 1 640px", "min_width": "330px"}
         shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
-        about = f"model {session.model}, {records.device()}; for research, not for clinical use"
+        about = f"{records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
         body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
         self._enable()
-        self.source.guarded(self.source.open_phantom)()
+        self.source.guarded(self.source.start)()
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
+        self.settings.show_model()
         self._show_case(case)
 
     def _show_case(self, case: Case) -> None:

@@ -20,6 +20,7 @@ from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.editing import settings
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import Recommendation
 from prism_lib.evaluation import novelty
 from prism_lib.files import image_hash
@@ -163,7 +164,7 @@ def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_
     """Bit for bit, for a phantom and for an upload with an uploaded mask."""
     folder = tmp_path / "runs" / "tiny"
     study.pipe.save_pretrained(folder, safe_serialization=True)
-    study.model, study.pipe = "tiny", load_pipeline(folder)
+    study = Session(load_pipeline(folder), "tiny")
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
     made = study.run([recipe], edit)
@@ -277,6 +278,21 @@ def test_a_run_stops_within_a_step_and_the_study_goes_on(study, monkeypatch):
     assert study.run(*([[removal(study)[1]], edit]))[0].result.image.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("method", "skip", "steps"), [("edit_friendly", 0.0, 8), ("edit_friendly", 0.75, 2), ("direct", 0.0, 16)]
+)
+def test_the_progress_is_that_of_the_steps_taken(study, monkeypatch, method, skip, steps):
+    """It ends at 1, also where edits leave steps out, with the inversion's steps the first time only."""
+    advice = Recommendation(inversion=InversionConfig(skip=skip))
+    monkeypatch.setattr(settings, "_recommendation", lambda _: advice)
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study, method=method, steps=8)
+    for expected in (steps, min(steps, 8)):
+        seen = []
+        study.run([recipe], edit, progress=seen.append)
+        assert seen == [(step + 1) / expected for step in range(expected)]
+
+
 def test_a_failure_in_the_background_is_a_sentence(study, monkeypatch):
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
@@ -360,7 +376,7 @@ def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
     pipe = tiny_pipeline()
     film = patients.render(patients.sample_patients(1, 3), 32)[0]
     for image, unlike in ((film, False), (1 - film, True), (film.flip(1), True)):
-        study = Session(pipe, reference=usual)
+        study = Session(pipe, references={"phantom-sd": usual})
         study.open_upload("film.png", png(plots.levels(image)))
         assert ("unlike those that phantom-sd was trained on" in study.case.notice) == unlike
         assert ("explore(" in study.case.notice) == unlike
@@ -370,7 +386,7 @@ def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
 
 
 def test_a_reference_of_other_images_says_nothing(runs, usual):
-    study = Session(tiny_pipeline(), reference=dataclasses.replace(usual, shape=(3, 32, 32)))
+    study = Session(tiny_pipeline(), references={"phantom-sd": dataclasses.replace(usual, shape=(3, 32, 32))})
     study.open_upload("noise.png", png(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)))
     assert study.case.notice == ""
 

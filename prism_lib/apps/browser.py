@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import webbrowser
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,51 +38,48 @@ class _Kernels(KernelSpecManager):
 
 
 class _Server(Voila):
-    """Voila that gives and opens the address with its token."""
-
-    def __init__(self, show: Callable[[str], None], **more: object) -> None:
-        self._show = show
-        super().__init__(**more)
+    """Voila that gives, and opens, the address with its token."""
 
     def launch_browser(self) -> None:
-        self._show(f"The explorer is at {self.display_url} until you press Ctrl+C.")
-        if self.browser != "none":
+        self.show(f"The explorer is at {self.display_url} until you press Ctrl+C.")
+        if not self.quiet:
             threading.Thread(target=self._open, daemon=True).start()
 
     def _open(self) -> None:
         if not webbrowser.open(self.display_url):
-            self._show("There is no browser here: open that address in one.")
+            self.show("There is no browser here: open that address in one.")
 
 
-def serve(model: str, judge: str, data: str, ip: str, port: int, browser: bool, show: Callable[[str], None]) -> None:
-    """Serve `explore(model, judge, data=data)` until Ctrl+C; port 0 is any free one. UsageError before anything starts.
+def serve(options: Namespace, show: Callable[[str], None]) -> None:
+    """Serve the explorer by the options of `prism explore` until Ctrl+C; UsageError before anything starts.
 
     `show` gets the address. The process that computes starts when a page is opened, and ends with it.
     """
-    try:
-        if model:
-            locate(model)
-        if judge and not (paths.weights() / judge / "model.safetensors").is_file():
-            raise UsageError(f"there is no judge {judge!r} in {paths.weights()}")
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    data, judge, ip = options.data, options.judge, options.ip
     folders = [Path(data).expanduser().resolve(), paths.data() / data]
-    if data and not (found := [str(folder) for folder in folders if folder.is_dir()]):
+    if data and not (folders := [folder for folder in folders if folder.is_dir()]):
         raise UsageError(f"there is no folder {data}, neither here nor in {paths.data()}")
+    if judge and not (paths.weights() / judge / "model.safetensors").is_file():
+        raise UsageError(f"there is no judge {judge!r} in {paths.weights()}")
     try:
-        with socket.create_server((ip, port)) as free:
+        locate(options.model or paths.SHIPPED)
+        with socket.create_server((ip, options.port)) as free:
             port = free.getsockname()[1]
+    except (ValueError, OverflowError) as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
-        raise UsageError(f"port {port} of {ip} cannot be used: {os.strerror(error.errno or 0)}") from None
-    call = f"explore({model!r}, {judge!r}, data={found[0] if data else ''!r})"
-    lines = ["import os", f"os.chdir({str(Path.cwd())!r})", "from prism_lib.apps import explore", call]
+        if error.errno is None:  # of `locate`
+            raise
+        raise UsageError(f"port {options.port} of {ip} cannot be used: {os.strerror(error.errno)}") from None
+    call = f"explore({options.model!r}, {judge!r}, data={str(folders[0]) if data else ''!r})"
+    cell = f"import os\nos.chdir({str(Path.cwd())!r})\nfrom prism_lib.apps import explore\n{call}"
     with tempfile.TemporaryDirectory(prefix="prism-") as folder:
         notebook = Path(folder) / "PRISM explorer.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))]), notebook)
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), notebook)
         settings = {"websocket_max_message_size": MAX_MESSAGE, "ws_ping_timeout": 30_000, "headers": POLICY}
         config = Config(VoilaConfiguration={"kernel_spec_manager_class": _Kernels, "show_tracebacks": True})
-        place = {"ip": ip, "port": port, "port_retries": 0, "browser": "" if browser else "none"}
-        quiet = {"auto_token": True, "log_level": "ERROR", "tornado_settings": settings, "config": config}
-        server = _Server(show, notebook_path=str(notebook), **place, **quiet)
+        place = {"notebook_path": str(notebook), "ip": ip, "port": port, "port_retries": 0, "auto_token": True}
+        server = _Server(**place, tornado_settings=settings, config=config, log_level="ERROR")
+        server.show, server.quiet = show, options.no_browser
         server.initialize([])
         server.start()

@@ -150,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb == "explore":
             from prism_lib.apps import browser  # it imports Voila
 
-            show = partial(print, flush=True)
-            where = options.ip, options.port, not options.no_browser
-            browser.serve(options.model, options.judge, options.data, *where, show)
+            browser.serve(options, partial(print, flush=True))
             return 0
         return _generate(options) if options.verb == "generate" else _run(options, words)
     except (UsageError, OSError) as error:

@@ -22,12 +22,16 @@ from prism_lib.apps.recipe import Case, Outcome
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
 
+FULL_SIZE = (
+    "Where the change has edges, detail finer than the model's image is replaced by synthetic grain. Such grain is not "
+    "information: fine vessels there are lost."
+)
 STYLE = """<style>
 .prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
 .prism .widget-label, .prism .widget-html-content, .prism .widget-readout { color: inherit; }
 .prism-panel { border: 1px solid var(--jp-border-color2, #8888); border-radius: 6px; margin: 0 0 8px;
   padding: 8px 10px; }
-.prism-panel h4 { margin: 0 0 4px; font-size: 14px; }
+.prism .widget-html-content h4 { margin: 0 0 4px; font-size: 14px; }
 .prism-error { color: var(--jp-error-color1, #d32f2f); line-height: 1.35; }
 .prism-note { line-height: 1.35; opacity: .85; }
 .prism-warning { border-left: 4px solid var(--jp-warn-color1, #f57c00); padding: 4px 8px; line-height: 1.35; }
@@ -82,9 +86,9 @@ class Explorer(widgets.VBox):
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
-        left = {"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"}
+        left = {"flex": "0 1 380px", "min_width": "330px", "margin": "0 12px 0 0"}
         controls = [self.source, self.edit, buttons, self.progress, self.status, self.settings]
-        right = {"flex": "1 1 640px", "min_width": "330px"}
+        right = {"flex": "1 1 350px", "min_width": "330px"}
         shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"{records.device()}; for research, not for clinical use"
@@ -93,7 +97,7 @@ class Explorer(widgets.VBox):
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
         self._enable()
-        self.source.guarded(self.source.start)()
+        self.source.guarded(self.source.show_form)()
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
@@ -168,8 +172,12 @@ class Explorer(widgets.VBox):
 
     def _save(self, _: Any) -> None:
         if self.outcome is not None:  # without one the button is disabled
-            saved = html.escape(str(self.session.save(self.outcome)))
-            self.files.value = f'<span class="prism-note">Saved in <code>{saved}</code></span>'
+            folder = self.session.save(self.outcome)
+            lines = [f"Saved in <code>{html.escape(str(folder))}</code>"]
+            for film in folder.glob("full_size.*"):
+                lines += [f"<code>{film.name}</code> is the film at its own size. {FULL_SIZE}"]
+                lines += ["It has the source's header, the patient's name included."] if film.suffix == ".dcm" else []
+            self.files.value = f'<span class="prism-note">{" ".join(lines)}</span>'
 
     def _code(self, _: Any) -> None:
         if self.outcome is not None:

@@ -83,7 +83,8 @@ class SourcePanel(Panel):
         self._session, self._opened = session, opened
         kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
         about = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
-        self.kind = widgets.ToggleButtons(options=kinds, tooltips=about, style=style)
+        first = "folder" if data else "phantom"
+        self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=about, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
         self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
@@ -95,46 +96,38 @@ class SourcePanel(Panel):
         about = "up to 64 MB; in JupyterLab up to 10 MB"
         self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip=about)
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
-        self._form = widgets.VBox([self.patient, self.seed])
+        self._form = widgets.VBox()
         about, models = "which model edits: that whose training images the image resembles, or one", session.references
-        options = [*([("by image", "")] if len(models) > 1 or not session.chosen else []), *models]
+        options = [("by image", ""), *models] if len(models) > 1 else list(models)
         self.model = _control(widgets.Dropdown, "model", about, options=options, value=session.chosen)
         self.resembles = Line()
         super().__init__("Image", [self.kind, self._form, self.model, self.resembles])
-        self.on_change(self._show_form, self.kind)
-        self.on_change(self.open_phantom, self.patient, self.seed)
+        self.on_change(self.show_form, self.kind)
+        self.on_change(self._open_phantom, self.patient, self.seed)
         self.on_change(self._list_folder, self.folder)
         self.on_change(self._open_row, self.row)
         self.on_change(self._open_upload, self.upload)
         self.on_change(self._open_path, self.path)
         self.on_change(self._choose, self.model)
 
-    def start(self) -> None:
-        """Open the first image: of the folder where one is given, else the phantom."""
-        if self.folder.value == "prepared/phantom":
-            self.open_phantom()
-        else:
-            self.kind.value = "folder"
-
     def _show(self, case: Case | None) -> None:
         if case is not None:
             far = ", ".join(f"{model} {distance:.1f}" for model, distance in case.distances.items())
-            self.resembles.say(
-                f"Model {self._session.model}. Distances to training images: {far}." if far else "", "note"
-            )
+            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}."
+            self.resembles.say(said if far else "", "note")
             self._opened(case)
 
-    def open_phantom(self, change: Any = None) -> None:
+    def _open_phantom(self, change: Any = None) -> None:
         self._show(self._session.open_phantom(self.seed.value, self.patient.value))
 
     def _choose(self, change: Any) -> None:
         self._show(self._session.choose(self.model.value))
 
-    def _show_form(self, change: Any) -> None:
+    def show_form(self, change: Any = None) -> None:
         forms = {"phantom": [self.patient, self.seed], "folder": [self.folder, self.row]}
         self._form.children = forms.get(self.kind.value, [self.upload, self.path])
         if self.kind.value == "phantom":
-            self.open_phantom()
+            self._open_phantom()
         elif self.kind.value == "folder" and not self.row.options:
             self._list_folder()
 
@@ -230,7 +223,8 @@ class SettingsPanel(Panel):
         session = self._session
         if session.model == self._model:
             return
-        self._model, self._usual = session.model, vars(recommended(session.pipe, NO_EDIT))
+        self._file, self._model = "", session.model
+        self._usual = vars(recommended(session.pipe, NO_EDIT))
         for field, slider in self.sliders.items():
             slider.max = max(SLIDERS[field][1], self._usual[field])
             slider.value = self._usual[field]
@@ -285,16 +279,16 @@ class ResultPanel(Panel):
         self._before = self._after = np.zeros((1, 1, 3), np.uint8)
         self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
         self.compare, self.difference, self.mask = (
-            widgets.Image(format="png", layout={"width": side, "height": side}) for side in (LARGE, SMALL, SMALL)
+            widgets.Image(format="png", layout={"width": side, "max_width": "100%"}) for side in (LARGE, SMALL, SMALL)
         )
-        about, wide = "slide from the original to the counterfactual", {"flex": "1 1 auto"}
+        about, wide = "from the original to the counterfactual; keys Home and End swap them", {"flex": "1 1 auto"}
         self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
         self.share.add_class("prism-slider")
         modes, narrow = ["draw a curtain", "cross-fade"], {"button_width": "80px"}
         self.mode = widgets.ToggleButtons(options=list(MODES), tooltips=modes, style=narrow)
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
         ends = [_caption("original"), self.share, _caption("counterfactual")]
-        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
+        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE, "max_width": "100%"}), self.mode]
         small = [_caption("difference: red is brighter, blue darker", SMALL), self.difference]
         small += [_caption("where the edit may show", SMALL), self.mask]
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]

@@ -110,7 +110,7 @@ class Session:
         offered = dict.fromkeys([first, *(shipped if (vocab, mode) == ("phantom", "L") else [])])
         references = {name: novelty.load(name) for name in offered}
         made = cls(load_pipeline(first), first, load_judge(judge), vocabulary(vocab), references, mode, judge)
-        made.chosen = model
+        made.chosen = model if len(references) > 1 else first
         return made
 
     @property

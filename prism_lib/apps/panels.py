@@ -82,9 +82,9 @@ class SourcePanel(Panel):
     def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int, data: str) -> None:
         self._session, self._opened = session, opened
         kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
-        about = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
+        tips = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
         first = "folder" if data else "phantom"
-        self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=about, style=style)
+        self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=tips, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
         self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)

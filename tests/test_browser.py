@@ -90,7 +90,7 @@ def _wait_until_up(address, server):
 
 
 @pytest.fixture
-def page(lab):
+def page():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -98,7 +98,7 @@ class SourcePanel(Panel):
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
         self._form = widgets.VBox()
         about, models = "which model edits: that whose training images the image resembles, or one", session.references
-        options = [("by image", ""), *models] if len(models) > 1 else list(models)
+        options = [*([("by image", "")] if len(models) > 1 else []), *((name, name) for name in models)]
         self.model = _control(widgets.Dropdown, "model", about, options=options, value=session.chosen)
         self.resembles = Line()
         super().__init__("Image", [self.kind, self._form, self.model, self.resembles])

@@ -449,6 +449,20 @@ def test_the_model_is_that_whose_training_images_an_image_resembles(two_models):
         assert removal(two_models)[1].model == model
 
 
+def test_the_panels_follow_the_model(two_models, tmp_path):
+    film = patients.render(patients.sample_patients(1, 3), 32)[0]
+    for number, image in enumerate((film, film.flip(1))):
+        (tmp_path / f"{number}.png").write_bytes(png(plots.levels(image)))
+    two_models.chosen = ""
+    explorer = Explorer(two_models, seed=0, patient=0, steps=10, data=str(tmp_path))
+    assert explorer.source.row.options == ("0.png", "1.png")
+    for row, model in (("1.png", "upside"), ("0.png", "phantom-sd")):
+        explorer.source.row.value = row
+        assert f"Edited by {model}." in explorer.source.resembles.value and explorer.source.line.value == ""
+    explorer.source.model.value = "upside"
+    assert "resembles those of phantom-sd more" in explorer.result.warning.value
+
+
 def test_a_chosen_model_stays_and_the_closer_one_is_said(two_models):
     film = patients.render(patients.sample_patients(1, 3), 32)[0]
     case = two_models.open_upload("film.png", png(plots.levels(film.flip(1))))

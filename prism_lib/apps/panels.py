@@ -137,6 +137,7 @@ class SourcePanel(Panel):
     def _list_folder(self, change: Any = None) -> None:
         self.row.options = []
         self.row.options = list_images(self._folder())[:MAX_CHOICES]
+        self.row.index = 0 if self.row.options else None  # opens it
 
     def _open_row(self, change: Any) -> None:
         if self.row.value:

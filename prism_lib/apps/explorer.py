@@ -173,7 +173,7 @@ class Explorer(widgets.VBox):
     def _save(self, _: Any) -> None:
         if self.outcome is not None:  # without one the button is disabled
             folder = self.session.save(self.outcome)
-            lines = [f"Saved in <code>{html.escape(str(folder))}</code>"]
+            lines = [f"Saved in <code>{html.escape(str(folder))}</code>."]
             for film in folder.glob("full_size.*"):
                 lines += [f"<code>{film.name}</code> is the film at its own size. {FULL_SIZE}"]
                 lines += ["It has the source's header, the patient's name included."] if film.suffix == ".dcm" else []

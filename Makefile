@@ -14,7 +14,7 @@ export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help figures study test lint lab clean
+.PHONY: help figures study test lint lab explore clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ lint: $(READY)  ## ruff on everything, mypy on the library and the benchmarks
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(BIN)/jupyter lab --notebook-dir=notebooks
+
+explore: $(READY)  ## open the explorer in a browser
+	$(BIN)/prism explore
 
 clean:  ## remove runs and caches; .venv, data and figures stay
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,9 +1,10 @@
-"""The explorer as a person meets it: JupyterLab and Chromium for real, a click, a counterfactual, saved files.
+"""The explorer as a person meets it: JupyterLab, `prism explore` and Chromium for real, clicks and saved files.
 
 Skipped, with the reason, where Chromium or Playwright is not installed. `PRISM_SCREENSHOTS` names a folder to look at
 afterwards.
 """
 
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 
 from prism_lib import paths
 from prism_lib.apps.recipe import Recipe
+from prism_lib.phantom.patients import render, sample_patients
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -88,7 +90,7 @@ def _wait_until_up(address, server):
 
 
 @pytest.fixture
-def page(lab):
+def page():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -97,6 +99,81 @@ def page(lab):
         page.set_default_timeout(SECONDS * 1000)
         yield page
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory):
+    """`prism explore` on a folder with one image larger than both models, as (address, runs folder)."""
+    pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[browser]'")
+    folder, runs = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("runs")
+    Image.fromarray((render(sample_patients([1], 4001), 640)[0, 0] * 255).byte().numpy()).save(folder / "film.png")
+    environment = os.environ | {"PRISM_RUNS": str(runs), "PYTHONPATH": str(paths.root())}
+    command = [sys.executable, "-m", "prism_lib.apps.cli", "explore", "--no-browser", "--data", str(folder)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        said = server.stdout.readline()
+        assert re.fullmatch(r"The explorer is at http://127\.0\.0\.1:\d+/\?token=\w+ until you press Ctrl\+C\.\n", said)
+        yield said.split()[4], runs
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_without_the_token_there_is_no_explorer(explored):
+    address, _ = explored
+    with urllib.request.urlopen(address.split("?")[0], timeout=60) as answer:
+        assert "/login" in answer.url and b"prism" not in answer.read()
+
+
+def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
+    address, runs = explored
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.goto(address)
+    explorer = page.locator(".prism").first
+    explorer.get_by_text("Edited by phantom-sd.").wait_for()
+    _nothing_is_cut_off(page)
+    _look(page, "voila_1_start")
+    explorer.locator("select").filter(has_text="by image").select_option("film-sd")
+    explorer.get_by_text("Edited by film-sd.").wait_for()
+    explorer.get_by_text("film-sd was measured for one edit").wait_for()
+    explorer.get_by_text("It resembles those of phantom-sd more").wait_for()
+    _button(explorer, "remove support devices").click()
+    _button(explorer, "Run").click()
+    explorer.get_by_text(re.compile(r"^Done in")).wait_for()
+    _button(explorer, "Save").click()
+    explorer.get_by_text("is the film at its own size").wait_for()
+    _look(page, "voila_2_done")
+    (saved,) = runs.glob("explorer/*/full_size.png")
+    assert Image.open(saved).size == (640, 640)
+    page.set_viewport_size({"width": 800, "height": 1000})
+    _nothing_is_cut_off(page)
+    _look(page, "voila_3_narrow")
+
+
+def test_an_own_file_is_uploaded_in_the_dark(explored, page):
+    address, _ = explored
+    page.set_viewport_size({"width": 800, "height": 1000})
+    page.goto(f"{address}&theme=dark")
+    explorer = page.locator(".prism").first
+    _button(explorer, "own file").click()
+    picture = io.BytesIO()
+    Image.fromarray((render(sample_patients([2], 4001))[0, 0] * 255).byte().numpy()).save(picture, format="PNG")
+    with page.expect_file_chooser() as chooser:
+        _button(explorer, r"upload \(\d\)").click()
+    chooser.value.set_files({"name": "own.png", "mimeType": "image/png", "buffer": picture.getvalue()})
+    explorer.get_by_text("own.png: not edited yet.").wait_for()
+    assert "theme-dark" in page.locator("body").get_attribute("class")
+    _nothing_is_cut_off(page)
+    _look(page, "voila_4_dark")
+
+
+def _nothing_is_cut_off(page):
+    """Every control ends inside the window, and no button is too narrow for its words."""
+    page.wait_for_timeout(500)
+    wide = "[...document.querySelectorAll('.prism *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+    assert page.evaluate(f"{wide}.map(e => e.className)") == []
+    narrow = "[...document.querySelectorAll('.prism button')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert page.evaluate(f"{narrow}.map(e => e.innerText)") == []
 
 
 def test_a_person_removes_the_devices_and_saves(lab, page):

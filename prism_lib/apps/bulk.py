@@ -22,6 +22,7 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
+from pydicom.misc import is_dicom
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,6 +30,7 @@ from prism_lib import paths
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_info, read_images
+from prism_lib.data.full_size import put_back_file
 from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
@@ -94,6 +96,8 @@ def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
     channels, height, width = _images(config, tasks[:1]).shape[1:]
     if config.bits == 16 and channels != 1:
         raise ValueError(f"16-bit PNG holds gray images, and those of {config.data} have {channels} channels")
+    if config.full_size and channels != 1:
+        raise ValueError(f"full_size is for gray images, and those of {config.data} have {channels} channels")
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -118,6 +122,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
     common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": digest}
     common["inversion"] = asdict(recommended_inversion(pipe))
+    common |= {"full_size": True} if config.full_size else {}
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:
@@ -154,7 +159,7 @@ def _start(state: PartialState, out: Path, planned: Sequence[list[Task]]) -> tup
     """The number of this run and the batches of which anything is missing; each is done whole, to stay equal."""
     sent: list[Any] = [None]
     if state.is_main_process:
-        for leftover in (out / "images").rglob(".partial-*"):
+        for leftover in out.rglob(".partial-*"):
             leftover.unlink()
         run = 1 + max((int(part.name.split("-")[0]) for part in (out / "parts").glob("*.jsonl")), default=0)
         done = _merge(out)
@@ -204,11 +209,22 @@ def _work(
             for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
                 result, outcome = chooser.choose(task, candidates)
                 content = b"" if result is None else png(levels(result.image, config.bits), compress_level=6)
-                if content:
+                if result is not None:
                     write_bytes(part.parents[1] / task.output, content)
+                    outcome |= _put_back(part.parents[1], task, result)
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_row(task, outcome, content)) + "\n")
             progress.update(len(batch))
+
+
+def _put_back(out: Path, task: Task, result: Counterfactual) -> dict[str, str]:
+    """Write the film with the edit, a DICOM for a DICOM, and return its column; none where no film was asked for."""
+    if not task.film:
+        return {}
+    source, name = Path(task.film), PurePosixPath("full_size") / PurePosixPath(task.output).relative_to("images")
+    name = name.with_suffix(".dcm" if is_dicom(source) else ".png")
+    put_back_file(source, out / name, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
+    return {"full_size": str(name)}
 
 
 def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:

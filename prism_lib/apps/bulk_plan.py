@@ -10,12 +10,14 @@ from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import pandas as pd
 import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from prism_lib.apps.profiles import coerce, one_line
 from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.tables import found, images_below
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import selection
@@ -96,6 +98,7 @@ class BulkConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     bits: Literal[8, 16] = 8
+    full_size: bool = False  # also put every edit back into the film that its image was made of (`data.full_size`)
     threads: Annotated[int, Field(ge=0)] = 1  # CPU threads of each process, 0 for torch's choice
 
     def __post_init__(self) -> None:
@@ -131,6 +134,7 @@ class Task:
     pair: PromptPair
     settings: Settings
     about: Mapping[str, Any]  # patient, split and labels of the counterfactual, for the manifest
+    film: str = field(default="", kw_only=True)  # the file that the image was made of, where it is put back
     row: int  # of the file of edits, from 1
     output: str = ""  # the path below `out`, "" until the model is known
 
@@ -165,10 +169,31 @@ def plan(config: BulkConfig) -> list[Task]:
     idle = [name for name in _CHOICE if getattr(config, name)]
     if idle and not any(task.settings.choice for task in tasks.values()):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
-    for name in dict.fromkeys(task.file_name for task in tasks.values()):
+    names = dict.fromkeys(task.file_name for task in tasks.values())
+    for name in names:
         if not (Path(config.data) / name).is_file():
             raise FileNotFoundError(f"{config.data} lacks {name}, which its metadata.csv lists")
-    return list(tasks.values())
+    if not config.full_size:
+        return list(tasks.values())
+    films = _films(config.data, info, table[table["file_name"].isin(names)])
+    return [replace(task, film=films[task.file_name]) for task in tasks.values()]
+
+
+def _films(folder: str, info: Mapping[str, Any], table: pd.DataFrame) -> dict[str, str]:
+    """The file that each image of a prepared folder shows, whole and unchanged."""
+    made = info["config"]
+    if "source_file" not in table or made["fit"] != "letterbox":
+        raise ValueError(f"full_size puts edits back into whole films, and {folder} was not made of such files")
+    altered = table.get("rendered", pd.Series(False, table.index)) | table.get("copy", pd.Series(0, table.index)).ne(0)
+    if altered.any():
+        name = table.loc[altered, "file_name"].iloc[0]
+        raise ValueError(f"full_size puts edits back into films, and {name} is one with rendered devices or was moved")
+    root, files = Path(made["data_root"]), table["source_file"]
+    files = files.str.partition("/")[2] if info["source"] == "chexpert" else files  # without the archive's name
+    table, missing = found(table, files, root, images_below(root) if info["source"] in ("nih", "films") else None)
+    if missing:
+        raise FileNotFoundError(f"full_size: {missing[0].file} {missing[0].reason}")
+    return dict(zip(table["file_name"], table["path"], strict=True))
 
 
 def batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:

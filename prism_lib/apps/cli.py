@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
     more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
     generate.add_argument("-p", **pair, help=more)
+    explorer = verbs.add_parser("explore", help="edit images by clicks, in a browser")
+    models = "a shipped model, a pipeline folder or a hub id (default: the shipped one that an image resembles)"
+    explorer.add_argument("--model", default="", help=models)
+    explorer.add_argument("--judge", default="phantom-judge", help="a classifier that reads every image, '' for none")
+    explorer.add_argument("--data", default="", metavar="FOLDER", help="a prepared folder or a folder of images")
+    explorer.add_argument("--ip", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    explorer.add_argument("--port", type=int, default=0, help="default: one that is free")
+    explorer.add_argument("--no-browser", action="store_true", help="give the address and open nothing")
     verbs.add_parser("profiles", help="list the profiles")
     figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
     figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
@@ -138,6 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from prism_lib.apps import doctor  # it imports torch
 
             return doctor.report(print)
+        if options.verb == "explore":
+            from prism_lib.apps import browser  # it imports Voila
+
+            browser.serve(options, partial(print, flush=True))
+            return 0
         return _generate(options) if options.verb == "generate" else _run(options, words)
     except (UsageError, OSError) as error:
         print(f"prism: {error}", file=sys.stderr)

@@ -18,16 +18,20 @@ from IPython.core.pylabtools import print_figure
 
 from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
-from prism_lib.apps.session import Case, Fault, Outcome, Session, sentence
-from prism_lib.paths import SHIPPED
+from prism_lib.apps.recipe import Case, Outcome
+from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
 
+FULL_SIZE = (
+    "Where the change has edges, detail finer than the model's image is replaced by synthetic grain. Such grain is not "
+    "information: fine vessels there are lost."
+)
 STYLE = """<style>
 .prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
 .prism .widget-label, .prism .widget-html-content, .prism .widget-readout { color: inherit; }
 .prism-panel { border: 1px solid var(--jp-border-color2, #8888); border-radius: 6px; margin: 0 0 8px;
   padding: 8px 10px; }
-.prism-panel h4 { margin: 0 0 4px; font-size: 14px; }
+.prism .widget-html-content h4 { margin: 0 0 4px; font-size: 14px; }
 .prism-error { color: var(--jp-error-color1, #d32f2f); line-height: 1.35; }
 .prism-note { line-height: 1.35; opacity: .85; }
 .prism-warning { border-left: 4px solid var(--jp-warn-color1, #f57c00); padding: 4px 8px; line-height: 1.35; }
@@ -40,34 +44,36 @@ STYLE = """<style>
 
 
 def explore(
-    model: str = SHIPPED,
+    model: str = "",
     judge: str = "phantom-judge",
     vocabulary: str = "phantom",
     mode: str = "L",
     *,
+    data: str = "",
     seed: int = 4001,
     patient: int = 1,
-    steps: int = 20,
+    steps: int = 0,
 ) -> Explorer:
-    """The explorer for a model: the shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
+    """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
-    `judge` is a classifier below PRISM_WEIGHTS that reads every image, "" for none; `vocabulary` has the labels that
-    are offered; `mode` is "L" (gray) or "RGB". It begins with a phantom (`seed`, `patient`) and `steps` DDIM steps.
+    "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that
+    reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
+    begins with the folder `data`, prepared or of images, else a phantom (`seed`, `patient`); `steps` 0 is the model's.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps, data)
 
 
 class Explorer(widgets.VBox):
     """The panels of one `Session`, connected."""
 
-    def __init__(self, session: Session, seed: int, patient: int, steps: int) -> None:
+    def __init__(self, session: Session, seed: int, patient: int, steps: int, data: str = "") -> None:
         self.session = session
         self.outcome: Outcome | None = None
         self._started = 0.0
         self.result = ResultPanel(self._show)
         self.edit = EditPanel(session)
         self.settings = SettingsPanel(session, steps)
-        self.source = SourcePanel(session, self._opened, seed, patient)
+        self.source = SourcePanel(session, self._opened, seed, patient, data)
         self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
         about, stop = "stop after the step it is in", lambda _: session.cancel()
         self.cancel = _button("Cancel", "stop", about, stop, disabled=True)
@@ -80,21 +86,22 @@ class Explorer(widgets.VBox):
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
-        left = {"width": "380px", "min_width": "330px", "margin": "0 12px 0 0"}
+        left = {"flex": "0 1 380px", "min_width": "330px", "margin": "0 12px 0 0"}
         controls = [self.source, self.edit, buttons, self.progress, self.status, self.settings]
-        right = {"flex": "1 1 640px", "min_width": "330px"}
+        right = {"flex": "1 1 350px", "min_width": "330px"}
         shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
-        about = f"model {session.model}, {records.device()}; for research, not for clinical use"
+        about = f"{records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
         body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
         self._enable()
-        self.source.guarded(self.source.open_phantom)()
+        self.source.guarded(self.source.show_form)()
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
+        self.settings.show_model()
         self._show_case(case)
 
     def _show_case(self, case: Case) -> None:
@@ -165,8 +172,12 @@ class Explorer(widgets.VBox):
 
     def _save(self, _: Any) -> None:
         if self.outcome is not None:  # without one the button is disabled
-            saved = html.escape(str(self.session.save(self.outcome)))
-            self.files.value = f'<span class="prism-note">Saved in <code>{saved}</code></span>'
+            folder = self.session.save(self.outcome)
+            lines = [f"Saved in <code>{html.escape(str(folder))}</code>."]
+            for film in folder.glob("full_size.*"):
+                lines += [f"<code>{film.name}</code> is the film at its own size. {FULL_SIZE}"]
+                lines += ["It has the source's header, the patient's name included."] if film.suffix == ".dcm" else []
+            self.files.value = f'<span class="prism-note">{" ".join(lines)}</span>'
 
     def _code(self, _: Any) -> None:
         if self.outcome is not None:

@@ -12,8 +12,8 @@ import ipywidgets as widgets
 import numpy as np
 
 from prism_lib import paths
-from prism_lib.apps.session import Case, Outcome, Session, sentence
-from prism_lib.data.folder import load_table
+from prism_lib.apps.recipe import Case, Outcome
+from prism_lib.apps.session import Session, list_images, sentence
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended
@@ -79,36 +79,55 @@ class Panel(widgets.VBox):
 class SourcePanel(Panel):
     """Choose a phantom patient, an image of a prepared folder, or a file."""
 
-    def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int) -> None:
+    def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int, data: str) -> None:
         self._session, self._opened = session, opened
         kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
-        about = ["a patient of the causal model", "a folder made by 01_data", "PNG, JPEG, TIFF or DICOM"]
-        self.kind = widgets.ToggleButtons(options=kinds, tooltips=about, style=style)
+        tips = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
+        first = "folder" if data else "phantom"
+        self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=tips, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
         self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
         late = {"continuous_update": False}
-        self.folder = _control(text, "folder", "absolute, or below PRISM_DATA", value="prepared/phantom", **late)
-        self.row = _control(widgets.Dropdown, "image", "the images of its test split", options=[])
-        self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip="up to 10 MB")
+        about = "absolute, or below PRISM_DATA"
+        self.folder = _control(text, "folder", about, value=data or "prepared/phantom", **late)
+        about = "the images in it, of a prepared folder those of the test split"
+        self.row = _control(widgets.Dropdown, "image", about, options=[])
+        about = "up to 64 MB; in JupyterLab up to 10 MB"
+        self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip=about)
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
-        self._form = widgets.VBox([self.patient, self.seed])
-        super().__init__("Image", [self.kind, self._form])
-        self.on_change(self._show_form, self.kind)
-        self.on_change(self.open_phantom, self.patient, self.seed)
+        self._form = widgets.VBox()
+        about, models = "which model edits: that whose training images the image resembles, or one", session.references
+        options = [*([("by image", "")] if len(models) > 1 else []), *((name, name) for name in models)]
+        self.model = _control(widgets.Dropdown, "model", about, options=options, value=session.chosen)
+        self.resembles = Line()
+        super().__init__("Image", [self.kind, self._form, self.model, self.resembles])
+        self.on_change(self.show_form, self.kind)
+        self.on_change(self._open_phantom, self.patient, self.seed)
         self.on_change(self._list_folder, self.folder)
         self.on_change(self._open_row, self.row)
         self.on_change(self._open_upload, self.upload)
         self.on_change(self._open_path, self.path)
+        self.on_change(self._choose, self.model)
 
-    def open_phantom(self, change: Any = None) -> None:
-        self._opened(self._session.open_phantom(self.seed.value, self.patient.value))
+    def _show(self, case: Case | None) -> None:
+        if case is not None:
+            far = ", ".join(f"{model} {distance:.1f}" for model, distance in case.distances.items())
+            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}."
+            self.resembles.say(said if far else "", "note")
+            self._opened(case)
 
-    def _show_form(self, change: Any) -> None:
+    def _open_phantom(self, change: Any = None) -> None:
+        self._show(self._session.open_phantom(self.seed.value, self.patient.value))
+
+    def _choose(self, change: Any) -> None:
+        self._show(self._session.choose(self.model.value))
+
+    def show_form(self, change: Any = None) -> None:
         forms = {"phantom": [self.patient, self.seed], "folder": [self.folder, self.row]}
         self._form.children = forms.get(self.kind.value, [self.upload, self.path])
         if self.kind.value == "phantom":
-            self.open_phantom()
+            self._open_phantom()
         elif self.kind.value == "folder" and not self.row.options:
             self._list_folder()
 
@@ -117,19 +136,20 @@ class SourcePanel(Panel):
 
     def _list_folder(self, change: Any = None) -> None:
         self.row.options = []
-        self.row.options = load_table(self._folder(), "test")["file_name"].head(MAX_CHOICES).tolist()
+        self.row.options = list_images(self._folder())[:MAX_CHOICES]
+        self.row.index = 0 if self.row.options else None  # opens it
 
     def _open_row(self, change: Any) -> None:
         if self.row.value:
-            self._opened(self._session.open_row(self._folder(), self.row.value))
+            self._show(self._session.open_row(self._folder(), self.row.value))
 
     def _open_upload(self, change: Any) -> None:
         for file in self.upload.value:  # one or none
-            self._opened(self._session.open_upload(file["name"], bytes(file["content"])))
+            self._show(self._session.open_upload(file["name"], bytes(file["content"])))
 
     def _open_path(self, change: Any) -> None:
         if self.path.value.strip():
-            self._opened(self._session.open_file(self.path.value.strip()))
+            self._show(self._session.open_file(Path(self.path.value.strip())))
 
 
 class EditPanel(Panel):
@@ -141,11 +161,14 @@ class EditPanel(Panel):
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
         hint, about = "remove the pacemaker, keep the effusion", "a sentence, or 'source prompt -> target prompt'"
         self.text = widgets.Text(placeholder=hint, tooltip=about, layout={"width": "98%"})
-        super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
+        self.measured = Line()
+        controls = [self._rows, widgets.Label("or in words"), self.text, self.measured]
+        super().__init__("What should be different?", controls)
 
     def show(self, case: Case) -> None:
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
+        self.measured.say(self._session.unmeasured(None, self._session.model), "note")
         for label, phrase in self._session.vocab.phrases.items():
             known, state = label_state(label, case.labels.get(label)), _state(case, label)
             for verb in ["remove", "add"] if known is None else ["remove" if known else "add"]:
@@ -170,24 +193,22 @@ class SettingsPanel(Panel):
     """How to edit; each control says in its tooltip what it does."""
 
     def __init__(self, session: Session, steps: int) -> None:
-        self._session, self._file = session, ""
-        self._usual = vars(recommended(session.pipe, NO_EDIT))
-        self.sliders = {}
+        self._session, self._file, self._model = session, "", ""
         slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
-        for field, (name, high, step, tooltip) in SLIDERS.items():
-            value = self._usual[field]
-            self.sliders[field] = _control(slider, name, tooltip, value=value, max=max(high, value), step=step)
+        self.sliders = {
+            field: _control(slider, name, tooltip, max=high, step=step)
+            for field, (name, high, step, tooltip) in SLIDERS.items()
+        }
         about = "inversion: what explains the image"
         self.method = _control(choice, "method", about, options=list(METHODS), value=RECOMMENDED)
         about = "DDIM steps: 20 is quick, 50 what the figures use"
-        self.steps = _control(widgets.IntSlider, "steps", about, value=steps, min=2, max=100)
+        self.steps = _control(widgets.IntSlider, "steps", about, min=2, max=100)
         about = "run the edit at several values of a setting and choose by eye"
         self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
         about = "where the edit may show; all other pixels stay the input's own, bit for bit"
         self.mask = _control(choice, "mask", about, options=["automatic", "off", "rectangle", "file"])
-        half = {"value": (session.size // 4, 3 * session.size // 4), "max": session.size}
-        self.rows = _control(pixels, "rows", "top and bottom of the rectangle, in pixels", **half)
-        self.columns = _control(pixels, "columns", "left and right of the rectangle, in pixels", **half)
+        self.rows = _control(pixels, "rows", "top and bottom of the rectangle, in pixels")
+        self.columns = _control(pixels, "columns", "left and right of the rectangle, in pixels")
         about = "an image, white where the edit may show"
         self.mask_file = widgets.FileUpload(accept=ACCEPT, description="upload mask", tooltip=about)
         self._mask_form = widgets.VBox()
@@ -195,6 +216,23 @@ class SettingsPanel(Panel):
         super().__init__("How", [*self.sliders.values(), *controls])
         self.on_change(self._show_mask_form, self.mask)
         self.on_change(self._read_mask, self.mask_file)
+        self._steps = steps
+        self.show_model()
+
+    def show_model(self) -> None:
+        """What the model recommends, and its size, if it is another than before."""
+        session = self._session
+        if session.model == self._model:
+            return
+        self._file, self._model = "", session.model
+        self._usual = vars(recommended(session.pipe, NO_EDIT))
+        for field, slider in self.sliders.items():
+            slider.max = max(SLIDERS[field][1], self._usual[field])
+            slider.value = self._usual[field]
+        self.steps.value = self._steps or session.steps
+        for control in (self.rows, self.columns):
+            control.max = session.size
+            control.value = session.size // 4, 3 * session.size // 4
 
     def _show_mask_form(self, change: Any) -> None:
         forms = {"rectangle": [self.rows, self.columns], "file": [self.mask_file]}
@@ -242,16 +280,16 @@ class ResultPanel(Panel):
         self._before = self._after = np.zeros((1, 1, 3), np.uint8)
         self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
         self.compare, self.difference, self.mask = (
-            widgets.Image(format="png", layout={"width": side, "height": side}) for side in (LARGE, SMALL, SMALL)
+            widgets.Image(format="png", layout={"width": side, "max_width": "100%"}) for side in (LARGE, SMALL, SMALL)
         )
-        about, wide = "slide from the original to the counterfactual", {"flex": "1 1 auto"}
+        about, wide = "from the original to the counterfactual; keys Home and End swap them", {"flex": "1 1 auto"}
         self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
         self.share.add_class("prism-slider")
         modes, narrow = ["draw a curtain", "cross-fade"], {"button_width": "80px"}
         self.mode = widgets.ToggleButtons(options=list(MODES), tooltips=modes, style=narrow)
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
         ends = [_caption("original"), self.share, _caption("counterfactual")]
-        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE}), self.mode]
+        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE, "max_width": "100%"}), self.mode]
         small = [_caption("difference: red is brighter, blue darker", SMALL), self.difference]
         small += [_caption("where the edit may show", SMALL), self.mask]
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]

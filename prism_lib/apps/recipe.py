@@ -1,31 +1,43 @@
-"""A recipe: all that decides one counterfactual; two runs of it on one machine give the same image bit for bit."""
+"""A recipe, all that decides one counterfactual, and its outcome with the files that are kept of it.
+
+Two runs of a recipe on one machine give the same image bit for bit.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, replace
+from dataclasses import dataclass as plain_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from pydantic.dataclasses import dataclass
+from pydicom.misc import is_dicom
 from torch import Tensor
 
-from prism_lib import paths
+from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
+from prism_lib.data.full_size import put_back_file
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
 from prism_lib.files import image_hash, write_bytes, write_text
-from prism_lib.language.edits import PromptPair
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.labels import Labels, label_state
 from prism_lib.models.pipeline import image_factor, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import levels, png
+from prism_lib.reporting.plots import difference, levels, png
 
 UPLOADS = "file:explorer/uploads/"  # below PRISM_RUNS
 SWEEPS: Mapping[str, tuple[float, ...]] = {
@@ -105,6 +117,85 @@ class Recipe:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no recipe: {one_line(error)}") from None
+
+
+@plain_dataclass(frozen=True)
+class Case:
+    """An image (1, C, H, W) to edit, what is known of it, and a warning where it is unlike the training images."""
+
+    name: str  # in a `Recipe`
+    title: str
+    image: Tensor
+    labels: Labels  # 1, 0 or missing
+    readings: Mapping[str, float]  # the judge's probabilities
+    distances: Mapping[str, float]  # to the training images of each model that can be compared
+    notice: str
+    content: bytes  # of the file that was opened, if any
+
+    def state(self, label: str) -> bool | None:
+        """Whether a label is present: as it is known, else as the judge reads it, else None."""
+        known = label_state(label, self.labels.get(label))
+        return self.readings[label] >= 0.5 if known is None and label in self.readings else known
+
+
+@plain_dataclass(frozen=True)
+class Outcome:
+    """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
+
+    case: Case
+    recipe: Recipe
+    edit: Edit
+    result: Counterfactual
+    scores: Mapping[str, float]
+    notice: str
+    preview: bool = False
+
+    @property
+    def used(self) -> EditConfig:
+        assert isinstance(self.result.settings, EditConfig)
+        return self.result.settings
+
+    def save(self) -> Path:
+        """Write image, original, mask, difference, record and `put_back`'s film below PRISM_RUNS; returns the place."""
+        result, recipe = self.result, self.recipe
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{self.edit.key}").strip("-")[:80]
+        folder = paths.runs() / "explorer" / f"{words}-{digest}"
+        for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
+            write_bytes(folder / f"{name}.png", png(levels(image)))
+        write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
+        about = {
+            "scores": {name: float(f"{value:.6g}") for name, value in self.scores.items()},
+            "settings": asdict(self.used),
+            "notice": self.notice,
+            "image_sha256": image_hash(result.image),
+            "full_size": self.put_back(folder),
+            "commit": records.commit(),
+            "versions": records.versions(),
+            "device": records.device(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
+        return folder
+
+    def put_back(self, folder: Path) -> str:
+        """The name of the opened film with the edit, written into `folder`; "" if the image has all that the film has.
+
+        A DICOM gives a derived DICOM, any other film a PNG (`data.full_size`).
+        """
+        result, content = self.result, self.case.content
+        if not content or len(result.image) > 1:
+            return ""
+        with tempfile.TemporaryDirectory() as place:
+            film = Path(place) / "film"
+            film.write_bytes(content)
+            if not (whole := is_dicom(film)):
+                with Image.open(film) as file:
+                    if max(file.size) <= result.image.shape[-1]:
+                        return ""
+            target = folder / f"full_size{'.dcm' if whole else '.png'}"
+            put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
+        return target.name
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:

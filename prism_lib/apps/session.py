@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib import paths, records
+from prism_lib import paths
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import Recipe, image_size, keep_upload, load_image, phantom_patient, upload_name
+from prism_lib.apps.recipe import (
+    Case,
+    Outcome,
+    Recipe,
+    image_size,
+    keep_upload,
+    load_image,
+    phantom_patient,
+    upload_name,
+)
 from prism_lib.data.folder import load_info, load_table
-from prism_lib.data.uploads import read_upload
+from prism_lib.data.uploads import ACCEPT, check_length, read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
-from prism_lib.editing.settings import EditConfig, recommended
+from prism_lib.editing.methods import edit_steps, method_of
+from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
-from prism_lib.files import image_hash, write_bytes
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Labels, Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
@@ -36,11 +44,15 @@ from prism_lib.models.pipeline import check_images, encode_prompts, image_factor
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
-from prism_lib.reporting.plots import difference, levels, png
 
 logger = logging.getLogger(__name__)
 
+INFO, SUFFIXES = "dataset.json", ACCEPT.split(",")
 PREVIEW_STEPS = 5
+FILMS = "film-sd"  # below `paths.weights`
+OFFERED = (SHIPPED, FILMS)
+MEASURED = {FILMS: "remove_support_devices"}  # the one edit that a model was measured for
+OTHER_IMAGES = (FILMS, "phantom-judge")  # a model and a judge that was not trained on such images
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
 
@@ -54,41 +66,6 @@ class Fault(ValueError):
     def __init__(self, control: str, sentence: str) -> None:
         super().__init__(sentence)
         self.control = control
-
-
-@dataclass(frozen=True)
-class Case:
-    """An image (1, C, H, W) to edit, what is known of it, and a warning where it is unlike the training images."""
-
-    name: str  # in a `Recipe`
-    title: str
-    image: Tensor
-    labels: Labels  # 1, 0 or missing
-    readings: Mapping[str, float]  # the judge's probabilities
-    notice: str
-
-    def state(self, label: str) -> bool | None:
-        """Whether a label is present: as it is known, else as the judge reads it, else None."""
-        known = label_state(label, self.labels.get(label))
-        return self.readings[label] >= 0.5 if known is None and label in self.readings else known
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
-
-    case: Case
-    recipe: Recipe
-    edit: Edit
-    result: Counterfactual
-    scores: Mapping[str, float]
-    notice: str
-    preview: bool = False
-
-    @property
-    def used(self) -> EditConfig:
-        assert isinstance(self.result.settings, EditConfig)
-        return self.result.settings
 
 
 Progress = Callable[[float], None]
@@ -105,47 +82,81 @@ class Session:
         model: str = SHIPPED,
         judge: Classifier | None = None,
         vocab: Vocabulary = PHANTOM,
-        reference: novelty.Reference | None = None,
+        references: Mapping[str, novelty.Reference | None] | None = None,
         mode: str = "L",
+        judge_name: str = "",
     ) -> None:
-        self.pipe, self.model, self.judge, self.reference, self.mode = pipe, model, judge, reference, mode
-        self.vocab, self.size = vocab, image_size(pipe)
+        """`references` has every model that is offered."""
+        self.pipe, self.model, self.judge, self.judge_name, self.mode = pipe, model, judge, judge_name, mode
+        self.vocab, self.references, self.pipes = vocab, references or {model: None}, {model: pipe}
+        self.chosen = model  # by the person; "" for the one that the image resembles
         self.case: Case | None = None
+        self._opened: tuple[Any, ...] = ()  # the arguments of `_open` for the image at hand
         self.history: list[list[Outcome]] = []
         self.running = False
         self._masks: dict[str, Tensor] = {}  # that were uploaded
-        self._inversions: dict[tuple[str, str, str, int], Inversion] = {}
+        self._inversions: dict[tuple[str, str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread()
 
     @classmethod
-    def load(cls, model: str = SHIPPED, judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
-        """A session with a named model, with the judge of that name (none if empty), on gray ("L") or "RGB" images."""
-        pipe = load_pipeline(model)
-        return cls(pipe, model, load_judge(judge), vocabulary(vocab), novelty.load(model), mode)
+    def load(cls, model: str = "", judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
+        """A session with a model ("" for the shipped one that an image resembles) and a judge ("" for none).
+
+        `mode` says whether images are gray ("L") or "RGB".
+        """
+        first = model or SHIPPED
+        shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
+        offered = dict.fromkeys([first, *(shipped if (vocab, mode) == ("phantom", "L") else [])])
+        references = {name: novelty.load(name) for name in offered}
+        made = cls(load_pipeline(first), first, load_judge(judge), vocabulary(vocab), references, mode, judge)
+        made.chosen = model if len(references) > 1 else first
+        return made
+
+    @property
+    def size(self) -> int:
+        """The side of the model's images, in pixels."""
+        return image_size(self.pipe)
+
+    @property
+    def steps(self) -> int:
+        """Steps for a quick result: more where the model's edits leave most of them out."""
+        return 50 if recommended_inversion(self.pipe).skip else 20
+
+    def choose(self, model: str) -> Case | None:
+        """Edit with an offered model, "" for the one that an image resembles; the image at hand is opened again."""
+        self.chosen = model
+        return self._open(*self._opened) if self._opened else None
 
     def open_phantom(self, seed: int, index: int) -> Case:
         name = f"phantom:{seed}/{index}"
         labels = phantom_patient(name).labels().to_dict("records")[0]
         known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
-        return self._open(name, f"phantom patient {index} of population {seed}", known)
+        title = f"phantom patient {index} of population {seed}"
+        return self._open(name, title, known, lambda size: load_image(name, size, self.mode))
 
     def open_row(self, folder: Path, file_name: str) -> Case:
-        """An image of a prepared folder, with the labels of its table."""
+        """An image of a folder; of a prepared one, with the labels of its table."""
+        if not (folder / INFO).is_file():
+            return self.open_file(folder / file_name)
         table, labels = load_table(folder), load_info(folder)["labels"]
         rows = table.loc[table["file_name"] == file_name, labels].to_dict("records")
         if not rows:
             raise Fault("image", f"{folder} has no image {file_name}.")
         known = {str(label): float(value) for label, value in rows[0].items() if value in (0, 1)}
-        return self._open(f"file:{Path(folder).resolve() / file_name}", file_name, known)
+        return self.open_file(Path(folder) / file_name, known)
 
-    def open_file(self, path: str) -> Case:
-        return self._open(f"file:{Path(path).expanduser().resolve()}", Path(path).name, {})
+    def open_file(self, path: Path, labels: Labels = MappingProxyType({})) -> Case:
+        """A file of this machine, read once."""
+        path = path.expanduser().resolve()
+        if not path.is_file():
+            raise Fault("image", f"There is no file {path}.")
+        check_length(path.name, path.stat().st_size)
+        return self.open_upload(path.name, path.read_bytes(), labels, f"file:{path}")
 
-    def open_upload(self, name: str, content: bytes) -> Case:
+    def open_upload(self, name: str, content: bytes, labels: Labels = MappingProxyType({}), path: str = "") -> Case:
         """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
-        image = read_upload(name, content, self.size, self.mode)
-        return self._open(upload_name(image), name, {}, image)
+        return self._open(path, name, labels, cache(lambda size: read_upload(name, content, size, self.mode)), content)
 
     def upload_mask(self, name: str, content: bytes) -> str:
         """A mask from a file, white where the edit may show; returns its name in a recipe."""
@@ -153,29 +164,43 @@ class Session:
         self._masks[upload_name(image)] = image
         return upload_name(image)
 
-    def _open(self, name: str, title: str, labels: Labels, image: Tensor | None = None) -> Case:
-        image = load_image(name, self.size, self.mode) if image is None else image
-        check_images(image, image_factor(self.pipe.vae))
-        self.case = Case(name, title, image, labels, self._readings(image), self._unlike(image))
+    def _open(self, name: str, title: str, labels: Labels, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
+        """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
+        distances = {}
+        for offered, known in self.references.items():
+            if known is not None and known.shape[0] == (3 if self.mode == "RGB" else 1):
+                with suppress(ValueError):  # smaller than the model's images
+                    distances[offered] = known.scores(read(known.shape[-1])).item()
+        model = self.chosen or min(distances, key=lambda offered: distances[offered], default=self.model)
+        pipe = self.pipes.get(model) or load_pipeline(model)
+        image = read(image_size(pipe))
+        check_images(image, image_factor(pipe.vae))
+        self.model, self.pipe, self.pipes[model] = model, pipe, pipe
+        self._opened = name, title, labels, read, content
+        notice = self._unlike(distances)
+        readings = self._readings(image, model)
+        self.case = Case(name or upload_name(image), title, image, labels, readings, distances, notice, content)
         return self.case
 
-    def _unlike(self, image: Tensor) -> str:
+    def _unlike(self, distances: Mapping[str, float]) -> str:
         """That an image is unlike those the model was trained on and what to do about it, or nothing."""
-        if (known := self.reference) is None or known.shape != tuple(image.shape[1:]):
+        score, known = distances.get(self.model), self.references[self.model]
+        if score is None or known is None or not known.is_new(score):
             return ""
-        score = known.scores(image).item()
-        if not known.is_new(score):
-            return ""
+        closest = min(distances, key=lambda model: distances[model])
+        other = f"It resembles those of {closest} more: choose that model. " if closest != self.model else ""
         return (
             f"This image is unlike those that {self.model} was trained on (distance {score:.1f}, {known.share:.0%} of "
-            "its own kind stay below 1): do not read anything into the counterfactual. Is it whole, "
+            f"its own kind stay below 1): do not read anything into the counterfactual. {other}Is it whole, "
             "sharp, upright and not inverted? For images of another kind load a "
             'model trained on them, for example one from 02_finetuning: explore("my-run/pipeline").'
         )
 
-    def _readings(self, image: Tensor) -> dict[str, float]:
+    def _readings(self, image: Tensor, model: str) -> dict[str, float]:
         judge = self.judge
-        return {} if judge is None else dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
+        if judge is None or (model, self.judge_name) == OTHER_IMAGES:
+            return {}
+        return dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 
     def edit(self, remove: Sequence[str] = (), add: Sequence[str] = (), text: str = "") -> Edit:
         """The edit of toggled labels, or of words: a sentence, or "source prompt -> target prompt"."""
@@ -256,11 +281,13 @@ class Session:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case
         assert case is not None, "a recipe has been made, so there is an image"
-        first = recipes[0]
-        if preview is not None and first.steps >= 2 * PREVIEW_STEPS:
+        first, drawn = recipes[0], recommended_inversion(self.pipes[recipes[0].model])
+        taken = edit_steps(first.method, drawn, first.steps)
+        if preview is not None and taken >= 2 * PREVIEW_STEPS:
             quick = self._outcome(case, replace(first, steps=PREVIEW_STEPS), edit, self._callback(lambda _: None, 1))
             preview(replace(quick, preview=True))
-        callback = self._callback(progress, sum(recipe.steps for recipe in recipes) + first.steps)
+        walks = 0 if _explained(first) in self._inversions else method_of(first.method).walks
+        callback = self._callback(progress, walks * first.steps + len(recipes) * taken)
         made = [self._outcome(case, recipe, edit, callback) for recipe in recipes]
         self.history.append(made)
         return made
@@ -278,31 +305,39 @@ class Session:
         return after_step
 
     def _outcome(self, case: Case, recipe: Recipe, edit: Edit, callback: Callback) -> Outcome:
-        key = recipe.image, recipe.source, recipe.method, recipe.steps
+        key, pipe = _explained(recipe), self.pipes[recipe.model]
         if key not in self._inversions:
-            inversion = recipe.invert(self.pipe, case.image, callback)
-            self._inversions = {old: kept for old, kept in self._inversions.items() if old[0] == case.name}
+            inversion = recipe.invert(pipe, case.image, callback)
+            self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
         uploaded = self._masks.get(str(recipe.mask))
         mask = None if uploaded is None else (uploaded > 0.5).float()
-        result = recipe.run(self.pipe, inversion=self._inversions[key], mask=mask, callback=callback)
-        notice = " ".join(filter(None, (case.notice, edit.note, self._unheard(edit))))
-        return Outcome(case, recipe, edit, result, self._scores(case, edit, result), notice)
+        result = recipe.run(pipe, inversion=self._inversions[key], mask=mask, callback=callback)
+        notices = case.notice, edit.note, self.unmeasured(edit, recipe.model), self._unheard(edit, recipe.model)
+        scores = self._scores(case, edit, result, recipe)
+        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)))
 
-    def _unheard(self, edit: Edit) -> str:
+    def unmeasured(self, edit: Edit | None, model: str) -> str:
+        """What the model was measured for, if that is one edit and not this one."""
+        if (known := MEASURED.get(model)) is None or (edit is not None and edit.key == known):
+            return ""
+        outside = "other edits are outside what it was trained and measured for."
+        return f"{model} was measured for one edit, {known.replace('_', ' ')}; {outside}"
+
+    def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""
         for name in (*edit.remove, *edit.add, *edit.keep):
             for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
-                if other != name and told_apart(self.pipe, name, other, self.vocab.subject) < HEARD:
-                    return f"To {self.model}, {name} and {other} read almost the same: the image may show either."
+                if other != name and told_apart(self.pipes[model], name, other, self.vocab.subject) < HEARD:
+                    return f"To {model}, {name} and {other} read almost the same: the image may show either."
         return ""
 
-    def _scores(self, case: Case, edit: Edit, result: Counterfactual) -> dict[str, float]:
+    def _scores(self, case: Case, edit: Edit, result: Counterfactual, recipe: Recipe) -> dict[str, float]:
         image, factual = result.image[None].cpu(), case.image
         scores = dict(result.scores) | {"ssim": metrics.ssim(image, factual).item()}
-        scores |= {f"reads {label}": value for label, value in self._readings(image).items()}
+        scores |= {f"reads {label}": value for label, value in self._readings(image, recipe.model).items()}
         if case.name.startswith("phantom:") and edit.attributes and patients.SETTABLE.issuperset(edit.attributes):
-            truth, changed = patients.counterfactual(phantom_patient(case.name), self.size, **edit.attributes)
+            truth, changed = patients.counterfactual(phantom_patient(case.name), image.shape[-1], **edit.attributes)
             if bool(changed.any()):
                 scores["true_error_ratio"] = metrics.true_error_ratio(image, truth, factual, changed).item()
         return scores
@@ -318,32 +353,29 @@ class Session:
         return outcome.recipe.code()
 
     def save(self, outcome: Outcome) -> Path:
-        """Write image, original, mask, difference and record into a folder below PRISM_RUNS, and return it."""
+        """Write `Outcome.save`'s files, and an upload where the recipe finds it; returns the folder."""
         self._keep_uploads(outcome)
-        result, recipe = outcome.result, outcome.recipe
-        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
-        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{outcome.edit.key}").strip("-")[:80]
-        folder = paths.runs() / "explorer" / f"{words}-{digest}"
-        for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
-            write_bytes(folder / f"{name}.png", png(levels(image)))
-        write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
-        about = {
-            "scores": {name: float(f"{value:.6g}") for name, value in outcome.scores.items()},
-            "settings": asdict(outcome.used),
-            "notice": outcome.notice,
-            "image_sha256": image_hash(result.image),
-            "commit": records.commit(),
-            "versions": records.versions(),
-            "device": records.device(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
-        return folder
+        return outcome.save()
 
     def _keep_uploads(self, outcome: Outcome) -> None:
         keep_upload(outcome.recipe.image, outcome.result.factual)
         if (mask := self._masks.get(str(outcome.recipe.mask))) is not None:
             keep_upload(str(outcome.recipe.mask), mask[0])
+
+
+def list_images(folder: Path) -> list[str]:
+    """The images of a prepared folder's test split, or all in a folder that has no table, below it too."""
+    if (folder / INFO).is_file() or not folder.is_dir():
+        return list(load_table(folder, "test")["file_name"])
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise Fault("image", f"{folder} is not a prepared data set and has no images ({ACCEPT}).")
+    return found
+
+
+def _explained(recipe: Recipe) -> tuple[str, str, str, str, int]:
+    """What an inversion depends on."""
+    return recipe.model, recipe.image, recipe.source, recipe.method, recipe.steps
 
 
 def sentence(error: BaseException) -> str:

@@ -39,13 +39,18 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
         return read_file(path, size, mode, name)
 
 
-def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
-    """As `read_upload`, for a file of this machine; messages say `name`, by default the file's own."""
-    name, length = name or path.name, path.stat().st_size
+def check_length(name: str, length: int) -> None:
+    """UploadError for a file that is empty or too long, in bytes."""
     if length == 0:
         raise UploadError(f"{name} is empty (0 bytes).")
     if length > MAX_BYTES:
         raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+
+
+def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
+    """As `read_upload`, for a file of this machine; messages say `name`, by default the file's own."""
+    name = name or path.name
+    check_length(name, path.stat().st_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         try:

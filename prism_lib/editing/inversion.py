@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, method_of
+from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, edit_steps, method_of
 from prism_lib.editing.settings import recommended_inversion
 from prism_lib.models.pipeline import check_images, encode_images, encode_prompts, image_factor, predict_noise
 from prism_lib.models.schedule import Schedule
@@ -52,8 +52,7 @@ class Inversion:
     @property
     def start(self) -> int:
         """The level at which an edit starts: T, or less for edit-friendly inversion with `skip`."""
-        skip = self.config.skip if self.method == "edit_friendly" else 0.0
-        return max(1, self.schedule.num_steps - int(skip * self.schedule.num_steps))
+        return edit_steps(self.method, self.config, self.schedule.num_steps)
 
 
 @torch.no_grad()

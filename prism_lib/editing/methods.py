@@ -193,3 +193,8 @@ def method_of(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown inversion method {name!r}; known: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def edit_steps(method: str, config: InversionConfig, num_steps: int) -> int:
+    """The steps that an edit takes: all, or fewer for edit-friendly inversion with `skip`."""
+    return max(1, num_steps - int((config.skip if method == "edit_friendly" else 0.0) * num_steps))

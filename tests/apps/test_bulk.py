@@ -24,6 +24,7 @@ from prism_lib.apps import bulk, bulk_plan, cli
 from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, plan
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.devices import threads
 from prism_lib.editing.counterfactuals import edit, sweep
 from prism_lib.editing.inversion import invert
@@ -170,6 +171,39 @@ def test_sixteen_bits_are_finer_and_keep_the_input(config, tmp_path):
         levels |= set((pixels % 257).ravel().tolist())
     assert len(levels) > 10
     assert {row["file_name"] for row in rows[0].values()}.isdisjoint({row["file_name"] for row in rows[1].values()})
+
+
+def test_edits_are_put_back_into_the_films_themselves(tmp_path, model):
+    root = tmp_path / "films"
+    root.mkdir()
+    films = np.random.default_rng(0).integers(0, 255, (6, 60, 80), dtype=np.uint8)
+    for number, film in enumerate(films):
+        Image.fromarray(film).save(root / f"{number}.png")
+    rows = [f"{number}.png,p{number},1" for number in range(len(films))]
+    (root / "metadata.csv").write_text("\n".join(["file_name,patient_id,Support Devices", *rows]))
+    made = {"dataset": "table", "data_root": root, "mode": "L", "size": 32, "vocabulary": "phantom"}
+    folder = prepare(PrepareConfig(output=tmp_path / "prepared", **made))
+    (tmp_path / "edits.csv").write_text("edit\nremove_support_devices\n")
+    given = {"data": str(folder), "edits": str(tmp_path / "edits.csv"), "out": str(tmp_path / "out"), "model": model}
+    config = BulkConfig(**given, num_inference_steps=STEPS, full_size=True, edit={"confine": 0.0})
+    assert bulk.generate(config) == len(films) and bulk.generate(config) == 0
+    for row in csv.DictReader((tmp_path / "out" / "metadata.csv").open()):
+        film = films[int(row["source_file"].rpartition("/")[2].removesuffix(".png"))]
+        new = np.asarray(Image.open(tmp_path / "out" / row["full_size"]))
+        edited, image = (
+            np.asarray(Image.open(tmp_path / "out" / row["file_name"])),
+            read_images(folder, load_table(folder).query("file_name == @row['source_file']")),
+        )
+        same = (edited == plots.levels(image[0])).all()
+        assert new.shape == film.shape and (new == film).all() == same
+    (root / "3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"full_size: 3\.png not found below"):
+        plan(config)
+
+
+def test_what_cannot_be_put_back_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="was not made of such files"):
+        plan(replace(config, full_size=True))
 
 
 @pytest.mark.parametrize("bits", [8, 16])

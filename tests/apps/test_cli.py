@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from prism_lib import paths
-from prism_lib.apps import cli, doctor
+from prism_lib.apps import browser, cli, doctor
 from prism_lib.apps.profiles import UsageError, coerce, load_profile, plan
 
 PARAMETERS = """\
@@ -296,3 +297,28 @@ def test_doctor_compares_versions_with_the_lock(checkout):
     check = doctor._versions()
     assert "rather than 0.0.1" in check.detail
     assert not check.required
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "no/such/model"], "no/such/model is no diffusers pipeline"),
+        (["--data", "nowhere"], "there is no folder nowhere, neither here nor in"),
+        (["--judge", "nobody"], "there is no judge 'nobody' in"),
+        (["--port", "USED"], "cannot be used: Address already in use"),
+    ],
+)
+def test_what_explore_cannot_start_with_is_said(capsys, words, said):
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        assert cli.main(["explore", *(port if word == "USED" else word for word in words)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_browser_the_address_is_enough(monkeypatch):
+    monkeypatch.setattr(browser.webbrowser, "open", lambda _: False)
+    monkeypatch.setattr(browser._Server, "display_url", "http://127.0.0.1:1/?token=a")
+    server, said = browser._Server(), []
+    server.show, server.quiet = said.append, False
+    server._open()
+    assert said == ["There is no browser here: open that address in one."]

@@ -10,6 +10,7 @@ import threading
 from datetime import UTC, datetime
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.editing import settings
+from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import Recommendation
 from prism_lib.evaluation import novelty
 from prism_lib.files import image_hash
@@ -28,6 +30,7 @@ from prism_lib.models.classifier import Classifier, ClassifierConfig, build_clas
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.phantom import patients
 from prism_lib.reporting import plots
+from tests import formats
 from tests.tiny import tiny_images, tiny_pipeline
 
 DEVICES = "Support Devices"
@@ -164,7 +167,7 @@ def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_
     """Bit for bit, for a phantom and for an upload with an uploaded mask."""
     folder = tmp_path / "runs" / "tiny"
     study.pipe.save_pretrained(folder, safe_serialization=True)
-    study.model, study.pipe = "tiny", load_pipeline(folder)
+    study = Session(load_pipeline(folder), "tiny")
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
     made = study.run([recipe], edit)
@@ -278,6 +281,21 @@ def test_a_run_stops_within_a_step_and_the_study_goes_on(study, monkeypatch):
     assert study.run(*([[removal(study)[1]], edit]))[0].result.image.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("method", "skip", "steps"), [("edit_friendly", 0.0, 8), ("edit_friendly", 0.75, 2), ("direct", 0.0, 16)]
+)
+def test_the_progress_is_that_of_the_steps_taken(study, monkeypatch, method, skip, steps):
+    """It ends at 1, also where edits leave steps out, with the inversion's steps the first time only."""
+    advice = Recommendation(inversion=InversionConfig(skip=skip))
+    monkeypatch.setattr(settings, "_recommendation", lambda _: advice)
+    study.open_phantom(0, patient(True))
+    edit, recipe = removal(study, method=method, steps=8)
+    for expected in (steps, min(steps, 8)):
+        seen = []
+        study.run([recipe], edit, progress=seen.append)
+        assert seen == [(step + 1) / expected for step in range(expected)]
+
+
 def test_a_failure_in_the_background_is_a_sentence(study, monkeypatch):
     study.open_phantom(0, patient(True))
     edit, recipe = removal(study)
@@ -335,6 +353,50 @@ def test_what_is_saved_reruns(study, runs):
     assert str(runs) not in (folder / "record.json").read_text()
 
 
+def test_a_film_is_saved_at_its_own_size_too(study):
+    film = np.random.default_rng(2).integers(1, 255, (80, 60), dtype=np.uint8)
+    study.open_upload("film.png", png(film))
+    edit, recipe = removal(study, mask=(0, 0, 16, 32))
+    (outcome,) = study.run([recipe], edit)
+    folder = study.save(outcome)
+    saved = np.asarray(Image.open(folder / "full_size.png"))
+    assert saved.shape == film.shape and (saved[:40] != film[:40]).any()
+    np.testing.assert_array_equal(saved[40:], film[40:])
+    assert json.loads((folder / "record.json").read_text())["full_size"] == "full_size.png"
+
+
+def test_a_dicom_is_saved_as_a_derived_dicom(study, tmp_path):
+    study.open_file(formats.dicom(tmp_path / "film.dcm", np.arange(80 * 60, dtype=np.uint16).reshape(80, 60) % 4000))
+    edit, recipe = removal(study, mask=(0, 0, 16, 32))
+    folder = study.save(study.run([recipe], edit)[0])
+    made = pydicom.dcmread(folder / "full_size.dcm")
+    assert made.pixel_array.shape == (80, 60) and made.ImageType[0] == "DERIVED"
+
+
+def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tmp_path):
+    film = np.random.default_rng(2).integers(1, 255, (80, 60), dtype=np.uint8)
+    (tmp_path / "film.png").write_bytes(png(film))
+    study.open_file(tmp_path / "film.png")
+    edit, recipe = removal(study, mask=(0, 0, 16, 32))
+    (outcome,) = study.run([recipe], edit)
+    (tmp_path / "film.png").write_bytes(b"")
+    saved = np.asarray(Image.open(study.save(outcome) / "full_size.png"))
+    np.testing.assert_array_equal(saved[40:], film[40:])
+
+
+def test_a_folder_of_images_is_listed(study, tmp_path):
+    for name in ("b.PNG", "below/a.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(LEVELS))
+    assert session.list_images(tmp_path) == ["b.PNG", "below/a.png"]
+    assert study.open_row(tmp_path, "below/a.png").labels == {}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Fault, match="has no images"):
+        session.list_images(tmp_path / "empty")
+    with pytest.raises(Fault, match=r"There is no file .*none\.png"):
+        study.open_row(tmp_path, "none.png")
+
+
 def test_a_prepared_folder_is_opened_with_its_labels(study, phantom_folder):
     case = study.open_row(phantom_folder, "test/" + next((phantom_folder / "test").glob("*.png")).name)
     assert set(case.labels) >= {"Cardiomegaly", DEVICES}
@@ -361,7 +423,7 @@ def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
     pipe = tiny_pipeline()
     film = patients.render(patients.sample_patients(1, 3), 32)[0]
     for image, unlike in ((film, False), (1 - film, True), (film.flip(1), True)):
-        study = Session(pipe, reference=usual)
+        study = Session(pipe, references={"phantom-sd": usual})
         study.open_upload("film.png", png(plots.levels(image)))
         assert ("unlike those that phantom-sd was trained on" in study.case.notice) == unlike
         assert ("explore(" in study.case.notice) == unlike
@@ -370,8 +432,64 @@ def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
     assert study.run([recipe], edit)[0].notice == study.case.notice != ""
 
 
+@pytest.fixture
+def two_models(runs, usual):
+    """The model of upright phantoms, and one of phantoms that are upside down."""
+    known, held_out = (patients.render(patients.sample_patients(60, seed), 32).flip(2) for seed in (1, 2))
+    study = Session(tiny_pipeline(), references={"phantom-sd": usual, "upside": novelty.measure(known, held_out, 0.9)})
+    study.pipes["upside"] = tiny_pipeline()
+    return study
+
+
+def test_the_model_is_that_whose_training_images_an_image_resembles(two_models):
+    film = patients.render(patients.sample_patients(1, 3), 32)[0]
+    two_models.chosen = ""
+    for image, model in ((film, "phantom-sd"), (film.flip(1), "upside"), (film, "phantom-sd")):
+        case = two_models.open_upload("film.png", png(plots.levels(image)))
+        assert two_models.model == model and case.distances[model] == min(case.distances.values())
+        assert removal(two_models)[1].model == model
+
+
+def test_the_panels_follow_the_model(two_models, tmp_path):
+    film = patients.render(patients.sample_patients(1, 3), 32)[0]
+    for number, image in enumerate((film, film.flip(1))):
+        (tmp_path / f"{number}.png").write_bytes(png(plots.levels(image)))
+    two_models.chosen = ""
+    explorer = Explorer(two_models, seed=0, patient=0, steps=10, data=str(tmp_path))
+    assert explorer.source.row.options == ("0.png", "1.png")
+    for row, model in (("1.png", "upside"), ("0.png", "phantom-sd")):
+        explorer.source.row.value = row
+        assert f"Edited by {model}." in explorer.source.resembles.value and explorer.source.line.value == ""
+    explorer.source.model.value = "upside"
+    assert "resembles those of phantom-sd more" in explorer.result.warning.value
+
+
+def test_a_chosen_model_stays_and_the_closer_one_is_said(two_models):
+    film = patients.render(patients.sample_patients(1, 3), 32)[0]
+    case = two_models.open_upload("film.png", png(plots.levels(film.flip(1))))
+    assert two_models.model == "phantom-sd" and "resembles those of upside more" in case.notice
+    assert two_models.choose("upside").notice == ""
+    assert two_models.choose("phantom-sd").notice == case.notice
+
+
+def test_an_image_that_the_chosen_model_cannot_take_leaves_all_as_it_was(two_models, monkeypatch):
+    case = two_models.open_upload("film.png", png(LEVELS))
+    monkeypatch.setattr(session, "image_size", lambda _: 64)
+    with pytest.raises(ValueError, match="smaller than 64x64"):
+        two_models.choose("upside")
+    assert two_models.model == "phantom-sd" and two_models.case is case
+
+
+def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge):
+    study = Session(tiny_pipeline(), "film-sd", judge, judge_name="phantom-judge")
+    assert study.open_upload("film.png", png(LEVELS)).readings == {}
+    for edit, said in ((study.edit(remove=[DEVICES]), False), (study.edit(add=["Cardiomegaly"]), True)):
+        (outcome,) = study.run([study.recipe(edit, steps=2)], edit)
+        assert ("outside what it was trained and measured for" in outcome.notice) == said
+
+
 def test_a_reference_of_other_images_says_nothing(runs, usual):
-    study = Session(tiny_pipeline(), reference=dataclasses.replace(usual, shape=(3, 32, 32)))
+    study = Session(tiny_pipeline(), references={"phantom-sd": dataclasses.replace(usual, shape=(3, 32, 32))})
     study.open_upload("noise.png", png(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)))
     assert study.case.notice == ""
 

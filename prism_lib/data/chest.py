@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import ndimage
 
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Picture, Rejection
@@ -166,6 +167,8 @@ class RenderedFilms:
             if devices:
                 rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed])
                 pixels, (kinds,) = (rendered.images[0, 0] * 255).round().byte().numpy(), rendered.kinds
+            if copy:
+                pixels = acquired(pixels, seed)
             yield Picture(pixels, {"kinds": "|".join(kinds) or NOT_THERE})
 
 
@@ -187,6 +190,21 @@ def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
     small = np.asarray(turned.resize((films.size, films.size), Image.Resampling.LANCZOS), dtype=float) / 255
     gamma = 0.8 * (1.25 / 0.8) ** random.uniform()
     return (255 * small**gamma).round().astype(np.uint8)
+
+
+def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
+    """A film (H, W), uint8, as another machine would show it: blurred or sharpened, with grain; one way a seed.
+
+    A film and the same with devices get the same grain. Else devices are known by its lack, for rendering damps it
+    there, and a model learns to remove what was rendered instead of what looks like a device.
+    """
+    random = np.random.default_rng([seed, 1])
+    film, radius = pixels / 255, random.uniform(0.8, 3.0)
+    amount = random.uniform(-0.4, 1.2)  # below 0: blurred
+    film = film + amount * (film - ndimage.gaussian_filter(film, radius))
+    grain = ndimage.gaussian_filter(random.standard_normal(film.shape), random.uniform(0.3, 0.8))
+    film = film + grain / grain.std() * random.uniform(0.002, 0.02) * random.choice([0.3, 1.0])
+    return (255 * film.clip(0, 1)).round().astype(np.uint8)
 
 
 def film_source(

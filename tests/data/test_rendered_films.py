@@ -2,12 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from prism_lib.data.chest import NIH_COLUMNS, NOT_THERE
+from prism_lib.data.chest import NIH_COLUMNS, NOT_THERE, acquired
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
@@ -151,3 +152,18 @@ def test_films_that_are_not_there_are_named(root, tmp_path):
     shutil.copy(root / "Data_Entry_2017_v2020.csv", tmp_path / "nih")
     with pytest.raises(ValueError, match=r"18 of 18 files cannot be used.*00000000_000.png: not found below"):
         prepare(config(tmp_path / "nih", tmp_path / "films"))
+
+
+def test_a_film_and_the_same_with_devices_are_acquired_with_the_same_grain():
+    film = np.full((128, 128), 120, dtype=np.uint8)
+    device = film.copy()
+    device[60:64, 20:100] = 180
+    levels, spread = set(), []
+    for seed in range(12):
+        plain, shown = acquired(film, seed), acquired(device, seed)
+        assert np.array_equal(plain, acquired(film, seed))
+        assert np.array_equal(plain[:30], shown[:30]) and np.array_equal(plain[94:], shown[94:]), "far from the device"
+        assert abs(shown[60:64, 30:90].mean() - 180) < 30 and abs(shown[60:64, 30:90].mean() - plain.mean()) > 30
+        levels.add(int(shown[58:66, 60].max()))
+        spread.append(plain.std())
+    assert len(levels) > 4 and max(spread) > 2 * min(spread), "each film in its own way"

@@ -118,6 +118,12 @@ GOOD = (
 )
 
 
+def test_edits_of_every_notebook_may_be_sentences():
+    sources = {path.stem: "\n".join(cell.source for cell in code_cells(nbformat.read(path, 4))) for path in NOTEBOOKS}
+    takes = {name for name, source in sources.items() if re.search("^EDITS:", source, re.MULTILINE)}
+    assert {name for name in takes if "Edit.read(edit" in sources[name]} == takes >= {"01_data", "03_counterfactuals"}
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_a_good_notebook_breaks_no_rule(rule):
     assert list(rule(build(*GOOD))) == []

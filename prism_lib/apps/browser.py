@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
 import threading
@@ -22,8 +21,9 @@ from prism_lib import paths
 from prism_lib.apps.profiles import UsageError
 from prism_lib.models.published import locate
 
-# Nothing is fetched from elsewhere: Voila's page asks a public server for fonts that it has itself.
-POLICY = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"}
+# Nothing is fetched from elsewhere: Voila's page asks a public server for fonts that it has itself. No page frames it.
+SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
+POLICY = {"Content-Security-Policy": f"{SOURCES}; frame-ancestors 'self'"}
 MAX_MESSAGE = 512 * 2**20  # bytes: an upload that is too large reaches the explorer, which says so
 
 
@@ -70,7 +70,8 @@ def serve(options: Namespace, show: Callable[[str], None]) -> None:
     except OSError as error:
         if error.errno is None:  # of `locate`
             raise
-        raise UsageError(f"port {options.port} of {ip} cannot be used: {os.strerror(error.errno)}") from None
+        why = str(error.strerror).partition(" (while")[0]
+        raise UsageError(f"port {options.port} of {ip} cannot be used: {why}") from None
     call = f"explore({options.model!r}, {judge!r}, data={str(folders[0]) if data else ''!r})"
     cell = f"import os\nos.chdir({str(Path.cwd())!r})\nfrom prism_lib.apps import explore\n{call}"
     with tempfile.TemporaryDirectory(prefix="prism-") as folder:

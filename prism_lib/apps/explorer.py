@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -174,9 +175,12 @@ class Explorer(widgets.VBox):
         if self.outcome is not None:  # without one the button is disabled
             folder = self.session.save(self.outcome)
             lines = [f"Saved in <code>{html.escape(str(folder))}</code>."]
-            for film in folder.glob("full_size.*"):
-                lines += [f"<code>{film.name}</code> is the film at its own size. {FULL_SIZE}"]
-                lines += ["It has the source's header, the patient's name included."] if film.suffix == ".dcm" else []
+            film = json.loads((folder / "record.json").read_text(encoding="utf-8"))["full_size"]
+            if film.startswith("full_size."):
+                lines += [f"<code>{film}</code> is the film at its own size. {FULL_SIZE}"]
+                lines += ["It has the source's header, the patient's name included."] if film.endswith(".dcm") else []
+            elif film:
+                lines += [f"The film at its own size was {html.escape(film)}."]
             self.files.value = f'<span class="prism-note">{" ".join(lines)}</span>'
 
     def _code(self, _: Any) -> None:

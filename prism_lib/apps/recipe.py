@@ -164,12 +164,16 @@ class Outcome:
         for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
             write_bytes(folder / f"{name}.png", png(levels(image)))
         write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
+        try:
+            film = self.put_back(folder)
+        except (ValueError, KeyError) as error:  # of a film that cannot hold the change; all else is kept
+            film = f"not written: {one_line(error)}"
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in self.scores.items()},
             "settings": asdict(self.used),
             "notice": self.notice,
             "image_sha256": image_hash(result.image),
-            "full_size": self.put_back(folder),
+            "full_size": film,
             "commit": records.commit(),
             "versions": records.versions(),
             "device": records.device(),

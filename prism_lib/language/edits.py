@@ -101,7 +101,8 @@ class Edit:
         """The edit of a key, of a sentence, or of "source prompt -> target prompt", whichever `text` is."""
         text = text.strip()
         source, arrow, target = text.partition("->")
-        if arrow and target.strip(" .!").lower() not in grammar.AFTER:  # "pacemaker -> none" is a sentence
+        after = re.split(r"[,;.!]| and | but |$", target.strip().lower(), maxsplit=1)[0].strip()
+        if arrow and after not in grammar.AFTER:  # "pacemaker -> none, keep the leads" is a sentence
             return cls.text(source, target)
         is_key = text == "unchanged" or (" " not in text and text.startswith(("remove_", "add_")))
         return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab, labels)

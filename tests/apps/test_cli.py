@@ -305,7 +305,8 @@ def test_doctor_compares_versions_with_the_lock(checkout):
         (["--model", "no/such/model"], "no/such/model is no diffusers pipeline"),
         (["--data", "nowhere"], "there is no folder nowhere, neither here nor in"),
         (["--judge", "nobody"], "there is no judge 'nobody' in"),
-        (["--port", "USED"], "cannot be used: Address already in use"),
+        (["--port", "USED"], "cannot be used: Address already in use\n"),
+        (["--ip", "::1"], "port 0 of ::1 cannot be used: Address family for hostname not supported"),
     ],
 )
 def test_what_explore_cannot_start_with_is_said(capsys, words, said):

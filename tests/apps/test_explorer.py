@@ -373,6 +373,18 @@ def test_a_dicom_is_saved_as_a_derived_dicom(study, tmp_path):
     assert made.pixel_array.shape == (80, 60) and made.ImageType[0] == "DERIVED"
 
 
+def test_what_cannot_be_put_back_into_its_film_is_saved_all_the_same(study, tmp_path):
+    lut, zigzag = pydicom.Dataset(), 15 * np.minimum(np.arange(4096), 4095 - np.arange(4096))
+    lut.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    lut.add_new("LUTData", "OW", zigzag.astype(np.uint16).tobytes())
+    levels = np.arange(80 * 60, dtype=np.uint16).reshape(80, 60) % 4000
+    study.open_file(formats.dicom(tmp_path / "film.dcm", levels, VOILUTSequence=[lut]))
+    edit, recipe = removal(study, mask=(0, 0, 16, 32))
+    folder = study.save(study.run([recipe], edit)[0])
+    said = json.loads((folder / "record.json").read_text())["full_size"]
+    assert said.startswith("not written: the VOI LUT does not rise") and not list(folder.glob("full_size.*"))
+
+
 def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tmp_path):
     film = np.random.default_rng(2).integers(1, 255, (80, 60), dtype=np.uint8)
     (tmp_path / "film.png").write_bytes(png(film))

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prism_lib import paths
+from prism_lib.apps.profiles import available_profiles, load_profile
 from prism_lib.data.folder import load_table
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
@@ -346,6 +347,12 @@ def test_a_damaged_checkpoint_is_refused(config):
 def test_settings_out_of_range_are_named(config, name, value):
     with pytest.raises(ValueError, match=name):
         replace(config, **{name: value})
+
+
+@pytest.mark.parametrize("name", available_profiles())
+def test_options_of_the_profiles_are_settings_that_exist(name):
+    options = load_profile(name).sections.get("02_finetuning", {}).get("OPTIONS", {})
+    assert asdict(FinetuneConfig(dataset="data", output="run", **options)).items() >= options.items()
 
 
 @pytest.mark.parametrize(

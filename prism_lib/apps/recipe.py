@@ -148,6 +148,7 @@ class Outcome:
     result: Counterfactual
     scores: Mapping[str, float]
     notice: str
+    mask: Tensor | None = None  # (1, 1, H, W), where it was uploaded
     preview: bool = False
 
     @property
@@ -155,8 +156,14 @@ class Outcome:
         assert isinstance(self.result.settings, EditConfig)
         return self.result.settings
 
+    def code(self) -> str:
+        """`Recipe.code`; what was uploaded is written where it finds it."""
+        self._keep_uploads()
+        return self.recipe.code()
+
     def save(self) -> Path:
-        """Write image, original, mask, difference, record and `put_back`'s film below PRISM_RUNS; returns the place."""
+        """Write image, original, mask, difference, record and full-size film below PRISM_RUNS; returns the folder."""
+        self._keep_uploads()
         result, recipe = self.result, self.recipe
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{self.edit.key}").strip("-")[:80]
@@ -169,7 +176,7 @@ class Outcome:
             "settings": asdict(self.used),
             "notice": self.notice,
             "image_sha256": image_hash(result.image),
-            "full_size": self.put_back(folder),
+            "full_size": self._full_size(folder),
             "commit": records.commit(),
             "versions": records.versions(),
             "device": records.device(),
@@ -178,24 +185,31 @@ class Outcome:
         recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
         return folder
 
-    def put_back(self, folder: Path) -> str:
-        """The name of the opened film with the edit, written into `folder`; "" if the image has all that the film has.
+    def _keep_uploads(self) -> None:
+        """Write uploads, as they were prepared, below PRISM_RUNS: what lies there already is the same."""
+        for name, images in ((self.recipe.image, self.result.factual[None]), (self.recipe.mask, self.mask)):
+            if images is not None and str(name).startswith(UPLOADS):
+                write_bytes(paths.runs() / str(name).removeprefix("file:"), png(levels(images[0])))
 
-        A DICOM gives a derived DICOM, any other film a PNG (`data.full_size`).
-        """
-        result, content = self.result, self.case.content
-        if not content or len(result.image) > 1:
+    def _full_size(self, folder: Path) -> str:
+        """The name of the opened film with the edit in `folder`; "" if the image has all that the film has."""
+        if not self.case.content or len(self.result.image) > 1:
             return ""
         with tempfile.TemporaryDirectory() as place:
             film = Path(place) / "film"
-            film.write_bytes(content)
-            if not (whole := is_dicom(film)):
+            film.write_bytes(self.case.content)
+            if not is_dicom(film):
                 with Image.open(film) as file:
-                    if max(file.size) <= result.image.shape[-1]:
+                    if max(file.size) <= self.result.image.shape[-1]:
                         return ""
-            target = folder / f"full_size{'.dcm' if whole else '.png'}"
-            put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
-        return target.name
+            return put_back(film, folder / "full_size", self.result).name
+
+
+def put_back(film: Path, target: Path, result: Counterfactual) -> Path:
+    """Write a film with the edit of its image: a DICOM as a derived DICOM, others as PNG. Returns the whole name."""
+    target = target.with_suffix(".dcm" if is_dicom(film) else ".png")
+    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
+    return target
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:
@@ -227,10 +241,3 @@ def phantom_patient(name: str) -> patients.Patients:
 def upload_name(image: Tensor) -> str:
     """The name of an uploaded image in a recipe: a file below PRISM_RUNS that its pixels decide."""
     return f"{UPLOADS}{image_hash(image)[:16]}.png"
-
-
-def keep_upload(name: str, image: Tensor) -> None:
-    """Write an uploaded image (C, H, W) where `load_image` finds it, once and as it was prepared."""
-    path = paths.runs() / name.removeprefix("file:")
-    if name.startswith(UPLOADS) and not path.is_file():
-        write_bytes(path, png(levels(image)))

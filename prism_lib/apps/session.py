@@ -19,16 +19,7 @@ from torch import Tensor
 
 from prism_lib import paths
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import (
-    Case,
-    Outcome,
-    Recipe,
-    image_size,
-    keep_upload,
-    load_image,
-    phantom_patient,
-    upload_name,
-)
+from prism_lib.apps.recipe import Case, Outcome, Recipe, image_size, load_image, phantom_patient, upload_name
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.data.uploads import ACCEPT, check_length, read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
@@ -118,11 +109,6 @@ class Session:
         """The side of the model's images, in pixels."""
         return image_size(self.pipe)
 
-    @property
-    def steps(self) -> int:
-        """Steps for a quick result: more where the model's edits leave most of them out."""
-        return 50 if recommended_inversion(self.pipe).skip else 20
-
     def choose(self, model: str) -> Case | None:
         """Edit with an offered model, "" for the one that an image resembles; the image at hand is opened again."""
         self.chosen = model
@@ -160,9 +146,9 @@ class Session:
 
     def upload_mask(self, name: str, content: bytes) -> str:
         """A mask from a file, white where the edit may show; returns its name in a recipe."""
-        image = read_upload(name, content, self.size)
-        self._masks[upload_name(image)] = image
-        return upload_name(image)
+        mask = (read_upload(name, content, self.size) > 0.5).float()
+        self._masks[upload_name(mask)] = mask
+        return upload_name(mask)
 
     def _open(self, name: str, title: str, labels: Labels, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
         """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
@@ -310,12 +296,11 @@ class Session:
             inversion = recipe.invert(pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
-        uploaded = self._masks.get(str(recipe.mask))
-        mask = None if uploaded is None else (uploaded > 0.5).float()
+        mask = self._masks.get(str(recipe.mask))
         result = recipe.run(pipe, inversion=self._inversions[key], mask=mask, callback=callback)
         notices = case.notice, edit.note, self.unmeasured(edit, recipe.model), self._unheard(edit, recipe.model)
         scores = self._scores(case, edit, result, recipe)
-        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)))
+        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)), mask)
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if that is one edit and not this one."""
@@ -341,26 +326,6 @@ class Session:
             if bool(changed.any()):
                 scores["true_error_ratio"] = metrics.true_error_ratio(image, truth, factual, changed).item()
         return scores
-
-    def undo(self) -> list[Outcome]:
-        """Forget the latest run and return the outcomes of the one before it."""
-        del self.history[-1:]
-        return self.history[-1] if self.history else []
-
-    def code(self, outcome: Outcome) -> str:
-        """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
-        self._keep_uploads(outcome)
-        return outcome.recipe.code()
-
-    def save(self, outcome: Outcome) -> Path:
-        """Write `Outcome.save`'s files, and an upload where the recipe finds it; returns the folder."""
-        self._keep_uploads(outcome)
-        return outcome.save()
-
-    def _keep_uploads(self, outcome: Outcome) -> None:
-        keep_upload(outcome.recipe.image, outcome.result.factual)
-        if (mask := self._masks.get(str(outcome.recipe.mask))) is not None:
-            keep_upload(str(outcome.recipe.mask), mask[0])
 
 
 def list_images(folder: Path) -> list[str]:

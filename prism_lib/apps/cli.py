@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from prism_lib.apps.bulk_plan import BulkConfig
 
 
-class NotebookFailedError(RuntimeError):
-    """A notebook stopped; the message says which, where and why."""
-
-
 def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> float:
     """Run the jobs in order and return the seconds; ``resume`` skips those at the front with their key in the state."""
     state, done, total = folder / "state.json", {}, 0.0
@@ -55,7 +51,10 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> floa
 
 
 def execute(job: Job, folder: Path) -> None:
-    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``."""
+    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``.
+
+    RuntimeError says which notebook stopped, where and why.
+    """
     target = folder / job.notebook.name
     with _kernel(job.notebook.parent) as kernel:
         import papermill  # it takes a second, in which the kernel starts
@@ -71,7 +70,7 @@ def execute(job: Job, folder: Path) -> None:
             reason = ": the kernel died, most often for want of memory"
         else:
             return
-    raise NotebookFailedError(f"{job.name}{reason}\nsee {target}")
+    raise RuntimeError(f"{job.name}{reason}\nsee {target}")
 
 
 @contextmanager
@@ -256,7 +255,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)
     try:
         seconds = run_jobs(jobs, folder, resume=options.resume)
-    except (NotebookFailedError, KeyboardInterrupt) as error:
+    except (RuntimeError, KeyboardInterrupt) as error:
         again = shlex.join(["prism", *words, *([] if options.resume else ["--resume"])])
         print(f"prism: {str(error) or 'interrupted'}\nto go on: {again}", file=sys.stderr)
         return 1

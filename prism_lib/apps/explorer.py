@@ -182,8 +182,7 @@ class Explorer(widgets.VBox):
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
         if self.outcome is None:
-            case = self.session.case
-            return b"" if case is None else plots.png(plots.view(case.image[0]))
+            return bytes(self.result.compare.value)
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
         plt.close(figure)

@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from prism_lib import paths
-from prism_lib.apps.recipe import Case, Outcome
+from prism_lib.apps.recipe import Case, Outcome, image_size
 from prism_lib.apps.session import Session, list_images, sentence
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
@@ -247,8 +247,8 @@ class SettingsPanel(Panel):
             slider.value = self._usual[field]
         self.steps.value = 50 if recommended_inversion(session.pipe).skip else 20  # many are left out
         for control in (self.rows, self.columns):
-            control.max = session.size
-            control.value = session.size // 4, 3 * session.size // 4
+            control.max = size = image_size(session.pipe)
+            control.value = size // 4, 3 * size // 4
 
     def _read_mask(self, change: Any) -> None:
         self._file = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -20,7 +21,7 @@ from torch import Tensor
 from prism_lib import paths
 from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import Case, Outcome, Recipe, image_size, load_image, phantom_patient, upload_name
-from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT, check_length, read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
@@ -29,7 +30,7 @@ from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import PHANTOM, Labels, Vocabulary, label_state, vocabulary
+from prism_lib.language.labels import PHANTOM, Vocabulary, label_state, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.schedule import Schedule
@@ -47,10 +48,6 @@ OTHER_IMAGES = (FILMS, "phantom-judge")  # a model and a judge that was not trai
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
 
-class CancelledError(Exception):
-    """The run was cancelled between two steps."""
-
-
 class Fault(ValueError):
     """A sentence for the person at the screen, and the control it belongs to."""
 
@@ -59,6 +56,7 @@ class Fault(ValueError):
         self.control = control
 
 
+Row = Mapping[Any, Any]  # of a table, with values by label
 Progress = Callable[[float], None]
 Preview = Callable[[Outcome], None]
 Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sentence
@@ -104,11 +102,6 @@ class Session:
         made.chosen = model if len(references) > 1 else first
         return made
 
-    @property
-    def size(self) -> int:
-        """The side of the model's images, in pixels."""
-        return image_size(self.pipe)
-
     def choose(self, model: str) -> Case | None:
         """Edit with an offered model, "" for the one that an image resembles; the image at hand is opened again."""
         self.chosen = model
@@ -117,22 +110,19 @@ class Session:
     def open_phantom(self, seed: int, index: int) -> Case:
         name = f"phantom:{seed}/{index}"
         labels = phantom_patient(name).labels().to_dict("records")[0]
-        known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
         title = f"phantom patient {index} of population {seed}"
-        return self._open(name, title, known, lambda size: load_image(name, size, self.mode))
+        return self._open(name, title, labels, lambda size: load_image(name, size, self.mode))
 
     def open_row(self, folder: Path, file_name: str) -> Case:
         """An image of a folder; of a prepared one, with the labels of its table."""
         if not (folder / INFO).is_file():
             return self.open_file(folder / file_name)
-        table, labels = load_table(folder), load_info(folder)["labels"]
-        rows = table.loc[table["file_name"] == file_name, labels].to_dict("records")
+        rows = load_table(folder).query("file_name == @file_name").to_dict("records")
         if not rows:
             raise Fault("image", f"{folder} has no image {file_name}.")
-        known = {str(label): float(value) for label, value in rows[0].items() if value in (0, 1)}
-        return self.open_file(Path(folder) / file_name, known)
+        return self.open_file(folder / file_name, rows[0])
 
-    def open_file(self, path: Path, labels: Labels = MappingProxyType({})) -> Case:
+    def open_file(self, path: Path, labels: Row = MappingProxyType({})) -> Case:
         """A file of this machine, read once."""
         path = path.expanduser().resolve()
         if not path.is_file():
@@ -140,17 +130,17 @@ class Session:
         check_length(path.name, path.stat().st_size)
         return self.open_upload(path.name, path.read_bytes(), labels, f"file:{path}")
 
-    def open_upload(self, name: str, content: bytes, labels: Labels = MappingProxyType({}), path: str = "") -> Case:
+    def open_upload(self, name: str, content: bytes, labels: Row = MappingProxyType({}), path: str = "") -> Case:
         """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
         return self._open(path, name, labels, cache(lambda size: read_upload(name, content, size, self.mode)), content)
 
     def upload_mask(self, name: str, content: bytes) -> str:
         """A mask from a file, white where the edit may show; returns its name in a recipe."""
-        mask = (read_upload(name, content, self.size) > 0.5).float()
+        mask = (read_upload(name, content, image_size(self.pipe)) > 0.5).float()
         self._masks[upload_name(mask)] = mask
         return upload_name(mask)
 
-    def _open(self, name: str, title: str, labels: Labels, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
+    def _open(self, name: str, title: str, labels: Row, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
         """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
         distances = {}
         for offered, known in self.references.items():
@@ -164,8 +154,9 @@ class Session:
         self.model, self.pipe, self.pipes[model] = model, pipe, pipe
         self._opened = name, title, labels, read, content
         notice = self._unlike(distances)
+        known = {label: float(value) for label in self.vocab.labels if (value := labels.get(label)) in (0, 1)}
         readings = self._readings(image, model)
-        self.case = Case(name or upload_name(image), title, image, labels, readings, distances, notice, content)
+        self.case = Case(name or upload_name(image), title, image, known, readings, distances, notice, content)
         return self.case
 
     def _unlike(self, distances: Mapping[str, float]) -> str:

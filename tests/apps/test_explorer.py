@@ -427,7 +427,7 @@ def test_what_is_beyond_the_limits_is_said_to_be_unlike(runs, usual):
 def two_models(runs, usual):
     """The model of upright phantoms, and one of phantoms that are upside down."""
     known, held_out = (patients.render(patients.sample_patients(60, seed), 32).flip(2) for seed in (1, 2))
-    study = Session(tiny_pipeline(), references={"phantom-sd": usual, "upside": novelty.measure(known, held_out, 0.9)})
+    study = Session(tiny_pipeline(), references={"phantom-sd": usual, "upside": reference_of(known, held_out, 0.9)})
     study.pipes["upside"] = tiny_pipeline()
     return study
 

@@ -18,15 +18,11 @@ from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.language.edits import NO_EDIT
-from prism_lib.language.labels import label_state
 from prism_lib.reporting.plots import MODES, before_after, difference, framed, overlay, png, view
 
 LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list
-STRENGTH = (
-    "guidance scale: how strongly the edit's words are followed. Where the edit adds something, the model's own "
-    "factor for the finding multiplies it; the result states the product"
-)
+STRENGTH = "guidance scale; where the edit adds something, times the model's factor. The result states the product"
 SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
 LAYOUT = "share of steps with the original's cross-attention: more keeps things where they are"
 SLIDERS = {  # field of `EditConfig` -> name, greatest value, step, tooltip
@@ -112,10 +108,8 @@ class SourcePanel(Panel):
         self.patient = _control(number, "patient", "which patient of the population", value=1, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
         late = {"continuous_update": False}
-        about = "absolute, or below PRISM_DATA"
-        self.folder = _control(text, "folder", about, value=data or "prepared/phantom", **late)
-        about = "the images in it, of a prepared folder those of the test split"
-        self.row = _control(widgets.Dropdown, "image", about, options=[])
+        self.folder = _control(text, "folder", "absolute or below PRISM_DATA", value=data or "prepared/phantom", **late)
+        self.row = _control(widgets.Dropdown, "image", "in a prepared folder those of the test split", options=[])
         self.upload = _upload("upload", "up to 64 MB; in JupyterLab up to 10 MB")
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
         forms = _forms(self.kind, [self.patient, self.seed], [self.folder, self.row], [self.upload, self.path])
@@ -188,8 +182,8 @@ class EditPanel(Panel):
         self.buttons, rows = {}, []
         self.measured.say(self._session.unmeasured(None, self._session.model), "note")
         for label, phrase in self._session.vocab.phrases.items():
-            known = label_state(label, case.labels.get(label))
-            said = [{True: "present", False: "absent"}[known]] if known is not None else []
+            known = case.labels.get(label)
+            said = [] if known is None else ["present" if known else "absent"]
             said += [f"judge {case.readings[label]:.2f}"] if label in case.readings else []
             for verb in ["remove", "add"] if known is None else ["remove" if known else "add"]:
                 text, layout = f"{verb} {phrase}", {"width": "190px"}
@@ -219,10 +213,9 @@ class SettingsPanel(Panel):
             field: _control(slider, name, tooltip, max=high, step=step)
             for field, (name, high, step, tooltip) in SLIDERS.items()
         }
-        about = "inversion: what explains the image"
-        self.method = _control(choice, "method", about, options=list(METHODS), value=RECOMMENDED)
-        about = "DDIM steps: 20 is quick, 50 what the figures use"
-        self.steps = _control(widgets.IntSlider, "steps", about, min=2, max=100)
+        methods = list(METHODS)
+        self.method = _control(choice, "method", "how the image is inverted", options=methods, value=RECOMMENDED)
+        self.steps = _control(widgets.IntSlider, "steps", "20 is quick, the figures take 50", min=2, max=100)
         about = "run the edit at several values of a setting and choose by eye"
         self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
         about = "where the edit may show; all other pixels stay the input's own, bit for bit"

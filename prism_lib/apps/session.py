@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -30,7 +30,7 @@ from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import PHANTOM, Vocabulary, label_state, vocabulary
+from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.schedule import Schedule
@@ -62,23 +62,21 @@ Preview = Callable[[Outcome], None]
 Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sentence
 
 
+@dataclass(eq=False)
 class Session:
     """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 
-    def __init__(
-        self,
-        pipe: StableDiffusionPipeline,
-        model: str = SHIPPED,
-        judge: Classifier | None = None,
-        vocab: Vocabulary = PHANTOM,
-        references: Mapping[str, novelty.Reference | None] | None = None,
-        mode: str = "L",
-        judge_name: str = "",
-    ) -> None:
-        """`references` has every model that is offered."""
-        self.pipe, self.model, self.judge, self.judge_name, self.mode = pipe, model, judge, judge_name, mode
-        self.vocab, self.references, self.pipes = vocab, references or {model: None}, {model: pipe}
-        self.chosen = model  # by the person; "" for the one that the image resembles
+    pipe: StableDiffusionPipeline
+    model: str = SHIPPED
+    judge: Classifier | None = None
+    vocab: Vocabulary = PHANTOM
+    references: Mapping[str, novelty.Reference | None] = field(default_factory=dict)  # of every model that is offered
+    mode: str = "L"
+    judge_name: str = ""
+
+    def __post_init__(self) -> None:
+        self.references, self.pipes = self.references or {self.model: None}, {self.model: self.pipe}
+        self.chosen = self.model  # by the person; "" for the one that the image resembles
         self.case: Case | None = None
         self._opened: tuple[Any, ...] = ()  # the arguments of `_open` for the image at hand
         self.history: list[list[Outcome]] = []
@@ -211,8 +209,7 @@ class Session:
     def _labels(self, case: Case, edit: Edit) -> dict[str, float]:
         """What the source prompt may say: what is known, and what the judge reads of labels that stay as they are."""
         edited = {self.vocab.owners.get(name, name) for name in (*edit.remove, *edit.add)}
-        known = {label for label, value in case.labels.items() if label_state(label, value) is not None}
-        said = [label for label in self.vocab.phrases if label in known or label not in edited]
+        said = [label for label in self.vocab.phrases if label in case.labels or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
     def start(self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:

@@ -152,9 +152,9 @@ class Session:
         self.model, self.pipe, self.pipes[model] = model, pipe, pipe
         self._opened = name, title, labels, read, content
         notice = self._unlike(distances)
-        known = {label: float(value) for label in self.vocab.labels if (value := labels.get(label)) in (0, 1)}
+        stated = {label: float(value) for label in self.vocab.labels if (value := labels.get(label)) in (0, 1)}
         readings = self._readings(image, model)
-        self.case = Case(name or upload_name(image), title, image, known, readings, distances, notice, content)
+        self.case = Case(name or upload_name(image), title, image, stated, readings, distances, notice, content)
         return self.case
 
     def _unlike(self, distances: Mapping[str, float]) -> str:

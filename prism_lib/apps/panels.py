@@ -129,8 +129,8 @@ class SourcePanel(Panel):
     def _show(self, case: Case | None) -> None:
         if case is not None:
             far = ", ".join(f"{model} {distance:.1f}" for model, distance in case.distances.items())
-            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}."
-            self.resembles.say(said if far else "", "note")
+            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}. " if far else ""
+            self.resembles.say(said + self._session.unmeasured(None, self._session.model), "note")
             self._opened(case)
 
     def _open_phantom(self, change: Any = None) -> None:
@@ -173,14 +173,11 @@ class EditPanel(Panel):
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
         hint, about = "remove the pacemaker, keep the effusion", "a sentence, or 'source prompt -> target prompt'"
         self.text = widgets.Text(placeholder=hint, tooltip=about, layout={"width": "98%"})
-        self.measured = Line()
-        controls = [self._rows, widgets.Label("or in words"), self.text, self.measured]
-        super().__init__("What should be different?", controls)
+        super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
 
     def show(self, case: Case) -> None:
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
-        self.measured.say(self._session.unmeasured(None, self._session.model), "note")
         for label, phrase in self._session.vocab.phrases.items():
             known = case.labels.get(label)
             said = [] if known is None else ["present" if known else "absent"]
@@ -289,8 +286,7 @@ class ResultPanel(Panel):
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
         pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
-        for control in (self.share, self.mode):
-            control.observe(self._draw, "value")
+        self.on_change(self._draw, self.share, self.mode)
 
     def show_case(self, case: Case) -> None:
         """A new image, not edited yet."""

@@ -219,11 +219,9 @@ def image_size(pipe: StableDiffusionPipeline) -> int:
 
 def load_image(name: str, size: int, mode: str = "L") -> Tensor:
     """The image that `Recipe.image` names, (1, C, size, size) in [0, 1]; phantoms are gray in any mode."""
-    kind, _, rest = name.partition(":")
-    if kind == "phantom":
+    if not name.startswith("file:"):
         return patients.render(phantom_patient(name), size)
-    if kind != "file":
-        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
+    rest = name.removeprefix("file:")
     for path in (paths.data() / rest, paths.runs() / rest):
         if path.is_file():
             return read_file(path, size, mode)
@@ -232,10 +230,9 @@ def load_image(name: str, size: int, mode: str = "L") -> Tensor:
 
 def phantom_patient(name: str) -> patients.Patients:
     """The one patient that "phantom:SEED/INDEX" names."""
-    seed, _, index = name.removeprefix("phantom:").partition("/")
-    if not (seed.isdecimal() and index.isdecimal()):
-        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' with two whole numbers")
-    return patients.sample_patients([int(index)], int(seed))
+    if not (found := re.fullmatch(r"phantom:(\d+)/(\d+)", name)):
+        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH', with two whole numbers")
+    return patients.sample_patients([int(found[2])], int(found[1]))
 
 
 def upload_name(image: Tensor) -> str:

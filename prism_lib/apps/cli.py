@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -104,7 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
     run.add_argument("--only", **several, help="run these notebooks and no others")
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
-    run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
     value = "another value for a parameter; figures then go to the run's own folder"
     run.add_argument("-p", **pair, help=value)
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
@@ -246,10 +244,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     profile, overrides = load_profile(options.profile), options.overrides
     # The digest of the values of `-p`: the same trial finds its folder again.
     trial = f"-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}" if overrides else ""
-    name = options.name or profile.name + trial
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r} cannot name a folder: letters, digits, '-', '_' and '.' only")
-    folder = paths.runs() / name
+    folder = paths.runs() / f"{profile.name}{trial}"
     figures = None if profile.figures == "figures" and not overrides else folder / "figures"
     jobs = plan(profile, overrides, start=options.start, only=options.only, figures_dir=figures)
     print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)

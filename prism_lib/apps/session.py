@@ -62,7 +62,7 @@ Preview = Callable[[Outcome], None]
 Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sentence
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Session:
     """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 

@@ -9,12 +9,11 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,15 +21,14 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
-from pydicom.misc import is_dicom
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import paths
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan
 from prism_lib.apps.profiles import one_line
+from prism_lib.apps.recipe import put_back
 from prism_lib.data.folder import load_info, read_images
-from prism_lib.data.full_size import put_back_file
 from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
@@ -94,14 +92,10 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
 def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
     """The output can be written and has room for everything, and 16 bits suit the images, which are all alike."""
     channels, height, width = _images(config, tasks[:1]).shape[1:]
-    if config.bits == 16 and channels != 1:
-        raise ValueError(f"16-bit PNG holds gray images, and those of {config.data} have {channels} channels")
-    if config.full_size and channels != 1:
-        raise ValueError(f"full_size is for gray images, and those of {config.data} have {channels} channels")
+    if channels != 1 and (config.bits == 16 or config.full_size):
+        raise ValueError(f"16 bits and full_size are for gray images; those of {config.data} have {channels} channels")
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
     except OSError as error:
         raise OSError(f"output {out} cannot be written: {error.strerror or error}") from None
     needed = round(_SPARE * len(tasks) * height * width * channels * config.bits / 8)
@@ -204,51 +198,41 @@ def _work(
     config: BulkConfig, pipe: StableDiffusionPipeline, chooser: Chooser, own: list[list[Task]], part: Path, show: bool
 ) -> None:
     """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest."""
+    out = part.parents[1]
     with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
         for batch in own:
-            for task, candidates in zip(batch, _edited(pipe, config, batch), strict=True):
-                result, outcome = chooser.choose(task, candidates)
-                content = b"" if result is None else png(levels(result.image, config.bits), compress_level=6)
+            edit = partial(_edit_batch, pipe, config, batch)
+            for task, candidates in zip(batch, in_parts(len(batch), len(batch), edit), strict=True):
+                result, columns = chooser.choose(task, candidates)
+                source = {"source_file": task.file_name, "source_text": task.pair.source, "edit": task.edit.key}
+                row = {"file_name": task.output, "text": task.pair.target, **task.about, **source, **columns}
+                digest = ""  # nothing passed: the name is that which the file would have had
                 if result is not None:
-                    write_bytes(part.parents[1] / task.output, content)
-                    outcome |= _put_back(part.parents[1], task, result)
+                    content = png(levels(result.image, config.bits), compress_level=6)
+                    digest = hashlib.sha256(content).hexdigest()
+                    write_bytes(out / task.output, content)
+                    if task.film:
+                        film = out / "full_size" / PurePosixPath(task.output).relative_to("images")
+                        row["full_size"] = put_back(Path(task.film), film, result).relative_to(out).as_posix()
                 with part.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(_row(task, outcome, content)) + "\n")
+                    file.write(json.dumps(row | {"sha256": digest}) + "\n")
             progress.update(len(batch))
-
-
-def _put_back(out: Path, task: Task, result: Counterfactual) -> dict[str, str]:
-    """Write the film with the edit, a DICOM for a DICOM, and return its column; none where no film was asked for."""
-    if not task.film:
-        return {}
-    source, name = Path(task.film), PurePosixPath("full_size") / PurePosixPath(task.output).relative_to("images")
-    name = name.with_suffix(".dcm" if is_dicom(source) else ".png")
-    put_back_file(source, out / name, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
-    return {"full_size": str(name)}
 
 
 def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:
     return read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in tasks]}))
 
 
-def _edited(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
-    """Every candidate of each image of one batch; without room for it, in smaller parts."""
-    return in_parts(len(batch), len(batch), lambda rows: _edit_batch(pipe, config, batch[rows]))
-
-
-def _edit_batch(pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task]) -> list[list[Counterfactual]]:
+def _edit_batch(
+    pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task], rows: slice
+) -> list[list[Counterfactual]]:
+    """Every candidate of some rows of a batch."""
+    batch = batch[rows]
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
     steps, drawn = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
     inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
     return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
-
-
-def _row(task: Task, outcome: dict[str, Any], content: bytes) -> dict[str, Any]:
-    """One row of the manifest; without content nothing passed, and it has the name that the file would have had."""
-    source = {"source_file": task.file_name, "source_text": task.pair.source, "edit": task.edit.key}
-    digest = hashlib.sha256(content).hexdigest() if content else ""
-    return {"file_name": task.output, "text": task.pair.target, **task.about, **source, **outcome, "sha256": digest}
 
 
 def _merge(out: Path) -> set[str]:

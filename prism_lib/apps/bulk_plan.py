@@ -38,11 +38,11 @@ Values = Annotated[list[Any], Field(min_length=1)]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Choice:
     """How the result of a row is chosen among candidates: the best of those that pass. The judge never scores."""
 
-    sweep: dict[str, Values] = field(hash=False)  # values to try by field of `EditConfig`: a candidate each
+    sweep: dict[str, Values] = field(default_factory=dict, hash=False)  # values to try by field of `EditConfig`
     guide: str = ""  # a classifier below PRISM_WEIGHTS
     similarity: str = ""  # a CLIP or SigLIP model: a hub id, or a folder, also below PRISM_RUNS or PRISM_WEIGHTS
     best: str = ""  # the score to maximise; "" for `guide_gain`, or for `directional` without a guide
@@ -73,10 +73,11 @@ _ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run 
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
-class BulkConfig:
+class BulkConfig(Choice):
     """A bulk run: every task of `edits` on the images in `data`, into `out`.
 
-    `method` to `at_most` hold where a row has none of its own. With 16 bits an 8-bit input's pixels v become 257 v.
+    `method` to `seed`, and the choice, hold where a row has none of its own. With 16 bits an 8-bit input's pixels v
+    become 257 v.
     """
 
     data: str  # a prepared folder
@@ -88,12 +89,6 @@ class BulkConfig:
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
     edit: dict[str, Any] = field(default_factory=dict, hash=False)  # fields of `EditConfig`
     seed: int = 0
-    sweep: dict[str, Any] = field(default_factory=dict, hash=False)
-    guide: str = ""
-    similarity: str = ""
-    best: str = ""
-    at_least: dict[str, Any] = field(default_factory=dict, hash=False)
-    at_most: dict[str, Any] = field(default_factory=dict, hash=False)
     batch_size: Annotated[int, Field(ge=1)] = 4
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
@@ -280,10 +275,9 @@ def _settings(row: Row, config: BulkConfig) -> Settings:
         raise ValueError(f"seed is for methods that draw noise, and {own.method} draws none")
     if not own.sweep and (idle := [name for name in _CHOICE if name in row]):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")
-    choice = Choice(**{name: getattr(own, name) for name in _CHOICE}) if own.sweep else None
-    if choice is not None:
-        tried = {name: [coerce(name, value, _EDIT[name]) for value in values] for name, values in choice.sweep.items()}
-        choice = replace(choice, sweep=tried)
+    chosen = {name: getattr(own, name) for name in _CHOICE}
+    chosen["sweep"] = {name: [coerce(name, one, _EDIT.get(name)) for one in tried] for name, tried in own.sweep.items()}
+    choice = Choice(**chosen) if own.sweep else None
     settings = Settings(own.method, own.num_inference_steps, own.edit, own.seed if random else None, choice)
     candidates = settings.candidates
     if len(candidates) > MOST_CANDIDATES:

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -23,10 +22,6 @@ from prism_lib.files import write_text
 
 if TYPE_CHECKING:
     from prism_lib.apps.bulk_plan import BulkConfig
-
-
-class NotebookFailedError(RuntimeError):
-    """A notebook stopped; the message says which, where and why."""
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> float:
@@ -55,7 +50,10 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> floa
 
 
 def execute(job: Job, folder: Path) -> None:
-    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``."""
+    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``.
+
+    RuntimeError says which notebook stopped, where and why.
+    """
     target = folder / job.notebook.name
     with _kernel(job.notebook.parent) as kernel:
         import papermill  # it takes a second, in which the kernel starts
@@ -71,7 +69,7 @@ def execute(job: Job, folder: Path) -> None:
             reason = ": the kernel died, most often for want of memory"
         else:
             return
-    raise NotebookFailedError(f"{job.name}{reason}\nsee {target}")
+    raise RuntimeError(f"{job.name}{reason}\nsee {target}")
 
 
 @contextmanager
@@ -105,7 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
     run.add_argument("--only", **several, help="run these notebooks and no others")
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
-    run.add_argument("--name", help="the run's folder under runs/ (default: from the profile and -p)")
     value = "another value for a parameter; figures then go to the run's own folder"
     run.add_argument("-p", **pair, help=value)
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
@@ -247,16 +244,13 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     profile, overrides = load_profile(options.profile), options.overrides
     # The digest of the values of `-p`: the same trial finds its folder again.
     trial = f"-{hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6]}" if overrides else ""
-    name = options.name or profile.name + trial
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r} cannot name a folder: letters, digits, '-', '_' and '.' only")
-    folder = paths.runs() / name
+    folder = paths.runs() / f"{profile.name}{trial}"
     figures = None if profile.figures == "figures" and not overrides else folder / "figures"
     jobs = plan(profile, overrides, start=options.start, only=options.only, figures_dir=figures)
     print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)
     try:
         seconds = run_jobs(jobs, folder, resume=options.resume)
-    except (NotebookFailedError, KeyboardInterrupt) as error:
+    except (RuntimeError, KeyboardInterrupt) as error:
         again = shlex.join(["prism", *words, *([] if options.resume else ["--resume"])])
         print(f"prism: {str(error) or 'interrupted'}\nto go on: {again}", file=sys.stderr)
         return 1

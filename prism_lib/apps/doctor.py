@@ -55,10 +55,12 @@ def checks() -> Iterator[Check]:
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
     for check in (_versions, _device, _threads, _memory, _torchvision):
         yield check()
-    remedy = "git checkout -- prism_lib/weights, or let PRISM_WEIGHTS name the folder that has them"
-    yield _present("weights", paths.weights() / WEIGHTS / "model_index.json", remedy)
-    remedy = "git checkout -- prism_lib/weights; without a judge edits are made, but no flip rates"
-    yield _present("judge", paths.weights() / JUDGE / "model.safetensors", remedy, required=False)
+    for name, file, or_else in (
+        ("weights", paths.weights() / WEIGHTS / "model_index.json", ", or let PRISM_WEIGHTS name their folder"),
+        ("judge", paths.weights() / JUDGE / "model.safetensors", "; without a judge edits have no flip rates"),
+    ):
+        detail = str(file.parent) if (there := file.is_file()) else f"no {file}"
+        yield Check(name, there, detail, f"git checkout -- prism_lib/weights{or_else}", required=name == "weights")
     yield _writable("data", paths.data(), "PRISM_DATA can name another folder")
     yield _writable("runs", paths.runs(), "PRISM_RUNS can name another folder")
     yield _writable("figures", paths.root() / "figures", "take another checkout")
@@ -130,11 +132,6 @@ def _versions() -> Check:
         return Check("versions", False, f"not installed: {', '.join(missing)}", remedy)
     detail = ", ".join(other) or f"all {len(pinned)} packages as in {lock.name}"
     return Check("versions", not other, detail, remedy, required=False)
-
-
-def _present(name: str, file: Path, remedy: str, required: bool = True) -> Check:
-    whole = file.is_file()
-    return Check(name, whole, str(file.parent) if whole else f"no {file}", remedy, required)
 
 
 def _writable(name: str, folder: Path, remedy: str) -> Check:

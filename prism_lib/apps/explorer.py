@@ -9,7 +9,6 @@ import base64
 import html
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 from IPython.core.pylabtools import print_figure
 
 from prism_lib import records
-from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, heading
+from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button, heading
 from prism_lib.apps.recipe import Case, Outcome
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
@@ -52,38 +51,37 @@ def explore(
     *,
     data: str = "",
     seed: int = 4001,
-    patient: int = 1,
-    steps: int = 0,
 ) -> Explorer:
     """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that
     reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
-    begins with the folder `data`, prepared or of images, else a phantom (`seed`, `patient`); `steps` 0 is the model's.
+    begins with the folder `data`, prepared or of images, else with a phantom of the population `seed`.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), seed, patient, steps, data)
+    return Explorer(Session.load(model, judge, vocabulary, mode), seed, data)
 
 
 class Explorer(widgets.VBox):
     """The panels of one `Session`, connected."""
 
-    def __init__(self, session: Session, seed: int, patient: int, steps: int, data: str = "") -> None:
+    def __init__(self, session: Session, seed: int, data: str = "") -> None:
         self.session = session
         self.outcome: Outcome | None = None
         self._started = 0.0
         self.result = ResultPanel(self._show)
         self.edit = EditPanel(session)
-        self.settings = SettingsPanel(session, steps)
-        self.source = SourcePanel(session, self._opened, seed, patient, data)
-        self.run = _button("Run", "play", "make the counterfactual", self._run, button_style="primary")
+        self.settings = SettingsPanel(session)
+        self.source = SourcePanel(session, self._opened, seed, data)
+        self.run = button("Run", "make the counterfactual", self._run, icon="play", button_style="primary")
         about, stop = "stop after the step it is in", lambda _: session.cancel()
-        self.cancel = _button("Cancel", "stop", about, stop, disabled=True)
+        self.cancel = button("Cancel", about, stop, icon="stop", disabled=True)
         self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
-        self.undo = _button("Undo", "undo", "back to the counterfactual before", guarded(self._undo))
-        self.save = _button("Save", "save", "write image, original, mask, difference and record", guarded(self._save))
-        self.show_code = _button("Show code", "code", "three lines that give the same image", guarded(self._code))
+        self.undo = button("Undo", "back to the counterfactual before", guarded(self._undo), icon="undo")
+        about = "write image, original, mask, difference and record"
+        self.save = button("Save", about, guarded(self._save), icon="save")
+        self.show_code = button("Show code", "three lines that give the same image", guarded(self._code), icon="code")
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         buttons = widgets.HBox([self.run, self.cancel])
@@ -98,7 +96,7 @@ class Explorer(widgets.VBox):
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
         self._enable()
-        self.source.guarded(self.source.show_form)()
+        self.source.guarded(self.source.begin)()
 
     def _opened(self, case: Case) -> None:
         self.edit.show(case)
@@ -136,22 +134,14 @@ class Explorer(widgets.VBox):
         """Called from the thread of the run, whose last act it is."""
         self.run.disabled, self.cancel.disabled = False, True
         self.progress.value = 0 if said else 1
-        if said:
-            self.status.say(said, "note" if said == "Cancelled." else "error")
-            if self.outcome is not None and self.outcome.preview:
-                self._restore()
-            return
-        self.status.say(f"Done in {time.monotonic() - self._started:.1f} s.", "note")
-        self._show_run(outcomes)
+        done = f"Done in {time.monotonic() - self._started:.1f} s."
+        self.status.say(said or done, "note" if said in ("", "Cancelled.") else "error")
+        if any(map(self._at_hand, outcomes)) or (self.outcome is not None and self.outcome.preview):
+            self._restore()
 
     def _at_hand(self, outcome: Outcome) -> bool:
         """Whether an outcome is of the image on the screen: another may have been opened during the run."""
         return self.session.case is not None and self.session.case.name == outcome.recipe.image
-
-    def _show_run(self, outcomes: list[Outcome]) -> None:
-        if self._at_hand(outcomes[0]):
-            self.result.show_candidates(outcomes)
-            self._show(outcomes[0])
 
     def _show(self, outcome: Outcome) -> None:
         if self._at_hand(outcome):
@@ -161,19 +151,20 @@ class Explorer(widgets.VBox):
 
     def _restore(self) -> None:
         """The latest run of the image at hand, or the image alone."""
-        if self.session.case is not None:
+        if runs := [run for run in self.session.history if self._at_hand(run[0])]:
+            self.result.show_candidates(runs[-1])
+            self._show(runs[-1][0])
+        elif self.session.case is not None:
             self._show_case(self.session.case)
-        for outcomes in [run for run in self.session.history if self._at_hand(run[0])][-1:]:
-            self._show_run(outcomes)
 
     def _undo(self, _: Any) -> None:
-        self.session.undo()
+        del self.session.history[-1:]
         self.files.value = ""
         self._restore()
 
     def _save(self, _: Any) -> None:
         if self.outcome is not None:  # without one the button is disabled
-            folder = self.session.save(self.outcome)
+            folder = self.outcome.save()
             lines = [f"Saved in <code>{html.escape(str(folder))}</code>."]
             film = json.loads((folder / "record.json").read_text(encoding="utf-8"))["full_size"]
             if film.startswith("full_size."):
@@ -185,7 +176,7 @@ class Explorer(widgets.VBox):
 
     def _code(self, _: Any) -> None:
         if self.outcome is not None:
-            self.files.value = f"<pre>{html.escape(self.session.code(self.outcome))}</pre>"
+            self.files.value = f"<pre>{html.escape(self.outcome.code())}</pre>"
 
     def _enable(self) -> None:
         ready = self.outcome is not None and not self.outcome.preview
@@ -195,8 +186,7 @@ class Explorer(widgets.VBox):
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
         if self.outcome is None:
-            case = self.session.case
-            return b"" if case is None else plots.png(plots.view(case.image[0]))
+            return bytes(self.result.compare.value)
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
         plt.close(figure)
@@ -208,9 +198,3 @@ class Explorer(widgets.VBox):
         content = bundle[0] if isinstance(bundle, tuple) else bundle
         content["image/png"] = base64.b64encode(self.picture()).decode()
         return bundle
-
-
-def _button(text: str, icon: str, tooltip: str, act: Callable[..., None], **more: Any) -> widgets.Button:
-    button = widgets.Button(description=text, icon=icon, tooltip=tooltip, layout={"width": "118px"}, **more)
-    button.on_click(act)
-    return button

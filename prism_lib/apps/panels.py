@@ -12,21 +12,17 @@ import ipywidgets as widgets
 import numpy as np
 
 from prism_lib import paths
-from prism_lib.apps.recipe import Case, Outcome
+from prism_lib.apps.recipe import Case, Outcome, image_size
 from prism_lib.apps.session import Session, list_images, sentence
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
-from prism_lib.editing.settings import recommended
+from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.language.edits import NO_EDIT
-from prism_lib.language.labels import label_state
 from prism_lib.reporting.plots import MODES, before_after, difference, framed, overlay, png, view
 
 LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list
-STRENGTH = (
-    "guidance scale: how strongly the edit's words are followed. Where the edit adds something, the model's own "
-    "factor for the finding multiplies it; the result states the product"
-)
+STRENGTH = "guidance scale; where the edit adds something, times the model's factor. The result states the product"
 SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
 LAYOUT = "share of steps with the original's cross-attention: more keeps things where they are"
 SLIDERS = {  # field of `EditConfig` -> name, greatest value, step, tooltip
@@ -76,56 +72,72 @@ class Panel(widgets.VBox):
             control.observe(self.guarded(act), "value")
 
 
+def button(text: str, tooltip: str, act: Callable[..., None], width: str = "118px", **more: Any) -> widgets.Button:
+    """A button that calls `act` with itself."""
+    made = widgets.Button(description=text, tooltip=tooltip, layout={"width": width}, **more)
+    made.on_click(act)
+    return made
+
+
+def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -> widgets.Widget:
+    style = {"description_width": "100px"}
+    return kind(description=name, tooltip=tooltip, layout={"width": "98%"}, style=style, **more)
+
+
+def _upload(name: str, tooltip: str) -> widgets.FileUpload:
+    return widgets.FileUpload(accept=ACCEPT, description=name, tooltip=tooltip)
+
+
+def _forms(choice: widgets.Widget, *forms: Sequence[widgets.Widget]) -> widgets.Stack:
+    """The controls that go with each option of a choice, of which those of the present one are shown."""
+    shown = widgets.Stack([widgets.VBox(form) for form in forms], selected_index=choice.index)
+    widgets.dlink((choice, "index"), (shown, "selected_index"))
+    return shown
+
+
 class SourcePanel(Panel):
     """Choose a phantom patient, an image of a prepared folder, or a file."""
 
-    def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, patient: int, data: str) -> None:
+    def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, data: str) -> None:
         self._session, self._opened = session, opened
         kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
         tips = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
         first = "folder" if data else "phantom"
         self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=tips, style=style)
         number, text = widgets.BoundedIntText, widgets.Text
-        self.patient = _control(number, "patient", "which patient of the population", value=patient, max=10**6)
+        self.patient = _control(number, "patient", "which patient of the population", value=1, max=10**6)
         self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
         late = {"continuous_update": False}
-        about = "absolute, or below PRISM_DATA"
-        self.folder = _control(text, "folder", about, value=data or "prepared/phantom", **late)
-        about = "the images in it, of a prepared folder those of the test split"
-        self.row = _control(widgets.Dropdown, "image", about, options=[])
-        about = "up to 64 MB; in JupyterLab up to 10 MB"
-        self.upload = widgets.FileUpload(accept=ACCEPT, multiple=False, description="upload", tooltip=about)
+        self.folder = _control(text, "folder", "absolute or below PRISM_DATA", value=data or "prepared/phantom", **late)
+        self.row = _control(widgets.Dropdown, "image", "in a prepared folder those of the test split", options=[])
+        self.upload = _upload("upload", "up to 64 MB; in JupyterLab up to 10 MB")
         self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
-        self._form = widgets.VBox()
+        forms = _forms(self.kind, [self.patient, self.seed], [self.folder, self.row], [self.upload, self.path])
         about, models = "which model edits: that whose training images the image resembles, or one", session.references
         options = [*([("by image", "")] if len(models) > 1 else []), *((name, name) for name in models)]
         self.model = _control(widgets.Dropdown, "model", about, options=options, value=session.chosen)
         self.resembles = Line()
-        super().__init__("Image", [self.kind, self._form, self.model, self.resembles])
-        self.on_change(self.show_form, self.kind)
+        super().__init__("Image", [self.kind, forms, self.model, self.resembles])
+        self.on_change(self.begin, self.kind)
         self.on_change(self._open_phantom, self.patient, self.seed)
         self.on_change(self._list_folder, self.folder)
         self.on_change(self._open_row, self.row)
         self.on_change(self._open_upload, self.upload)
         self.on_change(self._open_path, self.path)
-        self.on_change(self._choose, self.model)
+        self.on_change(lambda _: self._show(session.choose(self.model.value)), self.model)
 
     def _show(self, case: Case | None) -> None:
         if case is not None:
             far = ", ".join(f"{model} {distance:.1f}" for model, distance in case.distances.items())
-            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}."
-            self.resembles.say(said if far else "", "note")
+            said = f"Edited by {self._session.model}. Distances to the models' training images: {far}. " if far else ""
+            self.resembles.say(said + self._session.unmeasured(None, self._session.model), "note")
             self._opened(case)
 
     def _open_phantom(self, change: Any = None) -> None:
         self._show(self._session.open_phantom(self.seed.value, self.patient.value))
 
-    def _choose(self, change: Any) -> None:
-        self._show(self._session.choose(self.model.value))
-
-    def show_form(self, change: Any = None) -> None:
-        forms = {"phantom": [self.patient, self.seed], "folder": [self.folder, self.row]}
-        self._form.children = forms.get(self.kind.value, [self.upload, self.path])
+    def begin(self, change: Any = None) -> None:
+        """Open the phantom, or the first image of the folder, where that kind is chosen."""
         if self.kind.value == "phantom":
             self._open_phantom()
         elif self.kind.value == "folder" and not self.row.options:
@@ -161,23 +173,22 @@ class EditPanel(Panel):
         self.buttons: dict[tuple[str, str], widgets.ToggleButton] = {}
         hint, about = "remove the pacemaker, keep the effusion", "a sentence, or 'source prompt -> target prompt'"
         self.text = widgets.Text(placeholder=hint, tooltip=about, layout={"width": "98%"})
-        self.measured = Line()
-        controls = [self._rows, widgets.Label("or in words"), self.text, self.measured]
-        super().__init__("What should be different?", controls)
+        super().__init__("What should be different?", [self._rows, widgets.Label("or in words"), self.text])
 
     def show(self, case: Case) -> None:
         """A row per label with its present state, and a button for each change that makes sense."""
         self.buttons, rows = {}, []
-        self.measured.say(self._session.unmeasured(None, self._session.model), "note")
         for label, phrase in self._session.vocab.phrases.items():
-            known, state = label_state(label, case.labels.get(label)), _state(case, label)
+            known = case.labels.get(label)
+            said = [] if known is None else ["present" if known else "absent"]
+            said += [f"judge {case.readings[label]:.2f}"] if label in case.readings else []
             for verb in ["remove", "add"] if known is None else ["remove" if known else "add"]:
                 text, layout = f"{verb} {phrase}", {"width": "190px"}
-                button = widgets.ToggleButton(description=text, tooltip=f"press to {text}", layout=layout)
-                button.observe(partial(self._exclude, "add" if verb == "remove" else "remove", label), "value")
-                self.buttons[verb, label] = button
-                rows.append(widgets.HBox([button, widgets.HTML(state)]))
-                state = ""
+                toggle = widgets.ToggleButton(description=text, tooltip=f"press to {text}", layout=layout)
+                toggle.observe(partial(self._exclude, "add" if verb == "remove" else "remove", label), "value")
+                self.buttons[verb, label] = toggle
+                rows.append(widgets.HBox([toggle, widgets.HTML(f'<span class="prism-state">{", ".join(said)}</span>')]))
+                said = []
         self._rows.children = rows
 
     def _exclude(self, verb: str, label: str, change: Any) -> None:
@@ -192,31 +203,26 @@ class EditPanel(Panel):
 class SettingsPanel(Panel):
     """How to edit; each control says in its tooltip what it does."""
 
-    def __init__(self, session: Session, steps: int) -> None:
+    def __init__(self, session: Session) -> None:
         self._session, self._file, self._model = session, "", ""
         slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
         self.sliders = {
             field: _control(slider, name, tooltip, max=high, step=step)
             for field, (name, high, step, tooltip) in SLIDERS.items()
         }
-        about = "inversion: what explains the image"
-        self.method = _control(choice, "method", about, options=list(METHODS), value=RECOMMENDED)
-        about = "DDIM steps: 20 is quick, 50 what the figures use"
-        self.steps = _control(widgets.IntSlider, "steps", about, min=2, max=100)
+        methods = list(METHODS)
+        self.method = _control(choice, "method", "how the image is inverted", options=methods, value=RECOMMENDED)
+        self.steps = _control(widgets.IntSlider, "steps", "20 is quick, the figures take 50", min=2, max=100)
         about = "run the edit at several values of a setting and choose by eye"
         self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
         about = "where the edit may show; all other pixels stay the input's own, bit for bit"
         self.mask = _control(choice, "mask", about, options=["automatic", "off", "rectangle", "file"])
         self.rows = _control(pixels, "rows", "top and bottom of the rectangle, in pixels")
         self.columns = _control(pixels, "columns", "left and right of the rectangle, in pixels")
-        about = "an image, white where the edit may show"
-        self.mask_file = widgets.FileUpload(accept=ACCEPT, description="upload mask", tooltip=about)
-        self._mask_form = widgets.VBox()
-        controls = [self.method, self.steps, self.sweep, self.mask, self._mask_form]
-        super().__init__("How", [*self.sliders.values(), *controls])
-        self.on_change(self._show_mask_form, self.mask)
+        self.mask_file = _upload("upload mask", "an image, white where the edit may show")
+        forms = _forms(self.mask, [], [], [self.rows, self.columns], [self.mask_file])
+        super().__init__("How", [*self.sliders.values(), self.method, self.steps, self.sweep, self.mask, forms])
         self.on_change(self._read_mask, self.mask_file)
-        self._steps = steps
         self.show_model()
 
     def show_model(self) -> None:
@@ -229,14 +235,10 @@ class SettingsPanel(Panel):
         for field, slider in self.sliders.items():
             slider.max = max(SLIDERS[field][1], self._usual[field])
             slider.value = self._usual[field]
-        self.steps.value = self._steps or session.steps
+        self.steps.value = 50 if recommended_inversion(session.pipe).skip else 20  # many are left out
         for control in (self.rows, self.columns):
-            control.max = session.size
-            control.value = session.size // 4, 3 * session.size // 4
-
-    def _show_mask_form(self, change: Any) -> None:
-        forms = {"rectangle": [self.rows, self.columns], "file": [self.mask_file]}
-        self._mask_form.children = forms.get(self.mask.value, [])
+            control.max = size = image_size(session.pipe)
+            control.value = size // 4, 3 * size // 4
 
     def _read_mask(self, change: Any) -> None:
         self._file = ""
@@ -259,17 +261,6 @@ class SettingsPanel(Panel):
         moved = {name: slider.value for name, slider in self.sliders.items() if slider.value != self._usual[name]}
         mask = masks[self.mask.value]
         return {"settings": moved, "method": self.method.value, "steps": self.steps.value, "mask": mask}
-
-
-def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -> widgets.Widget:
-    style = {"description_width": "100px"}
-    return kind(description=name, tooltip=tooltip, layout={"width": "98%"}, style=style, **more)
-
-
-def _state(case: Case, label: str) -> str:
-    known = {True: "present", False: "absent", None: ""}[label_state(label, case.labels.get(label))]
-    read = f"judge {case.readings[label]:.2f}" if label in case.readings else ""
-    return f'<span class="prism-state">{", ".join(filter(None, (known, read)))}</span>'
 
 
 class ResultPanel(Panel):
@@ -295,8 +286,7 @@ class ResultPanel(Panel):
         columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
         pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
         super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
-        for control in (self.share, self.mode):
-            control.observe(self._draw, "value")
+        self.on_change(self._draw, self.share, self.mode)
 
     def show_case(self, case: Case) -> None:
         """A new image, not edited yet."""
@@ -331,9 +321,8 @@ class ResultPanel(Panel):
 
     def _thumbnail(self, outcome: Outcome) -> widgets.Widget:
         text = f"choose {outcome.used.guidance_scale:g} / {outcome.used.self_replace_steps:g}"
-        about, layout = "strength / structure kept: show this candidate", {"width": "130px"}
-        choose = widgets.Button(description=text, tooltip=about, layout=layout)
-        choose.on_click(self.guarded(lambda _: self._chosen(outcome)))
+        about, act = "strength / structure kept: show this candidate", self.guarded(lambda _: self._chosen(outcome))
+        choose = button(text, about, act, "130px")
         picture = widgets.Image(value=png(view(outcome.result.image)), format="png", width=130, height=130)
         scores = outcome.scores
         name, label = ("true_error_ratio", "error") if "true_error_ratio" in scores else ("change", "change")

@@ -148,6 +148,7 @@ class Outcome:
     result: Counterfactual
     scores: Mapping[str, float]
     notice: str
+    mask: Tensor | None = None  # (1, 1, H, W), where it was uploaded
     preview: bool = False
 
     @property
@@ -155,8 +156,14 @@ class Outcome:
         assert isinstance(self.result.settings, EditConfig)
         return self.result.settings
 
+    def code(self) -> str:
+        """`Recipe.code`; what was uploaded is written where it finds it."""
+        self._keep_uploads()
+        return self.recipe.code()
+
     def save(self) -> Path:
-        """Write image, original, mask, difference, record and `put_back`'s film below PRISM_RUNS; returns the place."""
+        """Write image, original, mask, difference, record and full-size film below PRISM_RUNS; returns the folder."""
+        self._keep_uploads()
         result, recipe = self.result, self.recipe
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{self.edit.key}").strip("-")[:80]
@@ -165,7 +172,7 @@ class Outcome:
             write_bytes(folder / f"{name}.png", png(levels(image)))
         write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
         try:
-            film = self.put_back(folder)
+            film = self._full_size(folder)
         except (ValueError, KeyError) as error:  # of a film that cannot hold the change; all else is kept
             film = f"not written: {one_line(error)}"
         about = {
@@ -182,24 +189,31 @@ class Outcome:
         recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
         return folder
 
-    def put_back(self, folder: Path) -> str:
-        """The name of the opened film with the edit, written into `folder`; "" if the image has all that the film has.
+    def _keep_uploads(self) -> None:
+        """Write uploads, as they were prepared, below PRISM_RUNS: what lies there already is the same."""
+        for name, images in ((self.recipe.image, self.result.factual[None]), (self.recipe.mask, self.mask)):
+            if images is not None and str(name).startswith(UPLOADS):
+                write_bytes(paths.runs() / str(name).removeprefix("file:"), png(levels(images[0])))
 
-        A DICOM gives a derived DICOM, any other film a PNG (`data.full_size`).
-        """
-        result, content = self.result, self.case.content
-        if not content or len(result.image) > 1:
+    def _full_size(self, folder: Path) -> str:
+        """The name of the opened film with the edit in `folder`; "" if the image has all that the film has."""
+        if not self.case.content or len(self.result.image) > 1:
             return ""
         with tempfile.TemporaryDirectory() as place:
             film = Path(place) / "film"
-            film.write_bytes(content)
-            if not (whole := is_dicom(film)):
+            film.write_bytes(self.case.content)
+            if not is_dicom(film):
                 with Image.open(film) as file:
-                    if max(file.size) <= result.image.shape[-1]:
+                    if max(file.size) <= self.result.image.shape[-1]:
                         return ""
-            target = folder / f"full_size{'.dcm' if whole else '.png'}"
-            put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
-        return target.name
+            return put_back(film, folder / "full_size", self.result).name
+
+
+def put_back(film: Path, target: Path, result: Counterfactual) -> Path:
+    """Write a film with the edit of its image: a DICOM as a derived DICOM, others as PNG. Returns the whole name."""
+    target = target.with_suffix(".dcm" if is_dicom(film) else ".png")
+    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
+    return target
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:
@@ -209,11 +223,9 @@ def image_size(pipe: StableDiffusionPipeline) -> int:
 
 def load_image(name: str, size: int, mode: str = "L") -> Tensor:
     """The image that `Recipe.image` names, (1, C, size, size) in [0, 1]; phantoms are gray in any mode."""
-    kind, _, rest = name.partition(":")
-    if kind == "phantom":
+    if not name.startswith("file:"):
         return patients.render(phantom_patient(name), size)
-    if kind != "file":
-        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH'")
+    rest = name.removeprefix("file:")
     for path in (paths.data() / rest, paths.runs() / rest):
         if path.is_file():
             return read_file(path, size, mode)
@@ -222,19 +234,11 @@ def load_image(name: str, size: int, mode: str = "L") -> Tensor:
 
 def phantom_patient(name: str) -> patients.Patients:
     """The one patient that "phantom:SEED/INDEX" names."""
-    seed, _, index = name.removeprefix("phantom:").partition("/")
-    if not (seed.isdecimal() and index.isdecimal()):
-        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' with two whole numbers")
-    return patients.sample_patients([int(index)], int(seed))
+    if not (found := re.fullmatch(r"phantom:(\d+)/(\d+)", name)):
+        raise ValueError(f"image is {name!r}; expected 'phantom:SEED/INDEX' or 'file:PATH', with two whole numbers")
+    return patients.sample_patients([int(found[2])], int(found[1]))
 
 
 def upload_name(image: Tensor) -> str:
     """The name of an uploaded image in a recipe: a file below PRISM_RUNS that its pixels decide."""
     return f"{UPLOADS}{image_hash(image)[:16]}.png"
-
-
-def keep_upload(name: str, image: Tensor) -> None:
-    """Write an uploaded image (C, H, W) where `load_image` finds it, once and as it was prepared."""
-    path = paths.runs() / name.removeprefix("file:")
-    if name.startswith(UPLOADS) and not path.is_file():
-        write_bytes(path, png(levels(image)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -19,17 +20,8 @@ from torch import Tensor
 
 from prism_lib import paths
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import (
-    Case,
-    Outcome,
-    Recipe,
-    image_size,
-    keep_upload,
-    load_image,
-    phantom_patient,
-    upload_name,
-)
-from prism_lib.data.folder import load_info, load_table
+from prism_lib.apps.recipe import Case, Outcome, Recipe, image_size, load_image, phantom_patient, upload_name
+from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT, check_length, read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
 from prism_lib.editing.inversion import Callback, Inversion
@@ -38,7 +30,7 @@ from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import PHANTOM, Labels, Vocabulary, label_state, vocabulary
+from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.schedule import Schedule
@@ -56,10 +48,6 @@ OTHER_IMAGES = (FILMS, "phantom-judge")  # a model and a judge that was not trai
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
 
-class CancelledError(Exception):
-    """The run was cancelled between two steps."""
-
-
 class Fault(ValueError):
     """A sentence for the person at the screen, and the control it belongs to."""
 
@@ -68,28 +56,27 @@ class Fault(ValueError):
         self.control = control
 
 
+Row = Mapping[Any, Any]  # of a table, with values by label
 Progress = Callable[[float], None]
 Preview = Callable[[Outcome], None]
 Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sentence
 
 
+@dataclass(eq=False, repr=False)
 class Session:
     """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 
-    def __init__(
-        self,
-        pipe: StableDiffusionPipeline,
-        model: str = SHIPPED,
-        judge: Classifier | None = None,
-        vocab: Vocabulary = PHANTOM,
-        references: Mapping[str, novelty.Reference | None] | None = None,
-        mode: str = "L",
-        judge_name: str = "",
-    ) -> None:
-        """`references` has every model that is offered."""
-        self.pipe, self.model, self.judge, self.judge_name, self.mode = pipe, model, judge, judge_name, mode
-        self.vocab, self.references, self.pipes = vocab, references or {model: None}, {model: pipe}
-        self.chosen = model  # by the person; "" for the one that the image resembles
+    pipe: StableDiffusionPipeline
+    model: str = SHIPPED
+    judge: Classifier | None = None
+    vocab: Vocabulary = PHANTOM
+    references: Mapping[str, novelty.Reference | None] = field(default_factory=dict)  # of every model that is offered
+    mode: str = "L"
+    judge_name: str = ""
+
+    def __post_init__(self) -> None:
+        self.references, self.pipes = self.references or {self.model: None}, {self.model: self.pipe}
+        self.chosen = self.model  # by the person; "" for the one that the image resembles
         self.case: Case | None = None
         self._opened: tuple[Any, ...] = ()  # the arguments of `_open` for the image at hand
         self.history: list[list[Outcome]] = []
@@ -113,16 +100,6 @@ class Session:
         made.chosen = model if len(references) > 1 else first
         return made
 
-    @property
-    def size(self) -> int:
-        """The side of the model's images, in pixels."""
-        return image_size(self.pipe)
-
-    @property
-    def steps(self) -> int:
-        """Steps for a quick result: more where the model's edits leave most of them out."""
-        return 50 if recommended_inversion(self.pipe).skip else 20
-
     def choose(self, model: str) -> Case | None:
         """Edit with an offered model, "" for the one that an image resembles; the image at hand is opened again."""
         self.chosen = model
@@ -131,22 +108,19 @@ class Session:
     def open_phantom(self, seed: int, index: int) -> Case:
         name = f"phantom:{seed}/{index}"
         labels = phantom_patient(name).labels().to_dict("records")[0]
-        known = {str(label): float(value) for label, value in labels.items() if label in self.vocab.labels}
         title = f"phantom patient {index} of population {seed}"
-        return self._open(name, title, known, lambda size: load_image(name, size, self.mode))
+        return self._open(name, title, labels, lambda size: load_image(name, size, self.mode))
 
     def open_row(self, folder: Path, file_name: str) -> Case:
         """An image of a folder; of a prepared one, with the labels of its table."""
         if not (folder / INFO).is_file():
             return self.open_file(folder / file_name)
-        table, labels = load_table(folder), load_info(folder)["labels"]
-        rows = table.loc[table["file_name"] == file_name, labels].to_dict("records")
+        rows = load_table(folder).query("file_name == @file_name").to_dict("records")
         if not rows:
             raise Fault("image", f"{folder} has no image {file_name}.")
-        known = {str(label): float(value) for label, value in rows[0].items() if value in (0, 1)}
-        return self.open_file(Path(folder) / file_name, known)
+        return self.open_file(folder / file_name, rows[0])
 
-    def open_file(self, path: Path, labels: Labels = MappingProxyType({})) -> Case:
+    def open_file(self, path: Path, labels: Row = MappingProxyType({})) -> Case:
         """A file of this machine, read once."""
         path = path.expanduser().resolve()
         if not path.is_file():
@@ -154,17 +128,17 @@ class Session:
         check_length(path.name, path.stat().st_size)
         return self.open_upload(path.name, path.read_bytes(), labels, f"file:{path}")
 
-    def open_upload(self, name: str, content: bytes, labels: Labels = MappingProxyType({}), path: str = "") -> Case:
+    def open_upload(self, name: str, content: bytes, labels: Row = MappingProxyType({}), path: str = "") -> Case:
         """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
         return self._open(path, name, labels, cache(lambda size: read_upload(name, content, size, self.mode)), content)
 
     def upload_mask(self, name: str, content: bytes) -> str:
         """A mask from a file, white where the edit may show; returns its name in a recipe."""
-        image = read_upload(name, content, self.size)
-        self._masks[upload_name(image)] = image
-        return upload_name(image)
+        mask = (read_upload(name, content, image_size(self.pipe)) > 0.5).float()
+        self._masks[upload_name(mask)] = mask
+        return upload_name(mask)
 
-    def _open(self, name: str, title: str, labels: Labels, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
+    def _open(self, name: str, title: str, labels: Row, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
         """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
         distances = {}
         for offered, known in self.references.items():
@@ -178,8 +152,9 @@ class Session:
         self.model, self.pipe, self.pipes[model] = model, pipe, pipe
         self._opened = name, title, labels, read, content
         notice = self._unlike(distances)
+        stated = {label: float(value) for label in self.vocab.labels if (value := labels.get(label)) in (0, 1)}
         readings = self._readings(image, model)
-        self.case = Case(name or upload_name(image), title, image, labels, readings, distances, notice, content)
+        self.case = Case(name or upload_name(image), title, image, stated, readings, distances, notice, content)
         return self.case
 
     def _unlike(self, distances: Mapping[str, float]) -> str:
@@ -234,8 +209,7 @@ class Session:
     def _labels(self, case: Case, edit: Edit) -> dict[str, float]:
         """What the source prompt may say: what is known, and what the judge reads of labels that stay as they are."""
         edited = {self.vocab.owners.get(name, name) for name in (*edit.remove, *edit.add)}
-        known = {label for label, value in case.labels.items() if label_state(label, value) is not None}
-        said = [label for label in self.vocab.phrases if label in known or label not in edited]
+        said = [label for label in self.vocab.phrases if label in case.labels or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
     def start(self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
@@ -310,12 +284,11 @@ class Session:
             inversion = recipe.invert(pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
-        uploaded = self._masks.get(str(recipe.mask))
-        mask = None if uploaded is None else (uploaded > 0.5).float()
+        mask = self._masks.get(str(recipe.mask))
         result = recipe.run(pipe, inversion=self._inversions[key], mask=mask, callback=callback)
         notices = case.notice, edit.note, self.unmeasured(edit, recipe.model), self._unheard(edit, recipe.model)
         scores = self._scores(case, edit, result, recipe)
-        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)))
+        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)), mask)
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if that is one edit and not this one."""
@@ -341,26 +314,6 @@ class Session:
             if bool(changed.any()):
                 scores["true_error_ratio"] = metrics.true_error_ratio(image, truth, factual, changed).item()
         return scores
-
-    def undo(self) -> list[Outcome]:
-        """Forget the latest run and return the outcomes of the one before it."""
-        del self.history[-1:]
-        return self.history[-1] if self.history else []
-
-    def code(self, outcome: Outcome) -> str:
-        """Three lines that give the same image in a fresh kernel; an upload is written where they find it."""
-        self._keep_uploads(outcome)
-        return outcome.recipe.code()
-
-    def save(self, outcome: Outcome) -> Path:
-        """Write `Outcome.save`'s files, and an upload where the recipe finds it; returns the folder."""
-        self._keep_uploads(outcome)
-        return outcome.save()
-
-    def _keep_uploads(self, outcome: Outcome) -> None:
-        keep_upload(outcome.recipe.image, outcome.result.factual)
-        if (mask := self._masks.get(str(outcome.recipe.mask))) is not None:
-            keep_upload(str(outcome.recipe.mask), mask[0])
 
 
 def list_images(folder: Path) -> list[str]:

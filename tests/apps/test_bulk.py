@@ -428,11 +428,11 @@ def test_a_batch_without_room_is_halved_with_equal_results(config, tmp_path, mon
     bulk.generate(config)
     seen, original = [], bulk._edit_batch
 
-    def small(pipe, config, batch):
-        seen.append(len(batch))
-        if len(batch) > 1:
+    def small(pipe, config, batch, rows):
+        seen.append(len(batch[rows]))
+        if seen[-1] > 1:
             raise torch.OutOfMemoryError("no room")
-        return original(pipe, config, batch)
+        return original(pipe, config, batch, rows)
 
     monkeypatch.setattr(bulk, "_edit_batch", small)
     bulk.generate(replace(config, out=str(tmp_path / "small")))
@@ -599,7 +599,7 @@ def test_a_choice_is_the_same_from_a_table_and_from_the_run(config, tmp_path):
     (csv_task, *_) = plan(with_edits(config, tmp_path, f"edit,sweep,best\nunchanged,{cell},ssim\n", "csv"))
     run = configured(config, [("sweep", '{"guidance_scale": [2, 5]}'), ("best", "ssim")])
     (run_task, *_) = plan(with_edits(run, tmp_path, [{"edit": "unchanged"}]))
-    expected = Choice({"guidance_scale": [2.0, 5.0]}, best="ssim")
+    expected = Choice(sweep={"guidance_scale": [2.0, 5.0]}, best="ssim")
     assert csv_task.settings.choice == run_task.settings.choice == expected
 
 

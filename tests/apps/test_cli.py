@@ -74,7 +74,6 @@ def ran(folder):
         (["tiny", "-p", "COUNT", "1.5"], "COUNT takes int"),
         (["tiny", "--from", "7"], "no notebook '7' in this profile; it has 00_first, 01_second"),
         (["tiny", "--only", "00", "--from", "01"], "leave no notebook to run"),
-        (["tiny", "--name", "../up"], "cannot name a folder"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_starts_nothing(checkout, capsys, arguments, message):

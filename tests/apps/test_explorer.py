@@ -176,7 +176,7 @@ def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_
     edit, recipe = removal(study, mask=mask)
     made += study.run([recipe], edit)
     for outcome in made:
-        code = study.code(outcome) + "\nfrom prism_lib.files import image_hash\nprint(image_hash(image))"
+        code = outcome.code() + "\nfrom prism_lib.files import image_hash\nprint(image_hash(image))"
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(paths.root())},
             capture_output=True, text=True, cwd=tmp_path, timeout=300,
@@ -327,20 +327,11 @@ def test_a_sweep_is_as_many_separate_edits(study):
         assert torch.equal(outcome.result.image, alone.image)
 
 
-def test_undo_returns_to_the_run_before(study):
-    study.open_phantom(0, patient(True))
-    edit, recipe = removal(study)
-    first = study.run([recipe], edit)
-    study.run([dataclasses.replace(recipe, settings={"guidance_scale": 5.0})], edit)
-    assert study.undo() == first
-    assert study.undo() == [] and study.undo() == []
-
-
 def test_what_is_saved_reruns(study, runs):
     study.open_upload("film.png", png(LEVELS))
     edit, recipe = removal(study, mask=(0, 0, 16, 32))
     (outcome,) = study.run([recipe], edit)
-    folder = study.save(outcome)
+    folder = outcome.save()
     names = {path.name for path in folder.iterdir()}
     assert names == {"image.png", "original.png", "mask.png", "difference.png", "record.json"}
     image, original = (np.asarray(Image.open(folder / f"{name}.png")) for name in ("image", "original"))
@@ -358,7 +349,7 @@ def test_a_film_is_saved_at_its_own_size_too(study):
     study.open_upload("film.png", png(film))
     edit, recipe = removal(study, mask=(0, 0, 16, 32))
     (outcome,) = study.run([recipe], edit)
-    folder = study.save(outcome)
+    folder = outcome.save()
     saved = np.asarray(Image.open(folder / "full_size.png"))
     assert saved.shape == film.shape and (saved[:40] != film[:40]).any()
     np.testing.assert_array_equal(saved[40:], film[40:])
@@ -368,7 +359,7 @@ def test_a_film_is_saved_at_its_own_size_too(study):
 def test_a_dicom_is_saved_as_a_derived_dicom(study, tmp_path):
     study.open_file(formats.dicom(tmp_path / "film.dcm", np.arange(80 * 60, dtype=np.uint16).reshape(80, 60) % 4000))
     edit, recipe = removal(study, mask=(0, 0, 16, 32))
-    folder = study.save(study.run([recipe], edit)[0])
+    folder = study.run([recipe], edit)[0].save()
     made = pydicom.dcmread(folder / "full_size.dcm")
     assert made.pixel_array.shape == (80, 60) and made.ImageType[0] == "DERIVED"
 
@@ -392,7 +383,7 @@ def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tm
     edit, recipe = removal(study, mask=(0, 0, 16, 32))
     (outcome,) = study.run([recipe], edit)
     (tmp_path / "film.png").write_bytes(b"")
-    saved = np.asarray(Image.open(study.save(outcome) / "full_size.png"))
+    saved = np.asarray(Image.open(outcome.save() / "full_size.png"))
     np.testing.assert_array_equal(saved[40:], film[40:])
 
 
@@ -467,7 +458,7 @@ def test_the_panels_follow_the_model(two_models, tmp_path):
     for number, image in enumerate((film, film.flip(1))):
         (tmp_path / f"{number}.png").write_bytes(png(plots.levels(image)))
     two_models.chosen = ""
-    explorer = Explorer(two_models, seed=0, patient=0, steps=10, data=str(tmp_path))
+    explorer = Explorer(two_models, seed=0, data=str(tmp_path))
     assert explorer.source.row.options == ("0.png", "1.png")
     for row, model in (("1.png", "upside"), ("0.png", "phantom-sd")):
         explorer.source.row.value = row
@@ -521,7 +512,10 @@ def test_a_detail_that_the_model_hardly_hears_is_said_with_the_result(runs, monk
 
 @pytest.fixture
 def explorer(study):
-    return Explorer(study, seed=0, patient=patient(True), steps=10)
+    explorer = Explorer(study, seed=0)
+    explorer.source.patient.value = patient(True)
+    explorer.settings.steps.value = 10
+    return explorer
 
 
 def wait(explorer):
@@ -548,6 +542,18 @@ def test_click_remove_and_run(explorer):
     assert "recipe.run().image" in explorer.files.value
     explorer.undo.click()
     assert explorer.outcome is None and explorer.save.disabled and "not edited yet" in explorer.result.caption.value
+
+
+def test_undo_returns_to_the_run_before(explorer):
+    explorer.edit.buttons["remove", DEVICES].value = True
+    for strength in (2.0, 5.0):
+        explorer.settings.sliders["guidance_scale"].value = strength
+        explorer.run.click()
+        wait(explorer)
+    for strength in (5.0, 2.0):
+        assert explorer.outcome.used.guidance_scale == strength and not explorer.undo.disabled
+        explorer.undo.click()
+    assert explorer.outcome is None and explorer.undo.disabled
 
 
 def test_candidates_are_chosen_by_a_click(explorer):

@@ -87,8 +87,8 @@ CHEST = Vocabulary(
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
     aliases=WORDS["terms"],
 )
-_THREE = {label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]}
-PHANTOM = replace(CHEST, name="phantom", phrases=_THREE, stated=PHANTOM_LABELS[1:])
+_THREE = PHANTOM_LABELS[1:]
+PHANTOM = replace(CHEST, name="phantom", phrases={label: label.lower() for label in _THREE}, stated=_THREE)
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
@@ -96,11 +96,10 @@ SKIN_DIAGNOSES = (
 )  # fmt: skip
 _ARTEFACTS = ("ruler", "ink", "hair", "dark_corner", "gel_border", "gel_bubble", "patches")  # columns of their table
 SKIN_ARTEFACTS = {code: code.replace("_", " ").title() for code in _ARTEFACTS}
-_SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
 SKIN = Vocabulary(
     name="skin",
     subject="dermoscopic image",
-    phrases=_SKIN_PHRASES
+    phrases={label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
     | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
     synonyms=WORDS["synonyms"],

@@ -38,8 +38,6 @@ NOISE: dict[str, int] = {
 
 SOFT, LUNG, BONE, METAL = 1.0, 0.22, 1.5, 60.0  # linear attenuation per unit thickness
 LUNG_DEPTH = 1.75  # thickness of the lung where it is deepest
-
-
 KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
 
 
@@ -175,16 +173,15 @@ def stamp(pixels: Tensor, radius: Tensor, size: int) -> Tensor:
 
 def bezier(control: Tensor, count: int) -> Tensor:
     """Points (N, count, 2) on the Bezier curve with control points (N, K, 2)."""
-    degree = control.shape[1] - 1
-    t = torch.linspace(0, 1, count)
+    degree, t = control.shape[1] - 1, torch.linspace(0, 1, count)
     basis = torch.stack([math.comb(degree, k) * t**k * (1 - t) ** (degree - k) for k in range(degree + 1)], dim=1)
     return torch.einsum("pk,nkc->npc", basis, control)
 
 
-def _curve(*points: tuple[Tensor | float, Tensor | float], like: Tensor) -> Tensor:
-    """Control points given as (x, y) pairs of numbers or tensors (N,), as one tensor (N, K, 2)."""
-    full = [torch.stack([torch.as_tensor(value).expand_as(like) for value in point], dim=1) for point in points]
-    return torch.stack(full, dim=1)
+def _curve(frame: Frame, count: int, *control: tuple[Tensor | float, Tensor | float]) -> Tensor:
+    """Points (N, count, 2) on a Bezier curve, its control points (x, y) given as numbers or tensors (N,)."""
+    values = [[torch.as_tensor(value).expand_as(frame.rotation) for value in point] for point in control]
+    return bezier(torch.stack([torch.stack(point, dim=1) for point in values], dim=1), count)
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -319,10 +316,9 @@ def mediastinum_thickness(scene: Scene, frame: Frame) -> Tensor:
 def airway_thickness(frame: Frame) -> Tensor:
     """Air in trachea and main bronchi, (N, H, W)."""
     carina, count = -0.26, frame.size // 2
-    like = frame.rotation
-    trachea = bezier(_curve((0.0, -1.1), (0.005, -0.7), (0.0, carina), like=like), count)
-    right = bezier(_curve((0.0, carina), (-0.04, carina + 0.06), (-0.13, carina + 0.17), like=like), count // 2)
-    left = bezier(_curve((0.0, carina), (0.06, carina + 0.08), (0.17, carina + 0.18), like=like), count // 2)
+    trachea = _curve(frame, count, (0.0, -1.1), (0.005, -0.7), (0.0, carina))
+    right = _curve(frame, count // 2, (0.0, carina), (-0.04, carina + 0.06), (-0.13, carina + 0.17))
+    left = _curve(frame, count // 2, (0.0, carina), (0.06, carina + 0.08), (0.17, carina + 0.18))
     air = tubes(trachea, 0.042, frame)
     return torch.maximum(air, tubes(torch.cat([right, left], dim=1), 0.030, frame))
 
@@ -461,10 +457,10 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     battery = (along.abs() < 0.08) & (across > 0.0) & (across < 0.085)
     box = 1.7 * can.clamp(min=0).pow(0.2) + 0.8 * battery * (can > 0) + 0.6 * header.clamp(min=0).pow(0.3) * (can <= 0)
     top = y0 - 0.10
-    like, vein, apex = u[:, 0], (-0.10 + 0.04 * side, -0.42), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6])
-    upper = _curve((x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), vein, like=like)
-    lower = _curve(vein, (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), apex, like=like)
-    lead = torch.cat([bezier(part, 2 * frame.size) for part in (upper, lower)], dim=1)
+    vein, apex, count = (-0.10 + 0.04 * side, -0.42), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6]), 2 * frame.size
+    upper = _curve(frame, count, (x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), vein)
+    lower = _curve(frame, count, vein, (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), apex)
+    lead = torch.cat([upper, lower], dim=1)
     wire = METAL * tubes(lead, 0.0085, frame)
     tip = METAL * tubes(lead[:, -frame.size // 10 :], 0.013, frame)
     return torch.maximum(box, torch.maximum(wire, tip))
@@ -473,34 +469,28 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
 def venous_catheter(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Central venous catheter from the right or left neck, or a subclavian puncture, to the SVC."""
     u = noise["catheter"]
-    like = u[:, 0]
-    tip = (-0.105 + 0.02 * u[:, 1], -0.16 + 0.20 * u[:, 2])
-    jugular = _curve((-0.22 + 0.06 * u[:, 3], -1.15), (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip, like=like)
-    subclavian = _curve((-0.62, -0.42 + 0.1 * u[:, 4]), (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip, like=like)
-    left = _curve((0.24, -1.15), (0.22, -0.75), (0.10, -0.55), (-0.13, -0.52), tip, like=like)
-    route = u[:, 5, None, None]
-    control = torch.where(route < 0.5, jugular, torch.where(route < 0.8, subclavian, left))
-    return 26.0 * tubes(bezier(control, 3 * frame.size), 0.0115, frame)
+    tip, count, route = (-0.105 + 0.02 * u[:, 1], -0.16 + 0.20 * u[:, 2]), 3 * frame.size, u[:, 5, None, None]
+    start = -0.22 + 0.06 * u[:, 3], -1.15
+    jugular = _curve(frame, count, start, (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip)
+    start = -0.62, -0.42 + 0.1 * u[:, 4]
+    subclavian = _curve(frame, count, start, (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip)
+    left = _curve(frame, count, (0.24, -1.15), (0.22, -0.75), (0.10, -0.55), (-0.13, -0.52), tip)
+    return 26.0 * tubes(torch.where(route < 0.5, jugular, torch.where(route < 0.8, subclavian, left)), 0.0115, frame)
 
 
 def ecg_leads(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Three electrodes (snap and pad) and the wires that leave the film."""
     u = noise["ecg"]
-    like = u[:, 0]
     total = torch.zeros_like(frame.x)
     anchors = ((-0.50, -0.42, -0.75, -1.2), (0.54, -0.46, 0.80, -1.2), (0.50, 0.42, 1.25, 0.15))
     for k, (x0, y0, x1, y1) in enumerate(anchors):
         ux, uy, ub, ue = (u[:, 4 * k + j] for j in range(4))
         x, y = x0 + 0.16 * (ux - 0.5), y0 + 0.16 * (uy - 0.5)
         bow = 0.22 * (ub - 0.5)
-        control = _curve(
-            (x, y),
-            (x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10),
-            (x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)),
-            (x1, y1 + 0.2 * (ue - 0.5)),
-            like=like,
-        )
-        wire = 45.0 * tubes(bezier(control, 2 * frame.size), 0.0075, frame)
+        near = x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10
+        far = x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)
+        path = _curve(frame, 2 * frame.size, (x, y), near, far, (x1, y1 + 0.2 * (ue - 0.5)))
+        wire = 45.0 * tubes(path, 0.0075, frame)
         radial = ((frame.x - x[:, None, None]) ** 2 + (frame.y - y[:, None, None]) ** 2).sqrt()
         pad = 0.16 * (radial < 0.050) + 1.5 * (radial < 0.020)
         total = torch.maximum(total, torch.maximum(wire, pad))
@@ -510,9 +500,8 @@ def ecg_leads(noise: dict[str, Tensor], frame: Frame) -> Tensor:
 def endotracheal_tube(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Tube in the trachea, its wall faint and its marker line dense, the tip above the carina."""
     u = noise["tube"]
-    like = u[:, 0]
     end = -0.36 - 0.14 * u[:, 1]
-    line = bezier(_curve((0.02 * (u[:, 0] - 0.5), -1.15), (0.01, -0.8), (0.012, end), like=like), 2 * frame.size)
+    line = _curve(frame, 2 * frame.size, (0.02 * (u[:, 0] - 0.5), -1.15), (0.01, -0.8), (0.012, end))
     edge = torch.tensor([0.026, 0.0])
     marker_line = METAL * 0.7 * tubes(line + edge, 0.0080, frame)
     wall = 14.0 * torch.maximum(tubes(line - edge, 0.0085, frame), tubes(line + edge, 0.0085, frame))
@@ -584,7 +573,7 @@ def marker(scene: Scene, size: int) -> Tensor:
     """
     u, ap = scene.noise["marker"], scene.attributes["ap"]
     images = []
-    for row in range(len(ap)):
+    for row in range(len(scene)):
         left = bool(u[row, 0] < 0.6)
         corner = torch.stack([0.80 + 0.06 * u[row, 1] if left else -0.93 + 0.06 * u[row, 1], -0.93 + 0.06 * u[row, 2]])
         pixels = (_letters(left, bool(ap[row] > 0.5), size) + corner + 1) / 2 * size - 0.5

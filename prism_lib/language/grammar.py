@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from prism_lib.language.labels import CHEST, VOCABULARIES, WORDS, Labels, Vocabulary, label_state
 
-FILLERS = set(WORDS["fillers"])
 SIGNS = [(kind, change, words) for kind, table in WORDS["signs"].items() for change, words in table.items()]
 AFTER = {words for kind, _, listed in SIGNS for words in listed if kind == "after"}
 KINDS = {kind: (broader, words) for kind, broader, *words in WORDS["kinds"]}
@@ -130,7 +129,7 @@ def _words(text: str) -> list[re.Match[str]]:
     text = text.lower()
     for pattern, replacement in WORDS["spelling"]:
         text = re.sub(pattern, replacement, text)
-    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", text) if word[0] not in FILLERS]
+    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", text) if word[0] not in WORDS["fillers"]]
 
 
 @cache

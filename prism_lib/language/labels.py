@@ -16,8 +16,6 @@ import yaml
 Labels = Mapping[str, float | None]
 
 NO_FINDING = "No Finding"
-# CheXpert's rule: a film with devices but without disease still counts as "No Finding".
-NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,8 +127,7 @@ class Edit:
     @property
     def attributes(self) -> dict[str, float]:
         """The intervention in a causal model: {"support_devices": 0.0} for their removal."""
-        changes = dict.fromkeys(self.remove, 0.0) | dict.fromkeys(self.add, 1.0)
-        return {snake_case(label): value for label, value in changes.items()}
+        return {snake_case(name): value for names, value in ((self.remove, 0.0), (self.add, 1.0)) for name in names}
 
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
         """ValueError if a label is unknown, a removed or kept one labelled absent, or an added one labelled present."""

@@ -50,8 +50,7 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
         raise ValueError(f"cannot read {text!r}: {'; '.join(dict.fromkeys(wrong))}. {known}")
     asked: dict[str, str] = {}
     groups: list[tuple[str, _Sign]] = []
-    things = ((clause, *thing) for clause in _clauses(text, read) for thing in clause.things)
-    for clause, words, sign in things:
+    for clause, words, sign in ((each, *thing) for each in _clauses(text, read) for thing in each.things):
         change, several = sign.change or clause.change, len(sign.names) > 1
         if sign.kind == "finding" and not clause.said:
             raise ValueError(f"cannot read {text!r}: it does not say what to do with {words!r}")

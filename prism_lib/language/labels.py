@@ -65,8 +65,6 @@ _NIH = (
 NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
 PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
 
-_FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
-_CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 SIDES = ("left", "right", "bilateral")
 # Words of users: spellings, verbs, and terms for labels, details and kinds of devices.
@@ -79,7 +77,8 @@ _STATED = (
 CHEST = Vocabulary(
     name="chest",
     subject="chest x-ray",
-    phrases=_CHEST_PHRASES,
+    phrases={label: label.lower() for label in (*CHEXPERT_LABELS[1:], *NIH_LABELS.values())}
+    | {"Pleural Other": "other pleural disease"},
     stated=_STATED,
     synonyms=WORDS["synonyms"],
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},

@@ -86,8 +86,6 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     lungs = Lungs.of(scene, frame)
     heart = heart_thickness(scene, frame, scene.attributes["cardiomegaly"])
     fluid = effusion_thickness(scene, frame, lungs)
-    devices = device_attenuation(scene, frame)
-
     body = body_thickness(scene, frame)
     mediastinum = mediastinum_thickness(scene, frame)
     fixed = BONE * bone_thickness(scene, frame, lungs) - SOFT * stomach_gas(scene, frame, lungs)
@@ -105,7 +103,7 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     # a physical simplification that gives every intervention compact support.
     zero = torch.zeros_like(fluid)
     habitus = attenuation(heart_thickness(scene, frame, torch.zeros(len(scene))), zero, zero)
-    primary = torch.exp(-(attenuation(heart, fluid, vessels) + devices))
+    primary = torch.exp(-(attenuation(heart, fluid, vessels) + device_attenuation(scene, frame)))
     intensity = point_spread(primary) + 0.10 * _blur_wide(torch.exp(-habitus))
     gray = film(scene, intensity + quantum_noise(scene, intensity))
     gray = torch.maximum(gray, marker(scene, size)[:, 0])
@@ -271,10 +269,7 @@ class Lungs:
 
 
 def heart_thickness(scene: Scene, frame: Frame, cardiomegaly: Tensor) -> Tensor:
-    """Heart as an ellipsoid, (N, H, W), 0.41-0.48 of the chest's width in health, 1.34-1.44 times that if enlarged.
-
-    It grows mostly to the patient's left, and AP projection magnifies by 6 %.
-    """
+    """Heart as an ellipsoid, (N, H, W), 0.41-0.48 of the chest's width in health, 1.34-1.44 times that if enlarged."""
     u = scene.noise["heart"]
     magnification = 1 + 0.06 * scene.attributes["ap"]
     growth = 1 + cardiomegaly * (0.34 + 0.10 * u[:, 1])
@@ -284,7 +279,7 @@ def heart_thickness(scene: Scene, frame: Frame, cardiomegaly: Tensor) -> Tensor:
     extent = (tilt.cos() ** 2 + (short * tilt.sin()) ** 2).sqrt()
     major = half / extent
     healthy = half / growth
-    # The right border moves by a quarter of what the left does.
+    # It grows mostly to the patient's left: the right border moves by a quarter of what the left does.
     x0 = 0.09 + 0.62 * (half - healthy)
     y0 = 0.19 + 0.05 * (u[:, 3] - 0.5) - 0.03 * scene.attributes["ap"] + 0.10 * (half - healthy)
     dx, dy = frame.x - x0[:, None, None], frame.y - y0[:, None, None]
@@ -418,10 +413,7 @@ def stomach_gas(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
 
 
 def effusion_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
-    """Share of the lung's depth taken by fluid, (N, H, W) in [0, 1).
-
-    Fluid collects in the costophrenic angle and climbs the side wall: a meniscus that hides the diaphragm as it rises.
-    """
+    """Share of the lung's depth taken by fluid, (N, H, W) in [0, 1): a meniscus above the costophrenic angle."""
     u = scene.noise["effusion_level"]
     present = _by_side(frame, scene.effusion_sides[:, 0].float(), scene.effusion_sides[:, 1].float())
     height = _by_side(frame, 0.36 + 0.28 * u[:, 0], 0.36 + 0.28 * u[:, 1])
@@ -567,12 +559,8 @@ def _letters(left: bool, supine: bool, size: int) -> Tensor:
 
 
 def marker(scene: Scene, size: int) -> Tensor:
-    """Burnt-in side letter (L at the patient's left, or R) and AP or PA below it, gray (N, 1, size, size).
-
-    It belongs to the film, not to the patient: no rotation, no blur, no noise.
-    """
-    u, ap = scene.noise["marker"], scene.attributes["ap"]
-    images = []
+    """Burnt-in side letter (L at the patient's left, or R) over AP or PA, gray (N, 1, size, size); never turned."""
+    u, ap, images = scene.noise["marker"], scene.attributes["ap"], []
     for row in range(len(scene)):
         left = bool(u[row, 0] < 0.6)
         corner = torch.stack([0.80 + 0.06 * u[row, 1] if left else -0.93 + 0.06 * u[row, 1], -0.93 + 0.06 * u[row, 2]])

@@ -113,7 +113,7 @@ class Edit:
             if verb not in _VERBS:
                 raise ValueError(f"unknown edit {key!r}: {part!r} does not start with remove_ or add_")
             changes[verb] = (*changes.get(verb, ()), vocab.label(name))
-        return cls(**changes)
+        return cls(changes.get("remove", ()), changes.get("add", ()), keep=changes.get("keep", ()))
 
     @property
     def key(self) -> str:

@@ -462,10 +462,10 @@ def venous_catheter(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Central venous catheter from the right or left neck, or a subclavian puncture, to the SVC."""
     u = noise["catheter"]
     tip, count, route = (-0.105 + 0.02 * u[:, 1], -0.16 + 0.20 * u[:, 2]), 3 * frame.size, u[:, 5, None, None]
-    start = -0.22 + 0.06 * u[:, 3], -1.15
-    jugular = _curve(frame, count, start, (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip)
-    start = -0.62, -0.42 + 0.1 * u[:, 4]
-    subclavian = _curve(frame, count, start, (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip)
+    neck = -0.22 + 0.06 * u[:, 3], -1.15
+    jugular = _curve(frame, count, neck, (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip)
+    puncture = -0.62, -0.42 + 0.1 * u[:, 4]
+    subclavian = _curve(frame, count, puncture, (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip)
     left = _curve(frame, count, (0.24, -1.15), (0.22, -0.75), (0.10, -0.55), (-0.13, -0.52), tip)
     return 26.0 * tubes(torch.where(route < 0.5, jugular, torch.where(route < 0.8, subclavian, left)), 0.0115, frame)
 

@@ -31,7 +31,6 @@ from prism_lib.models import (
     encode_images,
     encode_prompts,
     image_factor,
-    tiny_config,
 )
 from prism_lib.training import diffusion_loss
 
@@ -44,6 +43,14 @@ SD_V1_5 = PipelineConfig(
     text_width=768,
     text_layers=12,
     attention_heads=8,
+)
+TINY = PipelineConfig(
+    image_size=32,
+    vae_channels=(8, 8),
+    unet_channels=(8, 16),
+    unet_attention=(True, True),
+    text_layers=2,
+    vocab_size=600,
 )
 H100_BF16 = 989e12  # dense multiply-adds count as two
 
@@ -60,7 +67,7 @@ def main() -> None:
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cpu" and not tiny:
         parser.error("a model of this size needs a GPU; --size tiny does not")
-    config = tiny_config() if tiny else SD_V1_5
+    config = TINY if tiny else SD_V1_5
     with records.Timer() as timer:
         pipe = build_pipeline(config, SEED)
         for part in (pipe.vae, pipe.text_encoder, pipe.unet):

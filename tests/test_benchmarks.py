@@ -112,7 +112,7 @@ def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights
     trained = metrics["training"]["batch_2"]
     expected = trained["images_per_second_cached"] / trained["images_per_second_uncached"]
     assert trained["speedup_cached"] == pytest.approx(expected, rel=1e-3)
-    fresh = build(*[full_size.tiny_config(), full_size.SEED]).unet.bfloat16().state_dict()
+    fresh = build(*[full_size.TINY, full_size.SEED]).unet.bfloat16().state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in pipes[0].unet.state_dict().items())
 
 

@@ -26,7 +26,6 @@ from prism_lib.models.pipeline import (
     fingerprint,
     load_pipeline,
     sample_images,
-    tiny_config,
 )
 from prism_lib.studies import ganterfactual
 from prism_lib.studies.editors import PLAIN, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
@@ -36,7 +35,7 @@ from prism_lib.training.config import FinetuneConfig
 from prism_lib.training.finetuning import finetune
 from tests.elsewhere import DEVICE, Remote, elsewhere
 from tests.evaluation.test_selection import clip_model
-from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+from tests.tiny import REMOVE, tiny_config, tiny_images, tiny_pipeline
 from tests.training.test_autoencoder import TINY_CLIP, TINY_VAE
 
 CHANGE = Edit(remove=("Support Devices",))

@@ -12,8 +12,9 @@ from prism_lib.apps.profiles import load_profile
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.language.captions import corpus
 from prism_lib.language.labels import vocabulary
-from prism_lib.models.pipeline import build_pipeline, tiny_config
+from prism_lib.models.pipeline import build_pipeline
 from tests import formats
+from tests.tiny import tiny_config
 
 SECONDS = 600
 SMALL = {

@@ -12,12 +12,26 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import build_pipeline, tiny_config
+from prism_lib.models.pipeline import PipelineConfig, build_pipeline
 
 SOURCE = "chest x-ray with cardiomegaly, with support devices"
 TARGET = "chest x-ray with cardiomegaly, without support devices"
 REMOVE = PromptPair(SOURCE, TARGET, ("support devices",), ("support devices",))
 UNCHANGED = PromptPair(SOURCE, SOURCE, ("support devices",), ("support devices",))
+
+
+def tiny_config() -> PipelineConfig:
+    """A few thousand parameters on 32-pixel images."""
+    return PipelineConfig(
+        image_size=32,
+        vae_channels=(8, 8),
+        unet_channels=(8, 16),
+        unet_attention=(True, True),
+        text_width=16,
+        text_layers=2,
+        attention_heads=2,
+        vocab_size=600,
+    )
 
 
 @cache

@@ -51,7 +51,8 @@ def _prism(said: Statement) -> str:
 def _only(said: Statement, present: bool, word: str, conjunction: str) -> str:
     """chest x-ray with cardiomegaly and support devices"""
     phrases = [clause.phrase for clause in said.clauses if clause.present == present]
-    return f"{said.subject} {word} {_enumerate(phrases, conjunction)}" if phrases else said.subject
+    listed = f" {conjunction} ".join(filter(None, [", ".join(phrases[:-1]), *phrases[-1:]]))
+    return f"{said.subject} {word} {listed}" if phrases else said.subject
 
 
 def _report(said: Statement) -> str:
@@ -90,8 +91,6 @@ def sample_caption(
     The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
     label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
     """
-    if not 0 <= explicit_share <= 1:
-        raise ValueError(f"explicit_share is {explicit_share}; expected a share in [0, 1]")
     said, details = statement(labels, vocab), details or {}
     detailed = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
     if rng.random() < explicit_share:
@@ -123,8 +122,9 @@ def corpus(vocab: Vocabulary = CHEST, details: bool = True) -> list[str]:
 
 def unseen_words(prompts: Iterable[str], captions: Iterable[str]) -> tuple[str, ...]:
     """The words of `prompts` that no caption has, sorted: a model cannot follow what it never read."""
-    seen = {word for text in captions for word in _words(text)}
-    return tuple(sorted({word for text in prompts for word in _words(text)} - seen))
+    texts = (" ".join(each).lower() for each in (prompts, captions))
+    said, seen = (set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text)) for text in texts)
+    return tuple(sorted(said - seen))
 
 
 def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> Statement:
@@ -138,12 +138,3 @@ def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> St
                 clauses.append(Clause(label, vocab.phrase(name), state))
     normal = label_state(NO_FINDING, labels.get(NO_FINDING)) is True
     return Statement(vocab.subject, tuple(clauses), normal, vocab.title)
-
-
-def _enumerate(phrases: Sequence[str], conjunction: str) -> str:
-    """a; a and b; a, b and c"""
-    return f" {conjunction} ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from prism_lib.language import grammar
 from prism_lib.language.captions import explicit, statement
-from prism_lib.language.labels import CHEST, NO_FINDING, NOT_A_DISEASE, Labels, Vocabulary, label_state, snake_case
+from prism_lib.language.labels import CHEST, NO_FINDING, Labels, Vocabulary, label_state, snake_case
 
 _PUNCTUATION = ".,;:!?()\"'"
 _DENYING = {"without", "no", "not", "absence", "normal"}
@@ -71,8 +71,6 @@ class Edit:
             raise ValueError(f"contradictory edit: {_listed(both)} both kept and changed")
         if NO_FINDING in (*self.remove, *self.add, *self.keep):
             raise ValueError(f"{NO_FINDING!r} cannot be edited: name the findings to remove or add")
-        if bool(self.source) != bool(self.target):
-            raise ValueError(f"a text edit needs both prompts, got {self.source!r} and {self.target!r}")
         if self.source and (self.remove or self.add or self.keep):
             raise ValueError(f"an edit has either labels or free text, not both: {self}")
 
@@ -110,13 +108,13 @@ class Edit:
     @classmethod
     def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:
         """The edit of a key such as "remove_support_devices" or "remove_edema_and_add_fracture"."""
-        changes: dict[str, list[str]] = {verb: [] for verb in _VERBS}
+        changes: dict[str, tuple[str, ...]] = {}
         for part in [] if key == "unchanged" else re.split(r"_and_(?=remove_|add_|keep_)", key):
             verb, _, name = part.partition("_")
-            if verb not in changes:
+            if verb not in _VERBS:
                 raise ValueError(f"unknown edit {key!r}: {part!r} does not start with remove_ or add_")
-            changes[verb].append(vocab.label(name))
-        return cls(tuple(changes["remove"]), tuple(changes["add"]), keep=tuple(changes["keep"]))
+            changes[verb] = (*changes.get(verb, ()), vocab.label(name))
+        return cls(changes.get("remove", ()), changes.get("add", ()), keep=changes.get("keep", ()))
 
     @property
     def key(self) -> str:
@@ -130,8 +128,7 @@ class Edit:
     @property
     def attributes(self) -> dict[str, float]:
         """The intervention in a causal model: {"support_devices": 0.0} for their removal."""
-        changes = dict.fromkeys(self.remove, 0.0) | dict.fromkeys(self.add, 1.0)
-        return {snake_case(label): value for label, value in changes.items()}
+        return {snake_case(name): value for names, value in ((self.remove, 0.0), (self.add, 1.0)) for name in names}
 
     def check(self, labels: Labels, vocab: Vocabulary = CHEST) -> None:
         """ValueError if a label is unknown, a removed or kept one labelled absent, or an added one labelled present."""
@@ -168,10 +165,9 @@ class Edit:
         """Source and target prompt for an image with `labels`, equal but for "with" <-> "without"."""
         self.check(labels, vocab)
         if self.source:
-            if not self.words:
-                return PromptPair(self.source, self.target, *_differing_phrases(self.source, self.target))
-            theirs = (tuple(w for w in self.words if find_phrase(text, w)) for text in (self.source, self.target))
-            return PromptPair(self.source, self.target, *theirs)
+            both = self.source, self.target
+            named = (tuple(w for w in self.words if find_phrase(text, w)) for text in both)
+            return PromptPair(*both, *(named if self.words else _differing_phrases(*both)))
         changed, known = (*self.remove, *self.add), dict(labels) | dict.fromkeys(self.keep, 1)
         before = known | dict.fromkeys(self.remove, 1) | dict.fromkeys(self.add, 0)
         after = known | dict.fromkeys(self.remove, 0) | dict.fromkeys(self.add, 1)
@@ -186,9 +182,8 @@ class Edit:
 
 
 def _no_finding(labels: Labels) -> float | None:
-    """0 if a disease among `labels` is present, 1 if all of them are known to be absent, else None."""
-    diseases = [label for label in CHEST.phrases if label in labels and label not in NOT_A_DISEASE]
-    states = [label_state(label, labels[label]) for label in diseases]
+    """0 if a disease among `labels` is present, 1 if all are known to be absent, else None; devices are no disease."""
+    states = [label_state(n, labels[n]) for n in CHEST.phrases if n in labels and n != "Support Devices"]
     if any(states):
         return 0
     return 1 if states and None not in states else None

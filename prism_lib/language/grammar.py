@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from prism_lib.language.labels import CHEST, VOCABULARIES, WORDS, Labels, Vocabulary, label_state
 
-FILLERS = set(WORDS["fillers"])
 SIGNS = [(kind, change, words) for kind, table in WORDS["signs"].items() for change, words in table.items()]
 AFTER = {words for kind, _, listed in SIGNS for words in listed if kind == "after"}
 KINDS = {kind: (broader, words) for kind, broader, *words in WORDS["kinds"]}
@@ -51,8 +50,7 @@ def parse(text: str, vocab: Vocabulary, labels: Labels | None = None) -> tuple[d
         raise ValueError(f"cannot read {text!r}: {'; '.join(dict.fromkeys(wrong))}. {known}")
     asked: dict[str, str] = {}
     groups: list[tuple[str, _Sign]] = []
-    things = ((clause, *thing) for clause in _clauses(text, read) for thing in clause.things)
-    for clause, words, sign in things:
+    for clause, words, sign in ((each, *thing) for each in _clauses(text, read) for thing in each.things):
         change, several = sign.change or clause.change, len(sign.names) > 1
         if sign.kind == "finding" and not clause.said:
             raise ValueError(f"cannot read {text!r}: it does not say what to do with {words!r}")
@@ -130,7 +128,7 @@ def _words(text: str) -> list[re.Match[str]]:
     text = text.lower()
     for pattern, replacement in WORDS["spelling"]:
         text = re.sub(pattern, replacement, text)
-    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", text) if word[0] not in FILLERS]
+    return [word for word in re.finditer(r"[^\s,;.!?]+|[,;.!?]", text) if word[0] not in WORDS["fillers"]]
 
 
 @cache

@@ -16,8 +16,6 @@ import yaml
 Labels = Mapping[str, float | None]
 
 NO_FINDING = "No Finding"
-# CheXpert's rule: a film with devices but without disease still counts as "No Finding".
-NOT_A_DISEASE = frozenset({NO_FINDING, "Support Devices"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +65,6 @@ _NIH = (
 NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
 PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
 
-_FINDINGS = dict.fromkeys((*CHEXPERT_LABELS[1:], *NIH_LABELS.values()))
-_CHEST_PHRASES = {label: label.lower() for label in _FINDINGS} | {"Pleural Other": "other pleural disease"}
 DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
 SIDES = ("left", "right", "bilateral")
 # Words of users: spellings, verbs, and terms for labels, details and kinds of devices.
@@ -81,14 +77,15 @@ _STATED = (
 CHEST = Vocabulary(
     name="chest",
     subject="chest x-ray",
-    phrases=_CHEST_PHRASES,
+    phrases={label: label.lower() for label in (*CHEXPERT_LABELS[1:], *NIH_LABELS.values())}
+    | {"Pleural Other": "other pleural disease"},
     stated=_STATED,
     synonyms=WORDS["synonyms"],
     details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
     aliases=WORDS["terms"],
 )
-_THREE = {label: _CHEST_PHRASES[label] for label in PHANTOM_LABELS[1:]}
-PHANTOM = replace(CHEST, name="phantom", phrases=_THREE, stated=PHANTOM_LABELS[1:])
+_THREE = PHANTOM_LABELS[1:]
+PHANTOM = replace(CHEST, name="phantom", phrases={label: label.lower() for label in _THREE}, stated=_THREE)
 # ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
 SKIN_DIAGNOSES = (
     "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
@@ -96,11 +93,10 @@ SKIN_DIAGNOSES = (
 )  # fmt: skip
 _ARTEFACTS = ("ruler", "ink", "hair", "dark_corner", "gel_border", "gel_bubble", "patches")  # columns of their table
 SKIN_ARTEFACTS = {code: code.replace("_", " ").title() for code in _ARTEFACTS}
-_SKIN_PHRASES = {label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
 SKIN = Vocabulary(
     name="skin",
     subject="dermoscopic image",
-    phrases=_SKIN_PHRASES
+    phrases={label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
     | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
     stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
     synonyms=WORDS["synonyms"],

@@ -23,7 +23,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "load_pipeline",
             "predict_noise",
             "sample_images",
-            "tiny_config",
         ],
     },
 )

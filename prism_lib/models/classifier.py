@@ -92,17 +92,16 @@ def train_classifier(
     images: Tensor,
     labels: Tensor,
     config: ClassifierConfig,
-    device: str | torch.device | None = None,
     groups: Tensor | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
-    Deterministic in the seed, on ``device`` (None: `devices.default_device`). Images are shifted and change contrast;
-    chests are never mirrored. The objectives "reweighted" and "group_dro" need ``groups`` (N,), whole numbers.
+    Deterministic in the seed, on `devices.default_device`. Images are shifted and change contrast; chests are never
+    mirrored. The objectives "reweighted" and "group_dro" need ``groups`` (N,), whole numbers.
     """
     known = _check_training(images, labels, config, groups)
-    device = default_device() if device is None else device
+    device = default_device()
     model = build_classifier(config).to(device).train()
     model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -227,10 +226,7 @@ def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) ->
 
 def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     """Load what `save_classifier` wrote, in float32 and evaluation mode, onto `devices.default_device`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
-    config = TypeAdapter(ClassifierConfig).validate_json(path.read_bytes())
+    config = TypeAdapter(ClassifierConfig).validate_json((folder / "config.json").read_bytes())
     model = build_classifier(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))  # copied into the model's float32
     return model.eval().to(default_device()), config

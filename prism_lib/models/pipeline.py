@@ -48,20 +48,6 @@ class PipelineConfig:
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
 
-def tiny_config() -> PipelineConfig:
-    """A few thousand parameters on 32-pixel images, for tests."""
-    return PipelineConfig(
-        image_size=32,
-        vae_channels=(8, 8),
-        unet_channels=(8, 16),
-        unet_attention=(True, True),
-        text_width=16,
-        text_layers=2,
-        attention_heads=2,
-        vocab_size=600,
-    )
-
-
 def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
     """An untrained pipeline, weights drawn from ``seed``, tokenizer trained on ``captions`` (or the chest corpus)."""
     tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
@@ -75,7 +61,6 @@ def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = 
             up_block_types=("UpDecoderBlock2D",) * depth,
             block_out_channels=config.vae_channels,
             latent_channels=config.latent_channels,
-            layers_per_block=1,
             norm_num_groups=min(8, *config.vae_channels),
             mid_block_add_attention=False,
             sample_size=config.image_size,

@@ -38,8 +38,6 @@ NOISE: dict[str, int] = {
 
 SOFT, LUNG, BONE, METAL = 1.0, 0.22, 1.5, 60.0  # linear attenuation per unit thickness
 LUNG_DEPTH = 1.75  # thickness of the lung where it is deepest
-
-
 KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
 
 
@@ -88,8 +86,6 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     lungs = Lungs.of(scene, frame)
     heart = heart_thickness(scene, frame, scene.attributes["cardiomegaly"])
     fluid = effusion_thickness(scene, frame, lungs)
-    devices = device_attenuation(scene, frame)
-
     body = body_thickness(scene, frame)
     mediastinum = mediastinum_thickness(scene, frame)
     fixed = BONE * bone_thickness(scene, frame, lungs) - SOFT * stomach_gas(scene, frame, lungs)
@@ -107,7 +103,7 @@ def radiograph(scene: Scene, size: int) -> Tensor:
     # a physical simplification that gives every intervention compact support.
     zero = torch.zeros_like(fluid)
     habitus = attenuation(heart_thickness(scene, frame, torch.zeros(len(scene))), zero, zero)
-    primary = torch.exp(-(attenuation(heart, fluid, vessels) + devices))
+    primary = torch.exp(-(attenuation(heart, fluid, vessels) + device_attenuation(scene, frame)))
     intensity = point_spread(primary) + 0.10 * _blur_wide(torch.exp(-habitus))
     gray = film(scene, intensity + quantum_noise(scene, intensity))
     gray = torch.maximum(gray, marker(scene, size)[:, 0])
@@ -175,16 +171,15 @@ def stamp(pixels: Tensor, radius: Tensor, size: int) -> Tensor:
 
 def bezier(control: Tensor, count: int) -> Tensor:
     """Points (N, count, 2) on the Bezier curve with control points (N, K, 2)."""
-    degree = control.shape[1] - 1
-    t = torch.linspace(0, 1, count)
+    degree, t = control.shape[1] - 1, torch.linspace(0, 1, count)
     basis = torch.stack([math.comb(degree, k) * t**k * (1 - t) ** (degree - k) for k in range(degree + 1)], dim=1)
     return torch.einsum("pk,nkc->npc", basis, control)
 
 
-def _curve(*points: tuple[Tensor | float, Tensor | float], like: Tensor) -> Tensor:
-    """Control points given as (x, y) pairs of numbers or tensors (N,), as one tensor (N, K, 2)."""
-    full = [torch.stack([torch.as_tensor(value).expand_as(like) for value in point], dim=1) for point in points]
-    return torch.stack(full, dim=1)
+def _curve(frame: Frame, count: int, *control: tuple[Tensor | float, Tensor | float]) -> Tensor:
+    """Points (N, count, 2) on a Bezier curve, its control points (x, y) given as numbers or tensors (N,)."""
+    values = [[torch.as_tensor(value).expand_as(frame.rotation) for value in point] for point in control]
+    return bezier(torch.stack([torch.stack(point, dim=1) for point in values], dim=1), count)
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -274,10 +269,7 @@ class Lungs:
 
 
 def heart_thickness(scene: Scene, frame: Frame, cardiomegaly: Tensor) -> Tensor:
-    """Heart as an ellipsoid, (N, H, W), 0.41-0.48 of the chest's width in health, 1.34-1.44 times that if enlarged.
-
-    It grows mostly to the patient's left, and AP projection magnifies by 6 %.
-    """
+    """Heart as an ellipsoid, (N, H, W), 0.41-0.48 of the chest's width in health, 1.34-1.44 times that if enlarged."""
     u = scene.noise["heart"]
     magnification = 1 + 0.06 * scene.attributes["ap"]
     growth = 1 + cardiomegaly * (0.34 + 0.10 * u[:, 1])
@@ -287,7 +279,7 @@ def heart_thickness(scene: Scene, frame: Frame, cardiomegaly: Tensor) -> Tensor:
     extent = (tilt.cos() ** 2 + (short * tilt.sin()) ** 2).sqrt()
     major = half / extent
     healthy = half / growth
-    # The right border moves by a quarter of what the left does.
+    # It grows mostly to the patient's left: the right border moves by a quarter of what the left does.
     x0 = 0.09 + 0.62 * (half - healthy)
     y0 = 0.19 + 0.05 * (u[:, 3] - 0.5) - 0.03 * scene.attributes["ap"] + 0.10 * (half - healthy)
     dx, dy = frame.x - x0[:, None, None], frame.y - y0[:, None, None]
@@ -319,10 +311,9 @@ def mediastinum_thickness(scene: Scene, frame: Frame) -> Tensor:
 def airway_thickness(frame: Frame) -> Tensor:
     """Air in trachea and main bronchi, (N, H, W)."""
     carina, count = -0.26, frame.size // 2
-    like = frame.rotation
-    trachea = bezier(_curve((0.0, -1.1), (0.005, -0.7), (0.0, carina), like=like), count)
-    right = bezier(_curve((0.0, carina), (-0.04, carina + 0.06), (-0.13, carina + 0.17), like=like), count // 2)
-    left = bezier(_curve((0.0, carina), (0.06, carina + 0.08), (0.17, carina + 0.18), like=like), count // 2)
+    trachea = _curve(frame, count, (0.0, -1.1), (0.005, -0.7), (0.0, carina))
+    right = _curve(frame, count // 2, (0.0, carina), (-0.04, carina + 0.06), (-0.13, carina + 0.17))
+    left = _curve(frame, count // 2, (0.0, carina), (0.06, carina + 0.08), (0.17, carina + 0.18))
     air = tubes(trachea, 0.042, frame)
     return torch.maximum(air, tubes(torch.cat([right, left], dim=1), 0.030, frame))
 
@@ -422,10 +413,7 @@ def stomach_gas(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
 
 
 def effusion_thickness(scene: Scene, frame: Frame, lungs: Lungs) -> Tensor:
-    """Share of the lung's depth taken by fluid, (N, H, W) in [0, 1).
-
-    Fluid collects in the costophrenic angle and climbs the side wall: a meniscus that hides the diaphragm as it rises.
-    """
+    """Share of the lung's depth taken by fluid, (N, H, W) in [0, 1): a meniscus above the costophrenic angle."""
     u = scene.noise["effusion_level"]
     present = _by_side(frame, scene.effusion_sides[:, 0].float(), scene.effusion_sides[:, 1].float())
     height = _by_side(frame, 0.36 + 0.28 * u[:, 0], 0.36 + 0.28 * u[:, 1])
@@ -461,10 +449,10 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     battery = (along.abs() < 0.08) & (across > 0.0) & (across < 0.085)
     box = 1.7 * can.clamp(min=0).pow(0.2) + 0.8 * battery * (can > 0) + 0.6 * header.clamp(min=0).pow(0.3) * (can <= 0)
     top = y0 - 0.10
-    like, vein, apex = u[:, 0], (-0.10 + 0.04 * side, -0.42), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6])
-    upper = _curve((x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), vein, like=like)
-    lower = _curve(vein, (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), apex, like=like)
-    lead = torch.cat([bezier(part, 2 * frame.size) for part in (upper, lower)], dim=1)
+    vein, apex, count = (-0.10 + 0.04 * side, -0.42), (0.13 + 0.08 * u[:, 5], 0.27 + 0.06 * u[:, 6]), 2 * frame.size
+    upper = _curve(frame, count, (x0, top), (x0 - side * 0.10, top - 0.16), (side * 0.22, -0.60), vein)
+    lower = _curve(frame, count, vein, (-0.15, -0.25), (-0.17, 0.10 + 0.05 * u[:, 4]), (-0.02, 0.30), apex)
+    lead = torch.cat([upper, lower], dim=1)
     wire = METAL * tubes(lead, 0.0085, frame)
     tip = METAL * tubes(lead[:, -frame.size // 10 :], 0.013, frame)
     return torch.maximum(box, torch.maximum(wire, tip))
@@ -473,34 +461,28 @@ def pacemaker(noise: dict[str, Tensor], frame: Frame) -> Tensor:
 def venous_catheter(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Central venous catheter from the right or left neck, or a subclavian puncture, to the SVC."""
     u = noise["catheter"]
-    like = u[:, 0]
-    tip = (-0.105 + 0.02 * u[:, 1], -0.16 + 0.20 * u[:, 2])
-    jugular = _curve((-0.22 + 0.06 * u[:, 3], -1.15), (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip, like=like)
-    subclavian = _curve((-0.62, -0.42 + 0.1 * u[:, 4]), (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip, like=like)
-    left = _curve((0.24, -1.15), (0.22, -0.75), (0.10, -0.55), (-0.13, -0.52), tip, like=like)
-    route = u[:, 5, None, None]
-    control = torch.where(route < 0.5, jugular, torch.where(route < 0.8, subclavian, left))
-    return 26.0 * tubes(bezier(control, 3 * frame.size), 0.0115, frame)
+    tip, count, route = (-0.105 + 0.02 * u[:, 1], -0.16 + 0.20 * u[:, 2]), 3 * frame.size, u[:, 5, None, None]
+    neck = -0.22 + 0.06 * u[:, 3], -1.15
+    jugular = _curve(frame, count, neck, (-0.20, -0.80), (-0.13, -0.62), (-0.115, -0.40), tip)
+    puncture = -0.62, -0.42 + 0.1 * u[:, 4]
+    subclavian = _curve(frame, count, puncture, (-0.48, -0.60), (-0.22, -0.62), (-0.11, -0.52), tip)
+    left = _curve(frame, count, (0.24, -1.15), (0.22, -0.75), (0.10, -0.55), (-0.13, -0.52), tip)
+    return 26.0 * tubes(torch.where(route < 0.5, jugular, torch.where(route < 0.8, subclavian, left)), 0.0115, frame)
 
 
 def ecg_leads(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Three electrodes (snap and pad) and the wires that leave the film."""
     u = noise["ecg"]
-    like = u[:, 0]
     total = torch.zeros_like(frame.x)
     anchors = ((-0.50, -0.42, -0.75, -1.2), (0.54, -0.46, 0.80, -1.2), (0.50, 0.42, 1.25, 0.15))
     for k, (x0, y0, x1, y1) in enumerate(anchors):
         ux, uy, ub, ue = (u[:, 4 * k + j] for j in range(4))
         x, y = x0 + 0.16 * (ux - 0.5), y0 + 0.16 * (uy - 0.5)
         bow = 0.22 * (ub - 0.5)
-        control = _curve(
-            (x, y),
-            (x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10),
-            (x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)),
-            (x1, y1 + 0.2 * (ue - 0.5)),
-            like=like,
-        )
-        wire = 45.0 * tubes(bezier(control, 2 * frame.size), 0.0075, frame)
+        near = x + 0.35 * (x1 - x) + bow, y + 0.2 * (y1 - y) - 0.10
+        far = x + 0.75 * (x1 - x) - bow, y + 0.6 * (y1 - y)
+        path = _curve(frame, 2 * frame.size, (x, y), near, far, (x1, y1 + 0.2 * (ue - 0.5)))
+        wire = 45.0 * tubes(path, 0.0075, frame)
         radial = ((frame.x - x[:, None, None]) ** 2 + (frame.y - y[:, None, None]) ** 2).sqrt()
         pad = 0.16 * (radial < 0.050) + 1.5 * (radial < 0.020)
         total = torch.maximum(total, torch.maximum(wire, pad))
@@ -510,9 +492,8 @@ def ecg_leads(noise: dict[str, Tensor], frame: Frame) -> Tensor:
 def endotracheal_tube(noise: dict[str, Tensor], frame: Frame) -> Tensor:
     """Tube in the trachea, its wall faint and its marker line dense, the tip above the carina."""
     u = noise["tube"]
-    like = u[:, 0]
     end = -0.36 - 0.14 * u[:, 1]
-    line = bezier(_curve((0.02 * (u[:, 0] - 0.5), -1.15), (0.01, -0.8), (0.012, end), like=like), 2 * frame.size)
+    line = _curve(frame, 2 * frame.size, (0.02 * (u[:, 0] - 0.5), -1.15), (0.01, -0.8), (0.012, end))
     edge = torch.tensor([0.026, 0.0])
     marker_line = METAL * 0.7 * tubes(line + edge, 0.0080, frame)
     wall = 14.0 * torch.maximum(tubes(line - edge, 0.0085, frame), tubes(line + edge, 0.0085, frame))
@@ -578,13 +559,9 @@ def _letters(left: bool, supine: bool, size: int) -> Tensor:
 
 
 def marker(scene: Scene, size: int) -> Tensor:
-    """Burnt-in side letter (L at the patient's left, or R) and AP or PA below it, gray (N, 1, size, size).
-
-    It belongs to the film, not to the patient: no rotation, no blur, no noise.
-    """
-    u, ap = scene.noise["marker"], scene.attributes["ap"]
-    images = []
-    for row in range(len(ap)):
+    """Burnt-in side letter (L at the patient's left, or R) over AP or PA, gray (N, 1, size, size); never turned."""
+    u, ap, images = scene.noise["marker"], scene.attributes["ap"], []
+    for row in range(len(scene)):
         left = bool(u[row, 0] < 0.6)
         corner = torch.stack([0.80 + 0.06 * u[row, 1] if left else -0.93 + 0.06 * u[row, 1], -0.93 + 0.06 * u[row, 2]])
         pixels = (_letters(left, bool(ap[row] > 0.5), size) + corner + 1) / 2 * size - 0.5

@@ -148,11 +148,6 @@ def test_some_explicit_captions_say_the_details_as_the_prompts_of_an_edit_do():
     assert texts.count(detailed) / 400 == pytest.approx(DETAILED_SHARE, abs=0.06)
 
 
-def test_explicit_share_outside_its_range_is_refused():
-    with pytest.raises(ValueError, match=r"explicit_share is 1\.5"):
-        sample_caption(SICK, random.Random(0), PHANTOM, 1.5)
-
-
 def test_words_of_edit_prompts_occur_in_sampled_captions():
     rng = random.Random(0)
     captions = [sample_caption(labels, rng, PHANTOM) for labels in EVERY_STATE]

@@ -18,12 +18,11 @@ from prism_lib.models.pipeline import (
     encode_prompts,
     load_pipeline,
     sample_images,
-    tiny_config,
     told_apart,
     too_long,
     train_tokenizer,
 )
-from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+from tests.tiny import REMOVE, tiny_config, tiny_images, tiny_pipeline
 
 
 def test_weights_follow_the_seed():

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from prism_lib.models.pipeline import build_pipeline, encode_images, load_pipeline, tiny_config
-from tests.tiny import tiny_images, tiny_pipeline
+from prism_lib.models.pipeline import build_pipeline, encode_images, load_pipeline
+from tests.tiny import tiny_config, tiny_images, tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from prism_lib.models.pipeline import (
     encode_images,
     encode_prompts,
     load_pipeline,
-    tiny_config,
 )
 from prism_lib.training import autoencoder
 from prism_lib.training.clip import ClipConfig
-from tests.tiny import tiny_images
+from tests.tiny import tiny_config, tiny_images
 
 TINY_VAE = autoencoder.VaeConfig(
     steps=4, batch_size=2, crop=16, image_size=32, phantoms=32, textures=8, warmup=1, checkpoint_every=2

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import model_hash
-from prism_lib.models.pipeline import build_pipeline, encode_prompts, tiny_config
+from prism_lib.models.pipeline import build_pipeline, encode_prompts
 from prism_lib.training import cache
 from prism_lib.training.cache import build_cache, require_captions_fit
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_config, tiny_pipeline
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import torch
 
 from prism_lib.language.captions import corpus
 from prism_lib.language.labels import PHANTOM
-from prism_lib.models.pipeline import build_pipeline, encode_prompts, fingerprint, tiny_config, told_apart
+from prism_lib.models.pipeline import build_pipeline, encode_prompts, fingerprint, told_apart
 from prism_lib.training import clip
+from tests.tiny import tiny_config
 
 SUBJECT = "chest x-ray"
 

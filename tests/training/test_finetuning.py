@@ -24,13 +24,14 @@ from prism_lib.apps.profiles import available_profiles, load_profile
 from prism_lib.data.folder import load_table
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
-from prism_lib.models.pipeline import build_pipeline, load_pipeline, tiny_config
+from prism_lib.models.pipeline import build_pipeline, load_pipeline
 from prism_lib.training import finetuning, loop
 from prism_lib.training.checkpoints import write_tensors
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.finetuning import finetune, main
 from prism_lib.training.log import read_log, text_samples
 from prism_lib.training.loop import Run
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

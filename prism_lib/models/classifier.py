@@ -226,7 +226,9 @@ def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) ->
 
 def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     """Load what `save_classifier` wrote, in float32 and evaluation mode, onto `devices.default_device`."""
-    config = TypeAdapter(ClassifierConfig).validate_json((folder / "config.json").read_bytes())
+    if not (path := folder / "config.json").is_file():
+        raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
+    config = TypeAdapter(ClassifierConfig).validate_json(path.read_bytes())
     model = build_classifier(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))  # copied into the model's float32
     return model.eval().to(default_device()), config

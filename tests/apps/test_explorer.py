@@ -371,7 +371,7 @@ def test_what_cannot_be_put_back_into_its_film_is_saved_all_the_same(study, tmp_
     levels = np.arange(80 * 60, dtype=np.uint16).reshape(80, 60) % 4000
     study.open_file(formats.dicom(tmp_path / "film.dcm", levels, VOILUTSequence=[lut]))
     edit, recipe = removal(study, mask=(0, 0, 16, 32))
-    folder = study.save(study.run([recipe], edit)[0])
+    folder = study.run([recipe], edit)[0].save()
     said = json.loads((folder / "record.json").read_text())["full_size"]
     assert said.startswith("not written: the VOI LUT does not rise") and not list(folder.glob("full_size.*"))
 

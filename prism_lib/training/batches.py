@@ -193,9 +193,8 @@ def validation_draws(cache: Cache, config: FinetuneConfig, count: int, num_times
     batches = max(1, min(count, len(cache)) // config.batch_size)
     total = batches * config.batch_size
     spread = ((torch.arange(total) + 0.5) * num_timesteps / total).long()
-    spread = spread[
-        torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed(config.seed, "validation")))
-    ]
+    generator = torch.Generator().manual_seed(stable_seed(config.seed, "validation"))
+    spread = spread[torch.randperm(total, generator=generator)]
     order, parts = Order(len(cache), config.seed), enumerate(spread.split(config.batch_size))
     return [draw_batch(cache, order, config, k, num_timesteps)._replace(timesteps=part) for k, part in parts]
 

@@ -98,10 +98,6 @@ class Draw(NamedTuple):
     goals: Tensor  # (B, c, h, w): the latents themselves, or those of their true counterfactuals
     weights: Tensor  # (B, 1, h, w) of the cells: above 1 where latents and counterfactuals differ
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Draw:
-        """The same with its tensors changed, such as moved to a GPU, but for the rows, which are for messages."""
-        return Draw(self.rows, *map(change, self[1:]))
-
 
 def draw_batch(cache: Cache, order: Order, config: FinetuneConfig, micro_step: int, num_timesteps: int = 1000) -> Draw:
     """The batch of the order's process at a micro-step, with timesteps below ``num_timesteps``."""
@@ -163,7 +159,7 @@ def batches_from(
 
     def draw(micro: int) -> Draw:
         batch = draw_batch(train, order, config, micro, num_timesteps)
-        return batch.each(Tensor.pin_memory) if gpu else batch
+        return Draw(*map(Tensor.pin_memory, batch)) if gpu else batch
 
     numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
     return drawn_ahead(draw, numbers, config.draw_workers if gpu else 0)

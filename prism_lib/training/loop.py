@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -142,7 +142,7 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        there = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
+        there = send_to_device(batch, self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 

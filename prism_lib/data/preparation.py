@@ -143,9 +143,8 @@ def prepare(config: PrepareConfig) -> Path:
         rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
         chosen = {name: value for name, value in settings(config).items() if name in DECISIVE}
         key = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
-        work = write_images(source.images, plan, folder, key, config.processes)
         rejected = list(source.rejected)
-        with closing(work) as outcomes:
+        with closing(write_images(source.images, plan, folder, key, config.processes)) as outcomes:
             written = _collect(outcomes, rejected, len(plan) + len(rejected), config.max_rejected)
         usable = plan[plan["file_name"].isin(written.keys())]
         duplicates, within = _duplicates(usable, written)

@@ -142,7 +142,7 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        there = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        there: Draw = send_to_device(batch, self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 

@@ -36,7 +36,6 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.models import encode_prompts, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.training import (
-    DrawConfig,
     FinetuneConfig,
     Order,
     build_cache,
@@ -102,7 +101,7 @@ def cached_against_uncached(dataset: Path, folder: Path, steps: int, dtype: torc
     table = load_table(dataset, "train")
     cache = build_cache(pipeline, dataset, "train", folder / "cache", sample_captions(dataset, table, 0, 4, 0.5))
     captions = [texts[0] for texts in sample_captions(dataset, table, 0, 1, 0.5)]
-    order, draws = Order(len(cache), 0), DrawConfig(BATCH, 0.1)
+    order, draws = Order(len(cache), 0), FinetuneConfig(str(dataset), "", batch_size=BATCH)
     unet = pipeline.unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
 

@@ -157,10 +157,8 @@ class Written:
 Outcome = Written | Rejection
 
 
-def write_images(
-    images: Reader, plan: pd.DataFrame, folder: Path, key: str, processes: int = 1
-) -> Generator[list[Outcome]]:
-    """Write the images of `plan` to its "file_name"s below `folder`; yields the outcomes of every batch, in order.
+def write_images(images: Reader, plan: pd.DataFrame, folder: Path, key: str, processes: int) -> Generator[Outcome]:
+    """Write the images of `plan` to its "file_name"s below `folder`; yields their outcomes, in order.
 
     Batches that work of the same `key` has finished are not read again. RuntimeError if one of the processes dies.
     """
@@ -168,7 +166,8 @@ def write_images(
 
     batches = (plan.iloc[start : start + BATCH] for start in range(0, len(plan), BATCH))
     try:
-        yield from side_by_side(partial(_write_batch, images, folder, key), batches, processes)
+        for outcomes in side_by_side(partial(_write_batch, images, folder, key), batches, processes):
+            yield from outcomes
     except BrokenProcessPool as error:
         reason = "a process that reads images died, perhaps for want of memory"
         raise RuntimeError(f"{reason}; finished images are kept, and processes=1 needs less") from error

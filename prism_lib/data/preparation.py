@@ -143,9 +143,8 @@ def prepare(config: PrepareConfig) -> Path:
         rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
         chosen = {name: value for name, value in settings(config).items() if name in DECISIVE}
         key = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode() + rows).hexdigest()
-        work = write_images(source.images, plan, folder, key, config.processes)
         rejected = list(source.rejected)
-        with closing(work) as outcomes:
+        with closing(write_images(source.images, plan, folder, key, config.processes)) as outcomes:
             written = _collect(outcomes, rejected, len(plan) + len(rejected), config.max_rejected)
         usable = plan[plan["file_name"].isin(written.keys())]
         duplicates, within = _duplicates(usable, written)
@@ -201,28 +200,22 @@ def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig)
     return table.assign(**columns)
 
 
-def _collect(
-    outcomes: Iterable[list[Outcome]], rejected: list[Rejection], total: int, max_rejected: float
-) -> dict[str, Written]:
+def _collect(outcomes: Iterable[Outcome], rejected: list[Rejection], total: int, share: float) -> dict[str, Written]:
     """What was written, by file name; adds to the rejected files and raises once they are too many of `total`."""
     written: dict[str, Written] = {}
-    allowed = max_rejected * total
-    work = outcomes if len(rejected) <= allowed else ()
-    with tqdm(total=total - len(rejected), desc="prepare", unit="image") as progress:
-        for outcome in work:
-            progress.update(len(outcome))
-            for item in outcome:
-                if isinstance(item, Rejection):
-                    logger.warning("rejected %s: %s", item.file, item.reason)
-                    rejected.append(item)
-                else:
-                    written[item.file_name] = item
-            if len(rejected) > allowed + LOOK_AHEAD:
-                break
+    allowed, left = share * total, total - len(rejected)
+    for item in tqdm(outcomes if len(rejected) <= allowed else (), "prepare", left, unit="image"):
+        if isinstance(item, Written):
+            written[item.file_name] = item
+            continue
+        logger.warning("rejected %s: %s", item.file, item.reason)
+        rejected.append(item)
+        if len(rejected) > allowed + LOOK_AHEAD:
+            break
     if len(rejected) > allowed:
         first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
         raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used, which max_rejected={max_rejected:g} forbids. "
+            f"{len(rejected)} of {total} files cannot be used, which max_rejected={share:g} forbids. "
             f"The first are {first}"
         )
     return written

@@ -23,16 +23,14 @@ NO_DEVICES = Edit(remove=(DEVICES,))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 
-def sample_captions(
-    folder: Folder, table: pd.DataFrame, seed: int | str, count: int, explicit_share: float
-) -> list[list[str]]:
-    """``count`` captions for every row; they depend on the seed and the row's file name alone.
+def sample_captions(folder: Folder, table: pd.DataFrame, seed: int | str, count: int, share: float) -> list[list[str]]:
+    """``count`` captions for every row, a ``share`` explicit; they depend on the seed and the row's file name alone.
 
     The first one is the column `text` of the folder's own seed and explicit share.
     """
     info = load_info(folder)
     vocab = vocabulary(info["config"]["vocabulary"])
-    return draw_captions(table, info["labels"], info["source"], vocab, seed, count, explicit_share)
+    return draw_captions(table, info["labels"], info["source"], vocab, seed, count, share)
 
 
 def draw_captions(

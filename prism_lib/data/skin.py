@@ -37,7 +37,7 @@ class Format:
     """One archive's tables: file names, the meaning of columns, and the label of every diagnosis."""
 
     tables: tuple[str, ...]
-    columns: dict[str, str]  # the first one names the image
+    columns: dict[str, str]
     diagnoses: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
     unknown: str = "no diagnosis is unknown"
@@ -76,7 +76,6 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
     form = FORMATS[archive]
     path = tables.find_table(data_root, form.tables)
     table = tables.read_table(path, form.columns, form.optional)
-    tables.refuse_names(table, path, next(iter(form.columns)))
     if archive == "isic2019":
         table = _with_metadata(table, data_root).assign(diagnosis=_one_hot(table, path))
     about = table.assign(
@@ -119,7 +118,6 @@ def _with_metadata(table: pd.DataFrame, data_root: Path) -> pd.DataFrame:
     path = tables.find_table(data_root, ["ISIC_2019_*Metadata.csv"])
     columns = {"image": "source_file", "age_approx": "age", "anatom_site_general": "site", "sex": "sex"}
     more = tables.read_table(path, columns, {"lesion_id": "lesion", "patient_id": "patient"})
-    tables.refuse_names(more, path, "image")
     joined = table.merge(more, on="source_file", how="left", validate="one_to_one").set_index(table.index)
     refuse(joined["age"].isna(), joined["source_file"], path, "no row for the image")
     return joined
@@ -145,7 +143,6 @@ def _artefacts(names: pd.Series, data_root: Path) -> pd.DataFrame:
         return pd.DataFrame(columns, index=names.index)
     there = {code: label for code, label in SKIN_ARTEFACTS.items() if code in tables.read_header(path)}
     table = tables.read_table(path, {"image": "source_file"} | there)
-    tables.refuse_names(table, path, "image")
     values = {label: tables.label_values(table[label], path, label) for label in there.values()}
     by_name = pd.DataFrame(columns | values, index=table.index).set_index(tables.stems(table["source_file"]))
     return by_name.reindex(names.str.removesuffix("_downsampled")).set_index(names.index)

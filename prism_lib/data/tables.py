@@ -77,7 +77,8 @@ def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
 def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
-    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns.
+    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns. ValueError where
+    "patient_id" is empty, or "source_file" is empty, leaves the data root, or occurs twice.
     """
     header = read_header(path)
     if absent := [column for column in columns if column not in header]:
@@ -86,7 +87,16 @@ def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, st
         raise ValueError(f"{path} lacks the column {absent[0]!r}; it has {', '.join(header)}{hint}")
     names = dict(columns) | {name: ours for name, ours in (optional or {}).items() if name in header}
     raw = _read_csv(path, usecols=list(names))
-    return raw[list(names)].rename(columns=names).apply(lambda column: column.str.strip())
+    table = raw[list(names)].rename(columns=names).apply(lambda column: column.str.strip())
+    for column, ours in names.items():
+        if ours in ("source_file", "patient_id"):
+            refuse(table[ours] == "", table[ours], path, f"empty {column}")
+        if ours == "source_file":
+            paths = table[ours].map(PureWindowsPath)  # also finds drives and backslashes
+            outside = paths.map(lambda name: bool(name.anchor) or ".." in name.parts)
+            refuse(outside, table[ours], path, "path outside the data root")
+            refuse(table[ours].duplicated(), table[ours], path, f"repeated {column}")
+    return table
 
 
 def read_header(path: Path) -> list[str]:
@@ -115,16 +125,6 @@ def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
     if bad.any():
         row = int(bad.to_numpy().argmax())
         raise ValueError(f"{path}, line {row + 2}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
-
-
-def refuse_names(table: pd.DataFrame, path: Path, column: str) -> None:
-    """Refuse values of "source_file" (the file's `column`) that are empty, leave the data root, or occur twice."""
-    names = table["source_file"]
-    refuse(names == "", names, path, f"empty {column}")
-    paths = names.map(PureWindowsPath)  # also finds drives and backslashes
-    outside = paths.map(lambda name: bool(name.anchor) or ".." in name.parts)
-    refuse(outside, names, path, "path outside the data root")
-    refuse(names.duplicated(), names, path, f"repeated {column}")
 
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
@@ -216,8 +216,6 @@ def table_source(
             raise ValueError(f"column {column!r} cannot be carried along: the prepared table has another of that name")
     carried = {column: column for column in (*labels, *columns.extra)}
     table = read_table(path, REQUIRED | carried, {"split": "split"})
-    refuse_names(table, path, "file_name")
-    refuse(table["patient_id"] == "", table["patient_id"], path, "empty patient_id")
     table = table.assign(**{label: label_values(table[label], path, label) for label in labels})
     # One file name without folders: "site1/a.png" -> "site1_a".
     names = table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("\\", "/").replace("/", "_"))

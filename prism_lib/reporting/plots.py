@@ -36,12 +36,12 @@ Points = Mapping[str, tuple[float, float, float, float]]  # cost, estimate, low,
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """seaborn's look and a palette that colour-blind readers can tell apart, for the figures made inside."""
+def _subplots(*shape: int, layout: str = "constrained", **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """`plt.subplots` in seaborn's look, with a palette that colour-blind readers can tell apart."""
     look = {**sns.plotting_context("paper"), **sns.axes_style("ticks")}
     cycle = plt.cycler(color=sns.color_palette("colorblind"))
     with plt.rc_context({**look, "axes.prop_cycle": cycle, "axes.spines.top": False, "axes.spines.right": False}):
-        yield
+        yield plt.subplots(*shape, layout=layout, **options)
 
 
 def show_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int | None = None, title: str = "") -> Figure:
@@ -50,8 +50,7 @@ def show_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int | None
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     size = CELL * columns, (CELL + 0.2 * bool(titles)) * rows + 0.3 * bool(title)
-    with _style():
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    with _subplots(rows, columns, figsize=size, squeeze=False) as (figure, axes):
         for index, axis in enumerate(axes.flat):
             axis.set_axis_off()
             if index < count:
@@ -79,12 +78,10 @@ def counterfactual_sheet(
         if images.shape != original.shape:
             raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
         _check(images, name)
-    with _style():
-        width, height = (len(columns) + 1) * (CELL + GAP) + 1.4 * bool(notes), count * (CELL + GAP) + 0.95
-        figure, axes = plt.subplots(
-            count, len(columns) + 1, squeeze=False, figsize=(width, height + 0.3 * bool(title)), layout="compressed",
-            subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
-        )  # fmt: skip
+    width, height = (len(columns) + 1) * (CELL + GAP) + 1.4 * bool(notes), count * (CELL + GAP) + 0.95
+    options: dict[str, Any] = {"squeeze": False, "subplot_kw": {"xticks": [], "yticks": [], "frame_on": False}}
+    size = width, height + 0.3 * bool(title)
+    with _subplots(count, len(columns) + 1, layout="compressed", figsize=size, **options) as (figure, axes):
         for axis, name in zip(axes[0], [*columns, "signed difference"], strict=True):
             axis.set_title(name, fontsize="medium")
         for row in range(count):
@@ -112,8 +109,7 @@ def _change(after: Tensor, before: Tensor) -> np.ndarray:
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
     """Lines by name, each ``(x, y)``."""
-    with _style():
-        figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+    with _subplots(figsize=(4.8, 3.2)) as (figure, axis):
         for name, (x, y) in series.items():
             axis.plot(x, y, label=name, marker="o" if len(x) < 12 else "")
         axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -125,8 +121,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xla
 def dot_plot(values: Intervals, *, xlabel: str, title: str = "") -> Figure:
     """A row per name, ``(estimate, low, high)``."""
     rows, (estimates, lows, highs) = range(len(values)), zip(*values.values(), strict=True)
-    with _style():
-        figure, axis = plt.subplots(figsize=(4.8, 0.35 * len(values) + 1.0), layout="constrained")
+    with _subplots(figsize=(4.8, 0.35 * len(values) + 1.0)) as (figure, axis):
         axis.hlines(rows, lows, highs, color="0.6", linewidth=2)
         axis.plot(estimates, rows, "o")
         axis.set_yticks(rows, [name.replace("_", " ") for name in values])
@@ -139,9 +134,8 @@ def grouped_dots(values: Mapping[str, Intervals], *, xlabel: str, ylabel: str = 
     names = list(dict.fromkeys(name for block in values.values() for name in block))
     palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     marks = dict(zip(names, "osD^vPX*<>" * (1 + len(names) // 10), strict=False))
-    with _style():
-        rows = sum(len(block) for block in values.values()) + len(values)
-        figure, axis = plt.subplots(figsize=(4.8, 0.16 * rows + 1.6), layout="constrained")
+    rows = sum(len(block) for block in values.values()) + len(values)
+    with _subplots(figsize=(4.8, 0.16 * rows + 1.6)) as (figure, axis):
         row, ticks = 0, {}
         for group, block in values.items():
             ticks[row + (len(block) - 1) / 2] = group.replace("_", " ")
@@ -164,8 +158,7 @@ def pareto(values: Points, *, xlabel: str, ylabel: str = "", title: str = "") ->
     front = [name for name, best in zip(ordered, best_before, strict=False) if values[name][1] < best]
     named = {name: values[name][:2] for name in values if name in front or len(values) <= 10}  # so few can all be named
     color = sns.color_palette("colorblind")[0]
-    with _style():
-        figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    with _subplots(figsize=(6.4, 3.4)) as (figure, axis):
         for name, (cost, error, low, high) in values.items():
             shade = color if name in front else "0.7"
             axis.vlines(cost, low, high, color=shade, linewidth=1, alpha=0.5)
@@ -200,8 +193,7 @@ def timeline(rows: Mapping[str, Sequence[str]], *, xlabel: str, title: str = "")
     """A band per name, with a cell for each step in the colour of its state."""
     states = list(dict.fromkeys(state for row in rows.values() for state in row))
     palette = dict(zip(states, sns.color_palette("colorblind", len(states)), strict=True))
-    with _style():
-        figure, axis = plt.subplots(figsize=(6.0, 0.35 * len(rows) + 1.0), layout="constrained")
+    with _subplots(figsize=(6.0, 0.35 * len(rows) + 1.0)) as (figure, axis):
         for place, row in enumerate(rows.values()):
             for step, state in enumerate(row, 1):
                 axis.barh(place, 0.94, left=step - 0.47, height=0.7, color=palette[state])

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "autoencoder": ["DECODER", "PretrainConfig", "VaeConfig", "reconstruction_psnr", "start_from"],
-        "batches": ["DrawConfig", "Order", "diffusion_loss", "draw_batch"],
+        "batches": ["Order", "diffusion_loss", "draw_batch"],
         "cache": ["build_cache"],
         "clip": ["ClipConfig"],
         "config": ["FinetuneConfig", "load_config", "save_config"],

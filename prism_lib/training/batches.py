@@ -6,16 +6,16 @@ a resumed run equals an uninterrupted one bit for bit, and the position inside a
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
@@ -65,27 +65,20 @@ class Order:
     So every row comes once per epoch over any number of processes; a batch may end one epoch and begin the next.
     """
 
-    def __init__(self, count: int, seed: int, weights: Tensor | None = None) -> None:
+    def __init__(self, count: int, seed: int, weights: Tensor | None = None, rank: int = 0, world: int = 1) -> None:
         """With ``weights`` (count,) an epoch is as many draws with replacement, in proportion to them."""
-        self.count, self.seed, self.weights = count, seed, weights
-        self._epochs: dict[int, Tensor] = {}
-        self._lock = threading.Lock()  # batches may be drawn by several threads
+        self.count, self.seed, self.weights, self.rank, self.world = count, seed, weights, rank, world
+        self._epoch = lru_cache(2)(self._drawn)  # threads may draw batches on both sides of an epoch's end
 
     def rows(self, start: int, count: int) -> Tensor:
-        with self._lock:
-            return torch.stack([self._row(position) for position in range(start, start + count)])
+        places = (divmod(position, self.count) for position in range(start, start + count))
+        return torch.stack([self._epoch(epoch)[offset] for epoch, offset in places])
 
-    def _row(self, position: int) -> Tensor:
-        epoch, offset = divmod(position, self.count)
-        if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, "epoch", epoch))
-            kept = {old: order for old, order in self._epochs.items() if abs(old - epoch) == 1}
-            if self.weights is None:
-                drawn = torch.randperm(self.count, generator=generator)
-            else:
-                drawn = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
-            self._epochs = kept | {epoch: drawn}
-        return self._epochs[epoch][offset]
+    def _drawn(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "epoch", epoch))
+        if self.weights is None:
+            return torch.randperm(self.count, generator=generator)
+        return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
 
 
 def balancing_weights(values: Tensor) -> Tensor:
@@ -105,31 +98,12 @@ class Draw(NamedTuple):
     goals: Tensor  # (B, c, h, w): the latents themselves, or those of their true counterfactuals
     weights: Tensor  # (B, 1, h, w) of the cells: above 1 where latents and counterfactuals differ
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Draw:
-        """The same with its tensors changed, such as moved to a GPU, but for the rows, which are for messages."""
-        return Draw(self.rows, *map(change, self[1:]))
 
-
-@dataclass(frozen=True)
-class DrawConfig:
-    """How a process draws its batches."""
-
-    batch_size: int
-    caption_dropout: float
-    num_timesteps: int = 1000  # those below are drawn
-    rank: int = 0
-    world: int = 1
-    noisy_share: float = 0.5  # of timesteps drawn from the noisier half
-    pairs: float = 0.0  # share of the images in known pairs that are trained on as a pair
-    change_weight: float = 0.0  # of the cells that differ from their counterfactual, see `change_weights`
-    crop: int = 0  # side of random crops in cells; 0: whole images
-
-
-def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) -> Draw:
-    """The batch of a process at a micro-step."""
-    rows = order.rows((micro_step * config.world + config.rank) * config.batch_size, config.batch_size)
-    generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, config.rank))
-    chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, config.rank))
+def draw_batch(cache: Cache, order: Order, config: FinetuneConfig, micro_step: int, num_timesteps: int = 1000) -> Draw:
+    """The batch of the order's process at a micro-step, with timesteps below ``num_timesteps``."""
+    rows = order.rows((micro_step * order.world + order.rank) * config.batch_size, config.batch_size)
+    generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, order.rank))
+    chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, order.rank))
     factual, counterfactual = (cache.couples[rows] if config.pairs else torch.stack([rows, rows], 1)).unbind(1)
     paired = (factual != counterfactual) & (torch.rand(len(rows), generator=chosen) < config.pairs)
     of_factual = cache.moments[factual]  # read from disk, so once where both are the same
@@ -142,10 +116,10 @@ def draw_batch(cache: Cache, order: Order, config: DrawConfig, micro_step: int) 
     goals = torch.where(paired[:, None, None, None], second, latents)
     weights = 1 + config.change_weight * change_weights(mean[0] - mean[1])
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(config.num_timesteps, (len(rows),), generator=generator)
+    timesteps = torch.randint(num_timesteps, (len(rows),), generator=generator)
     if config.noisy_share > 0.5:
         moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
-        timesteps = torch.where(moved, (timesteps + config.num_timesteps) // 2, timesteps)
+        timesteps = torch.where(moved, (timesteps + num_timesteps) // 2, timesteps)
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
@@ -172,17 +146,20 @@ def _cropped(moments: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return max(squares, key=lambda square: int(((square[0, 0] - square[1, 0]).abs() > 0.05).sum()))
 
 
-def batches_from(start: int, config: FinetuneConfig, train: Cache, draws: DrawConfig, gpu: bool) -> Generator[Draw]:
+def batches_from(
+    start: int, config: FinetuneConfig, train: Cache, num_timesteps: int, accelerator: Accelerator
+) -> Generator[Draw]:
     """The batches of the micro-steps from optimizer step ``start`` on, in order; for a GPU in pinned memory."""
     weights = None
     if config.balance:
         column = load_table(config.dataset, "train")[config.balance]
         weights = balancing_weights(torch.tensor(column.to_numpy(dtype=float)))
-    order = Order(len(train), config.seed, weights)
+    order = Order(len(train), config.seed, weights, accelerator.process_index, accelerator.num_processes)
+    gpu = accelerator.device.type == "cuda"
 
     def draw(micro: int) -> Draw:
-        batch = draw_batch(train, order, draws, micro)
-        return batch.each(Tensor.pin_memory) if gpu else batch
+        batch = draw_batch(train, order, config, micro, num_timesteps)
+        return Draw(*map(Tensor.pin_memory, batch)) if gpu else batch
 
     numbers = range(start * config.gradient_accumulation, config.steps * config.gradient_accumulation)
     return drawn_ahead(draw, numbers, config.draw_workers if gpu else 0)
@@ -207,15 +184,15 @@ def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: in
         pool.shutdown(cancel_futures=True)
 
 
-def validation_draws(cache: Cache, config: DrawConfig, seed: int, count: int) -> list[Draw]:
+def validation_draws(cache: Cache, config: FinetuneConfig, count: int, num_timesteps: int = 1000) -> list[Draw]:
     """About ``count`` draws, at least one batch, the same ones every time; their timesteps are spread evenly."""
-    single = replace(config, rank=0, world=1)
     batches = max(1, min(count, len(cache)) // config.batch_size)
     total = batches * config.batch_size
-    spread = ((torch.arange(total) + 0.5) * config.num_timesteps / total).long()
-    spread = spread[torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed(seed, "validation")))]
-    order, parts = Order(len(cache), seed), enumerate(spread.split(config.batch_size))
-    return [draw_batch(cache, order, single, k)._replace(timesteps=part) for k, part in parts]
+    spread = ((torch.arange(total) + 0.5) * num_timesteps / total).long()
+    generator = torch.Generator().manual_seed(stable_seed(config.seed, "validation"))
+    spread = spread[torch.randperm(total, generator=generator)]
+    order, parts = Order(len(cache), config.seed), enumerate(spread.split(config.batch_size))
+    return [draw_batch(cache, order, config, k, num_timesteps)._replace(timesteps=part) for k, part in parts]
 
 
 def by_timestep(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> dict[str, float]:

@@ -140,9 +140,7 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     return sorted(set().union(*fresh.values()))
 
 
-def teach_details(
-    pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, learning_rate: float = 1e-2
-) -> None:
+def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, rate: float = 1e-2) -> None:
     """Train the embeddings of `detail_tokens` in place.
 
     A label's details move away from each other until they are `APART`, and stay centred on its plain phrase.
@@ -152,7 +150,7 @@ def teach_details(
     table = encoder.get_input_embeddings().weight
     (name,) = (name for name, value in encoder.named_parameters() if value is table)
     learned = table[rows].clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([learned], lr=learning_rate)
+    optimizer = torch.optim.Adam([learned], lr=rate)
     rng = random.Random(0)
     for step in tqdm(range(steps), desc="detail words"):
         replaced = {name: table.index_copy(0, rows, learned)}

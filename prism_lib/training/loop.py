@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -33,7 +33,7 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import assembled, image_factor, sample_images
-from prism_lib.training.batches import Draw, DrawConfig, batches_from, by_timestep, diffusion_loss, validation_draws
+from prism_lib.training.batches import Draw, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import (
     load_checkpoint,
@@ -93,18 +93,8 @@ class Run:
         if accelerator.is_main_process:
             accelerator.log_with.append(JsonlTracker(self.output / "log.jsonl", self.start))
         accelerator.init_trackers("prism", config={key: str(value) for key, value in asdict(config).items()})
-        self.draws = DrawConfig(
-            batch_size=config.batch_size,
-            caption_dropout=config.caption_dropout,
-            num_timesteps=config.timestep_end or int(pipeline.scheduler.config.num_train_timesteps),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            noisy_share=config.noisy_share,
-            pairs=config.pairs,
-            change_weight=config.change_weight,
-            crop=config.crop,
-        )
-        self.batches = batches_from(self.start, config, train, self.draws, accelerator.device.type == "cuda")
+        self.num_timesteps = config.timestep_end or int(pipeline.scheduler.config.num_train_timesteps)
+        self.batches = batches_from(self.start, config, train, self.num_timesteps, accelerator)
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps with a progress bar on the main process."""
@@ -152,7 +142,7 @@ class Run:
         return total
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
-        there = batch.each(lambda part: part.to(self.accelerator.device, non_blocking=True))
+        there: Draw = send_to_device(batch, self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 
@@ -201,9 +191,9 @@ class Run:
     @torch.no_grad()
     def validation_loss(self) -> dict[str, float]:
         """Loss of the averaged weights on some 128 validation draws, the same every time, weighted as in training."""
-        draws = validation_draws(self.validation, self.draws, self.config.seed, 128)
+        draws = validation_draws(self.validation, self.config, 128, self.num_timesteps)
         losses = torch.cat([self._losses(self.averaged, batch) for batch in draws]).cpu()
-        bins = by_timestep(losses, torch.cat([batch.timesteps for batch in draws]), self.draws.num_timesteps)
+        bins = by_timestep(losses, torch.cat([batch.timesteps for batch in draws]), self.num_timesteps)
         return {"validation_loss": float(losses.mean())} | {f"validation_loss_{key}": bins[key] for key in bins}
 
     @torch.no_grad()

@@ -2,14 +2,12 @@
 
 import time
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 
 from prism_lib.models.pipeline import ddim_scheduler
 from prism_lib.training.batches import (
-    DrawConfig,
     Order,
     balancing_weights,
     by_timestep,
@@ -20,6 +18,11 @@ from prism_lib.training.batches import (
     validation_draws,
 )
 from prism_lib.training.cache import Cache
+from prism_lib.training.config import FinetuneConfig
+
+
+def draws(batch_size, caption_dropout, **more):
+    return FinetuneConfig("", "", batch_size=batch_size, caption_dropout=caption_dropout, **more)
 
 
 def blank_cache(count, captions=1, side=2):
@@ -37,13 +40,13 @@ def blank_cache(count, captions=1, side=2):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("count", [30, 31])
 def test_every_sample_once_per_epoch(processes, count):
-    cache, order = blank_cache(count), Order(count, seed=0)
+    cache, orders = blank_cache(count), [Order(count, 0, rank=rank, world=processes) for rank in range(processes)]
     steps = -(-2 * count // (4 * processes))
     seen = [
         row
         for micro in range(steps)
-        for rank in range(processes)
-        for row in draw_batch(cache, order, DrawConfig(4, 0.1, rank=rank, world=processes), micro).rows.tolist()
+        for order in orders
+        for row in draw_batch(cache, order, draws(4, 0.1), micro).rows.tolist()
     ]
     first, second = seen[:count], seen[count : 2 * count]
     assert sorted(first) == sorted(second) == list(range(count))
@@ -59,7 +62,7 @@ def test_an_order_can_be_entered_anywhere():
 
 
 def test_batches_drawn_ahead_by_threads_are_the_same():
-    cache, config, count = blank_cache(7), DrawConfig(4, 0.1), 20  # many epochs, and batches across two of them
+    cache, config, count = blank_cache(7), draws(4, 0.1), 20  # many epochs, and batches across two of them
     here = [draw_batch(cache, Order(7, seed=3), config, k) for k in range(count)]
     order, asked = Order(7, seed=3), []
 
@@ -108,7 +111,7 @@ def test_balancing_draws_every_value_equally_often():
 
 def test_timesteps_come_from_the_noisier_half_as_often_as_asked():
     cache, order = blank_cache(4), Order(4, 0)
-    even, noisy = (draw_batch(cache, order, DrawConfig(4000, 0.1, noisy_share=x), 0) for x in (0.5, 0.85))
+    even, noisy = (draw_batch(cache, order, draws(4000, 0.1, noisy_share=x), 0) for x in (0.5, 0.85))
     for batch, share in ((even, 0.5), (noisy, 0.85)):
         assert (batch.timesteps >= 500).float().mean().item() == pytest.approx(share, abs=0.03)
         assert batch.timesteps.min() >= 0 and batch.timesteps.max() < 1000
@@ -119,16 +122,15 @@ def test_timesteps_come_from_the_noisier_half_as_often_as_asked():
 
 def test_captions_are_dropped_as_often_as_asked():
     cache = blank_cache(4, captions=2)
-    kept = draw_batch(cache, Order(4, 0), DrawConfig(2000, 0.25), 0).embeddings.mean()
+    kept = draw_batch(cache, Order(4, 0), draws(2000, 0.25), 0).embeddings.mean()
     assert kept == pytest.approx(0.75, abs=0.03)
 
 
 def test_processes_and_steps_draw_their_own_noise():
-    cache, order = blank_cache(8), Order(8, 0)
-    config = DrawConfig(2, 0.0, world=2)
+    cache, order, config = blank_cache(8), Order(8, 0, world=2), draws(2, 0.0)
     one = draw_batch(cache, order, config, 0)
     same = draw_batch(cache, order, config, 0)
-    other = draw_batch(cache, order, replace(config, rank=1), 0)
+    other = draw_batch(cache, Order(8, 0, rank=1, world=2), config, 0)
     later = draw_batch(cache, order, config, 1)
     assert torch.equal(one.noise, same.noise)
     assert not torch.equal(one.noise, other.noise) and not torch.equal(one.noise, later.noise)
@@ -136,12 +138,12 @@ def test_processes_and_steps_draw_their_own_noise():
 
 def test_validation_is_the_same_every_time_and_covers_all_timesteps():
     cache = blank_cache(40)
-    first, again = (validation_draws(cache, DrawConfig(4, 0.1, rank=1, world=3), 0, 20) for _ in range(2))
+    first, again = (validation_draws(cache, draws(4, 0.1), 20) for _ in range(2))
     assert len(first) == 5
     assert all(torch.equal(a.noise, b.noise) for a, b in zip(first, again, strict=True))
     timesteps = torch.cat([draw.timesteps for draw in first])
     assert sorted(timesteps.tolist()) == list(range(25, 1000, 50))
-    assert len(validation_draws(blank_cache(2), DrawConfig(4, 0.1), 0, 128)) == 1
+    assert len(validation_draws(blank_cache(2), draws(4, 0.1), 128)) == 1
 
 
 def test_losses_fall_into_their_bins():
@@ -193,7 +195,7 @@ def test_a_pair_is_denoised_towards_the_counterfactual(prediction):
 def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
     cache = blank_cache(1000, captions=3)
     cache.moments[:, 0] = torch.arange(1000)[:, None, None, None]
-    draw = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, pairs=0.3, change_weight=7, num_timesteps=40), 0)
+    draw = draw_batch(cache, Order(1000, 0), draws(1000, 0.1, pairs=0.3, change_weight=7), 0, 40)
     change = (draw.latents - draw.goals)[:, 0, 0, 0]
     paired = change != 0
     assert 0.25 < paired.float().mean() < 0.35 and set(change[paired].tolist()) == {-1.0}
@@ -203,7 +205,7 @@ def test_a_share_of_the_images_is_trained_towards_its_counterfactual():
     assert draw.embeddings[paired].eq(0).all(), "their prompt is that of the edit"
     assert torch.allclose(draw.weights, torch.tensor(1 + 7 / 1.05 / 1.1)), "trained on as a pair or not"
     assert set(draw.timesteps.tolist()) == set(range(40))
-    plain = draw_batch(cache, Order(1000, 0), DrawConfig(1000, 0.1, num_timesteps=40), 0)
+    plain = draw_batch(cache, Order(1000, 0), draws(1000, 0.1), 0, 40)
     assert torch.equal(plain.latents, plain.goals) and plain.weights.eq(1).all()
     assert torch.equal(plain.latents[~paired], draw.latents[~paired]) and torch.equal(plain.noise, draw.noise)
 
@@ -220,7 +222,7 @@ def test_the_crop_of_three_that_changes_most_is_taken():
     shares = [
         (draw.latents != draw.goals).flatten(1).any(1).float().mean().item()
         for side in (6, 16)
-        for draw in [draw_batch(cache, Order(400, 0), DrawConfig(400, 0.1, pairs=1.0, crop=side), 0)]
+        for draw in [draw_batch(cache, Order(400, 0), draws(400, 0.1, pairs=1.0, crop=side), 0)]
     ]
     one = 3 * 4 / 11**2  # of the places of a crop hold the cell
     assert shares[0] == pytest.approx(1 - (1 - one) ** 3, abs=0.06) and shares[1] == 1.0
@@ -229,7 +231,7 @@ def test_the_crop_of_three_that_changes_most_is_taken():
 def test_a_crop_is_the_same_for_image_and_counterfactual_and_lies_anywhere():
     cache = blank_cache(200, side=8)
     cache.moments[:, 0] = torch.arange(64.0).reshape(1, 8, 8)
-    draw = draw_batch(cache, Order(200, 0), DrawConfig(200, 0.1, pairs=0.5, crop=3), 0)
+    draw = draw_batch(cache, Order(200, 0), draws(200, 0.1, pairs=0.5, crop=3), 0)
     assert draw.latents.shape == draw.noise.shape == (200, 1, 3, 3)
     assert torch.equal(draw.latents, draw.goals)
     corners = draw.latents[:, 0, 0, 0]

@@ -48,13 +48,13 @@ def test_details_come_apart_and_all_other_text_stays_to_the_bit():
     plain = corpus(PHANTOM, details=False)
     before, apart = encode_prompts(pipe, plain), nearest(pipe)
     weights = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
-    clip.teach_details(pipe, PHANTOM, steps=100, learning_rate=0.05)
+    clip.teach_details(pipe, PHANTOM, steps=100, rate=0.05)
     assert torch.equal(encode_prompts(pipe, plain), before)
     assert apart < 0.1 and nearest(pipe) > 0.3
     changed = [name for name, value in pipe.text_encoder.state_dict().items() if not torch.equal(value, weights[name])]
     assert len(changed) == 1 and "token_embedding" in changed[0]
     again = deaf()
-    clip.teach_details(again, PHANTOM, steps=100, learning_rate=0.05)
+    clip.teach_details(again, PHANTOM, steps=100, rate=0.05)
     assert fingerprint(again) == fingerprint(pipe)
 
 

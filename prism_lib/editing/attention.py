@@ -178,18 +178,14 @@ class PromptToPromptProcessor:
         if not (record or control.edits_cross()):
             return _attend(attn, query, key, value)
 
-        sources, negatives, _ = control.parts
-        source_rows, negative_rows = slice(sources), slice(sources, sources + negatives)
-        target_rows = slice(sources + negatives, None)
-        source = _probabilities(attn, query[source_rows], key[source_rows])
-        target = _probabilities(attn, query[target_rows], key[target_rows])
+        queries, keys, values = (part.split(control.parts) for part in (query, key, value))
+        source, target = (_probabilities(attn, queries[part], keys[part]) for part in (0, 2))
         handed = control.of_parents(source)
         if control.edits_cross():
             target = control.edit_cross(handed, target)
         if record:
             control.maps.add(handed, target)
-        unedited = _attend(attn, query[negative_rows], key[negative_rows], value[negative_rows])
-        return torch.cat([source @ value[source_rows], unedited, target @ value[target_rows]])
+        return torch.cat([source @ values[0], _attend(attn, queries[1], keys[1], values[1]), target @ values[2]])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from prism_lib.editing import masks
 from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_controller
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig, Settings, resolved
+from prism_lib.editing.settings import Settings, resolved
 from prism_lib.language.edits import PromptPair
 from prism_lib.models.pipeline import decode_latents
 
@@ -188,25 +188,20 @@ def _finish(
         factual, raw, reconstruction, bounds = images[places], decoded[rows], sources[places], areas[places]
         weight = config.mask.attention_weight
         coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], weight).to(images)
-        mask = _mask(factual, raw, reconstruction, coarse, bounds, config)
+        if isinstance(bounds.mask, Tensor):
+            mask = bounds.mask
+        elif bounds.off:
+            mask = torch.ones_like(factual[:, :1])
+        else:
+            change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
+            mask = masks.automatic_mask(change, coarse, config.mask)
+            if config.protect_text:
+                mask = masks.without(mask, masks.burnt_in_text(factual), config.mask.feather)
+        if bounds.keep is not None:
+            mask = masks.without(mask, bounds.keep, config.mask.feather)
         image = raw
         if not bounds.off or bounds.keep is not None:
             image = masks.composite(factual, raw, reconstruction, mask, config.mask.replaced)
         results = scored(factual, image, raw, reconstruction, mask, [tasks[k].pair for k in own], config)
         finished |= dict(zip(own, results, strict=True))
     return [finished[k] for k in range(len(tasks))]
-
-
-def _mask(
-    images: Tensor, raw: Tensor, reconstruction: Tensor, coarse: Tensor, areas: Areas, config: EditConfig
-) -> Tensor:
-    """Where edits of equal settings show: the user's mask, everywhere, or where change and evidence say."""
-    if isinstance(areas.mask, Tensor):
-        mask = areas.mask
-    elif areas.off:
-        mask = torch.ones_like(images[:, :1])
-    else:
-        mask = masks.automatic_mask(masks.pixel_change(raw, reconstruction, config.mask.smooth), coarse, config.mask)
-        if config.protect_text:
-            mask = masks.without(mask, masks.burnt_in_text(images), config.mask.feather)
-    return mask if areas.keep is None else masks.without(mask, areas.keep, config.mask.feather)

@@ -71,33 +71,17 @@ class EditTask:
         )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The target rows of one step: `leads` holds one edit of each row, `row_of` the row of each edit.
-
-    `origins` holds, for each row, the row of the previous step that it continues; at the first step, its image.
-    """
-
-    leads: tuple[int, ...]
-    origins: tuple[int, ...]
-    row_of: tuple[int, ...]
-
-
-def stages(images: Sequence[int], num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[Stage]:
-    """The stage of each step, for edits of these `images`; edits share a row while `behaviour(edit, step)` is equal.
+def stages(images: Sequence[int], num_steps: int, behaviour: Callable[[int, int], Hashable]) -> list[tuple[int, ...]]:
+    """The row of each edit of these `images`, by step; edits share a row while `behaviour(edit, step)` is equal.
 
     Rows that have forked stay apart, and rows keep the order of their edits.
     """
-    found: list[Stage] = []
-    history = tuple(images)
+    found = [tuple(images)]
     for step in range(num_steps):
-        keys = [(history[edit], behaviour(edit, step)) for edit in range(len(images))]
+        keys = [(row, behaviour(edit, step)) for edit, row in enumerate(found[-1])]
         place = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        leads = tuple(keys.index(key) for key in place)
-        row_of = tuple(place[key] for key in keys)
-        found.append(Stage(leads, tuple(history[lead] for lead in leads), row_of))
-        history = row_of
-    return found
+        found.append(tuple(place[key] for key in keys))
+    return found[1:]
 
 
 @dataclass
@@ -125,22 +109,23 @@ def denoise(
 ) -> Outcome:
     """Edit a batch of images, each by one task or more; `first` is the number of its first image, for errors."""
     schedule, how = inversion.schedule, inversion.how
-    source = target = inversion.latents[inversion.start].to(pipe.device)  # at first one row per image
+    source = target = inversion.latents[inversion.start].to(pipe.device)
     noise_change = torch.zeros_like(source[:, :1])
     cells = areas.cells(*source.shape[-2:])
+    cells = None if cells is None else cells.to(source)
     source_text, negative_text, target_text = _embed(pipe, inversion, tasks)
-    walk = stages(
-        [task.image for task in tasks], inversion.start, lambda k, step: tasks[k].behaviour(step, schedule.num_steps)
-    )
+    row_of = [task.image for task in tasks]  # at first one row per image
+    walk = stages(row_of, inversion.start, lambda k, step: tasks[k].behaviour(step, schedule.num_steps))
     finite: list[Tensor] = []
     rows: list[EditTask] = []
     controller = edit_controller(pipe, tasks, inversion)
     with controlled(pipe.unet, controller) as processor:
         for index, stage in enumerate(walk):
-            level, leads, origins = inversion.start - index, list(stage.leads), list(stage.origins)
-            timestep = schedule.timesteps[level]
-            if len(leads) != len(rows):  # edits fork: a new row continues the one that it shared
-                rows = [tasks[lead] for lead in leads]
+            level = inversion.start - index
+            timestep, progressed = schedule.timesteps[level], index / schedule.num_steps
+            if max(stage) >= len(rows):  # edits fork: a new row continues the one that it shared
+                leads = [stage.index(row) for row in range(max(stage) + 1)]
+                rows, origins = [tasks[lead] for lead in leads], [row_of[lead] for lead in leads]
                 target, noise_change, maps = target[origins], noise_change[origins], controller.maps
                 controller = processor.controller = edit_controller(pipe, rows, inversion)
                 controller.maps.continue_from(maps, origins)
@@ -168,19 +153,21 @@ def denoise(
             correction = controller.of_parents(source - stepped) * _column(corrects, source)
             target = how.step(schedule, target, guided, level) + correction
             # Outside the bounds of an edit its latents are the source's.
-            base = controller.of_parents(source)
-            bounds = None if cells is None else controller.of_parents(cells.to(source))
-            bounds = _bounds(rows, controller.maps, bounds, index / schedule.num_steps, base, noise_change)
+            base, bounds = controller.of_parents(source), None if cells is None else controller.of_parents(cells)
+            if any(task.blends(progressed) or task.confines(progressed) for task in rows):
+                region = _region(rows, progressed, controller.maps.mean(*source.shape[-2:]), noise_change)
+                bounds = region if bounds is None else bounds * region
             if bounds is not None:
                 target = base + bounds * (target - base)
 
-            finite.append(target.isfinite().flatten(1).all(1)[controller.index(stage.row_of)])
+            row_of = list(stage)
+            finite.append(target.isfinite().flatten(1).all(1)[controller.index(row_of)])
             progress.update(len(tasks))
             if callback is not None:
                 callback(index, timestep, target)
     check_finite(torch.stack(finite), [first + task.image for task in tasks], "editing")
     word_maps = controller.maps.mean(*source.shape[-2:])
-    return Outcome(source, target, noise_change / len(walk), word_maps, walk[-1].row_of)
+    return Outcome(source, target, noise_change / len(walk), word_maps, walk[-1])
 
 
 def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], inversion: Inversion) -> Controller:
@@ -232,27 +219,14 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor([float(value) for value in values]).to(like)[:, None, None, None]
 
 
-def _bounds(
-    tasks: Sequence[EditTask],
-    maps: WordMaps,
-    bounds: Tensor | None,
-    progress: float,
-    latents: Tensor,
-    noise_change: Tensor,
-) -> Tensor | None:
-    """Where the targets' latents may differ from their sources', (K, 1, h, w), or None for everywhere.
-
-    `bounds` are those of the user's areas; LocalBlend and confinement narrow them.
-    """
-    if not any(task.blends(progress) or task.confines(progress) for task in tasks):
-        return bounds
-    words = maps.mean(*latents.shape[-2:])
-    bounds = torch.ones_like(latents[:, :1]) if bounds is None else bounds.clone()
+def _region(tasks: Sequence[EditTask], progress: float, words: Tensor, noise_change: Tensor) -> Tensor:
+    """Where LocalBlend and confinement let the targets' latents differ from their sources', (K, 1, h, w)."""
+    region = torch.ones_like(noise_change)
     for row, task in enumerate(tasks):
         own, config = slice(row, row + 1), task.config
         if task.blends(progress):
-            bounds[own] *= masks.attention_region(words[own], config.local_blend_threshold)
+            region[own] *= masks.attention_region(words[own], config.local_blend_threshold)
         if task.confines(progress):
             evidence = masks.evidence(words[own], noise_change[own], config.mask.attention_weight)
-            bounds[own] *= masks.evidence_region(evidence, config.confine)
-    return bounds
+            region[own] *= masks.evidence_region(evidence, config.confine)
+    return region

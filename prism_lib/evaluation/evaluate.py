@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,21 +181,21 @@ def edit_jobs(
     results do not depend on their number; 0 is as many as suit.
     """
     size = size or devices.batch_for(pipe)
-    for _, pairs, _, editors in jobs:
-        for editor in editors:
-            editor.effect(pipe, pairs)  # settings that do not suit an edit are refused before any work
     numbers, batches = [], []
     for number, (images, pairs, change, editors) in enumerate(jobs):
+        for editor in editors:
+            editor.effect(pipe, pairs)  # settings that do not suit an edit are refused before any work
         for part in (slice(first, first + size) for first in range(0, len(images), size)):
             numbers.append(number)
             batches.append((images[part], pairs[part], change, [editor.within(size) for editor in editors]))
     count = devices.copies_for(pipe, processes, len(batches))
-    parts: list[list[Sequence[Made]]] = [[] for _ in jobs]
+    made = [[Made([], 0.0, 0) for _ in editors] for *_, editors in jobs]
     worked = tqdm(devices.with_copies(pipe, _edit_batch, batches, count), "edit batches", len(batches), leave=False)
-    for number, made in zip(numbers, worked, strict=True):
-        parts[number].append(made)
-
-    return [[_joined(own, count) for own in zip(*of_job, strict=True)] for of_job in parts]
+    for number, batch in zip(numbers, worked, strict=True):
+        for place, (results, seconds, rows) in enumerate(batch):
+            before = made[number][place]
+            made[number][place] = Made(before.results + results, before.seconds + seconds / count, before.rows + rows)
+    return made
 
 
 def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
@@ -213,11 +212,6 @@ def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
                 results = editor.edit(pipe, inverted, pairs, change)
             made.append(Made(results, timer.seconds, sum(rows)))
     return made
-
-
-def _joined(parts: Sequence[Made], processes: int) -> Made:
-    results, seconds, rows = zip(*parts, strict=True)
-    return Made(list(chain(*results)), sum(seconds) / processes, sum(rows))
 
 
 def evaluate_edits(

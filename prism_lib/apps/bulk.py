@@ -213,7 +213,10 @@ def _work(
                     write_bytes(out / task.output, content)
                     if task.film:
                         film = out / "full_size" / PurePosixPath(task.output).relative_to("images")
-                        row["full_size"] = put_back(Path(task.film), film, result).relative_to(out).as_posix()
+                        try:
+                            row["full_size"] = put_back(Path(task.film), film, result).relative_to(out).as_posix()
+                        except (ValueError, KeyError) as error:  # of a film that cannot hold the change
+                            row["full_size"] = f"not written: {one_line(error)}"
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"sha256": digest}) + "\n")
             progress.update(len(batch))

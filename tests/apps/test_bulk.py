@@ -173,7 +173,7 @@ def test_sixteen_bits_are_finer_and_keep_the_input(config, tmp_path):
     assert {row["file_name"] for row in rows[0].values()}.isdisjoint({row["file_name"] for row in rows[1].values()})
 
 
-def test_edits_are_put_back_into_the_films_themselves(tmp_path, model):
+def test_edits_are_put_back_into_the_films_themselves(tmp_path, model, monkeypatch):
     root = tmp_path / "films"
     root.mkdir()
     films = np.random.default_rng(0).integers(0, 255, (6, 60, 80), dtype=np.uint8)
@@ -196,6 +196,10 @@ def test_edits_are_put_back_into_the_films_themselves(tmp_path, model):
         )
         same = (edited == plots.levels(image[0])).all()
         assert new.shape == film.shape and (new == film).all() == same
+    monkeypatch.setattr(bulk, "put_back", lambda film, *_: {}[film.name])
+    bulk.generate(replace(config, out=str(tmp_path / "unfit")))
+    for row in csv.DictReader((tmp_path / "unfit" / "metadata.csv").open()):
+        assert row["full_size"].startswith("not written: ") and (tmp_path / "unfit" / row["file_name"]).is_file()
     (root / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"full_size: 3\.png not found below"):
         plan(config)

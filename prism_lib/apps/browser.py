@@ -62,7 +62,8 @@ def serve(options: Namespace, show: Callable[[str], None]) -> None:
     if judge and not (paths.weights() / judge / "model.safetensors").is_file():
         raise UsageError(f"there is no judge {judge!r} in {paths.weights()}")
     try:
-        locate(options.model or paths.SHIPPED)
+        if "/" not in (model := locate(options.model or paths.SHIPPED)):  # a hub id has an owner
+            raise UsageError(f"there is no model {model!r}, here or below {paths.runs()}")
         with socket.create_server((ip, options.port)) as free:
             port = free.getsockname()[1]
     except (ValueError, OverflowError) as error:

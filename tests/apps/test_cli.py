@@ -302,6 +302,7 @@ def test_doctor_compares_versions_with_the_lock(checkout):
     ("words", "said"),
     [
         (["--model", "no/such/model"], "no/such/model is no diffusers pipeline"),
+        (["--model", "nothere"], "there is no model 'nothere', here or below"),
         (["--data", "nowhere"], "there is no folder nowhere, neither here nor in"),
         (["--judge", "nobody"], "there is no judge 'nobody' in"),
         (["--port", "USED"], "cannot be used: Address already in use\n"),

@@ -9,9 +9,10 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
@@ -20,7 +21,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
@@ -29,6 +30,7 @@ from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
 
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
+_SIZES = 6  # numbers that SDXL's U-Net reads: height and width before cropping, the crop's corner, height and width
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,13 @@ def load_pipeline(
     if channels_last is None:
         channels_last = device.type == "cpu" or dtype != torch.float32
     layout = torch.channels_last if channels_last else torch.preserve_format
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+    for part in (pipeline.vae, *text_encoders(pipeline), pipeline.unet):
         part.requires_grad_(False).eval().to(memory_format=layout)
     pipeline.to(device)
+    if len(text_encoders(pipeline)) > 1:
+        pipeline.unet.register_forward_pre_hook(_beside_tokens, with_kwargs=True)
+        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+            pipeline.vae.float()  # in float16 it overflows
     if arithmetic != torch.float32:
         setattr(pipeline.unet, _ARITHMETIC, arithmetic)
     return compile_blocks(pipeline) if compile else pipeline
@@ -231,7 +237,7 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> str:
     """A hash of all weights and of the U-Net's mixed precision."""
-    hashes = [model_hash(part) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    hashes = [model_hash(part) for part in (pipeline.unet, pipeline.vae, *text_encoders(pipeline))]
     return hashlib.sha256(repr((getattr(pipeline.unet, _ARITHMETIC, None), hashes)).encode()).hexdigest()[:16]
 
 
@@ -310,17 +316,47 @@ def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
     return {text: length for text, length in lengths.items() if length > tokenizer.model_max_length}
 
 
+def text_encoders(pipeline: StableDiffusionPipeline) -> list[PreTrainedModel]:
+    """The text encoder of Stable Diffusion 1 and 2, or the two of SDXL."""
+    second = getattr(pipeline, "text_encoder_2", None)
+    return [pipeline.text_encoder] if second is None else [pipeline.text_encoder, second]
+
+
+def _beside_tokens(unet: UNet2DConditionModel, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before a call of SDXL's U-Net: take pooled text and sizes from the last row of the embeddings."""
+    if given.get("added_cond_kwargs"):
+        return None  # diffusers' own pipeline
+    tokens, last = given["encoder_hidden_states"][:, :-1], given["encoder_hidden_states"][:, -1]
+    pooled = unet.config.projection_class_embeddings_input_dim - _SIZES * unet.config.addition_time_embed_dim
+    added = {"text_embeds": last[:, :pooled], "time_ids": last[:, pooled : pooled + _SIZES]}
+    return args, given | {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
+
+
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut."""
+    """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut.
+
+    SDXL's have one more row: the pooled text, and the sizes of an uncropped image of the model's own size.
+    """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     distinct = list(dict.fromkeys(texts))
     for text, length in too_long(tokenizer, distinct).items():
         raise ValueError(f"prompt has {length} tokens, the model reads {tokenizer.model_max_length}: {text!r}")
-    tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    tokens = tokens.to(encoder.device)
-    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None  # as in diffusers
-    embeddings = encoder(tokens.input_ids, attention_mask=mask)[0].float()
+    if len(text_encoders(pipeline)) > 1:
+        embeddings, _, pooled, _ = pipeline.encode_prompt(distinct, do_classifier_free_guidance=False)
+        if pipeline.config.force_zeros_for_empty_prompt:
+            empty = [not text for text in distinct]
+            embeddings[empty], pooled[empty] = 0, 0
+        side = pipeline.unet.config.sample_size * image_factor(pipeline.vae)
+        sizes = torch.tensor([side, side, 0, 0, side, side]).to(pooled).expand(len(distinct), _SIZES)
+        beside = torch.cat([pooled, sizes], dim=1)
+        beside = F.pad(beside, (0, embeddings.shape[2] - beside.shape[1]))
+        embeddings = torch.cat([embeddings, beside[:, None]], dim=1).float()
+    else:
+        tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        tokens = tokens.to(encoder.device)
+        masked = getattr(encoder.config, "use_attention_mask", False)  # as in diffusers
+        embeddings = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()
     row = {text: i for i, text in enumerate(distinct)}
     return embeddings[[row[text] for text in texts]]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline as SDXL
 from diffusers.utils import logging as diffusers_bars
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -30,10 +31,12 @@ logger = logging.getLogger(__name__)
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in model_index.json
-    "_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    "_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", SDXL.__name__),
     "text_encoder": ("CLIPTextModel", "BertModel"),
 }
-_SUPPORTED = "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel)"
+_SUPPORTED = (
+    "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel) and SDXL"
+)
 _BESIDE_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _TRAINED = {  # what a U-Net is trained with: a part's field, and its value where early configurations leave it out
     "text encoder": ("text_encoder", "model_type", "clip_text_model"),
@@ -75,15 +78,18 @@ def load_whole(name: str, dtype: torch.dtype, parts: Mapping[str, str | Path]) -
 
     def load(local: bool) -> StableDiffusionPipeline:
         index = StableDiffusionPipeline.load_config(name, local_files_only=local)
-        kinds = {part: kind if isinstance(kind, str) else kind[1] for part, kind in index.items() if part in _CLASSES}
-        for part, known in _CLASSES.items():
+        kinds = {part: kind[1] if isinstance(kind, list) else kind for part, kind in index.items()}
+        second = {"text_encoder_2": ("CLIPTextModelWithProjection",)} if kinds["_class_name"] == SDXL.__name__ else {}
+        for part, known in (_CLASSES | second).items():
             if (kind := kinds.get(part)) not in known:
                 raise ValueError(f"{name} has {part} {kind}; {_SUPPORTED}")
         wanted = {"local_files_only": local, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
         with without_bars() if local else nullcontext():
             folder = Path(name if Path(name).is_dir() else StableDiffusionPipeline.download(name, **wanted))
-            for part in (*PARTS, "text_encoder"):
+            for part in (*PARTS, *(part for part in index if part.startswith("text_encoder"))):
                 _check_weights(folder / part, "diffusion_pytorch_model" if part in PARTS else "model")
+            if kinds["_class_name"] == SDXL.__name__:
+                return SDXL.from_pretrained(folder, dtype=dtype, add_watermarker=False, **wanted)
             return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, requires_safety_checker=False, **wanted)
 
     pipeline = load(True) if Path(name).is_dir() else _from_hub(name, load)
@@ -259,15 +265,21 @@ def _check_fit(pipeline: StableDiffusionPipeline, source: str) -> None:
     misfit = f"{source} does not fit: the U-Net"
     if (takes, gives) != (latent, latent):
         raise ValueError(f"{misfit} takes {takes} channels and gives {gives}, the autoencoder has {latent}")
-    if read != text.hidden_size:
-        raise ValueError(f"{misfit} reads text of width {read}, the text encoder gives {text.hidden_size}")
-    if more := [name for name in _BESIDE_TEXT if unet.get(name) is not None]:
+    encoders = [(pipeline.tokenizer, text)]
+    beside = set(_BESIDE_TEXT)
+    if isinstance(pipeline, SDXL):
+        encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2.config))
+        beside -= {"addition_embed_type"} if unet.addition_embed_type == "text_time" else set()
+    if read != (width := sum(config.hidden_size for _, config in encoders)):
+        raise ValueError(f"{misfit} reads text of width {read}, the text encoder gives {width}")
+    if more := sorted(name for name in beside if unet.get(name) is not None):
         raise ValueError(f"{misfit} also reads {', '.join(more)}; {_SUPPORTED}")
-    if (count := len(pipeline.tokenizer)) != text.vocab_size:
-        raise ValueError(f"{source}: the tokenizer has {count} tokens, its text encoder {text.vocab_size}")
-    if (limit := pipeline.tokenizer.model_max_length) > (longest := text.max_position_embeddings):
-        way = f"the text encoder reads {longest}: set the number of the training in tokenizer_config.json"
-        raise ValueError(f"{source}: model_max_length of the tokenizer is {limit:g}, but {way}")
+    for tokenizer, config in encoders:
+        if (count := len(tokenizer)) != config.vocab_size:
+            raise ValueError(f"{source}: the tokenizer has {count} tokens, its text encoder {config.vocab_size}")
+        if (limit := tokenizer.model_max_length) > (longest := config.max_position_embeddings):
+            way = f"the text encoder reads {longest}: set the number of the training in tokenizer_config.json"
+            raise ValueError(f"{source}: model_max_length of the tokenizer is {limit:g}, but {way}")
     schedule = pipeline.scheduler.config
     if schedule.get("rescale_betas_zero_snr") and schedule.prediction_type == "epsilon":
         raise ValueError(f"{source} predicts epsilon, which says nothing at the zero-terminal SNR of its scheduler")

@@ -39,6 +39,7 @@ from prism_lib.models.pipeline import (
     mixed_calls,
     predict_noise,
     sample_images,
+    text_encoders,
 )
 from prism_lib.models.schedule import Schedule, clean_and_noise, guided
 from prism_lib.training.batches import diffusion_loss
@@ -359,7 +360,9 @@ def _seed_of(image: Tensor, seed: int) -> int:
 
 
 def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:
-    """The same networks for another of diffusers' pipelines, with a scheduler of its own."""
+    """The same networks for another of diffusers' pipelines, with a scheduler of its own; ValueError for SDXL."""
+    if len(text_encoders(pipe)) > 1:
+        raise ValueError(f"{pipe.name_or_path} is SDXL; this editor runs Stable Diffusion 1 and 2 only")
     parts: dict[str, Any] = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return parts | {"scheduler": scheduler} | absent

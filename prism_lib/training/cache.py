@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.rows import training_pairs
 from prism_lib.files import model_hash
-from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, too_long
+from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, text_encoders, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def build_cache(
     scale = [vae.config.scaling_factor, vae.config.shift_factor]
     image_key = _key("latents", content, split, model_hash(vae), scale)
     words = hashlib.sha256("\n".join(distinct).encode()).hexdigest()
-    text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), model_hash(pipeline.text_encoder), str(dtype))
+    encoders = [model_hash(encoder) for encoder in text_encoders(pipeline)]
+    text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), *encoders, str(dtype))
     return Cache(
         moments=_encode(moments, len(table), image_batch, folder, f"latents-{split}", image_key),
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),

@@ -32,7 +32,7 @@ from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
-from prism_lib.models.pipeline import assembled, image_factor, sample_images
+from prism_lib.models.pipeline import assembled, image_factor, sample_images, text_encoders
 from prism_lib.training.batches import Draw, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import (
@@ -241,10 +241,11 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDi
         raise ValueError(f"crop={config.crop} is larger than the latents, {cells} x {cells} cells")
     if (end := config.timestep_end or 0) > (known := pipeline.scheduler.config.num_train_timesteps):
         raise ValueError(f"timestep_end={end} is above the {known} timesteps of {config.pipeline}")
-    for part in (pipeline.vae, pipeline.text_encoder):
+    for part in (pipeline.vae, *text_encoders(pipeline)):
         part.requires_grad_(False).eval().to(accelerator.device)
     caches = [build_cache(pipeline, config.dataset, split, folder, captions[split], dtype) for split in captions]
-    pipeline.text_encoder.to("cpu")
+    for encoder in text_encoders(pipeline):
+        encoder.to("cpu")
     return caches
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert
-from prism_lib.models.pipeline import encode_prompts, load_pipeline, predict_noise
+from prism_lib.language.edits import Edit
+from prism_lib.models.pipeline import encode_prompts, load_pipeline, predict_noise, sample_images
 from prism_lib.models.published import without_bars
 from prism_lib.models.schedule import Schedule, guided, step
+from prism_lib.studies.editors import LEdits
+from prism_lib.training.config import FinetuneConfig
+from prism_lib.training.finetuning import finetune
 from tests.tiny import REMOVE, SOURCE, TARGET, tiny_images, tiny_pipeline
 
 # The scheduler_config.json of Stable Diffusion 1.5, of 2.1, and of RadEdit's model card.
@@ -75,12 +80,34 @@ def bert(folder, tokens=32):
     return BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).eval(), tokenizer
 
 
+def sdxl(folder):
+    """An untrained SDXL: two text encoders, pooled text and sizes beside the tokens, no negative prompt."""
+    own = tiny_pipeline()
+    text = own.text_encoder.config.to_dict() | {"projection_dim": 12}
+    torch.manual_seed(3)
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**text)).eval()
+    beside = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = changed(own.unet, cross_attention_dim=32, projection_class_embeddings_input_dim=12 + 6 * 8, **beside)
+    other = copy.deepcopy(own.tokenizer)
+    other.pad_token = "a</w>"  # SDXL's second tokenizer pads with a word
+    StableDiffusionXLPipeline(
+        own.vae, own.text_encoder, second, own.tokenizer, other, unet, DDIMScheduler(), add_watermarker=False
+    ).save_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(EULER | {"timestep_spacing": "leading", "steps_offset": 1})
+    )
+    write(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    return folder
+
+
 def save(folder, kind):
     """A tiny pipeline in diffusers' layout, as its kind has it on the hub."""
     own, scheduler = tiny_pipeline(), PNDM_1
     vae, unet, encoder, tokenizer = own.vae, own.unet, own.text_encoder, own.tokenizer
     scale = 0.18215
     folder.mkdir()
+    if kind == "sdxl":
+        return sdxl(folder)
     if kind.startswith("bert"):
         encoder, tokenizer = bert(folder)
         scheduler, scale = TRAILING, 0.13025
@@ -102,7 +129,7 @@ def save(folder, kind):
     return folder
 
 
-KINDS = ("sd1", "sd2", "euler", "bert", "bert-mask", "zero-snr")
+KINDS = ("sd1", "sd2", "euler", "bert", "bert-mask", "zero-snr", "sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +149,13 @@ def copy_of(folders, tmp_path):
 @pytest.mark.parametrize("steps", [10, 25])
 def test_our_steps_are_those_of_the_pipelines_own_call(folders, kind, steps):
     with without_bars():
-        own = StableDiffusionPipeline.from_pretrained(folders[kind], safety_checker=None)
-    parts = own.components | {"scheduler": DDIMScheduler.from_config(own.scheduler.config), "safety_checker": None}
-    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        own = DiffusionPipeline.from_pretrained(folders[kind], **({} if kind == "sdxl" else {"safety_checker": None}))
+    absent = {} if kind == "sdxl" else {"requires_safety_checker": False}
+    # Built anew, for Stable Diffusion's own pipeline mends the settings of a scheduler that it is given.
+    clipped = {"clip_sample": False} if kind == "sdxl" else {}  # the other pipeline sets it itself
+    own = type(own)(
+        **own.components | {"scheduler": DDIMScheduler.from_config(own.scheduler.config, **clipped)} | absent
+    )
     own.set_progress_bar_config(disable=True)
     pipe = load_pipeline(folders[kind], channels_last=False)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -173,10 +204,53 @@ def test_a_bert_model_is_inverted_and_edited(folders):
     assert torch.isfinite(result.raw).all() and not torch.equal(result.raw, result.reconstruction)
 
 
+def test_sdxl_is_inverted_and_edited(folders):
+    pipe, images = load_pipeline(folders["sdxl"]), tiny_images(1)
+    embeds = encode_prompts(pipe, ["", SOURCE])
+    assert embeds.shape[1:] == (78, 32) and not embeds[0, :-1].any()  # no prompt is no text at all
+    assert embeds[1, -1, 12:18].tolist() == [32, 32, 0, 0, 32, 32]
+    inversion = invert(pipe, images, [SOURCE], num_inference_steps=4)
+    (result,) = edit(pipe, inversion, [REMOVE])
+    assert torch.isfinite(result.raw).all() and not torch.equal(result.raw, result.reconstruction)
+    assert torch.isfinite(sample_images(pipe, embeds[1:], embeds[:1], num_inference_steps=2)).all()
+
+
+def test_sdxl_is_fine_tuned_and_stays_sdxl(folders, phantom_folder, tmp_path):
+    sizes = {"steps": 2, "batch_size": 2, "captions_per_image": 1, "validation_every": 2, "sample_every": 2}
+    given = {"dataset": str(phantom_folder), "output": str(tmp_path), "pipeline": str(folders["sdxl"])}
+    trained = load_pipeline(finetune(FinetuneConfig(**given, **sizes, learning_rate=1e-3, warmup=0)))
+    assert isinstance(trained, StableDiffusionXLPipeline)
+    base = load_pipeline(folders["sdxl"])
+    assert torch.equal(encode_prompts(base, [SOURCE]), encode_prompts(trained, [SOURCE]))  # the encoders are frozen
+    assert not torch.equal(base.unet.add_embedding.linear_1.weight, trained.unet.add_embedding.linear_1.weight)
+
+
+def test_what_else_sdxl_reads_matters(folders):
+    pipe, latents = load_pipeline(folders["sdxl"]), torch.randn(1, 4, 16, 16)
+    embeds = encode_prompts(pipe, [SOURCE])
+    for of in (slice(0, 12), slice(12, 18)):  # pooled text, sizes
+        other = embeds.clone()
+        other[:, -1, of] += 50
+        assert not torch.allclose(predict_noise(pipe, latents, 500, embeds), predict_noise(pipe, latents, 500, other))
+
+
+def test_sdxl_without_its_second_encoder_is_refused(copy_of):
+    folder = copy_of("sdxl")
+    write(folder / "model_index.json", text_encoder_2=None)
+    with pytest.raises(ValueError, match="sdxl has text_encoder_2 None; supported are"):
+        load_pipeline(folder)
+
+
+def test_an_editor_of_diffusers_own_pipelines_refuses_sdxl(folders):
+    pipe = load_pipeline(folders["sdxl"])
+    with pytest.raises(ValueError, match="sdxl is SDXL; this editor runs Stable Diffusion 1 and 2 only"):
+        LEdits()(pipe, tiny_images(1), [REMOVE], Edit(remove=("Support Devices",)))
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusion3Pipeline",
         "FluxPipeline",
         "StableDiffusionInpaintPipeline",
@@ -196,6 +270,7 @@ def test_another_family_is_refused_by_name(copy_of, name):
     [
         ("text_encoder", "transformers", "CLIPTextModelWithProjection"),
         ("text_encoder", "modeling_cxrbert", "CXRBertModel"),
+        ("text_encoder", None, None),  # SDXL's refiner
         ("vae", "diffusers", "AutoencoderTiny"),
         ("unet", "diffusers", "UNet3DConditionModel"),
     ],

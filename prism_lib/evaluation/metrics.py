@@ -16,6 +16,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from prism_lib.files import check_images
+
 
 def l1(images: Tensor, others: Tensor) -> Tensor:
     """Mean |a - b|, (N,): subject identity preservation in the PRISM paper (lower is better)."""
@@ -207,15 +209,9 @@ def bootstrap_ci(
 
 
 def _check_images(**images: Tensor) -> None:
-    shapes = {name: tuple(image.shape) for name, image in images.items()}
     for name, image in images.items():
-        if image.ndim != 4 or 0 in image.shape:
-            raise ValueError(f"{name} must be images (N, C, H, W), got shape {shapes[name]}")
-        if not image.is_floating_point():
-            raise ValueError(f"{name} must be floats in [0, 1], got {image.dtype}")
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):  # also catches NaN, which min and max pass on
-            raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+        check_images(image, name=name)
+    shapes = {name: tuple(image.shape) for name, image in images.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"images differ in shape: {shapes}")
 

@@ -27,10 +27,7 @@ FORMATS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("skin.yaml").r
 
 
 def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, archive: str) -> Source:
-    """At most `num_images` dermoscopic images of one of `FORMATS`, by whole patients.
-
-    The folder holds the archive's own tables, perhaps `ARTEFACT_TABLE`, and the images anywhere below it.
-    """
+    """At most `num_images` images of one of `FORMATS`, by whole patients; its tables lie in `data_root`."""
     form = FORMATS[archive]
     path = tables.find_table(data_root, form["tables"])
     table = tables.read_table(path, form["columns"], form["optional"])

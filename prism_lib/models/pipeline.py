@@ -216,10 +216,7 @@ def full_precision(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
-    """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
-
-    Attention is left out: its processors change with every edit, and each change would compile anew.
-    """
+    """Compile residual blocks and feed-forwards of the U-Net; attention's processors change with every edit."""
     blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
     # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
     limits = torch._dynamo.config

@@ -1,7 +1,4 @@
-"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
-
-Each result is a `Counterfactual`. Classes of diffusers share the caller's networks, not its scheduler.
-"""
+"""What the paper and users compare with: frozen settings that turn images and prompt pairs into results."""
 
 from __future__ import annotations
 

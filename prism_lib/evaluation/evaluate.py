@@ -249,10 +249,8 @@ def evaluate_results(
     known = true_counterfactual(folder, cases, change) if change.attributes else None
     pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
     images = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
-    truth = known and known.images, known and known.changed
-    evaluation = Evaluation(
-        change, cases[["file_name", "patient_id"]].copy(), pairs, *images, *truth, seconds, settings
-    )
+    truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
+    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings)
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole, folders with one writer, hashes, and seeds."""
+"""Files and folders that are written whole, folders with one writer, hashes, seeds, and the check of images."""
 
 from __future__ import annotations
 
@@ -91,6 +91,22 @@ def file_hash(path: Path) -> str:
 def image_hash(image: torch.Tensor) -> str:
     """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
     return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_images(images: torch.Tensor, factor: int = 1, name: str = "images") -> None:
+    """ValueError naming what is wrong with a batch that should be floats (N, 1 or 3, H, W) in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(f"{name} must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating point in [0, 1]; got {images.dtype}")
+    if bad := (~images.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist():
+        raise ValueError(f"{name} {bad} of the batch have NaN or infinite pixels")
+    low, high = images.min().item(), images.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {low:.4g} to {high:.4g}")
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
 
 
 def model_hash(module: torch.nn.Module) -> str:

@@ -122,10 +122,7 @@ def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, st
 
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A hidden sibling with the split folders, which becomes `output` when the block ends, and is kept if it raises.
-
-    RuntimeError if another process writes there.
-    """
+    """A hidden sibling that becomes `output` when the block ends, and stays if it raises; RuntimeError if in use."""
     folder = output.with_name(f".{output.name}.partial")
     try:
         for split in SPLITS:

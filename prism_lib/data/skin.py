@@ -6,11 +6,12 @@ lesions of one patient. Artefacts (rulers, ink) are labels of the images in isic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles
@@ -20,62 +21,16 @@ from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
 ARTEFACT_TABLE = "isic_bias.csv"
 _POLICY = "one diagnosis is 1 and all others are 0; {unknown}; artefacts are not mentioned without a table of them"
 
-# ISIC 2019's columns and HAM10000's codes by label; BKL and bkl hold solar lentigines and lichenoid keratoses too.
-ISIC2019_CODES = dict(zip(("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"), SKIN_DIAGNOSES, strict=True))
 UNKNOWN = "unknown"
-ISIC2020_DIAGNOSES = {
-    "melanoma": "Melanoma",
-    "nevus": "Melanocytic Nevus",
-    "seborrheic keratosis": "Benign Keratosis",
-    "solar lentigo": "Benign Keratosis",
-    "lichenoid keratosis": "Benign Keratosis",
-} | dict.fromkeys(("lentigo NOS", "cafe-au-lait macule", "atypical melanocytic proliferation", UNKNOWN), "")  # no label
-
-
-@dataclass(frozen=True)
-class Format:
-    """One archive's tables: file names, the meaning of columns, and the label of every diagnosis."""
-
-    tables: tuple[str, ...]
-    columns: dict[str, str]
-    diagnoses: dict[str, str]
-    optional: dict[str, str] = field(default_factory=dict)
-    unknown: str = "no diagnosis is unknown"
-
-
-FORMATS = {
-    "isic2019": Format(
-        tables=("ISIC_2019_*GroundTruth.csv",),
-        columns={"image": "source_file"} | {code: code for code in ISIC2019_CODES},
-        optional={"UNK": "UNK"},
-        diagnoses=ISIC2019_CODES | {UNKNOWN: ""},
-        unknown="of an unknown diagnosis (UNK) none is mentioned",
-    ),
-    "isic2020": Format(
-        tables=("ISIC_2020_Training_GroundTruth*.csv", "train.csv"),
-        columns={"image_name": "source_file", "patient_id": "patient", "sex": "sex", "age_approx": "age"}
-        | {"anatom_site_general_challenge": "site", "diagnosis": "diagnosis", "target": "target"},
-        optional={"lesion_id": "lesion"},
-        diagnoses=ISIC2020_DIAGNOSES,
-        unknown="of an unknown diagnosis only melanoma is, by the column target",
-    ),
-    "ham10000": Format(
-        tables=("HAM10000_metadata*",),
-        columns={"image_id": "source_file", "lesion_id": "lesion", "dx": "diagnosis"}
-        | {"age": "age", "sex": "sex", "localization": "site"},
-        diagnoses=dict(zip(("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"), SKIN_DIAGNOSES[:7], strict=True)),
-    ),
-}
+# The archives' tables: file names, the meaning of columns, and the label of every diagnosis.
+FORMATS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("skin.yaml").read_text(encoding="utf-8"))
 
 
 def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, archive: str) -> Source:
-    """At most `num_images` dermoscopic images of one of `FORMATS`, by whole patients.
-
-    The folder holds the archive's own tables, perhaps `ARTEFACT_TABLE`, and the images anywhere below it.
-    """
+    """At most `num_images` images of one of `FORMATS`, by whole patients; its tables lie in `data_root`."""
     form = FORMATS[archive]
-    path = tables.find_table(data_root, form.tables)
-    table = tables.read_table(path, form.columns, form.optional)
+    path = tables.find_table(data_root, form["tables"])
+    table = tables.read_table(path, form["columns"], form["optional"])
     if archive == "isic2019":
         table = _with_metadata(table, data_root).assign(diagnosis=_one_hot(table, path))
     about = table.assign(
@@ -85,25 +40,26 @@ def skin_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles,
         sex=tables.sexes(table["sex"]),
         age=tables.ages(table["age"]),
     )[["name", "source_file", "patient_id", "lesion_id", "sex", "age", "site"]]
-    table = pd.concat([about, _diagnoses(table, path, form), _artefacts(table["source_file"], data_root)], axis=1)
+    diagnoses = _diagnoses(table, path, form["diagnoses"])
+    table = pd.concat([about, diagnoses, _artefacts(table["source_file"], data_root)], axis=1)
     table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root, by_stem=True))
-    labels, policy = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values()), _POLICY.format(unknown=form.unknown)
+    labels, policy = (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values()), _POLICY.format(unknown=form["unknown"])
     return Source(draw_patients(table, num_images, seed), labels, policy, reader, rejected=rejected)
 
 
 def _one_hot(table: pd.DataFrame, path: Path) -> pd.Series:
     """ISIC 2019: the one column that is 1."""
-    codes = [code for code in (*ISIC2019_CODES, "UNK") if code in table]
+    codes = [code for code in (*FORMATS["isic2019"]["columns"], "UNK") if code != "image" and code in table]
     hot = pd.DataFrame({code: tables.label_values(table[code], path, code) == 1 for code in codes})
     refuse(hot.sum(axis=1) != 1, table["source_file"], path, f"not one of {', '.join(codes)} is 1, but")
     return hot.rename(columns={"UNK": UNKNOWN}).idxmax(axis=1)
 
 
-def _diagnoses(table: pd.DataFrame, path: Path, form: Format) -> pd.DataFrame:
+def _diagnoses(table: pd.DataFrame, path: Path, known: dict[str, str]) -> pd.DataFrame:
     """A column of words: each label is 1 where the word means it and 0 where another one stands."""
     words = table["diagnosis"]
-    refuse(~words.isin(list(form.diagnoses)), words, path, f"unknown diagnosis (known: {', '.join(form.diagnoses)})")
-    meaning = words.map(form.diagnoses)
+    refuse(~words.isin(list(known)), words, path, f"unknown diagnosis (known: {', '.join(known)})")
+    meaning = words.map(known)
     labels = pd.DataFrame({label: (meaning == label).astype(float) for label in SKIN_DIAGNOSES}).mask(words == UNKNOWN)
     if "target" in table:
         target = tables.label_values(table["target"], path, "target")

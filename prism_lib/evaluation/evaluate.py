@@ -247,20 +247,10 @@ def evaluate_results(
         raise ValueError(f"{len(cases)} images of {change.key} need as many results, got {len(edited)}")
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
-    evaluation = Evaluation(
-        change,
-        cases[["file_name", "patient_id"]].copy(),
-        tuple(result.pair for result in edited),
-        stack(edited, "factual"),
-        stack(edited),
-        stack(edited, "raw"),
-        stack(edited, "reconstruction"),
-        stack(edited, "mask"),
-        known and known.images,
-        known and known.changed,
-        seconds,
-        tuple(dict.fromkeys(result.settings for result in edited)),
-    )
+    pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
+    images = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
+    truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
+    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings)
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)

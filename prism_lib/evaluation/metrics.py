@@ -16,6 +16,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from prism_lib.files import check_images
+
 
 def l1(images: Tensor, others: Tensor) -> Tensor:
     """Mean |a - b|, (N,): subject identity preservation in the PRISM paper (lower is better)."""
@@ -52,19 +54,13 @@ def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Ten
 
 
 def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Error to the true counterfactual where pixels had to change, over the original's error there, (N,).
-
-    L1_mask(edited, truth) / L1_mask(original, truth): 0 is the truth, 1 is no edit at all, above 1 is harm.
-    """
+    """L1_mask(edited, truth) / L1_mask(original, truth), (N,): 0 is the truth, 1 is no edit at all, above 1 is harm."""
     empty = "the original already equals the true counterfactual inside the mask"
     return _ratio(masked_l1(edited, truth, mask), masked_l1(original, truth, mask), empty)
 
 
 def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """What an edit costs where nothing had to change, in units of the autoencoder's own error there, (N,).
-
-    ``edited`` is the decoded image before the pixel composite, ``reconstruction`` the decoded latents of the original.
-    """
+    """L1 of the decoded edit where nothing had to change, in units of the autoencoder's own error there, (N,)."""
     cost, own = (masked_l1(images, original, mask, outside=True) for images in (edited, reconstruction))
     return _ratio(cost, own, "the reconstruction has no error outside the mask")
 
@@ -91,10 +87,7 @@ def mask_area_ratio(mask: Tensor, true_mask: Tensor) -> Tensor:
 
 
 def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -> Tensor:
-    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1.
-
-    It equals PRISM's |p_after - p_before| for an edit in the intended direction and is negative in the other.
-    """
+    """PRISM's CPG, signed, (N,): how far the judge's probability moves towards the target (0 or 1); at most 1."""
     _check_probabilities(1, before=before, after=after)
     if target not in (0, 1):
         raise ValueError(f"target must be 0 or 1, got {target!r}")
@@ -102,10 +95,7 @@ def counterfactual_prediction_gain(before: Tensor, after: Tensor, target: int) -
 
 
 def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
-    """Share of the other labels that the edit flipped, (N,); probabilities (N, L) of the labels not edited.
-
-    Leave out labels that follow from the edited one by definition, such as "No Finding".
-    """
+    """Share of the labels (N, L), none of which may follow from the edited one, that the edit flipped, (N,)."""
     _check_probabilities(2, before=before, after=after)
     return ((before >= 0.5) != (after >= 0.5)).float().mean(1)
 
@@ -113,10 +103,7 @@ def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
 def directional_similarity(
     image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
 ) -> Tensor:
-    """cos(I_after - I_before, T_after - T_before), (N,) (Gal et al., StyleGAN-NADA, 2022); 0 if either stands still.
-
-    Embeddings (N, D) of one image-text model; they are normalised first, as CLIP compares directions on the sphere.
-    """
+    """cos(I_after - I_before, T_after - T_before) of unit vectors, (N,) (Gal et al., 2022); 0 if one stands still."""
     embeddings = (image_before, image_after, text_before, text_after)
     if bad := (~torch.cat(embeddings, 1).isfinite()).any(1).nonzero().flatten().tolist():
         raise ValueError(f"embeddings of images {bad} are not finite")
@@ -136,10 +123,7 @@ def group_accuracy(
 
 
 def equalised_odds_difference(probabilities: Tensor, labels: Tensor, attribute: Tensor) -> float:
-    """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair.
-
-    ``attribute`` (N,) is 0 or 1. All four combinations of label and attribute (2 label + attribute) must occur.
-    """
+    """max over y of |P(reads 1 | y, a = 1) - P(reads 1 | y, a = 0)| (Hardt et al., NeurIPS 2016); 0 is fair."""
     right = group_accuracy(probabilities, labels, 2 * labels + attribute, range(4))  # differs as what is read does
     return max(abs(right[2 * label + 1] - right[2 * label]) for label in (0, 1))
 
@@ -207,15 +191,9 @@ def bootstrap_ci(
 
 
 def _check_images(**images: Tensor) -> None:
-    shapes = {name: tuple(image.shape) for name, image in images.items()}
     for name, image in images.items():
-        if image.ndim != 4 or 0 in image.shape:
-            raise ValueError(f"{name} must be images (N, C, H, W), got shape {shapes[name]}")
-        if not image.is_floating_point():
-            raise ValueError(f"{name} must be floats in [0, 1], got {image.dtype}")
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):  # also catches NaN, which min and max pass on
-            raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+        check_images(image, name=name)
+    shapes = {name: tuple(image.shape) for name, image in images.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"images differ in shape: {shapes}")
 

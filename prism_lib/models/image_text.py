@@ -1,7 +1,4 @@
-"""Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers.
-
-A general CLIP separates chest X-rays poorly, so a threshold is for one model.
-"""
+"""Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from prism_lib import devices, paths
 from prism_lib.devices import default_device, dtype_of
-from prism_lib.files import model_hash
+from prism_lib.files import check_images, model_hash
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
 
@@ -222,10 +222,7 @@ def full_precision(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
-    """Compile the U-Net's residual blocks and feed-forwards for any batch size, each at its first call.
-
-    Attention is left out: its processors change with every edit, and each change would compile anew.
-    """
+    """Compile residual blocks and feed-forwards of the U-Net; attention's processors change with every edit."""
     blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
     # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
     limits = torch._dynamo.config
@@ -247,13 +244,18 @@ def image_factor(vae: AutoencoderKL) -> int:
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W) in [0, 1], checked, to scaled latents (N, c, h, w): the posterior's mean, float32."""
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the scaled latents (N, c, h, w), float32, for images (N, 1 or 3, H, W) in [0, 1]."""
     check_images(images, image_factor(vae))
     parameter = next(vae.parameters())
     pixels = (images.to(parameter.device, parameter.dtype) * 2 - 1).expand(-1, vae.config.in_channels, -1, -1)
-    latents = vae.encode(pixels).latent_dist.mean.float()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    posterior, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+    return (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * scale, posterior.std.float() * scale
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) in [0, 1], checked, to scaled latents (N, c, h, w): the posterior's mean, float32."""
+    return encode_moments(vae, images)[0]
 
 
 @torch.no_grad()
@@ -291,21 +293,6 @@ def sample_images(
             output_type="latent",
         ).images
     return decode_latents(pipe.vae, latents.float(), channels)
-
-
-def check_images(images: Tensor, factor: int = 1) -> None:
-    """Raise ValueError naming what is wrong with a batch that should be (N, 1 or 3, H, W) in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating point in [0, 1]; got {images.dtype}")
-    if bad := (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[:, 0].tolist():
-        raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
-    if images.numel() and (float(images.min()) < 0 or float(images.max()) > 1):
-        raise ValueError(f"images must lie in [0, 1]; got {float(images.min()):.3g} to {float(images.max()):.3g}")
-    height, width = images.shape[-2:]
-    if height % factor or width % factor:
-        raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
 
 
 def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:

@@ -43,10 +43,7 @@ _TRAINED = {  # what a U-Net is trained with: a part's field, and its value wher
     "prediction type": ("scheduler", "prediction_type", "epsilon"),
     "scaling factor": ("vae", "scaling_factor", 0.18215),
 }
-_SCRIPT = (
-    "python convert_original_stable_diffusion_to_diffusers.py (from diffusers' scripts folder) "
-    "{options} --to_safetensors --dump_path FOLDER, then load FOLDER"
-)
+_CONVERT = "Convert it once, and load FOLDER: StableDiffusionPipeline.from_single_file({!r}).save_pretrained(FOLDER)"
 
 
 def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
@@ -196,13 +193,11 @@ def refuse_pickles(path: Path) -> None:
     if any(file.suffix == ".safetensors" or file.name == "model_index.json" for file in files):
         return
     for file in (file for file in files if file.suffix in PICKLES):
-        way = _SCRIPT.format(options=f"--checkpoint_path {file}")
+        way = _CONVERT.format(str(file))
         if file.suffix != ".ckpt":
             saved = f'torch.load("{file}", weights_only=True), "{file.with_suffix(".safetensors")}"'
-            way = f"import torch, safetensors.torch; safetensors.torch.save_file({saved})"
-        raise ValueError(
-            f"{file} is a pickle, which can run code when it is read, and is never loaded. Convert it once: {way}"
-        )
+            way = f"Convert it once: safetensors.torch.save_file({saved})"
+        raise ValueError(f"{file} is a pickle, which can run code when it is read, and is never loaded. {way}")
 
 
 def _place(source: str, slot: str) -> Path:
@@ -233,10 +228,7 @@ def _from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 def _from_state_dict(current: Any, file: Path) -> Any:
     tensors = load_file(file)
     if any(key.startswith("model.diffusion_model.") for key in tensors):
-        raise ValueError(
-            f"{file} is a checkpoint in the original layout of Stable Diffusion. Convert it once: "
-            + _SCRIPT.format(options=f"--from_safetensors --checkpoint_path {file}")
-        )
+        raise ValueError(f"{file} is in the original layout of Stable Diffusion. {_CONVERT.format(str(file))}")
     for prefix in ("module.", "unet.", "vae."):  # as trainers wrap it
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}

@@ -136,10 +136,7 @@ class Frame:
 
 
 def tubes(points: Tensor, radius: Tensor | float, frame: Frame) -> Tensor:
-    """Thickness (N, H, W) of round tubes through dense points (N, P, 2); chord 2 sqrt(r^2 - d^2), union by maximum.
-
-    ``radius`` is in patient units, a number or (N, P); a tube thinner than a pixel is drawn wider and fainter.
-    """
+    """Thickness (N, H, W), by maximum, of round tubes through dense points (N, P, 2); radius a number or (N, P)."""
     cos, sin = (frame.rotation.cos() * frame.zoom)[:, None], (frame.rotation.sin() * frame.zoom)[:, None]
     (x, y), scale = points.unbind(-1), frame.size / 2
     image = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1) + frame.shift[:, None, :]
@@ -150,7 +147,7 @@ def tubes(points: Tensor, radius: Tensor | float, frame: Frame) -> Tensor:
 def stamp(pixels: Tensor, radius: Tensor, size: int) -> Tensor:
     """Chord lengths in pixels, (N, size, size), of balls at ``pixels`` (N, P, 2) with ``radius`` (N, P) in pixels."""
     count = pixels.shape[0]
-    drawn = torch.where(radius > 0, radius.clamp(min=0.9), radius)
+    drawn = torch.where(radius > 0, radius.clamp(min=0.9), radius)  # thinner than a pixel: wider and fainter
     reach = math.ceil(float(drawn.max())) if drawn.numel() else 0
     base = pixels.round()
     fraction = pixels - base

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 from torch import Tensor
 
-from prism_lib.files import atomic
+from prism_lib.files import atomic, check_images
 
 DIFFERENCE_LIMIT = 0.5  # of the grey range, to both sides
 DIFFERENCE_COLORS = "RdBu_r"
@@ -228,11 +228,7 @@ def _show(axis: Axes, image: Tensor) -> None:
 
 
 def _check(images: Tensor, name: str, **texts: Sequence[str]) -> int:
-    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{name} must be (N, 1 or 3, H, W), got shape {tuple(images.shape)}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+    check_images(images, name=name)
     for what, given in texts.items():
         if given and len(given) != len(images):
             raise ValueError(f"{len(given)} {what} for {len(images)} images")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
 
 from prism_lib import paths
 from prism_lib.files import write_text
@@ -20,30 +22,11 @@ from prism_lib.records import load_record
 Record = Mapping[str, Any]
 Estimates = dict[str, tuple[float, float, float]]  # row -> (mean, low, high)
 
+_KNOWN: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("records.yaml").read_text(encoding="utf-8"))
+HEADLINES: dict[str, str] = _KNOWN["headlines"]
+CLASSIFIERS: dict[str, str] = _KNOWN["classifiers"]
 BASE = "default settings"  # of several studies, measured once
-# Metric -> column heading, in the order of the tables; an arrow says which way is better.
-HEADLINES: dict[str, str] = {
-    "true_error_ratio": "error to truth ↓",
-    "flip_rate": "flip rate ↑",
-    "cpg": "CPG ↑",
-    "side_effect_rate": "side effects ↓",
-    "changed_outside_mask": "changed outside mask ↓",
-    "mask_recall": "mask recall ↑",
-    "mask_area_ratio": "mask area / true ↓",
-    "marker_changed": "marker pixels changed ↓",
-    "latent_outside_l1_ratio": "latent L1 outside / VAE's ↓",
-    "identity_l1": "identity L1 ↓",
-}
-SHORT = ("true_error_ratio", "flip_rate", "cpg", "side_effect_rate", "changed_outside_mask")  # those of the README
-
-# The same for the training sets of `classifiers`.
-CLASSIFIERS: dict[str, str] = {
-    "worst_group_accuracy": "worst-group accuracy ↑",
-    "worst_group_gain": "gain over as is ↑",
-    "accuracy": "accuracy ↑",
-    "equalised_odds_difference": "equalised-odds difference ↓",
-    "calibration_error": "calibration error ↓",
-}
+_PAGES = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
 
 
 @dataclass(frozen=True)
@@ -57,77 +40,6 @@ class Drawing:
     title: str
     xlabel: str
     ylabel: str = ""
-
-
-Draw = Callable[[Record], list[Drawing]]
-
-
-def _quality(record: Record) -> list[Drawing]:
-    name, title = record["name"], "Edits of test patients"
-    return [
-        Drawing(f"quality_{metric}", name, "dots", intervals(record, metric), title, label)
-        for metric, label in headlines(record).items()
-    ]
-
-
-def _dots(metric: str, title: str, label: str) -> Draw:
-    return lambda record: [Drawing(record["name"], record["name"], "dots", intervals(record, metric), title, label)]
-
-
-def _pareto(record: Record) -> list[Drawing]:
-    name, points = record["name"], tradeoff(record["metrics"])
-    labels = "Error to the truth against time", "seconds per image", "error to truth"
-    return [Drawing(f"{name}_pareto", name, "pareto", points, *labels)] if points else []
-
-
-def _classifiers(record: Record) -> list[Drawing]:
-    labels = "Accuracy in the worst group by training set", "worst-group accuracy", "target and shortcut agree"
-    return [Drawing("classifiers", "classifiers", "grouped", by_strength(record["metrics"]), *labels)]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A known record: the notebook or benchmark that writes it, and what it holds."""
-
-    maker: str
-    rows: int = 1  # the depth at which a table's rows stand
-    draw: Draw | None = None
-
-
-KINDS: dict[str, Kind] = {
-    "quickstart": Kind("00_quickstart"),
-    "data": Kind("01_data"),
-    "finetuning": Kind("02_finetuning"),
-    "counterfactual_quality": Kind("03_counterfactuals", draw=_quality),
-    "judge": Kind("03_counterfactuals"),
-    "batches": Kind("03_counterfactuals"),
-    "axioms": Kind("03_counterfactuals"),
-    "inversion_methods": Kind("04_ablations", rows=2, draw=_pareto),
-    "ablations": Kind("04_ablations", draw=_pareto),
-    "baselines": Kind("05_baselines", rows=2, draw=_pareto),
-    "entanglement": Kind(
-        "05_baselines", draw=_dots("carried_along", "Devices that go along with cardiomegaly", "share")
-    ),
-    "hard_cases": Kind("05_baselines", draw=_dots("true_error_ratio", "Edits by kind of image", "error to truth")),
-    "corner_text": Kind("05_baselines"),
-    "classifiers": Kind("06_classifiers", rows=2, draw=_classifiers),
-    "rendering": Kind("benchmarks/rendering.py"),
-    "identifiability": Kind("benchmarks/identifiability.py"),
-    "editing_speed": Kind("benchmarks/editing.py"),
-    "bulk": Kind("benchmarks/bulk.py"),
-    "training_speed": Kind("benchmarks/training.py"),
-    "resume": Kind("benchmarks/training.py"),
-    "preparation": Kind("benchmarks/preparation.py"),
-    "explorer": Kind("benchmarks/explorer.py"),
-    "film_removal": Kind("benchmarks/films.py"),
-    "full_size_films": Kind("benchmarks/full_size_films.py"),
-    "real_devices": Kind("benchmarks/real_devices.py"),
-    "unusual_inputs": Kind("benchmarks/unusual_inputs.py", rows=2),
-    "judges": Kind("benchmarks/judges.py"),
-    "mixed_precision": Kind("benchmarks/precision.py"),
-    "side_by_side": Kind("benchmarks/classifiers.py"),
-    "threads": Kind("benchmarks/threads.py"),
-}
 
 
 def load_all(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str, dict[str, Any]]:
@@ -144,7 +56,7 @@ def load_all(dataset: str, figures_dir: str | os.PathLike[str] = "") -> dict[str
 
 def absent(records: Mapping[str, Record]) -> dict[str, str]:
     """Known records that are not there, and what writes them."""
-    return {name: kind.maker for name, kind in KINDS.items() if name not in records}
+    return {name: maker for name, maker in _KNOWN["makers"].items() if name not in records}
 
 
 def table(metrics: Mapping[str, Mapping[str, float] | pd.Series], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -174,9 +86,9 @@ def markdown(text: pd.DataFrame, corner: str = "") -> str:
 
 def frame(record: Record) -> pd.DataFrame:
     """A record's metrics as numbers, a row per edit or method; deeper names are joined by " / ", lists are left out."""
-    metrics, kind = record["metrics"], KINDS.get(record["name"])
+    metrics = record["metrics"]
     nested = any(isinstance(value, Mapping) for value in metrics.values())
-    depth = 0 if not nested else kind.rows if kind else 1
+    depth = nested + (nested and record["name"] in _KNOWN["two_levels"])
     rows: dict[str, dict[str, float]] = {}
     for path, value in _leaves(metrics):
         place = min(depth, len(path) - 1)
@@ -239,7 +151,19 @@ def by_strength(metrics: Mapping[str, Any]) -> dict[str, Estimates]:
 
 def drawings(records: Mapping[str, Record]) -> list[Drawing]:
     """Everything that can be drawn from the records that are there."""
-    return [item for name, kind in KINDS.items() if kind.draw and name in records for item in kind.draw(records[name])]
+    drawn = []
+    for name, plot in _KNOWN["plots"].items():
+        if (record := records.get(name)) is None:
+            continue
+        kind, metrics = plot["kind"], record["metrics"]
+        if kind == "dots":
+            shown = {plot["metric"]: plot["xlabel"]} if "metric" in plot else headlines(record)
+            found = [(metric, label, intervals(record, metric)) for metric, label in shown.items()]
+        else:
+            found = [(name, plot["xlabel"], tradeoff(metrics) if kind == "pareto" else by_strength(metrics))]
+        titles = [(plot["name"].format(own), values, plot["title"], label) for own, label, values in found if values]
+        drawn += [Drawing(own, name, kind, *more, plot.get("ylabel", "")) for own, *more in titles]
+    return drawn
 
 
 def write_tables(records: Mapping[str, Record], folder: Path) -> None:
@@ -285,74 +209,24 @@ def quality_table(record: Record, columns: Iterable[str] = HEADLINES) -> str:
     )
 
 
-def classifiers_table(record: Record) -> str:
-    """Markdown table of a `classifiers` record at its greatest strength: a row per training set."""
-    metrics, study = record["metrics"], record["parameters"]["study"]
-    strength = max(study["strengths"])
-    text = table(metrics[f"strength_{round(100 * strength)}"], CLASSIFIERS)
-    gap = metrics.get("gap_closed")
-    reach = "Of the gain in worst-group accuracy from true counterfactuals, PRISM's counterfactuals reach"
-    return (
-        f"{markdown(text, 'training set')}\n"
-        f"The classifier reads {study['target']}. In {strength:.0%} of the {study['images']} training images, "
-        f"{study['shortcut']} has the same label. {study['added']} images are added; {len(study['seeds'])} seeds. "
-        f"{_source(record)}.{'' if gap is None else f' {reach} {gap:.0%}.'}\n"
-    )
-
-
-def identifiability_table(record: Record) -> str:
-    """Markdown table of an `identifiability` record: a row per edit whose outcome the image does not decide."""
-    undecided = {edit: values for edit, values in record["metrics"].items() if values["true_error_ratio"] >= 0.005}
-    decided = [edit.replace("_", " ") for edit in record["metrics"] if edit not in undecided]
-    labels = {
-        "true_error_ratio": "error of a fair draw",
-        "blend_error_ratio": "of the blend of all draws",
-        "mask_recall": "mask recall of a fair draw",
-        "latent_outside_l1_ratio": "latent L1 outside / VAE's",
-        "reversibility": "removed, and added by a fair draw: L1 / VAE's",
-    }
-    images = next(iter(record["metrics"].values()))["images"]
-    return (
-        "Patients may share one image, bit for bit, and differ in their true counterfactuals. A fair draw is the "
-        "counterfactual of one of these patients, drawn at random.\n\n"
-        f"{markdown(table(undecided, labels), 'edit')}\n"
-        f"The error of a fair draw is below 0.005 for: {', '.join(decided) or 'none'}. "
-        f"{images:.0f} patients an edit, commit {record['commit'][:10]}.\n"
-    )
-
-
 def _source(record: Record) -> str:
     return f"{record['device']}, commit {record['commit'][:10]}, {record['seconds']:.0f} s"
 
 
 def long_section(records: Mapping[str, Record]) -> str:
-    """The results section of docs/results.md, from the records that are there."""
+    """The results section of docs/results.md, `results.md.j2` with the records that are there."""
     quality, judge = records["counterfactual_quality"], records["judge"]
     if quality["commit"] != judge["commit"]:
         found = f"counterfactual_quality: {quality['commit']}, judge: {judge['commit']}"
         raise ValueError(f"records of more than one commit cannot be mixed into one table: {found}")
     reading = ", ".join(f"{label} {value:.4f}" for label, value in judge["metrics"]["auc"].items())
-    parts = [quality_table(quality), f"The judge's AUC on held-out images: {reading or 'no judge'}.\n"]
-    if "identifiability" in records:
-        parts.append(identifiability_table(records["identifiability"]))
-    if "ablations" in records and (points := tradeoff(records["ablations"]["metrics"])):
-        parts.append(_picture(records["ablations"], "ablations_pareto", "error to the truth against seconds per image"))
-        parts.append(
-            f"{len(points)} variants of inversion and editing. The line joins the variants for which no other has both "
-            f"a smaller error and a shorter time. {_source(records['ablations'])}.\n"
-        )
-    if "classifiers" in records:
-        parts.append(classifiers_table(records["classifiers"]))
-        parts.append(_picture(records["classifiers"], "classifiers", "worst-group accuracy by training set"))
-    return "\n".join(parts)
-
-
-def _picture(record: Record, name: str, what: str) -> str:
-    return f"![{what}](../figures/{record['dataset']}/plots/{name}.png)\n"
+    page = _PAGES.from_string(Path(__file__).with_name("results.md.j2").read_text(encoding="utf-8"))
+    functions = {"quality_table": quality_table, "markdown": markdown, "table": table, "tradeoff": tradeoff}
+    return page.render(_KNOWN, records=records, reading=reading, source=_source, **functions)
 
 
 PAGES: dict[str, Callable[[Mapping[str, Record]], str]] = {
-    "README.md": lambda records: quality_table(records["counterfactual_quality"], SHORT),
+    "README.md": lambda records: quality_table(records["counterfactual_quality"], _KNOWN["short"]),
     "docs/results.md": long_section,
 }
 

@@ -1,7 +1,4 @@
-"""What the paper and users compare with, as editors: frozen settings that turn images and prompt pairs into results.
-
-Each result is a `Counterfactual`. Classes of diffusers share the caller's networks, not its scheduler.
-"""
+"""What the paper and users compare with: frozen settings that turn images and prompt pairs into results."""
 
 from __future__ import annotations
 
@@ -139,8 +136,7 @@ class SDEdit(Editor):
     @torch.no_grad()
     def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        image_to_image = StableDiffusionImg2ImgPipeline(**_parts(pipe, scheduler))
-        image_to_image.set_progress_bar_config(disable=True)
+        image_to_image = _sharing(pipe, StableDiffusionImg2ImgPipeline, scheduler)
         with mixed_calls(pipe.unet):
             latents = image_to_image(
                 prompt=[pair.target for pair in pairs],
@@ -174,8 +170,7 @@ class LEdits(Editor):
         scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
         )
-        ledits = LEditsPPPipelineStableDiffusion(**_parts(pipe, scheduler))
-        ledits.set_progress_bar_config(disable=True)
+        ledits = _sharing(pipe, LEditsPPPipelineStableDiffusion, scheduler)
         latents = []
         with ExitStack() as after, mixed_calls(pipe.unet):
             # LEDITS++ replaces all attention processors and leaves its own behind.
@@ -359,10 +354,11 @@ def _seed_of(image: Tensor, seed: int) -> int:
     return stable_seed(seed, image_hash(image))
 
 
-def _parts(pipe: StableDiffusionPipeline, scheduler: object) -> dict[str, Any]:
-    """The same networks for another of diffusers' pipelines, with a scheduler of its own; ValueError for SDXL."""
+def _sharing(pipe: StableDiffusionPipeline, kind: Any, scheduler: object) -> Any:
+    """Another of diffusers' pipelines with the same networks and a scheduler of its own; ValueError for SDXL."""
     if len(text_encoders(pipe)) > 1:
         raise ValueError(f"{pipe.name_or_path} is SDXL; this editor runs Stable Diffusion 1 and 2 only")
-    parts: dict[str, Any] = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
-    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return parts | {"scheduler": scheduler} | absent
+    parts = (pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, None, None)
+    own = kind(*parts, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    return own

@@ -113,12 +113,10 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
 def _pools(config: VaeConfig) -> tuple[Tensor, Tensor]:
     """Phantoms and textures as uint8 (count, 1, size, size), rendered once."""
     patients, size = sample_patients(config.phantoms, config.patient_seed), config.image_size
-    starts = tqdm(range(0, config.phantoms, 32), desc="phantoms")
-    rendered = [(render(patients[i : i + 32], size) * 255).byte() for i in starts]
-    generator = torch.Generator().manual_seed(config.seed)
-    starts = tqdm(range(0, config.textures, 8), desc="textures")
-    drawn = [(textures(min(8, config.textures - i), size, generator) * 255).byte() for i in starts]
-    return torch.cat(rendered), torch.cat(drawn)
+    generator, parts = torch.Generator().manual_seed(config.seed), tqdm(range(0, config.phantoms, 32), desc="phantoms")
+    phantoms = torch.cat([(render(patients[i : i + 32], size) * 255).byte() for i in parts])
+    parts = tqdm(torch.arange(config.textures).split(8), desc="textures")
+    return phantoms, torch.cat([(textures(len(part), size, generator) * 255).byte() for part in parts])
 
 
 def _vae_batch(pools: tuple[Tensor, Tensor], config: VaeConfig, step: int) -> Tensor:
@@ -162,10 +160,7 @@ def _vae_losses(vae: AutoencoderKL, batch: Tensor, config: VaeConfig, step: int)
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Give each latent channel zero mean and unit variance on ``images`` (N, 1, H, W); reconstructions do not change.
-
-    A shift and scale go into ``quant_conv`` and ``post_quant_conv``, so that ``scaling_factor`` = 1 is right.
-    """
+    """Give latent channels zero mean and unit variance on images (N, 1, H, W); no reconstruction changes."""
     pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device)
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(8)])
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
@@ -275,10 +270,7 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train autoencoder, CLIP and words of details, once: the folder ``output/pipeline``, its U-Net untrained.
-
-    ``output/clip`` keeps the whole CLIP, as it was before the details.
-    """
+    """Train autoencoder, CLIP (kept in ``output/clip``), words of details, once: the folder ``output/pipeline``."""
     output, final = Path(config.output), Path(config.output) / "pipeline"
     if final.is_dir():
         return final

@@ -60,10 +60,7 @@ def diffusion_loss(
 
 
 class Order:
-    """The endless stream of rows, shuffled anew in each epoch, which processes read in turns.
-
-    So every row comes once per epoch over any number of processes; a batch may end one epoch and begin the next.
-    """
+    """The endless stream of rows that processes read in turns: each row once an epoch, shuffled anew in each."""
 
     def __init__(self, count: int, seed: int, weights: Tensor | None = None, rank: int = 0, world: int = 1) -> None:
         """With ``weights`` (count,) an epoch is as many draws with replacement, in proportion to them."""

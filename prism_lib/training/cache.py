@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.rows import training_pairs
 from prism_lib.files import model_hash
-from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, text_encoders, too_long
+from prism_lib.models.pipeline import encode_moments, encode_prompts, text_encoders, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ def build_cache(
     image_batch = CPU_IMAGE_BATCH if vae.device.type == "cpu" else IMAGE_BATCH
 
     def moments(start: int, stop: int) -> Tensor:
-        return encode_moments(vae, read_images(dataset, table.iloc[start:stop])).half().cpu()
+        images = read_images(dataset, table.iloc[start:stop])
+        return torch.stack(encode_moments(vae, images), dim=1).half().cpu()  # (N, 2, c, h, w)
 
     def embeddings(start: int, stop: int) -> Tensor:
         return encode_prompts(pipeline, distinct[start:stop]).to("cpu", dtype)
@@ -125,16 +126,6 @@ def require_captions_fit(tokenizer: Any, split: str, names: Iterable[str], capti
             f"have more: that of {name} has {long[text]}: {text!r}. Keep fewer labels when preparing, or lower "
             "explicit_share"
         )
-
-
-@torch.no_grad()
-def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Mean and deviation of the scaled latents (N, 2, c, h, w) for images (N, 1 or 3, H, W) in [0, 1]."""
-    check_images(images, image_factor(vae))
-    pixels = (images * 2 - 1).expand(-1, vae.config.in_channels, -1, -1).to(vae.device, vae.dtype)
-    posterior = vae.encode(pixels).latent_dist
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
 
 
 def _encode(encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str) -> Rows:

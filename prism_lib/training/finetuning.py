@@ -1,7 +1,4 @@
-"""Fine-tune the U-Net of a Stable Diffusion pipeline on a prepared folder, with accelerate.
-
-As in the paper the autoencoder and the text encoder stay frozen. A resumed run equals an uninterrupted one bit for bit.
-"""
+"""Fine-tune the U-Net on a prepared folder, with accelerate. As in the paper all other parts stay frozen."""
 
 from __future__ import annotations
 

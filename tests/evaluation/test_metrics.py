@@ -209,11 +209,11 @@ def test_calibration_error_by_hand():
     ("call", "message"),
     [
         (lambda: metrics.l1(HALF, HALF[:1]), "differ in shape"),
-        (lambda: metrics.l1(HALF[0], HALF[0]), r"\(N, C, H, W\)"),
-        (lambda: metrics.l1(HALF[:0], HALF[:0]), r"\(N, C, H, W\)"),
+        (lambda: metrics.l1(HALF[0], HALF[0]), r"\(N, 1 or 3, H, W\)"),
+        (lambda: metrics.l1(HALF[:0], HALF[:0]), r"\(N, 1 or 3, H, W\)"),
         (lambda: metrics.l1(HALF, HALF * 2.1), r"others must lie in \[0, 1\].*1\.05"),
-        (lambda: metrics.l1(HALF * math.nan, HALF), "images must lie in"),
-        (lambda: metrics.l1((HALF * 255).byte(), HALF), "must be floats.*uint8"),
+        (lambda: metrics.l1(HALF * math.nan, HALF), r"images \[0, 1\] of the batch have NaN"),
+        (lambda: metrics.l1((HALF * 255).byte(), HALF), "must be floating point.*uint8"),
         (lambda: metrics.masked_l1(HALF, HALF, LEFT.float()), "boolean"),
         (lambda: metrics.masked_l1(HALF, HALF, LEFT[..., :8]), "mask of shape"),
         (

@@ -139,7 +139,7 @@ def test_parts_that_do_not_go_together_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("model.ckpt", "convert_original_stable_diffusion_to_diffusers.py"),
+        ("model.ckpt", "from_single_file"),
         ("diffusion_pytorch_model.bin", r"save_file\(torch.load\(.*weights_only=True\), .*\.safetensors"),
         ("model.pt", "weights_only=True"),
     ],
@@ -158,7 +158,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(base, tmp_path, name, wa
 def test_a_single_file_of_the_original_layout_says_how_to_convert_it(base, tmp_path):
     file = tmp_path / "v1-5.safetensors"
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"original layout of Stable Diffusion.*--from_safetensors"):
+    with pytest.raises(ValueError, match=r"original layout of Stable Diffusion.*from_single_file"):
         load_pipeline(base, unet=file)
 
 

@@ -111,6 +111,7 @@ KINDS: dict[str, Kind] = {
     "hard_cases": Kind("05_baselines", draw=_dots("true_error_ratio", "Edits by kind of image", "error to truth")),
     "corner_text": Kind("05_baselines"),
     "classifiers": Kind("06_classifiers", rows=2, draw=_classifiers),
+    "dependence": Kind("07_your_classifier", rows=2),
     "rendering": Kind("benchmarks/rendering.py"),
     "identifiability": Kind("benchmarks/identifiability.py"),
     "editing_speed": Kind("benchmarks/editing.py"),

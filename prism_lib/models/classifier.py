@@ -241,8 +241,9 @@ class Classifier:
         if any(module.training for module in made.network.modules()):
             raise ValueError(f"{made.name} is in training mode, so an output depends on the batch: call eval() first")
         made = made.only([label for label in made.labels if label]) if "" in made.labels else made
-        renamed = tuple((rename or {}).get(label, label) for label in made.labels)
-        if unknown := sorted({*(rename or {})} - {*made.labels}):
+        new = rename or {}
+        renamed = tuple(new.get(label, label) for label in made.labels)
+        if unknown := sorted({*new} - {*made.labels}):
             raise ValueError(f"{made.name} has no label {unknown[0]!r} to rename; it has {', '.join(made.labels)}")
         if twice := [label for label in renamed if renamed.count(label) > 1]:
             raise ValueError(f"{made.name} has two outputs for the label {twice[0]!r}")
@@ -259,8 +260,8 @@ class Classifier:
     @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
         """Probabilities (N, L) in [0, 1] for images (N, 1 or 3, H, W), uint8 or in [0, 1]."""
-        chosen = map(self._chosen, self._outputs(images))
-        return torch.cat([values.sigmoid() if self.outputs == "logits" else values for values in chosen])
+        found = map(self._chosen, self._outputs(images))
+        return torch.cat([values.sigmoid() if self.outputs == "logits" else values for values in found])
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ subgroup and against the truth; the smallest edit that flips its answer, and whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -22,14 +22,15 @@ from prism_lib.data.folder import Folder, load_table, read_images
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.counterfactuals import Counterfactual, sweep
 from prism_lib.editing.denoising import EditTask, denoise
-from prism_lib.editing.inversion import Inversion, invert
+from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig, Settings, resolved
+from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
 from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.schedule import Schedule
+from prism_lib.studies.editors import PromptToPrompt
 
 EFFECTS = {  # of `effects`: metric -> heading
     "change": "change of logit",
@@ -39,12 +40,6 @@ EFFECTS = {  # of `effects`: metric -> heading
     "true_flipped": "true flips",
     "effect_ratio": "effect / true effect",
     "rank_correlation": "rank correlation",
-}
-SMALLEST = {  # of `smallest_summary`
-    "images": "images read as present",
-    "flipped": "an edit flips it",
-    "confirmed": "of these the judge agrees",
-    "size": "mean change of a pixel",
 }
 Swept = Sequence[tuple[str, Counterfactual]]  # what edits under several settings make of an image, by name
 
@@ -131,9 +126,6 @@ def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
     return path
 
 
-# --- what an edit does to a classifier ------------------------------------------------------------
-
-
 def responses(
     folder: Folder,
     evaluation: Evaluation,
@@ -175,22 +167,18 @@ def effects(table: pd.DataFrame, groups: Sequence[str] = (), seed: int = 0) -> d
     for (name, key), part in table.groupby(["classifier", "edit"], sort=False):
         rows = summary.setdefault(str(name), {})
         rows[str(key)] = _effect(part, seed)
-        rows |= {
-            f"{key}, {column} {value}": _effect(some, seed) for column in groups for value, some in part.groupby(column)
-        }
+        for column in groups:
+            rows |= {f"{key}, {column} {value}": _effect(some, seed) for value, some in part.groupby(column)}
     return summary
 
 
 def _effect(part: pd.DataFrame, seed: int) -> dict[str, float]:
     columns = [name for name in EFFECTS if name in part]
     summary = summarise_rows(part[["file_name", "patient_id", *columns]], seed)
-    if "true_change" in part:
-        found = {
-            "effect_ratio": part["change"].mean() / (part["true_change"].mean() or float("nan")),
-            "rank_correlation": part["change"].corr(part["true_change"], method="spearman") if len(part) > 2 else None,
-        }
-        summary |= {name: float(value) for name, value in found.items() if pd.notna(value)}
-    return summary
+    if "true_change" in part and len(part) > 2 and part["true_change"].any():
+        summary["effect_ratio"] = float(part["change"].mean() / part["true_change"].mean())
+        summary["rank_correlation"] = float(part["change"].corr(part["true_change"], method="spearman"))
+    return {name: value for name, value in summary.items() if math.isfinite(value)}
 
 
 def _bands(values: pd.Series) -> pd.Series:
@@ -206,18 +194,17 @@ def sweep_edits(
     folder: Folder,
     rows: pd.DataFrame,
     edits: Sequence[Edit],
-    settings: Sequence[Mapping[str, Any]],
-    method: str,
-    num_inference_steps: int,
+    editor: PromptToPrompt,
+    values: Mapping[str, Sequence[float]],
 ) -> list[list[tuple[str, Counterfactual]]]:
-    """What every edit under every setting makes of each row's image, named "remove_edema, guidance_scale 2"."""
-    images = read_images(folder, rows)
+    """What every edit under every value of settings makes of each image: ("remove_edema, guidance_scale 2", result)."""
+    images, named = read_images(folder, rows), grid({}, **values)
     swept: list[list[tuple[str, Counterfactual]]] = [[] for _ in range(len(rows))]
     for edit in edits:
         pairs = prompt_pairs(folder, rows, edit)
-        inverted = invert(pipe, images, [pair.source for pair in pairs], method, num_inference_steps)
-        names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in settings]
-        for own, results in zip(swept, sweep(pipe, inverted, pairs, settings), strict=True):
+        names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in named]
+        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, grid(editor.settings, **values))
+        for own, results in zip(swept, made, strict=True):
             own += zip(names, results, strict=True)
     return swept
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from prism_lib.data.folder import load_table
-from prism_lib.editing.settings import grid
 from prism_lib.evaluation.evaluate import Evaluation
 from prism_lib.language.edits import NO_EDIT, Edit
 from prism_lib.models.classifier import Classifier, ClassifierConfig
 from prism_lib.records import record
 from prism_lib.reporting import tables
 from prism_lib.studies import explanations, shortcut
+from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_pipeline
 
 FLUID, DEVICES = "Pleural Effusion", "Support Devices"
@@ -135,9 +135,9 @@ def test_a_judge_that_sees_no_change_confirms_nothing_and_no_judge_says_nothing(
 def test_a_sweep_of_edits_names_what_it_tried(phantom_folder):
     rows = load_table(phantom_folder, "test")
     rows = rows[rows[FLUID].eq(1) & rows[DEVICES].eq(1)].head(2)
-    settings = grid({}, guidance_scale=[0.0, 2.0])
+    edits, editor = [REMOVE, Edit(remove=(DEVICES,))], PromptToPrompt(num_inference_steps=2)
     made = explanations.sweep_edits(
-        tiny_pipeline(), phantom_folder, rows, [REMOVE, Edit(remove=(DEVICES,))], settings, "edit_friendly", 2
+        tiny_pipeline(), phantom_folder, rows, edits, editor, {"guidance_scale": [0.0, 2.0]}
     )
     names = [name for name, _ in made[0]]
     assert names == [

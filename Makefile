@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 # The notebooks behind the committed figures; `study` runs every section of the profile, the long ones too.
-FIGURES := 00 01 02 03 07
+FIGURES := 00 01 02 03 08
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1

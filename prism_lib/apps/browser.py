@@ -19,6 +19,7 @@ from voila.app import Voila
 
 from prism_lib import paths
 from prism_lib.apps.profiles import UsageError
+from prism_lib.models.classifier import find_classifier
 from prism_lib.models.published import locate
 
 # Nothing is fetched from elsewhere: Voila's page asks a public server for fonts that it has itself. No page frames it.
@@ -59,7 +60,7 @@ def serve(options: Namespace, show: Callable[[str], None]) -> None:
     folders = [Path(data).expanduser().resolve(), paths.data() / data]
     if data and not (folders := [folder for folder in folders if folder.is_dir()]):
         raise UsageError(f"there is no folder {data}, neither here nor in {paths.data()}")
-    if judge and not (paths.weights() / judge / "model.safetensors").is_file():
+    if judge and ":" not in judge and not find_classifier(judge).exists():
         raise UsageError(f"there is no judge {judge!r} in {paths.weights()}")
     try:
         if "/" not in (model := locate(options.model or paths.SHIPPED)):  # a hub id has an owner

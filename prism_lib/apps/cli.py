@@ -234,7 +234,7 @@ def _check_figures(datasets: Sequence[str]) -> int:
             problems += check_figures(dataset, pages=dataset == "phantom")
         except ValueError as error:
             problems.append(str(error))
-    again = f"{len(problems)} problems; `prism run PROFILE --only 07` writes all of it anew"
+    again = f"{len(problems)} problems; `prism run PROFILE --only 08` writes all of it anew"
     said = again if problems else "all follow from the records"
     print(*problems, f"figures of {', '.join(found)}: {said}", sep="\n")
     return 1 if problems else 0

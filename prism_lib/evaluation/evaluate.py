@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -72,9 +71,16 @@ Job = tuple[Tensor, Pairs, Edit, Sequence[Editor]]  # images (N, C, H, W), a pai
 def load_judge(
     name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
 ) -> Classifier | None:
-    """One below PRISM_WEIGHTS; "" is None; "train" a folder's `own_classifier`, settings a `ClassifierConfig`'s."""
+    """What `Classifier.load` takes, checked on the folder; "" is None; "train" the folder's `own_classifier`.
+
+    Settings are those of `Classifier.load`, or of a `ClassifierConfig` to train.
+    """
     if name != "train":
-        return Classifier.load(paths.weights() / name) if name else None
+        judge = Classifier.load(name, **settings) if name else None
+        if judge is None or not folder:
+            return judge
+        table = load_table(folder)
+        return judge.checked(read_images(folder, table[:: max(1, len(table) // 16)]), load_info(folder)["labels"])
     known, table = load_info(folder)["labels"], load_table(folder, "train").head(images)
     labels = settings.pop("labels", [label for label in known if {0, 1} <= set(table[label])])
     if not labels or not set(labels) <= set(known):
@@ -127,12 +133,8 @@ def judge_auc(
 
 def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | None:
     """The judge of the labels that are `judged` in what `judge_auc` found; None where there is none."""
-    columns = [column for column, judged in enumerate(reading["judged"]) if judged]
-    if judge is None or not columns:
-        return None
-    network = copy.deepcopy(judge.network)
-    network.register_forward_hook(lambda _, given, logits: logits[:, columns])
-    return Classifier(network, tuple(judge.labels[column] for column in columns))
+    labels = list(reading.index[reading["judged"].astype(bool)])
+    return judge.only(labels) if judge and labels else None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from pydantic import FiniteFloat
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
-from prism_lib import paths
 from prism_lib.evaluation import metrics
 from prism_lib.files import file_hash, image_hash
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import Classifier
+from prism_lib.models.classifier import Classifier, find_classifier
 
 if TYPE_CHECKING:  # a plan of a bulk run is checked without transformers
     from prism_lib.editing.counterfactuals import Counterfactual
@@ -123,12 +122,12 @@ Scorer = SimilarityScorer | IdentityScorer | GuideScorer
 
 
 def load_guide(name: str, judge: str = "phantom-judge") -> Classifier:
-    """The classifier `name` below PRISM_WEIGHTS as a guide; ValueError if it is the judge or a copy of its weights."""
-    folders = paths.weights() / name, paths.weights() / judge
+    """What `Classifier.load` makes of `name`, as a guide; ValueError if it is the judge or a copy of its weights."""
+    folders = find_classifier(name), find_classifier(judge)
     weights = [path for folder in folders if (path := folder / "model.safetensors").is_file()]
     if folders[0].resolve() == folders[1].resolve() or (len(weights) == 2 and len({*map(file_hash, weights)}) == 1):
         raise ValueError(f"{name!r} is the judge {judge!r}: it measures counterfactuals and must not select them")
-    return Classifier.load(folders[0])
+    return Classifier.load(name)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""Multi-label image classifiers: the judge that reads counterfactuals, and the downstream models.
+"""Multi-label image classifiers: the judge that reads counterfactuals, the downstream models, and those of others.
 
-A MONAI network reads gray images and gives one probability per label; unknown labels (NaN, or -1) do not count in the
-loss. Weights are safetensors beside a small JSON.
+Ours are MONAI networks of gray images, with weights as safetensors beside a small JSON; unknown labels (NaN, or -1) do
+not count in the loss. A `Classifier` is any network with what it takes and gives.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -22,8 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prism_lib import paths
 from prism_lib.devices import autocast, default_device
 from prism_lib.files import atomic
+
+logger = logging.getLogger(__name__)
 
 Objective = Literal["erm", "reweighted", "group_dro"]
 
@@ -196,21 +201,180 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Classifier:
-    """A network and the labels of its outputs."""
+    """A network and its contract: which images it takes, and what its outputs are."""
 
     network: nn.Module
     labels: tuple[str, ...]
+    size: NonNegativeInt = 0  # pixels a side to which images are resized; 0: as they are
+    channels: Literal[1, 3] = 1  # gray or colour; images are converted
+    value_range: tuple[float, float] = (0.0, 1.0)  # of black and white
+    outputs: Literal["logits", "probabilities"] = "logits"
+    batch_size: PositiveInt = 16
+    columns: tuple[NonNegativeInt, ...] = ()  # of the network's outputs, one for each label; (): all, in order
+    name: str = "the classifier"
 
     @classmethod
-    def load(cls, folder: Path) -> Classifier:
-        network, config = load_classifier(folder)
-        return cls(network, config.labels)
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        rename: Mapping[str, str] | None = None,
+        allow_code: bool = False,
+        **contract: Any,
+    ) -> Classifier:
+        """A folder of `save_classifier`, a file or "package.module:factory"; ``contract`` are fields of this class.
 
+        Folders and files are absolute, or below PRISM_WEIGHTS or PRISM_RUNS. A factory is called with ``arguments`` and
+        returns a `Classifier`, or a module whose `labels` (or `pathologies`) name its outputs, "" an untrained one.
+        TorchScript needs ``allow_code``, ONNX the package onnxruntime. ``rename`` maps labels to those of the data.
+        """
+        made = _opened(str(source), arguments or {}, allow_code)
+        if not isinstance(made, Classifier):
+            labels = contract.pop("labels", None) or getattr(made, "labels", None) or getattr(made, "pathologies", ())
+            if not (labels := tuple(map(str, labels))):
+                raise ValueError(f"{source} does not name its outputs: give its labels")
+            made = cls(made.to(default_device()), labels)
+        made = replace(made, **{"name": str(source)} | contract)
+        if any(module.training for module in made.network.modules()):
+            raise ValueError(f"{made.name} is in training mode, so an output depends on the batch: call eval() first")
+        made = made.only([label for label in made.labels if label]) if "" in made.labels else made
+        new = rename or {}
+        renamed = tuple(new.get(label, label) for label in made.labels)
+        if unknown := sorted({*new} - {*made.labels}):
+            raise ValueError(f"{made.name} has no label {unknown[0]!r} to rename; it has {', '.join(made.labels)}")
+        if twice := [label for label in renamed if renamed.count(label) > 1]:
+            raise ValueError(f"{made.name} has two outputs for the label {twice[0]!r}")
+        return replace(made, labels=renamed)
+
+    def only(self, labels: Sequence[str]) -> Classifier:
+        """The classifier of some of its labels."""
+        if missing := [label for label in labels if label not in self.labels]:
+            raise ValueError(f"{self.name} does not read {missing[0]!r}; it reads {', '.join(self.labels)}")
+        places = [self.labels.index(label) for label in labels]
+        columns = self.columns or tuple(range(len(self.labels)))
+        return replace(self, labels=tuple(labels), columns=tuple(columns[place] for place in places))
+
+    @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
-        """Probabilities (N, L) in [0, 1] for images (N, C, H, W) in [0, 1], which are read in gray."""
-        return predict(self.network, images.mean(1, keepdim=True))
+        """Probabilities (N, L) in [0, 1] for images (N, 1 or 3, H, W), uint8 or in [0, 1]."""
+        found = map(self._chosen, self._outputs(images))
+        return torch.cat([values.sigmoid() if self.outputs == "logits" else values for values in found])
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, L) for the same images; those of probabilities end at 16, so that 0 and 1 are finite."""
+        return torch.cat([self._as_logits(self._chosen(outputs)) for outputs in self._outputs(images)])
+
+    def _as_logits(self, values: Tensor) -> Tensor:
+        return values if self.outputs == "logits" else values.logit(eps=1e-7)
+
+    @torch.no_grad()
+    def checked(self, images: Tensor, known: Sequence[str] = ()) -> Classifier:
+        """The classifier without outputs that are NaN for every image, which were not trained.
+
+        ValueError if it cannot be right: wrong channels or size, NaN, no probabilities, outputs that are the same for
+        all images, or no label among the data's ``known`` ones.
+        """
+        if known and not {*known} & {*self.labels}:
+            have = f"the data has {', '.join(known)}"
+            raise ValueError(f"{self.name} reads {', '.join(self.labels)}, but {have}: set labels or rename")
+        try:
+            outputs = torch.cat([*self._outputs(images)])
+        except RuntimeError as error:
+            given = f"{self.channels} channels and {self.size or images.shape[-1]} pixels"
+            raise ValueError(f"{self.name} does not take images of {given}: {str(error).splitlines()[0]}") from error
+        values = outputs[:, list(self.columns)] if self.columns else outputs
+        unread = values.isnan().all(0).tolist()
+        trained = [label for label, absent in zip(self.labels, unread, strict=True) if not absent]
+        if trained and any(unread):
+            dropped = ", ".join(label for label in self.labels if label not in trained)
+            logger.warning("%s gives NaN for %s, for which it was not trained", self.name, dropped)
+        chosen = self.only(trained or self.labels)
+        values = chosen._as_logits(chosen._chosen(outputs))
+        if len(images) > 1 and bool((values.amax(0) - values.amin(0) < 0.01).all()):
+            low, high = self.value_range
+            why = f"usually its value_range is not {low:g} to {high:g}"
+            raise ValueError(f"{self.name} gives the same output for all of {len(images)} images: {why}")
+        return chosen
+
+    def _outputs(self, images: Tensor) -> Iterator[Tensor]:
+        """All outputs of the network (B, K), on the CPU, batch by batch."""
+        low, high = self.value_range
+        place = next(self.network.parameters(), images).device
+        for chunk in images.split(self.batch_size):
+            given = _unit(chunk)
+            given = given.mean(1, keepdim=True) if self.channels == 1 else given.expand(-1, 3, -1, -1)
+            if self.size and given.shape[-2:] != (self.size, self.size):
+                given = F.interpolate(given, (self.size, self.size), mode="bilinear", antialias=True)
+            made = self.network((low + (high - low) * given).to(place))
+            found = tuple(made.shape) if isinstance(made, Tensor) else (type(made).__name__,)
+            least, count = max(self.columns, default=-1) + 1, len(self.labels)
+            if len(found) != 2 or found[0] != len(chunk) or (found[1] < least if least else found[1] != count):
+                raise ValueError(f"{self.name} gives {found} for {len(chunk)} images and {count} labels")
+            yield made.cpu()
+
+    def _chosen(self, outputs: Tensor) -> Tensor:
+        """The columns of the labels; ValueError for NaN, and for probabilities outside [0, 1]."""
+        values = outputs[:, list(self.columns)] if self.columns else outputs
+        if (bad := values.isnan().any(0)).any():
+            raise ValueError(f"{self.name} gives NaN for {self.labels[int(bad.nonzero()[0])]!r}")
+        if self.outputs == "probabilities" and not bool(((values >= 0) & (values <= 1)).all()):
+            found = f"values from {values.min():.3g} to {values.max():.3g}"
+            raise ValueError(f"{self.name} gives {found}, which are no probabilities: set outputs to logits")
+        return values
+
+
+def find_classifier(name: str | Path) -> Path:
+    """The folder or file of that name: below PRISM_WEIGHTS or PRISM_RUNS, or itself; it may be missing."""
+    places = [paths.weights() / name, paths.runs() / name, Path(name)]
+    return next((path for path in places if path.exists()), places[0])
+
+
+def _opened(name: str, arguments: Mapping[str, Any], allow_code: bool) -> Classifier | nn.Module:
+    """The source of a classifier, without its contract where it has none."""
+    path = find_classifier(name)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        module, _, factory = name.partition(":")
+        logger.warning("%s runs code of the module %s on this machine", name, module)
+        try:
+            made = getattr(importlib.import_module(module), factory)(**arguments)
+        except Exception as error:
+            raise ValueError(f"the factory {name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(made, Classifier | nn.Module):
+            raise ValueError(f"the factory {name} returned {type(made).__name__}, not a torch.nn.Module or Classifier")
+        return made
+    if path.suffix not in (".onnx", ".pt", ".pts", ".pth"):
+        network, config = load_classifier(path)
+        return Classifier(network, config.labels)
+    if path.suffix != ".onnx" and not allow_code:
+        raise ValueError(f"{name} may hold code, which runs when it is loaded: set allow_code if you trust it")
+    if not path.is_file():
+        raise FileNotFoundError(f"no classifier at {path}")
+    try:
+        return OnnxNetwork(path) if path.suffix == ".onnx" else torch.jit.load(path, map_location=default_device())
+    except ImportError:
+        raise ValueError(f"{name} needs onnxruntime: pip install onnxruntime") from None
+    except Exception as error:
+        kind = "ONNX" if path.suffix == ".onnx" else "TorchScript"
+        raise ValueError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+
+
+class OnnxNetwork(nn.Module):
+    """The first output of an ONNX file, by onnxruntime on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        from onnxruntime import InferenceSession  # an extra
+
+        self.session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        given = {self.session.get_inputs()[0].name: images.cpu().numpy()}
+        return torch.from_numpy(self.session.run(None, given)[0])
 
 
 def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:

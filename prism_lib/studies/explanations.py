@@ -1,7 +1,12 @@
-"""What an edit changed and where its words looked: statistics by region, attention maps, and a film of the change."""
+"""What an edit changed, where its words looked, and what it does to a classifier.
+
+Statistics by region, attention maps and a film of the change; the effects of edits on a classifier's logit, by
+subgroup and against the truth; the smallest edit that flips its answer, and whether another classifier agrees.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +18,30 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from prism_lib.data.folder import Folder, load_table, read_images
+from prism_lib.data.rows import prompt_pairs
+from prism_lib.editing.counterfactuals import Counterfactual, sweep
 from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig, Settings, resolved
+from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
+from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
 from prism_lib.files import atomic
-from prism_lib.language.edits import PromptPair
+from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.schedule import Schedule
+from prism_lib.studies.editors import PromptToPrompt
+
+EFFECTS = {  # of `effects`: metric -> heading
+    "change": "change of logit",
+    "true_change": "of true counterfactual",
+    "probability_change": "change of probability",
+    "flipped": "flips",
+    "true_flipped": "true flips",
+    "effect_ratio": "effect / true effect",
+    "rank_correlation": "rank correlation",
+}
+Swept = Sequence[tuple[str, Counterfactual]]  # what edits under several settings make of an image, by name
 
 
 def region_statistics(edited: Tensor, original: Tensor, regions: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -102,3 +124,125 @@ def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
     with atomic(path) as partial:
         first.save(partial, format="GIF", **more)
     return path
+
+
+def responses(
+    folder: Folder,
+    evaluation: Evaluation,
+    classifiers: Mapping[str, Classifier],
+    label: str,
+    groups: Sequence[str] = (),
+) -> pd.DataFrame:
+    """A row per classifier and image: logits of ``label`` `before` and `after` the edit, `change`, `flipped` (0 or 1).
+
+    `true_change` and `true_flipped` are those of the true counterfactual, where it is known. ``groups`` are columns of
+    the folder's table; numbers of more than six values are cut into thirds.
+    """
+    e, tables = evaluation, []
+    about = e.table[["file_name", "patient_id"]].assign(edit=e.edit.key)
+    own = load_table(folder).set_index("file_name")
+    for column in groups:
+        if column not in own:
+            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {', '.join(own)}")
+        about[column] = _bands(own[column])[e.table["file_name"]].tolist()
+    for name, classifier in classifiers.items():
+        one = classifier.only([label])
+        before, after, *truth = (
+            one.logits(images)[:, 0] for images in (e.factual, e.edited, e.truth) if images is not None
+        )
+        columns = {"before": before, "after": after, "probability_change": after.sigmoid() - before.sigmoid()}
+        for prefix, logits in zip(("", "true_"), (after, *truth), strict=False):
+            columns[f"{prefix}change"] = logits - before
+            columns[f"{prefix}flipped"] = ((logits >= 0) != (before >= 0)).float()
+        tables.append(about.assign(classifier=name, **{key: values.tolist() for key, values in columns.items()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def effects(table: pd.DataFrame, groups: Sequence[str] = (), seed: int = 0) -> dict[str, dict[str, dict[str, float]]]:
+    """Classifier -> edit, and "edit, column value" of each subgroup -> means with 95 % intervals over patients.
+
+    `effect_ratio` is the mean change over that of the true counterfactuals, `rank_correlation` Spearman's over images.
+    """
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, key), part in table.groupby(["classifier", "edit"], sort=False):
+        rows = summary.setdefault(str(name), {})
+        rows[str(key)] = _effect(part, seed)
+        for column in groups:
+            rows |= {f"{key}, {column} {value}": _effect(some, seed) for value, some in part.groupby(column)}
+    return summary
+
+
+def _effect(part: pd.DataFrame, seed: int) -> dict[str, float]:
+    columns = [name for name in EFFECTS if name in part]
+    summary = summarise_rows(part[["file_name", "patient_id", *columns]], seed)
+    if "true_change" in part and len(part) > 2 and part["true_change"].any():
+        summary["effect_ratio"] = float(part["change"].mean() / part["true_change"].mean())
+        summary["rank_correlation"] = float(part["change"].corr(part["true_change"], method="spearman"))
+    return {name: value for name, value in summary.items() if math.isfinite(value)}
+
+
+def _bands(values: pd.Series) -> pd.Series:
+    """A column as text; numbers of more than six values in thirds ("41 to 66"), missing ones as "unknown"."""
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 6:
+        cut = pd.qcut(values, 3, duplicates="drop")
+        values = cut.map(lambda band: f"{band.left:.3g} to {band.right:.3g}").astype(object)
+    return values.astype(object).where(values.notna(), "unknown").astype(str)
+
+
+def sweep_edits(
+    pipe: StableDiffusionPipeline,
+    folder: Folder,
+    rows: pd.DataFrame,
+    edits: Sequence[Edit],
+    editor: PromptToPrompt,
+    values: Mapping[str, Sequence[float]],
+) -> list[list[tuple[str, Counterfactual]]]:
+    """What every edit under every value of settings makes of each image: ("remove_edema, guidance_scale 2", result)."""
+    images, named = read_images(folder, rows), grid({}, **values)
+    swept: list[list[tuple[str, Counterfactual]]] = [[] for _ in range(len(rows))]
+    for edit in edits:
+        pairs = prompt_pairs(folder, rows, edit)
+        names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in named]
+        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, grid(editor.settings, **values))
+        for own, results in zip(swept, made, strict=True):
+            own += zip(names, results, strict=True)
+    return swept
+
+
+def smallest_flips(
+    rows: pd.DataFrame, swept: Sequence[Swept], classifier: Classifier, label: str, judge: Classifier | None = None
+) -> pd.DataFrame:
+    """The result of least mean absolute change that flips a classifier's answer for ``label``, for each image.
+
+    A row per image that it reads as present: `flipped` (0 where no result does), the `result` with its `edit`, `note`
+    and `size` of change, and `confirmed`: the ``judge``, which has not chosen, changes its answer as well.
+    """
+    found = []
+    for name, patient, candidates in zip(rows["file_name"], rows["patient_id"], swept, strict=True):
+        images = torch.stack([candidates[0][1].factual, *(result.image for _, result in candidates)])
+        before, *after = classifier.only([label]).logits(images)[:, 0].tolist()
+        sizes = {place: candidates[place][1].scores["change"] for place, logit in enumerate(after) if logit < 0}
+        if before < 0:
+            continue
+        row = {"file_name": name, "patient_id": patient, "flipped": float(bool(sizes)), "edit": ""}
+        if sizes:
+            place = min(sizes, key=sizes.__getitem__)
+            edit, result = candidates[place]
+            note = f"{edit.replace(', ', chr(10))}\nlogit {before:.1f} to {after[place]:.1f}"
+            row |= {"edit": edit, "size": sizes[place], "result": result, "note": note}
+            if judge is not None:
+                answers = judge.only([label]).read(images[[0, place + 1]])[:, 0] >= 0.5
+                row["confirmed"] = float(answers[0] != answers[1])
+        found.append(row)
+    columns = ["file_name", "patient_id", "flipped", "confirmed", "edit", "size", "note", "result"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def smallest_summary(table: pd.DataFrame, seed: int = 0) -> dict[str, float]:
+    """Shares and means of `smallest_flips` with intervals over patients, and the share of each edit."""
+    summary = {"images": float(len(table))}
+    for name in ("flipped", "confirmed", "size"):
+        if len(known := table.dropna(subset=name)):
+            summary |= interval(name, known[name], known["patient_id"], seed)
+    chosen = table.loc[table["flipped"] == 1, "edit"].str.split(",").str[0]
+    return summary | {f"chosen {edit}": float(share) for edit, share in chosen.value_counts(normalize=True).items()}

@@ -31,7 +31,14 @@ from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import ClassifierConfig, Objective, predict, train_classifier
+from prism_lib.models.classifier import (
+    Classifier,
+    ClassifierConfig,
+    Objective,
+    predict,
+    save_classifier,
+    train_classifier,
+)
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
@@ -207,6 +214,17 @@ def run(folder: Folder, config: ShortcutConfig, sources: Sources, cache: Path, p
         pass
     read = {key: load_file(path)["probabilities"] for key, path in files.items()}
     return Readings(table, test.labels, test.groups, read)
+
+
+def trained(folder: Folder, config: ShortcutConfig, strength: float, home: Path) -> Classifier:
+    """A classifier of D_k as it is, by the first seed, kept below ``home`` by the folder's content and the settings."""
+    settings, seed = replace(config, strengths=(strength,)), config.seeds[0]
+    kept = home / _digest(settings, strength, "as_is", seed, load_info(folder)["content_hash"], {})
+    if not (kept / "config.json").is_file():
+        data = load_images(folder, training_rows(load_table(folder, "train"), config, strength), config)
+        network = replace(config.classifier, seed=seed, size=config.size)
+        save_classifier(train_classifier(data.images, data.labels, network), network, kept)
+    return Classifier.load(kept)  # read back even if just trained: stored weights are float16
 
 
 def _train(data: TrainingSet, config: ClassifierConfig, test: Tensor, file: Path) -> None:

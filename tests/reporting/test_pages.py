@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def draw_all(folder):
-    """What 07 does."""
+    """What 08 does."""
     records = tables.load_all("phantom")
     tables.write_tables(records, folder)
     for drawing in tables.drawings(records):

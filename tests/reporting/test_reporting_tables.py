@@ -125,7 +125,7 @@ def test_pictures_and_the_classifiers_table_come_with_their_records(folder):
     assert "(../figures/phantom/plots/ablations_pareto.png)\n\n2 variants" in section
     assert "| prism | 0.75 |" in section and "(../figures/phantom/plots/classifiers.png)" in section
     drawn = {drawing.name for drawing in tables.drawings(load_all("phantom", folder))}
-    assert {"ablations_pareto", "classifiers"} <= drawn, "the page links what 07 draws"
+    assert {"ablations_pareto", "classifiers"} <= drawn, "the page links what 08 draws"
 
 
 def test_edits_that_an_image_leaves_open_are_named(folder):

@@ -26,7 +26,7 @@ from prism_lib.models.published import locate
 # Nothing is fetched from elsewhere: Voila's page asks a public server for fonts that it has itself. No page frames it.
 SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
 POLICY = {"Content-Security-Policy": f"{SOURCES}; frame-ancestors 'self'"}
-IDLE = 300  # seconds: after them the process of a page that was closed ends
+IDLE = 3600  # seconds: after them the process of a page ends that did not say that it was closed
 MAX_MESSAGE = 512 * 2**20  # bytes: an upload that is too large reaches the explorer, which says so
 
 

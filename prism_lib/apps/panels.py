@@ -92,7 +92,8 @@ def _upload(name: str, tooltip: str) -> widgets.FileUpload:
 
 def _forms(choice: widgets.Widget, *forms: Sequence[widgets.Widget]) -> widgets.Stack:
     """The controls that go with each option of a choice, of which those of the present one are shown."""
-    shown = widgets.Stack([widgets.VBox(form) for form in forms], selected_index=choice.index)
+    boxes = [widgets.VBox(form, layout={"width": "100%"}) for form in forms]
+    shown = widgets.Stack(boxes, selected_index=choice.index, layout={"width": "100%"})
     widgets.dlink((choice, "index"), (shown, "selected_index"))
     return shown
 

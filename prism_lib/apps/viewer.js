@@ -7,7 +7,7 @@ const CRISP = 6; // screen pixels an image pixel from which on it is drawn as a 
 const MAX_ZOOM = 32;
 const HELP =
   "Click the picture first. C: swap original and counterfactual. ← →: earlier and later results. + − 0 or the wheel: " +
-  "zoom. Z: zoom in on a region. M: draw the rectangle. Drag or Shift and arrows: move.";
+  "zoom. Z: zoom in on a region. M: draw a rectangle as mask. Drag, or Shift and arrows: move.";
 
 const between = (low, value, high) => Math.min(Math.max(value, low), high);
 
@@ -26,10 +26,8 @@ function render({ model, el }) {
   const row = (parent) => make("div", parent, { className: "prism-row" });
   const button = (parent, textContent, title, onclick) =>
     make("button", parent, { type: "button", className: "jupyter-widgets jupyter-button", textContent, title, onclick });
-  const picture = (parent, text) => {
-    make("div", parent, { className: "prism-note", textContent: text });
-    return make("canvas", parent, { className: "prism-picture" });
-  };
+  const picture = (parent) =>
+    [make("div", parent, { className: "prism-note" }), make("canvas", parent, { className: "prism-picture" })];
 
   const views = make("div", el, { className: "prism-views" });
   const column = make("div", views, { className: "prism-large" });
@@ -39,13 +37,12 @@ function render({ model, el }) {
     Object.assign(button(tools, text, title, () => choose(name)), { name }));
   button(tools, "+", "zoom in", () => zoomBy(1.5)).ariaLabel = "zoom in";
   button(tools, "−", "zoom out", () => zoomBy(1 / 1.5)).ariaLabel = "zoom out";
-  button(tools, "Whole image", "no zoom (0)", whole);
+  button(tools, "Fit", "the whole image (0)", whole);
   const names = make("div", column, { className: "prism-names" });
   const [left, right] = [make("b", names), make("b", names)];
   const large = make("canvas", column, { className: "prism-picture", tabIndex: 0 });
   large.setAttribute("role", "img");
   const sliding = row(column);
-  const compare = button(sliding, "Compare", "swap original and counterfactual (C)", swap);
   make("span", sliding, { textContent: "original" });
   const about = "from the original to the counterfactual";
   const slider = make("input", sliding, { type: "range", min: 0, max: 1, step: 0.01, value: 1, title: about });
@@ -53,15 +50,17 @@ function render({ model, el }) {
   const mode = make("select", sliding, { title: "draw a curtain over the original, or cross-fade" });
   for (const text of ["curtain", "fade"]) make("option", mode, { textContent: text });
   const results = row(column);
-  const earlier = button(results, "◀ Earlier", "the result before (left arrow)", () => step(-1));
+  const compare = button(results, "Compare", "swap original and counterfactual (C)", swap);
+  const earlier = button(results, "◀", "the result before (left arrow)", () => step(-1));
   const place = make("span", results, { className: "prism-note" });
-  const later = button(results, "Later ▶", "the result after (right arrow)", () => step(1));
+  const later = button(results, "▶", "the result after (right arrow)", () => step(1));
+  [earlier.ariaLabel, later.ariaLabel] = ["earlier result", "later result"];
   const about_png = "download original, counterfactual and difference side by side as one PNG";
   const exporting = button(results, "Export PNG", about_png, download);
   make("div", column, { className: "prism-note prism-help", textContent: HELP });
   const side = make("div", views, { className: "prism-small" });
-  const difference = picture(make("div", side), "difference: red is brighter, blue darker");
-  const mask = picture(make("div", side), "where the edit may show");
+  const [legend, difference] = picture(make("div", side)), [area, mask] = picture(make("div", side));
+  legend.textContent = "difference: red is brighter, blue darker";
 
   async function load() {
     const number = ++request, made = {};
@@ -89,6 +88,8 @@ function render({ model, el }) {
     large.ariaLabel = `${left.textContent}. ${HELP}`;
     slider.value = share;
     const [number, count] = model.get("place");
+    const next = model.get("box").length ? "frame: where the next edit may show" : "";
+    area.textContent = [after ? "blue: where the edit may show" : "", next].filter(Boolean).join("; ") || "mask: automatic or off";
     place.textContent = number ? `result ${number} of ${count}` : count ? `${count} earlier` : "no result yet";
     earlier.disabled = !count || number === 1;
     later.disabled = !number || number === count;
@@ -169,13 +170,13 @@ function render({ model, el }) {
     draw();
   };
   large.onpointerup = () => {
-    const area = drag?.area, used = tool;
+    const dragged = drag?.area, used = tool;
     drag = null;
-    if (!area) return;
+    if (!dragged) return;
     tool = "";
-    const [top, start, bottom, end] = area;
+    const [top, start, bottom, end] = dragged;
     if (used === "zoom") return look(Math.min(1 / (end - start), 1 / (bottom - top)), (start + end) / 2, (top + bottom) / 2);
-    model.set("box", pixels(area));
+    model.set("box", pixels(dragged));
     model.save_changes();
     draw();
   };

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -21,6 +23,7 @@ from prism_lib.apps import session
 from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
+from prism_lib.data.uploads import UploadError
 from prism_lib.editing import settings
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import Recommendation
@@ -373,6 +376,32 @@ def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tm
     (tmp_path / "film.png").write_bytes(b"")
     saved = np.asarray(Image.open(outcome.save() / "full_size.png"))
     np.testing.assert_array_equal(saved[40:], film[40:])
+
+
+@pytest.mark.parametrize(("left", "said"), [(60, "cannot be used"), (0, r"is empty \(0 bytes\)")])
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(study, tmp_path, monkeypatch, left, said):
+    content = png(LEVELS)
+    (tmp_path / "film.png").write_bytes(content)
+    before = study.open_upload("before.png", png(LEVELS))
+    monkeypatch.setattr(Path, "read_bytes", lambda _: content[:left])  # after its length was looked up
+    with pytest.raises(UploadError, match=rf"film\.png {said}"):
+        study.open_file(tmp_path / "film.png")
+    assert study.case is before
+
+
+def test_two_explorers_save_the_same_result_in_one_folder(study):
+    edits = []
+    for session_ in (study, Session(study.pipe)):
+        session_.open_upload("film.png", png(LEVELS))
+        edit, recipe = removal(session_, mask=(0, 0, 16, 32))
+        edits += session_.run([recipe], edit)
+    with ThreadPoolExecutor(2) as both:
+        folders = set(both.map(lambda outcome: outcome.save(), edits))
+    (folder,) = folders
+    assert Recipe.load(folder / "record.json") == edits[0].recipe
+    for name in ("image", "original", "mask", "difference"):
+        Image.open(folder / f"{name}.png").load()
+    assert not list(folder.glob(".*"))
 
 
 def test_a_folder_of_images_is_listed(study, tmp_path):

@@ -4,7 +4,7 @@ Skipped, with the reason, where Chromium or Playwright is not installed. `PRISM_
 afterwards.
 """
 
-import io
+import http.client
 import json
 import os
 import re
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -30,7 +31,9 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SECONDS = 400  # for anything that waits for the kernel; a busy machine is slow
+SECONDS = 900  # for anything that waits for the kernel; a busy machine is slow
+FILES = ("image", "original", "mask", "difference")
+LARGE = ".prism-large canvas"
 SHIPPED = paths.weights() / "phantom-sd" / "model_index.json"
 
 pytestmark = [
@@ -107,26 +110,38 @@ def explored(tmp_path_factory):
     pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[browser]'")
     folder, runs = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("runs")
     Image.fromarray((render(sample_patients([1], 4001), 640)[0, 0] * 255).byte().numpy()).save(folder / "film.png")
+    asked = tmp_path_factory.mktemp("browser") / "asked"  # a browser that only keeps the address it is given
+    asked.with_name("browser").write_text(f'#!/bin/sh\necho "$1" > {asked}\n')
+    asked.with_name("browser").chmod(0o755)
     environment = os.environ | {"PRISM_RUNS": str(runs), "PYTHONPATH": str(paths.root())}
-    command = [sys.executable, "-m", "prism_lib.apps.cli", "explore", "--no-browser", "--data", str(folder)]
+    environment["BROWSER"] = f"{asked.with_name('browser')} %s"
+    command = [sys.executable, "-m", "prism_lib.apps.cli", "explore", "--data", str(folder)]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         said = server.stdout.readline()
         assert re.fullmatch(r"The explorer is at http://127\.0\.0\.1:\d+/\?token=\w+ until you press Ctrl\+C\.\n", said)
-        yield said.split()[4], runs
+        yield said.split()[4], runs, asked
     finally:
         server.terminate()
         server.wait(60)
 
 
 def test_without_the_token_there_is_no_explorer(explored):
-    address, _ = explored
+    address, _, asked = explored
     with urllib.request.urlopen(address.split("?")[0], timeout=60) as answer:
         assert "/login" in answer.url and b"prism" not in answer.read()
+    opened = asked.read_text().strip()
+    assert "token" not in opened, "every user of the machine sees it in the list of processes"
+    server = http.client.HTTPConnection(urllib.parse.urlsplit(opened).netloc, timeout=60)
+    for expected in (address, "/"):  # the address that the browser was given leads in once
+        server.request("GET", urllib.parse.urlsplit(opened).path)
+        answer = server.getresponse()
+        answer.read()
+        assert (answer.status, answer.headers["Location"]) == (302, expected)
 
 
 def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
-    address, runs = explored
+    address, runs, _ = explored
     page.set_viewport_size({"width": 1280, "height": 1000})
     page.goto(address)
     explorer = page.locator(".prism").first
@@ -134,45 +149,85 @@ def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
     _nothing_is_cut_off(page)
     _look(page, "voila_1_start")
     explorer.locator("select").filter(has_text="by image").select_option("film-sd")
+    _look(page, "voila_2_loading")
     explorer.get_by_text("Edited by film-sd.").wait_for()
     explorer.get_by_text("film-sd was measured for one edit").wait_for()
     explorer.get_by_text("It resembles those of phantom-sd more").wait_for()
+    _button(explorer, "Draw rectangle").click()
+    _drag(page, (0.25, 0.125), (0.75, 0.875))
+    explorer.locator("select").filter(has_text="rectangle").locator("option:checked", has_text="rectangle").wait_for()
     _button(explorer, "remove support devices").click()
     _button(explorer, "Run").click()
     explorer.get_by_text(re.compile(r"^Done in")).wait_for()
+    _nothing_is_cut_off(page)
+    _look(page, "voila_3_done")
+    with page.expect_download() as download:
+        _button(explorer, "Export PNG").click()
+    sheet = Image.open(download.value.path())
+    assert sheet.size == (3 * 512 + 16, 30 + 512 + 52) and download.value.suggested_filename.startswith("film-png-")
+    if os.environ.get("PRISM_SCREENSHOTS"):
+        sheet.save(Path(os.environ["PRISM_SCREENSHOTS"]) / "export.png")
     _button(explorer, "Save").click()
     explorer.get_by_text("is the film at its own size").wait_for()
-    _look(page, "voila_2_done")
     (saved,) = runs.glob("explorer/*/full_size.png")
     assert Image.open(saved).size == (640, 640)
+    image, original, mask = (np.asarray(Image.open(saved.with_name(f"{name}.png"))) for name in FILES[:3])
+    np.testing.assert_array_equal(np.asarray(sheet.convert("L"))[30:542, :512], original)
+    inside = np.zeros(mask.shape, bool)
+    inside[63:449, 127:385] = True
+    assert (mask[65:447, 129:383] == 255).all() and (mask[~inside] == 0).all()
+    assert (image[~inside] == original[~inside]).all() and (image != original).any()
     page.set_viewport_size({"width": 800, "height": 1000})
     _nothing_is_cut_off(page)
-    _look(page, "voila_3_narrow")
+    _look(page, "voila_4_narrow")
 
 
-def test_an_own_file_is_uploaded_in_the_dark(explored, page):
-    address, _ = explored
+def test_an_own_file_is_uploaded_in_the_dark(explored, page, tmp_path):
+    address, *_ = explored
     page.set_viewport_size({"width": 800, "height": 1000})
     page.goto(f"{address}&theme=dark")
     explorer = page.locator(".prism").first
     _button(explorer, "own file").click()
-    picture = io.BytesIO()
-    Image.fromarray((render(sample_patients([2], 4001))[0, 0] * 255).byte().numpy()).save(picture, format="PNG")
-    with page.expect_file_chooser() as chooser:
-        _button(explorer, r"upload \(\d\)").click()
-    chooser.value.set_files({"name": "own.png", "mimeType": "image/png", "buffer": picture.getvalue()})
+    with (tmp_path / "huge.png").open("wb") as huge:
+        huge.truncate(200 * 2**20)
+    _upload(page, tmp_path / "huge.png")
+    explorer.get_by_text("huge.png has 200 MB; at most 64 MB are read.").wait_for()
+    Image.fromarray((render(sample_patients([2], 4001))[0, 0] * 255).byte().numpy()).save(tmp_path / "own.png")
+    _upload(page, tmp_path / "own.png")
     explorer.get_by_text("own.png: not edited yet.").wait_for()
     assert "theme-dark" in page.locator("body").get_attribute("class")
     _nothing_is_cut_off(page)
-    _look(page, "voila_4_dark")
+    _look(page, "voila_5_dark")
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    _nothing_is_cut_off(page)
+
+
+def _upload(page, path):
+    with page.expect_file_chooser() as chooser:
+        _button(page.locator(".prism").first, r"upload \(\d\)").click()
+    chooser.value.set_files(path)
+
+
+def _drag(page, start, end):
+    """With the mouse over the large picture, from and to these shares of its width and height."""
+    page.locator(LARGE).scroll_into_view_if_needed()
+    frame = page.locator(LARGE).bounding_box()
+    for act, (x, y) in ((page.mouse.down, start), (page.mouse.up, end)):
+        page.mouse.move(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"], steps=5)
+        act()
+
+
+def _pixels(page):
+    return page.locator(LARGE).evaluate("canvas => canvas.toDataURL()")
 
 
 def _nothing_is_cut_off(page):
-    """Every control ends inside the window, and no button is too narrow for its words."""
+    """Every control ends inside the window, and nothing is too narrow for its words."""
     page.wait_for_timeout(500)
     wide = "[...document.querySelectorAll('.prism *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
     assert page.evaluate(f"{wide}.map(e => e.className)") == []
-    narrow = "[...document.querySelectorAll('.prism button')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    worded = "[...document.querySelectorAll('.prism :is(button, label, b, span, select, .widget-html-content)')]"
+    narrow = f"{worded}.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)"
     assert page.evaluate(f"{narrow}.map(e => e.innerText)") == []
 
 
@@ -188,27 +243,51 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     remove = _button(explorer, "remove support devices")
     remove.wait_for()
     remove.scroll_into_view_if_needed()
-    picture = explorer.locator("img").first
-    original = picture.get_attribute("src")
+    explorer.get_by_text("no result yet").wait_for()
+    original, cells = _pixels(page), page.locator(".jp-Notebook .jp-Cell").count()
+    assert page.get_by_text("Loading").count() == page.locator(".jp-OutputArea progress").count() == 0
     _look(page, "1_start")
 
     remove.click()
     _button(explorer, "Run").click()
     explorer.get_by_text(re.compile(r"^Done in")).wait_for()
-    counterfactual = picture.get_attribute("src")
+    explorer.get_by_text("result 1 of 1").wait_for()
+    counterfactual = _pixels(page)
     assert counterfactual != original
+    _nothing_is_cut_off(page)
     _look(page, "2_done")
 
-    handle = explorer.locator(".prism-slider .noUi-handle")
-    handle.focus()
-    for _ in range(12):
-        page.keyboard.press("PageDown")
-    page.wait_for_function("([image, was]) => image.src != was", arg=[picture.element_handle(), counterfactual])
-    _look(page, "3_slider")
+    page.locator(LARGE).click()
+    page.keyboard.press("c")
+    assert _pixels(page) == original
+    explorer.locator("b", has_text=re.compile("^original$")).wait_for()
+    page.keyboard.press("c")
+    assert _pixels(page) == counterfactual
+    explorer.locator("input[type=range]").fill("0.4")
+    assert _pixels(page) not in (original, counterfactual)
+    _look(page, "3_curtain")
+    explorer.locator("input[type=range]").fill("1")
+    page.locator(LARGE).focus()
+    page.keyboard.press("z")
+    _drag(page, (0.5, 0.25), (0.75, 0.5))
+    explorer.get_by_text("4.0 ×").wait_for()
+    _look(page, "4_zoom")
+    page.keyboard.press("0")
+    assert _pixels(page) == counterfactual
+
+    explorer.locator("select").filter(has_text="automatic").select_option("off")
+    _button(explorer, "Run").click()
+    explorer.get_by_text("result 2 of 2").wait_for()
+    assert _pixels(page) != counterfactual
+    page.locator(LARGE).focus()
+    page.keyboard.press("ArrowLeft")
+    explorer.get_by_text("result 1 of 2").wait_for()
+    page.wait_for_timeout(1000)
+    assert _pixels(page) == counterfactual
+    assert page.locator(".jp-Notebook .jp-Cell").count() == cells, "the notebook took the keys for its own"
 
     _button(explorer, "Show code").click()
     explorer.get_by_text("recipe.run().image").wait_for()
-    _look(page, "4_code")
     _button(explorer, "Save").click()
     explorer.get_by_text("Saved in").wait_for()
     (record,) = runs.glob("explorer/*/record.json")
@@ -216,6 +295,7 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
 
     _command(page, "Settings", "Theme", "JupyterLab Dark")
     page.wait_for_timeout(1500)
+    _nothing_is_cut_off(page)
     _look(page, "5_dark")
 
 
@@ -228,8 +308,7 @@ def _check_saved(record):
     """The files are what the record says, and the devices' pixels are all that changed."""
     recipe = Recipe.load(record)
     assert "without support devices" in recipe.target
-    names = ("image", "original", "mask", "difference")
-    image, original, mask, difference = (np.asarray(Image.open(record.parent / f"{name}.png")) for name in names)
+    image, original, mask, difference = (np.asarray(Image.open(record.parent / f"{name}.png")) for name in FILES)
     assert image.shape == original.shape == mask.shape == difference.shape[:2]
     assert (image != original).any()
     assert (image[mask == 0] == original[mask == 0]).mean() > 0.999  # a mask below 1/510 is written as 0

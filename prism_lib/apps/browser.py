@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from tornado.web import RequestHandler
 from traitlets import List
 from traitlets.config import Config
 from voila.app import Voila
@@ -25,6 +27,7 @@ from prism_lib.models.published import locate
 # Nothing is fetched from elsewhere: Voila's page asks a public server for fonts that it has itself. No page frames it.
 SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
 POLICY = {"Content-Security-Policy": f"{SOURCES}; frame-ancestors 'self'"}
+IDLE = 3600  # seconds: after them the process of a page ends that did not say that it was closed
 MAX_MESSAGE = 512 * 2**20  # bytes: an upload that is too large reaches the explorer, which says so
 
 
@@ -41,14 +44,30 @@ class _Kernels(KernelSpecManager):
 class _Server(Voila):
     """Voila that gives, and opens, the address with its token."""
 
+    ticket = secrets.token_urlsafe()  # for one use: all users of a machine can read the command line of the browser
+
+    def init_handlers(self) -> Any:
+        return [(f"/once/{self.ticket}", _Once, {"server": self}), *super().init_handlers()]
+
     def launch_browser(self) -> None:
         self.show(f"The explorer is at {self.display_url} until you press Ctrl+C.")
         if not self.quiet:
             threading.Thread(target=self._open, daemon=True).start()
 
     def _open(self) -> None:
-        if not webbrowser.open(self.display_url):
+        if not webbrowser.open(f"{self.display_url.partition('?')[0]}once/{self.ticket}"):
             self.show("There is no browser here: open that address in one.")
+
+
+class _Once(RequestHandler):
+    """Leads the first caller to the address with the token, and later ones to a page that asks for it."""
+
+    def initialize(self, server: _Server) -> None:
+        self.server = server
+
+    def get(self) -> None:
+        used, self.server.ticket = self.server.ticket, ""
+        self.redirect(self.server.display_url if used else "/")
 
 
 def serve(options: Namespace, show: Callable[[str], None]) -> None:
@@ -81,6 +100,7 @@ def serve(options: Namespace, show: Callable[[str], None]) -> None:
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), notebook)
         settings = {"websocket_max_message_size": MAX_MESSAGE, "ws_ping_timeout": 30_000, "headers": POLICY}
         config = Config(VoilaConfiguration={"kernel_spec_manager_class": _Kernels, "show_tracebacks": True})
+        config.MappingKernelManager = Config(cull_idle_timeout=IDLE, cull_interval=IDLE // 10)
         place = {"notebook_path": str(notebook), "ip": ip, "port": port, "port_retries": 0, "auto_token": True}
         server = _Server(**place, tornado_settings=settings, config=config, log_level="ERROR")
         server.show, server.quiet = show, options.no_browser

@@ -128,7 +128,7 @@ class Task:
     edit: Edit
     pair: PromptPair
     settings: Settings
-    about: Mapping[str, Any]  # patient, split and labels of the counterfactual, for the manifest
+    about: Mapping[str, Any]  # patient, split, labels of the counterfactual and the edit's note, for the manifest
     film: str = field(default="", kw_only=True)  # the file that the image was made of, where it is put back
     row: int  # of the file of edits, from 1
     output: str = ""  # the path below `out`, "" until the model is known
@@ -247,7 +247,8 @@ def _tasks(
                 raise
             continue  # of all images, those that the edit applies to
         found = True
-        about = {key: image[key] for key in ("patient_id", "split")} | edit.apply(known, vocab)
+        about = {"patient_id": image["patient_id"], "split": image["split"], "note": edit.note}
+        about |= edit.apply(known, vocab)
         yield Task(file_name, edit, pair, settings, about, number)
     if not found:
         raise ValueError(f"edit {edit.key} applies to none of the {len(images)} images in {config.data}")

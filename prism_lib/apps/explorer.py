@@ -12,9 +12,13 @@ import time
 from functools import partial
 from typing import Any
 
+import diffusers
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import transformers
+from IPython import get_ipython
 from IPython.core.pylabtools import print_figure
+from IPython.display import HTML, display
 
 from prism_lib import records
 from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button, heading
@@ -26,21 +30,6 @@ FULL_SIZE = (
     "Where the change has edges, detail finer than the model's image is replaced by synthetic grain. Such grain is not "
     "information: fine vessels there are lost."
 )
-STYLE = """<style>
-.prism { max-width: 1320px; color: var(--jp-ui-font-color1, inherit); }
-.prism .widget-label, .prism .widget-html-content, .prism .widget-readout { color: inherit; }
-.prism-panel { border: 1px solid var(--jp-border-color2, #8888); border-radius: 6px; margin: 0 0 8px;
-  padding: 8px 10px; }
-.prism .widget-html-content h4 { margin: 0 0 4px; font-size: 14px; }
-.prism-error { color: var(--jp-error-color1, #d32f2f); line-height: 1.35; }
-.prism-note { line-height: 1.35; opacity: .85; }
-.prism-warning { border-left: 4px solid var(--jp-warn-color1, #f57c00); padding: 4px 8px; line-height: 1.35; }
-.prism table { border-collapse: collapse; line-height: 1.5; }
-.prism td, .prism th { padding: 1px 10px 1px 0; text-align: left; font-variant-numeric: tabular-nums; }
-.prism pre { white-space: pre-wrap; margin: 4px 0; font-size: 12px; user-select: all; }
-.prism img { background: #000; border: 1px solid var(--jp-border-color2, #8888); }
-.prism-state { white-space: nowrap; opacity: .85; padding-left: 6px; }
-</style>"""
 
 
 def explore(
@@ -58,7 +47,15 @@ def explore(
     reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
     begins with the folder `data`, prepared or of images, else with a phantom of the population `seed`.
     """
-    return Explorer(Session.load(model, judge, vocabulary, mode), seed, data)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # a wheel turns instead
+    wheel = '<i class="fa fa-spinner fa-spin"></i> Loading the model.'
+    shown = display(HTML(wheel), display_id=True) if get_ipython() else None
+    try:
+        return Explorer(Session.load(model, judge, vocabulary, mode), seed, data)
+    finally:
+        if shown is not None:
+            shown.update(HTML(""))
 
 
 class Explorer(widgets.VBox):
@@ -69,6 +66,7 @@ class Explorer(widgets.VBox):
         self.outcome: Outcome | None = None
         self._started = 0.0
         self.result = ResultPanel(self._show)
+        self.viewer = self.result.viewer
         self.edit = EditPanel(session)
         self.settings = SettingsPanel(session)
         self.source = SourcePanel(session, self._opened, seed, data)
@@ -78,20 +76,21 @@ class Explorer(widgets.VBox):
         self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
-        self.undo = button("Undo", "back to the counterfactual before", guarded(self._undo), icon="undo")
         about = "write image, original, mask, difference and record"
         self.save = button("Save", about, guarded(self._save), icon="save")
         self.show_code = button("Show code", "three lines that give the same image", guarded(self._code), icon="code")
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
+        self.viewer.observe(guarded(self._drawn), "box")
+        self.viewer.on_msg(guarded(self._step))
         buttons = widgets.HBox([self.run, self.cancel])
         left = {"flex": "0 1 380px", "min_width": "330px", "margin": "0 12px 0 0"}
         controls = [self.source, self.edit, buttons, self.progress, self.status, self.settings]
         right = {"flex": "1 1 350px", "min_width": "330px"}
-        shown = [self.result, widgets.HBox([self.undo, self.save, self.show_code]), self.files]
+        shown = [self.result, widgets.HBox([self.save, self.show_code]), self.files]
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"{records.device()}; for research, not for clinical use"
-        title = widgets.HTML(f'{STYLE}<span class="prism-note">{html.escape(about)}</span>')
+        title = widgets.HTML(f'<span class="prism-note">{html.escape(about)}</span>')
         body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
         super().__init__([heading("Counterfactual explorer"), title, body])
         self.add_class("prism")
@@ -105,13 +104,17 @@ class Explorer(widgets.VBox):
 
     def _show_case(self, case: Case) -> None:
         self.outcome = None
-        self.result.show_case(case)
+        self.result.show_case(case, len(self._made()))
         self._show_box()
         self._enable()
 
     def _show_box(self, change: Any = None) -> None:
-        if self.session.case is not None and (self.outcome is None or self.settings.box is not None):
-            self.result.show_box(self.session.case, self.settings.box)
+        self.viewer.box = list(self.settings.box or ())
+
+    def _drawn(self, change: Any) -> None:
+        """A rectangle on the picture, drawn with the mouse, becomes the mask."""
+        if self.viewer.box and tuple(self.viewer.box) != self.settings.box:
+            self.settings.draw(self.viewer.box)
 
     def _run(self, _: Any) -> None:
         """Every complaint goes beside the control it is about."""
@@ -124,7 +127,7 @@ class Explorer(widgets.VBox):
             recipes, progress = recipe.sweep(over) if over else [recipe], partial(self.progress.set_trait, "value")
             self._started = time.monotonic()
             self.progress.value, self.files.value = 0, ""
-            self.status.say("Running.", "note")
+            self.status.say("Running.", "busy")
             self.run.disabled, self.cancel.disabled = True, False
             self.session.start(recipes, edit, progress=progress, preview=self._show, done=self._done)
         except Exception as error:  # nothing that a click does may end in a traceback
@@ -143,24 +146,33 @@ class Explorer(widgets.VBox):
         """Whether an outcome is of the image on the screen: another may have been opened during the run."""
         return self.session.case is not None and self.session.case.name == outcome.recipe.image
 
+    def _made(self) -> list[Outcome]:
+        """Every result of the image at hand, the oldest first."""
+        return [outcome for run in self.session.history for outcome in run if self._at_hand(outcome)]
+
     def _show(self, outcome: Outcome) -> None:
         if self._at_hand(outcome):
-            self.outcome = outcome
-            self.result.show(outcome)
+            self.outcome, made = outcome, self._made()
+            self.result.show(outcome, [made.index(outcome) + 1 if outcome in made else 0, len(made)])
+            for run in self.session.history:
+                if outcome in run:
+                    self.result.show_candidates(run)
             self._enable()
 
     def _restore(self) -> None:
         """The latest run of the image at hand, or the image alone."""
-        if runs := [run for run in self.session.history if self._at_hand(run[0])]:
-            self.result.show_candidates(runs[-1])
-            self._show(runs[-1][0])
+        if runs := [run[0] for run in self.session.history if self._at_hand(run[0])]:
+            self._show(runs[-1])
         elif self.session.case is not None:
             self._show_case(self.session.case)
 
-    def _undo(self, _: Any) -> None:
-        del self.session.history[-1:]
-        self.files.value = ""
-        self._restore()
+    def _step(self, viewer: Any, message: Any, buffers: Any) -> None:
+        """To the result before or after; the image alone and a quick look come after all results."""
+        made = self._made()
+        number = (made.index(self.outcome) if self.outcome in made else len(made)) + message["step"]
+        if 0 <= number < len(made):
+            self.files.value = ""
+            self._show(made[number])
 
     def _save(self, _: Any) -> None:
         if self.outcome is not None:  # without one the button is disabled
@@ -181,12 +193,11 @@ class Explorer(widgets.VBox):
     def _enable(self) -> None:
         ready = self.outcome is not None and not self.outcome.preview
         self.save.disabled = self.show_code.disabled = not ready
-        self.undo.disabled = not self.session.history
 
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""
         if self.outcome is None:
-            return bytes(self.result.compare.value)
+            return self.viewer.before
         result = self.outcome.result
         figure = plots.counterfactual_sheet(result.factual[None].cpu(), result.image[None].cpu())
         plt.close(figure)

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets as widgets
-import numpy as np
+import traitlets
 
 from prism_lib import paths
 from prism_lib.apps.recipe import Case, Outcome, image_size
@@ -18,9 +19,8 @@ from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.language.edits import NO_EDIT
-from prism_lib.reporting.plots import MODES, before_after, difference, framed, overlay, png, view
+from prism_lib.reporting.plots import difference, overlay, png, view
 
-LARGE, SMALL = "400px", "188px"  # pictures
 MAX_CHOICES = 500  # of images in one list
 STRENGTH = "guidance scale; where the edit adds something, times the model's factor. The result states the product"
 SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
@@ -60,10 +60,12 @@ class Panel(widgets.VBox):
 
         def handler(*arguments: Any) -> None:
             self.line.say("")
+            self.add_class("prism-works")
             try:
                 act(*arguments)
             except Exception as error:  # a person clicked: whatever happens, they are told and can go on
                 self.line.say(sentence(error))
+            self.remove_class("prism-works")
 
         return handler
 
@@ -90,7 +92,8 @@ def _upload(name: str, tooltip: str) -> widgets.FileUpload:
 
 def _forms(choice: widgets.Widget, *forms: Sequence[widgets.Widget]) -> widgets.Stack:
     """The controls that go with each option of a choice, of which those of the present one are shown."""
-    shown = widgets.Stack([widgets.VBox(form) for form in forms], selected_index=choice.index)
+    boxes = [widgets.VBox(form, layout={"width": "100%"}) for form in forms]
+    shown = widgets.Stack(boxes, selected_index=choice.index, layout={"width": "100%"})
     widgets.dlink((choice, "index"), (shown, "selected_index"))
     return shown
 
@@ -124,7 +127,7 @@ class SourcePanel(Panel):
         self.on_change(self._open_row, self.row)
         self.on_change(self._open_upload, self.upload)
         self.on_change(self._open_path, self.path)
-        self.on_change(lambda _: self._show(session.choose(self.model.value)), self.model)
+        self.on_change(self._choose, self.model)
 
     def _show(self, case: Case | None) -> None:
         if case is not None:
@@ -132,6 +135,13 @@ class SourcePanel(Panel):
             said = f"Edited by {self._session.model}. Distances to the models' training images: {far}. " if far else ""
             self.resembles.say(said + self._session.unmeasured(None, self._session.model), "note")
             self._opened(case)
+
+    def _choose(self, change: Any) -> None:
+        if self.model.value != self._session.chosen:
+            try:
+                self._show(self._session.choose(self.model.value))
+            finally:
+                self.model.value = self._session.chosen  # the one before, if that fails
 
     def _open_phantom(self, change: Any = None) -> None:
         self._show(self._session.open_phantom(self.seed.value, self.patient.value))
@@ -252,6 +262,11 @@ class SettingsPanel(Panel):
         (top, bottom), (left, right) = self.rows.value, self.columns.value
         return (top, left, bottom, right) if self.mask.value == "rectangle" else None
 
+    def draw(self, box: Sequence[int]) -> None:
+        """Ask for a rectangle (top, left, bottom, right)."""
+        self.rows.value, self.columns.value = box[::2], box[1::2]
+        self.mask.value = "rectangle"
+
     def values(self) -> dict[str, Any]:
         """The settings as arguments of `Session.recipe`."""
         if self.mask.value == "file" and not self._file:
@@ -263,55 +278,56 @@ class SettingsPanel(Panel):
         return {"settings": moved, "method": self.method.value, "steps": self.steps.value, "mask": mask}
 
 
+class Viewer(anywidget.AnyWidget):
+    """Original, counterfactual, difference and mask, as PNG, under one zoom; `viewer.js` draws them.
+
+    `box` is the rectangle (top, left, bottom, right) in pixels, drawn or to draw, or empty. `place` is the result's
+    [number, count], number 0 without one. The message {"step": 1 or -1} asks for the one after or before.
+    """
+
+    _esm, _css = Path(__file__).with_name("viewer.js"), Path(__file__).with_name("explorer.css")
+    before = traitlets.Bytes().tag(sync=True)
+    after = traitlets.Bytes().tag(sync=True)
+    difference = traitlets.Bytes().tag(sync=True)
+    mask = traitlets.Bytes().tag(sync=True)
+    title = traitlets.Unicode().tag(sync=True)
+    box = traitlets.List(traitlets.Int()).tag(sync=True)
+    place = traitlets.List(traitlets.Int(), [0, 0]).tag(sync=True)
+
+    def show(self, **shown: Any) -> None:
+        """Set several traits in one message."""
+        with self.hold_sync():
+            for name, value in shown.items():
+                self.set_trait(name, value)
+
+
 class ResultPanel(Panel):
-    """Original and counterfactual under one slider, the difference, the mask, scores and candidates."""
+    """The pictures, scores and candidates."""
 
     def __init__(self, chosen: Callable[[Outcome], None]) -> None:
         self._chosen = chosen
-        self._before = self._after = np.zeros((1, 1, 3), np.uint8)
-        self.warning, self.caption, self.scores = Line(), Line(), widgets.HTML()
-        self.compare, self.difference, self.mask = (
-            widgets.Image(format="png", layout={"width": side, "max_width": "100%"}) for side in (LARGE, SMALL, SMALL)
-        )
-        about, wide = "from the original to the counterfactual; keys Home and End swap them", {"flex": "1 1 auto"}
-        self.share = widgets.FloatSlider(value=1.0, max=1, step=0.01, readout=False, layout=wide, tooltip=about)
-        self.share.add_class("prism-slider")
-        modes, narrow = ["draw a curtain", "cross-fade"], {"button_width": "80px"}
-        self.mode = widgets.ToggleButtons(options=list(MODES), tooltips=modes, style=narrow)
+        self.warning, self.caption, self.scores, self.viewer = Line(), Line(), widgets.HTML(), Viewer()
         self.candidates = widgets.HBox(layout={"flex_flow": "row wrap"})
-        ends = [_caption("original"), self.share, _caption("counterfactual")]
-        large = [self.compare, widgets.HBox(ends, layout={"width": LARGE, "max_width": "100%"}), self.mode]
-        small = [_caption("difference: red is brighter, blue darker", SMALL), self.difference]
-        small += [_caption("where the edit may show", SMALL), self.mask]
-        columns = [widgets.VBox(large, layout={"margin": "0 14px 0 0"}), widgets.VBox(small)]
-        pictures = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
-        super().__init__("Result", [self.warning, self.caption, pictures, self.candidates, self.scores])
-        self.on_change(self._draw, self.share, self.mode)
+        super().__init__("Result", [self.warning, self.caption, self.viewer, self.candidates, self.scores])
 
-    def show_case(self, case: Case) -> None:
-        """A new image, not edited yet."""
-        self._before = self._after = view(case.image[0])
-        self._draw()
-        self.difference.value, self.mask.value = png(np.full_like(self._before, 255)), png(self._before)
+    def show_case(self, case: Case, results: int) -> None:
+        """An image alone, of which there may be results."""
+        picture = png(view(case.image[0]))
+        self.viewer.show(before=picture, after=b"", difference=b"", mask=picture, title=case.title, place=[0, results])
         self.caption.say(f"{case.title}: not edited yet.", "note")
         self.warning.say(case.notice, "warning")
         self.scores.value, self.candidates.children = "", []
 
-    def show_box(self, case: Case, box: tuple[int, int, int, int] | None) -> None:
-        """The rectangle that a mask would be, on the image at hand."""
-        picture = view(case.image[0])
-        self.mask.value = png(picture if box is None else framed(picture, box))
-
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: Outcome, place: list[int]) -> None:
         result, used = outcome.result, outcome.used
-        self._before, self._after = view(result.factual), view(result.image)
-        self._draw()
-        self.difference.value = png(difference(result.image, result.factual))
-        self.mask.value = png(overlay(result.factual, result.mask))
         what = outcome.edit.target or outcome.edit.key.replace("_", " ")
         steps = f"{'quick look at ' if outcome.preview else ''}{outcome.recipe.steps} steps"
         ready = f"{steps}, strength {used.guidance_scale * used.addition_factor:g}"
-        self.caption.say(f"{outcome.case.title}: {what} ({ready})", "note")
+        title = f"{outcome.case.title}: {what} ({ready})"
+        before, after = png(view(result.factual)), png(view(result.image))
+        changed, mask = png(difference(result.image, result.factual)), png(overlay(result.factual, result.mask))
+        self.viewer.show(before=before, after=after, difference=changed, mask=mask, title=title, place=place)
+        self.caption.say(title, "note")
         self.warning.say(outcome.notice, "warning")
         self.scores.value = _score_table(outcome)
 
@@ -328,13 +344,6 @@ class ResultPanel(Panel):
         name, label = ("true_error_ratio", "error") if "true_error_ratio" in scores else ("change", "change")
         short = widgets.HTML(f"{label} {scores[name]:.3f}<br>SSIM {scores['ssim']:.3f}")
         return widgets.VBox([picture, choose, short], layout={"margin": "4px 8px 0 0"})
-
-    def _draw(self, change: Any = None) -> None:
-        self.compare.value = png(before_after(self._before, self._after, self.share.value, self.mode.value))
-
-
-def _caption(text: str, width: str = "auto") -> widgets.HTML:
-    return widgets.HTML(f'<span class="prism-note">{text}</span>', layout={"flex": "0 0 auto", "width": width})
 
 
 _NAMES = {

@@ -138,7 +138,7 @@ class Case:
         return self.readings[label] >= 0.5 if known is None and label in self.readings else known
 
 
-@plain_dataclass(frozen=True)
+@plain_dataclass(frozen=True, eq=False)
 class Outcome:
     """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
 

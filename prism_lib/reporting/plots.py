@@ -27,9 +27,7 @@ DIFFERENCE_LIMIT = 0.5  # of the grey range, to both sides
 DIFFERENCE_COLORS = "RdBu_r"
 CELL = 1.9  # inches per image: at 150 dpi a little more than the 256 pixels of a phantom
 GAP = 0.08  # inches between them
-MODES = ("curtain", "fade")
-LINE = (255, 176, 0)  # orange of the colour-blind safe palette: seen on black and on white
-TINT = np.array([86, 180, 233], np.float32)  # sky blue of the same palette
+TINT = np.array([86, 180, 233], np.float32)  # sky blue of the colour-blind safe palette
 
 Intervals = Mapping[str, tuple[float, float, float]]  # estimate, low, high
 Points = Mapping[str, tuple[float, float, float, float]]  # cost, estimate, low, high
@@ -249,17 +247,6 @@ def levels(image: Tensor, bits: int = 8) -> np.ndarray:
     return scaled.permute(1, 2, 0).squeeze(-1).numpy().astype(f"uint{bits}")
 
 
-def before_after(before: np.ndarray, after: np.ndarray, share: float, mode: str = "curtain") -> np.ndarray:
-    """From the view ``before`` (share 0) to ``after`` (share 1): a curtain drawn from the left, or a cross-fade."""
-    if mode == "fade":
-        return (before + share * (after.astype(np.float32) - before)).round().astype(np.uint8)
-    edge = round(share * before.shape[1])
-    drawn = np.where(np.arange(before.shape[1])[:, None] < edge, after, before)
-    if 0 < edge < before.shape[1]:
-        drawn[:, edge - 1 : edge + 1] = LINE
-    return drawn
-
-
 def difference(after: Tensor, before: Tensor) -> np.ndarray:
     """The signed difference in the colours of every figure: red brighter, blue darker, white unchanged."""
     unit = (_change(after, before) / (2 * DIFFERENCE_LIMIT) + 0.5).clip(0, 1)
@@ -270,15 +257,6 @@ def overlay(image: Tensor, mask: Tensor) -> np.ndarray:
     """The image with its mask (1, H, W) in [0, 1] tinted."""
     weight = mask.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy() * 0.45
     return (view(image) * (1 - weight) + TINT * weight).round().astype(np.uint8)
-
-
-def framed(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A view with the outline of a rectangle (top, left, bottom, right), the last two excluded."""
-    top, left, bottom, right = box
-    drawn = picture.copy()
-    drawn[top:bottom, [left, right - 1]] = LINE
-    drawn[[top, bottom - 1], left:right] = LINE
-    return drawn
 
 
 def png(picture: np.ndarray, compress_level: int = 1) -> bytes:

@@ -126,6 +126,12 @@ def test_every_task_is_an_image_and_a_row(config, done):
     assert not list((done / "parts").iterdir())
 
 
+def test_what_the_reader_says_of_a_sentence_is_in_the_manifest(config, tmp_path, done):
+    assert {row["note"] for row in manifest(done)} == {""}
+    tasks = plan(with_edits(config, tmp_path, [{"edit": "remove the large pleural effusion"}]))
+    assert {task.about["note"] for task in tasks} == {"'large' has no effect: captions do not say it."}
+
+
 def test_the_labels_are_those_of_the_counterfactual(config, done):
     table = load_table(config.data, "test").set_index("file_name")
     for row in manifest(done):

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -21,6 +23,7 @@ from prism_lib.apps import session
 from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
+from prism_lib.data.uploads import UploadError
 from prism_lib.editing import settings
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import Recommendation
@@ -78,16 +81,6 @@ def removal(study, settings=None, **more):
 # --- views ----------------------------------------------------------------------------------------
 
 
-def test_before_and_after_are_the_ends_of_the_slider():
-    before, after = (np.full((4, 8, 3), level, np.uint8) for level in (10, 200))
-    for mode in plots.MODES:
-        np.testing.assert_array_equal(plots.before_after(before, after, 0.0, mode), before)
-        np.testing.assert_array_equal(plots.before_after(before, after, 1.0, mode), after)
-    half = plots.before_after(before, after, 0.5)
-    assert (half[:, :3] == 200).all() and (half[:, 5:] == 10).all() and (half[:, 3:5] == plots.LINE).all()
-    assert (plots.before_after(before, after, 0.5, "fade") == 105).all()
-
-
 def test_the_difference_has_the_colours_of_the_figures():
     before = torch.full((1, 4, 4), 0.5)
     after = before + torch.tensor([-0.4, -0.1, 0.0, 0.3])
@@ -104,13 +97,11 @@ def test_eight_bits_come_back_exactly():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(plots.png(plots.view(image)))))[..., 1], LEVELS)
 
 
-def test_overlay_and_frame_leave_the_rest_alone():
+def test_an_overlay_leaves_the_rest_alone():
     image, mask = tiny_images(1)[0], torch.zeros(1, 32, 32)
     mask[:, 4:8, 4:8] = 1
     tinted = plots.overlay(image, mask) != plots.view(image)
     assert tinted[4:8, 4:8].any() and not tinted[:4].any() and not tinted[8:].any()
-    framed = (plots.framed(plots.view(image), (2, 3, 10, 12)) == plots.LINE).all(-1)
-    assert framed.sum() == 2 * 9 + 2 * 8 - 4
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -387,6 +378,32 @@ def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tm
     np.testing.assert_array_equal(saved[40:], film[40:])
 
 
+@pytest.mark.parametrize(("left", "said"), [(60, "cannot be used"), (0, r"is empty \(0 bytes\)")])
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(study, tmp_path, monkeypatch, left, said):
+    content = png(LEVELS)
+    (tmp_path / "film.png").write_bytes(content)
+    before = study.open_upload("before.png", png(LEVELS))
+    monkeypatch.setattr(Path, "read_bytes", lambda _: content[:left])  # after its length was looked up
+    with pytest.raises(UploadError, match=rf"film\.png {said}"):
+        study.open_file(tmp_path / "film.png")
+    assert study.case is before
+
+
+def test_two_explorers_save_the_same_result_in_one_folder(study):
+    edits = []
+    for session_ in (study, Session(study.pipe)):
+        session_.open_upload("film.png", png(LEVELS))
+        edit, recipe = removal(session_, mask=(0, 0, 16, 32))
+        edits += session_.run([recipe], edit)
+    with ThreadPoolExecutor(2) as both:
+        folders = set(both.map(lambda outcome: outcome.save(), edits))
+    (folder,) = folders
+    assert Recipe.load(folder / "record.json") == edits[0].recipe
+    for name in ("image", "original", "mask", "difference"):
+        Image.open(folder / f"{name}.png").load()
+    assert not list(folder.glob(".*"))
+
+
 def test_a_folder_of_images_is_listed(study, tmp_path):
     for name in ("b.PNG", "below/a.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -480,7 +497,18 @@ def test_an_image_that_the_chosen_model_cannot_take_leaves_all_as_it_was(two_mod
     monkeypatch.setattr(session, "image_size", lambda _: 64)
     with pytest.raises(ValueError, match="smaller than 64x64"):
         two_models.choose("upside")
-    assert two_models.model == "phantom-sd" and two_models.case is case
+    assert two_models.model == two_models.chosen == "phantom-sd" and two_models.case is case
+
+
+def test_the_list_keeps_the_model_where_another_cannot_be_used(two_models, monkeypatch, tmp_path):
+    (tmp_path / "film.png").write_bytes(png(LEVELS))
+    explorer = Explorer(two_models, seed=0, data=str(tmp_path))
+    monkeypatch.setattr(session, "image_size", lambda _: 64)
+    explorer.source.model.value = "upside"
+    assert "smaller than 64x64" in explorer.source.line.value and explorer.source.model.value == "phantom-sd"
+    monkeypatch.undo()
+    explorer.source.model.value = "upside"
+    assert explorer.source.line.value == "" and two_models.model == two_models.chosen == "upside"
 
 
 def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge):
@@ -523,37 +551,73 @@ def wait(explorer):
 
 
 def test_click_remove_and_run(explorer):
-    original = explorer.result.compare.value
+    original = explorer.viewer.before
+    assert explorer.viewer.after == b"" and explorer.viewer.place == [0, 0]
     explorer.edit.buttons["remove", DEVICES].value = True
     explorer.settings.mask.value = "off"  # untrained weights change too little for the automatic mask
     explorer.run.click()
     wait(explorer)
     assert "Done in" in explorer.status.value
     assert explorer.progress.value == 1
-    assert explorer.result.compare.value != original
-    explorer.result.share.value = 0
-    assert np.array_equal(
-        np.asarray(Image.open(io.BytesIO(explorer.result.compare.value)))[..., 0],
-        plots.levels(explorer.session.case.image[0]),
-    )
+    assert explorer.viewer.before == original != explorer.viewer.after != b""
+    shown = [np.asarray(Image.open(io.BytesIO(made)))[..., 0] for made in (original, explorer.viewer.after)]
+    np.testing.assert_array_equal(shown[0], plots.levels(explorer.session.case.image[0]))
+    np.testing.assert_array_equal(shown[1], plots.levels(explorer.outcome.result.image))
+    assert explorer.viewer.place == [1, 1] and "support devices" in explorer.viewer.title
     explorer.save.click()
     assert (paths.runs() / "explorer").is_dir() and "Saved in" in explorer.files.value
     explorer.show_code.click()
     assert "recipe.run().image" in explorer.files.value
-    explorer.undo.click()
-    assert explorer.outcome is None and explorer.save.disabled and "not edited yet" in explorer.result.caption.value
 
 
-def test_undo_returns_to_the_run_before(explorer):
+def step(explorer, by):
+    """As the viewer's arrows do."""
+    explorer.viewer._handle_custom_msg({"step": by}, [])
+
+
+def test_the_arrows_go_through_the_results_of_the_image(explorer):
     explorer.edit.buttons["remove", DEVICES].value = True
-    for strength in (2.0, 5.0):
+    for strength in (2.0, 3.0, 5.0):
         explorer.settings.sliders["guidance_scale"].value = strength
         explorer.run.click()
         wait(explorer)
-    for strength in (5.0, 2.0):
-        assert explorer.outcome.used.guidance_scale == strength and not explorer.undo.disabled
-        explorer.undo.click()
-    assert explorer.outcome is None and explorer.undo.disabled
+    for by, strength, number in ((1, 5.0, 3), (-1, 3.0, 2), (-1, 2.0, 1), (-1, 2.0, 1), (1, 3.0, 2)):
+        step(explorer, by)
+        assert explorer.outcome.used.guidance_scale == strength and explorer.viewer.place == [number, 3]
+        assert f"strength {strength:g}" in explorer.viewer.title and not explorer.save.disabled
+    explorer.source.patient.value = patient(False)
+    step(explorer, -1)
+    assert explorer.outcome is None and explorer.viewer.place == [0, 0]
+    explorer.source.patient.value = patient(True)
+    assert explorer.outcome is None and explorer.viewer.place == [0, 3]
+    step(explorer, -1)
+    assert explorer.viewer.place == [3, 3]
+
+
+def test_a_rectangle_on_the_picture_is_the_mask(explorer):
+    explorer.viewer.box = [4, 6, 20, 22]
+    assert explorer.settings.values()["mask"] == (4, 6, 20, 22) and explorer.settings.mask.value == "rectangle"
+    assert explorer.viewer.box == [4, 6, 20, 22]
+    explorer.settings.columns.value = (2, 22)
+    assert explorer.viewer.box == [4, 2, 20, 22]
+    explorer.viewer.box = [0, 0, 16, 16]
+    explorer.edit.buttons["remove", DEVICES].value = True
+    explorer.run.click()
+    wait(explorer)
+    result = explorer.outcome.result
+    assert (result.image != result.factual)[:, 16:].sum() == 0 < (result.image != result.factual)[:, :16].sum()
+    explorer.settings.mask.value = "automatic"
+    assert explorer.viewer.box == []
+
+
+def test_a_panel_shows_that_it_is_at_work(explorer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(explorer.session, "open_phantom", lambda *_: seen.append(explorer.source._dom_classes))
+    explorer.source.patient.value = 5
+    assert "prism-works" in seen[0] and "prism-works" not in explorer.source._dom_classes
+    monkeypatch.setattr(explorer.session, "open_phantom", lambda *_: [][0])
+    explorer.source.patient.value = 6
+    assert "prism-works" not in explorer.source._dom_classes and "index out of range" in explorer.source.line.value
 
 
 def test_candidates_are_chosen_by_a_click(explorer):

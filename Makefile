@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+BOOK := $(VENV)/.book
 
 # The notebooks behind the committed figures; `study` runs every section of the profile, the long ones too.
 FIGURES := 00 01 02 03 08
@@ -14,7 +15,7 @@ export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help figures study test lint lab explore clean
+.PHONY: help figures study test lint lab explore book clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +41,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 explore: $(READY)  ## open the explorer in a browser
 	$(BIN)/prism explore
 
+book: $(BOOK)  ## make the site of the executed notebooks and docs in build/book, after `make figures`
+	$(BIN)/python docs/book.py
+
 clean:  ## remove runs and caches; .venv, data and figures stay
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -48,4 +52,8 @@ $(READY): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --requirement requirements.lock
 	$(BIN)/python -m pip install --no-deps --editable .
+	touch $@
+
+$(BOOK): $(READY) docs/requirements.lock
+	$(BIN)/python -m pip install --constraint requirements.lock --requirement docs/requirements.lock
 	touch $@

@@ -9,8 +9,11 @@ import shlex
 import subprocess
 import sys
 from itertools import pairwise
+from urllib.parse import unquote
 
+import nbformat
 import pytest
+from markdown_it import MarkdownIt
 
 from prism_lib import paths
 from prism_lib.apps import cli
@@ -22,6 +25,7 @@ PAGES = sorted(
     for pattern in ("README.md", "CHANGELOG.md", "docs/*.md", "figures/*/README.md", "prism_lib/weights/*/README.md")
     for path in ROOT.glob(pattern)
 )
+NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in paths.notebooks().glob("*.ipynb"))
 FREE = {"git", "cd", "cp", "pip", "source", "export"}  # commands that name nothing of this repository
 LAUNCHERS = {"accelerate", "torchrun", "python", "srun"}
 
@@ -112,12 +116,84 @@ def test_a_command_that_does_not_exist_is_found(line):
     assert problem(words)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_linked_file_exists(page):
-    text = read(page)
-    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
-    local = [target for target in targets if not re.match(r"[a-z]+:", target)]
-    assert not [target for target in local if not ((ROOT / page).parent / target).exists()]
+# --- links ----------------------------------------------------------------------------------------
+
+
+def prose(page):
+    """The Markdown of a page; of a notebook, its Markdown cells."""
+    if not page.endswith(".ipynb"):
+        return read(page)
+    return "\n\n".join(cell.source for cell in nbformat.read(ROOT / page, 4).cells if cell.cell_type == "markdown")
+
+
+def parsed(text):
+    """Every token of a Markdown text, so that what stands in code is no link."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    return [part for token in tokens for part in (token, *(token.children or ()))]
+
+
+def links(text):
+    for token in parsed(text):
+        yield from (str(token.attrs[name]) for name in ("href", "src") if name in token.attrs)
+        if token.type in ("html_inline", "html_block"):
+            yield from re.findall(r'(?:src|href)="([^"]+)"', token.content)
+
+
+def anchors(text):
+    """The anchors that GitHub gives the headings: lower case, hyphens for blanks, a number behind a repeated one."""
+    tokens, found = parsed(text), []
+    for heading, inline in pairwise(tokens):
+        if heading.type == "heading_open":
+            words = "".join(part.content for part in inline.children if part.type in ("text", "code_inline"))
+            slug = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+            found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return {*found, *re.findall(r'(?:id|name)="([^"]+)"', text)}
+
+
+def dead(text, page):
+    """The relative links of a page that lead to no file, or to no heading of it."""
+    for target in links(text):
+        name, _, anchor = unquote(target).partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if re.match(r"[a-z]+:", target):
+            continue
+        if not path.exists():
+            yield target
+        elif anchor and path.suffix in (".md", ".ipynb"):
+            there = text if not name else prose(path.resolve().relative_to(ROOT).as_posix())
+            if anchor not in anchors(there):
+                yield target
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
+def test_every_relative_link_leads_somewhere(page):
+    assert not list(dead(prose(page), page))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a](docs/nowhere.md)",
+        "![a](figures/nowhere.png)",
+        "[a](docs/results.md#nowhere)",
+        "# Here\n\n[a](#there)",
+        "| a |\n|---|\n| [a](nowhere.md) |",
+        "[a][b]\n\n[b]: nowhere.md",
+        '<img src="nowhere.png" alt="a">',
+    ],
+)
+def test_a_dead_link_is_found(text):
+    assert len(list(dead(text, "README.md"))) == 1
+
+
+def test_a_link_that_leads_somewhere_is_left_alone():
+    text = (
+        "# What `prism` says: 1, 2\n\n[a](#what-prism-says-1-2) [b](docs/results.md) [c](https://x.y) `[d](nowhere.md)`"
+    )
+    assert not list(dead(text, "README.md"))
+
+
+# --- names and code -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(read(page), "python")])

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class ClassifierConfig:
     group_step: PositiveFloat = 0.1  # of Group-DRO's weights
     mixed_precision: Literal["no", "bf16"] = "no"  # of training; predictions are always in float32
     size: NonNegativeInt = 0  # pixels to which larger images are reduced before the network reads them; 0: none
+    contrast: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of their contrast that training leaves images
 
 
 # Networks by name; the two small ones are for processors and images of about 128 pixels.
@@ -116,7 +117,7 @@ def train_classifier(
     worst = _WorstGroup(groups, config.group_step) if groups is not None and config.objective == "group_dro" else None
     batches = islice(_batches(len(images), config, groups, generator), total)
     for rows in tqdm(batches, total=total, desc="classifier", leave=False, disable=not progress):
-        batch = _augment(_reduced(_unit(images[rows]), config.size), generator)
+        batch = _augment(_reduced(_unit(images[rows]), config.size), generator, config.contrast)
         batch = batch.to(device, memory_format=torch.channels_last)
         mask = known[rows].to(device)
         target = torch.where(known[rows], labels[rows], 0.0).to(device)
@@ -185,12 +186,16 @@ def _reduced(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True) if smaller else images
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift by up to 4 pixels, gamma 0.8 to 1.25, a little noise."""
+def _augment(images: Tensor, generator: torch.Generator, contrast: float) -> Tensor:
+    """Shift by up to 4 pixels, gamma 0.8 to 1.25, a little noise; a random window, where ``contrast`` is below 1."""
     shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
     gamma = 0.8 * (1.25 / 0.8) ** torch.rand(len(images), 1, 1, 1, generator=generator)
     noise = 0.02 * torch.rand(len(images), 1, 1, 1, generator=generator)
     moved = torch.roll(images, shift, dims=(2, 3)).clamp(0, 1) ** gamma
+    if contrast < 1:
+        span, low = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+        span = 1 - (1 - contrast) * span
+        moved = (1 - span) * low + span * moved
     return (moved + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 

@@ -260,8 +260,9 @@ class Classifier:
     @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
         """Probabilities (N, L) in [0, 1] for images (N, 1 or 3, H, W), uint8 or in [0, 1]."""
-        found = map(self._chosen, self._outputs(images))
-        return torch.cat([values.sigmoid() if self.outputs == "logits" else values for values in found])
+        # All outputs before some are chosen: the last bit of a sigmoid depends on its place in memory.
+        found = (values.sigmoid() if self.outputs == "logits" else values for values in self._outputs(images))
+        return torch.cat([self._chosen(values) for values in found])
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:

@@ -233,8 +233,8 @@ class Classifier:
         """
         made = _opened(str(source), arguments or {}, allow_code)
         if not isinstance(made, Classifier):
-            labels = contract.pop("labels", None) or getattr(made, "labels", None) or getattr(made, "pathologies", ())
-            if not (labels := tuple(map(str, labels))):
+            own: Any = getattr(made, "labels", None) or getattr(made, "pathologies", ())
+            if not (labels := tuple(map(str, contract.pop("labels", own)))):
                 raise ValueError(f"{source} does not name its outputs: give its labels")
             made = cls(made.to(default_device()), labels)
         made = replace(made, **{"name": str(source)} | contract)

@@ -238,8 +238,8 @@ class Classifier:
         """
         made = _opened(str(source), arguments or {}, allow_code)
         if not isinstance(made, Classifier):
-            labels = contract.pop("labels", None) or getattr(made, "labels", None) or getattr(made, "pathologies", ())
-            if not (labels := tuple(map(str, labels))):
+            own: Any = getattr(made, "labels", None) or getattr(made, "pathologies", ())
+            if not (labels := tuple(map(str, contract.pop("labels", own)))):
                 raise ValueError(f"{source} does not name its outputs: give its labels")
             made = cls(made.to(default_device()), labels)
         made = replace(made, **{"name": str(source)} | contract)
@@ -265,8 +265,9 @@ class Classifier:
     @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
         """Probabilities (N, L) in [0, 1] for images (N, 1 or 3, H, W), uint8 or in [0, 1]."""
-        found = map(self._chosen, self._outputs(images))
-        return torch.cat([values.sigmoid() if self.outputs == "logits" else values for values in found])
+        # All outputs before some are chosen: the last bit of a sigmoid depends on its place in memory.
+        found = (values.sigmoid() if self.outputs == "logits" else values for values in self._outputs(images))
+        return torch.cat([self._chosen(values) for values in found])
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _bands(values: pd.Series) -> pd.Series:
     """A column as text; numbers of more than six values in thirds ("41 to 66"), missing ones as "unknown"."""
     if pd.api.types.is_numeric_dtype(values) and values.nunique() > 6:
         cut = pd.qcut(values, 3, duplicates="drop")
-        values = cut.map(lambda band: f"{band.left:.3g} to {band.right:.3g}").astype(object)
+        values = cut.map(lambda band: f"{band.left:.3g} to {band.right:.3g}", na_action="ignore")
     return values.astype(object).where(values.notna(), "unknown").astype(str)
 
 

@@ -83,7 +83,7 @@ def test_what_a_classifier_or_a_table_lacks_is_named(phantom_folder, evaluation)
 def test_numbers_are_cut_into_thirds_and_missing_values_are_a_group():
     ages = explanations._bands(pd.Series([20, 25, 31, 42, 47, 53, 64, 71, 88, None]))
     assert ages.value_counts().tolist() == [3, 3, 3, 1]
-    assert ages.iloc[-1] == "unknown" and ages.iloc[0] == "20 to 36.9"
+    assert ages.iloc[-1] == "unknown" and ages.iloc[0] == "20 to 38.3"
     assert explanations._bands(pd.Series(["F", None, "M"])).tolist() == ["F", "unknown", "M"]
     assert explanations._bands(pd.Series([0, 1, 1])).tolist() == ["0", "1", "1"]
 

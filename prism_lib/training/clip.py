@@ -141,10 +141,7 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
 
 
 def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, rate: float = 1e-2) -> None:
-    """Train the embeddings of `detail_tokens` in place.
-
-    A label's details move away from each other until they are `APART`, and stay centred on its plain phrase.
-    """
+    """Train the embeddings of `detail_tokens` in place: details come `APART`, centred on their label."""
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
     table = encoder.get_input_embeddings().weight

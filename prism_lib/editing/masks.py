@@ -98,8 +98,7 @@ def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
 
 @plain_dataclass(frozen=True)
 class Areas:
-    """Where a user allows an edit of N images: "auto" (found from the edit itself), "off" (everywhere, no composite) or
-    a mask (N, 1, H, W) in [0, 1]."""
+    """Where a user allows an edit: "auto" (found from it), "off" (everywhere) or a mask (N, 1, H, W) in [0, 1]."""
 
     mask: Tensor | str = "auto"
 

@@ -83,7 +83,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     for step in tqdm(range(config.steps), desc="CLIP"):
         rows = torch.randint(len(table), (config.batch_size,), generator=generator)
         # A fresh seed per step, so that an image meets many captions.
-        drawn = sample_captions(dataset, table.iloc[rows.tolist()], f"{config.seed}:{step}", 1, explicit_share=0.5)
+        drawn = sample_captions(dataset, table.iloc[rows.tolist()], f"{config.seed}:{step}", 1, 0.5)
         texts = [captions[0] for captions in drawn]
         tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = clip(

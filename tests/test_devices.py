@@ -116,13 +116,12 @@ def test_every_setting_of_an_edit(device, name, mask):
     images = tiny_images(2)
     own = torch.zeros(2, 1, 32, 32)
     own[:, :, 4:20, 4:20] = 1
-    keep = torch.zeros(2, 1, 32, 32)
-    keep[:, :, 8:12] = 1
-    areas = {"mask": own, "keep": keep} if mask == "own" else {"mask": mask}
+    own[:, :, 8:12] = 0
+    area = own if mask == "own" else mask
 
     def work(pipe):
         inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=3)
-        return edit(pipe, inverted, [REMOVE] * 2, EDITS[name], **areas)
+        return edit(pipe, inverted, [REMOVE] * 2, EDITS[name], mask=area)
 
     here, there = both(work)
     for part in ("image", "raw", "reconstruction", "mask"):

@@ -1,7 +1,4 @@
-"""A recipe, all that decides one counterfactual, and its outcome with the files that are kept of it.
-
-Two runs of a recipe on one machine give the same image bit for bit.
-"""
+"""A recipe, all that decides one counterfactual, bit for bit, and its outcome with the files that are kept of it."""
 
 from __future__ import annotations
 

@@ -29,10 +29,7 @@ class UploadError(ValueError):
 
 
 def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
-    """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 1 in mode "L" and 3 in mode "RGB".
-
-    PNG, JPEG, TIFF (8 or 16 bits), BMP, WebP and gray single-frame DICOM are padded to a square. Raises UploadError.
-    """
+    """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 3 in mode "RGB". Raises UploadError."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)

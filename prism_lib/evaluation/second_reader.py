@@ -56,10 +56,7 @@ class QuestionReader(nn.Module):
 
 
 def load_reader(name_or_path: str, labels: Sequence[str], vocabulary: Vocabulary) -> Classifier | None:
-    """The model in a folder (also below PRISM_RUNS or PRISM_WEIGHTS) or of a hub id as a `Classifier`; None for "".
-
-    One question for each of `labels` that the vocabulary has words for (not "No Finding"). Safetensors only.
-    """
+    """A folder (also below PRISM_RUNS or PRISM_WEIGHTS) or a hub id as a `Classifier` with one question a label."""
     if not name_or_path:
         return None
     read = tuple(label for label in labels if label in vocabulary.phrases)

@@ -107,10 +107,7 @@ class Patients(anatomy.Scene):
 
 
 def sample_patients(patients: int | Sequence[int], seed: int, confounding: float = 0.0) -> Patients:
-    """Draw patients, a count or the indices wanted, from the graph above; patient i of a seed is always the same.
-
-    ``confounding`` in [0, 1] sets how strongly devices follow disease.
-    """
+    """Draw patients, a count or the indices wanted, from the graph above; patient i of a seed is always the same."""
     if not 0.0 <= confounding <= 1.0:
         raise ValueError(f"confounding={confounding} is outside [0, 1]")
     index = tuple(range(patients)) if isinstance(patients, int) else tuple(int(i) for i in patients)

@@ -177,10 +177,7 @@ def compare_methods(
     judge: Classifier | None = None,
     processes: int = 0,
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
-    """Train the GAN; tune every method on validation patients; measure all on test patients.
-
-    GANs are kept below ``output``. ValueError for real images: methods are tuned by the true counterfactuals.
-    """
+    """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
     require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}

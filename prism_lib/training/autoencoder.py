@@ -51,11 +51,8 @@ class VaeConfig:
     corner_share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the phantom crops: the side marker is small and rare
     learning_rate: PositiveFloat = 2e-3
     warmup: NonNegativeInt = 100
-    gradient_weight: NonNegativeFloat = 1.0
     square_weight: NonNegativeFloat = 4.0
-    kl_weight: NonNegativeFloat = 1e-8  # of the sum over a latent; 1e-6 leaves one nat a value, and blurs everything
     decoder_only: bool = False  # leaves the encoder, so every latent, as it is
-    start_logvar: float = -6.0  # a posterior that starts wide learns to blur first
     patient_seed: int = 100
     seed: int = 0
     checkpoint_every: PositiveInt = 250
@@ -85,15 +82,15 @@ def train_vae(vae: AutoencoderKL, config: VaeConfig, folder: Path) -> list[dict[
     if start == 0 and not config.decoder_only:  # one small variance for every latent, whatever the image
         channels = vae.config.latent_channels
         vae.quant_conv.weight.data[channels:] = 0
-        vae.quant_conv.bias.data[channels:] = config.start_logvar
+        vae.quant_conv.bias.data[channels:] = -6.0  # a posterior that starts wide learns to blur first
     if start < config.steps:
         pools = _pools(config)
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="autoencoder"):
             set_learning_rate(optimizer, schedule, step)
             batch = _vae_batch(pools, config, step).to(device, memory_format=torch.channels_last)
             losses = _vae_losses(vae, batch, config, step)
-            loss = losses["l1"] + config.gradient_weight * losses["gradient"]
-            (loss + config.square_weight * losses["square"] + config.kl_weight * losses["kl"]).backward()
+            loss = losses["l1"] + losses["gradient"] + config.square_weight * losses["square"]
+            (loss + 1e-8 * losses["kl"]).backward()  # of the sum over a latent: 1e-6 blurs everything
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

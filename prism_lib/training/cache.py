@@ -38,17 +38,14 @@ CPU_IMAGE_BATCH = 4  # larger batches outgrow a CPU's caches and take up to twic
 class Rows:
     """The rows of one tensor that lies in many files; ``rows[indices]`` reads these and no more."""
 
-    def __init__(self, files: Sequence[Path], key: str) -> None:
-        """Open the files; ValueError names one that is damaged or holds rows of another model or data set."""
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Open the files; ValueError names one that is damaged."""
         self._slices = []
         for path in files:
             try:
-                file = safe_open(path, framework="pt")
+                self._slices.append(safe_open(path, framework="pt").get_slice("rows"))
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"cache file {path} is damaged, delete it: {error}") from None
-            if (file.metadata() or {}).get("key") != key:
-                raise ValueError(f"cache file {path} was made by another model or data set; delete it")
-            self._slices.append(file.get_slice("rows"))
 
     def __len__(self) -> int:
         return sum(rows.get_shape()[0] for rows in self._slices)
@@ -147,9 +144,9 @@ def _encode(encode: Callable[[int, int], Tensor], count: int, batch: int, folder
                     size = chunks[0].nbytes / len(chunks[0]) * sum(rows.values())
                     require_space(folder, size, f"{name} of {sum(rows.values())} rows")
                 bar.update(len(chunks[-1]))
-            write_tensors(path, {"rows": torch.cat(chunks)}, {"key": key})
+            write_tensors(path, {"rows": torch.cat(chunks)})
     processes.wait_for_everyone()
-    return Rows(files, key)
+    return Rows(files)
 
 
 def _key(*parts: object) -> str:

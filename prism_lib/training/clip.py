@@ -10,13 +10,13 @@ import logging
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -43,8 +43,6 @@ class ClipConfig:
     vision_layers: PositiveInt = 4
     learning_rate: PositiveFloat = 1e-3
     warmup: NonNegativeInt = 50
-    label_weight: NonNegativeFloat = 1.0
-    explicit_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: int = 0
 
 
@@ -85,7 +83,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
     for step in tqdm(range(config.steps), desc="CLIP"):
         rows = torch.randint(len(table), (config.batch_size,), generator=generator)
         # A fresh seed per step, so that an image meets many captions.
-        drawn = sample_captions(dataset, table.iloc[rows.tolist()], f"{config.seed}:{step}", 1, config.explicit_share)
+        drawn = sample_captions(dataset, table.iloc[rows.tolist()], f"{config.seed}:{step}", 1, 0.5)
         texts = [captions[0] for captions in drawn]
         tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = clip(
@@ -105,7 +103,7 @@ def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: C
         )
         known = labels[rows].to(device)
         reading = [_known_bce(head(state), known) for head, state in zip(readers, states, strict=True)]
-        loss = contrast + config.label_weight * torch.stack(reading).sum()
+        loss = contrast + torch.stack(reading).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -141,10 +139,7 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
 
 
 def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, rate: float = 1e-2) -> None:
-    """Train the embeddings of `detail_tokens` in place.
-
-    A label's details move away from each other until they are `APART`, and stay centred on its plain phrase.
-    """
+    """Train the embeddings of `detail_tokens` in place: details come `APART`, centred on their label."""
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)
     table = encoder.get_input_embeddings().weight

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import sample_captions
@@ -105,12 +105,9 @@ def test_another_autoencoder_or_precision_gets_its_own_cache(phantom_folder, tmp
     ]  # fmt: skip
 
 
-def test_a_foreign_or_damaged_file_is_refused_by_name(phantom_folder, tmp_path):
+def test_a_damaged_file_is_refused_by_name(phantom_folder, tmp_path):
     build(phantom_folder, tmp_path, split="val")
     path = next(tmp_path.glob("latents-val-*/00000.safetensors"))
-    save_file(load_file(path), path, {"key": "of another autoencoder"})
-    with pytest.raises(ValueError, match=r"00000\.safetensors was made by another model"):
-        build(phantom_folder, tmp_path, split="val")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
         build(phantom_folder, tmp_path, split="val")

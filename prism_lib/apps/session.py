@@ -102,9 +102,12 @@ class Session:
 
     def choose(self, model: str) -> Case | None:
         """Edit with an offered model, "" for the one that an image resembles; the image at hand is opened again."""
-        case = self._open(*self._opened, chosen=model) if self._opened else None
-        self.chosen = model
-        return case
+        before, self.chosen = self.chosen, model
+        try:
+            return self._open(*self._opened) if self._opened else None
+        except Exception:
+            self.chosen = before
+            raise
 
     def open_phantom(self, seed: int, index: int) -> Case:
         name = f"phantom:{seed}/{index}"
@@ -139,23 +142,14 @@ class Session:
         self._masks[upload_name(mask)] = mask
         return upload_name(mask)
 
-    def _open(
-        self,
-        name: str,
-        title: str,
-        labels: Row,
-        read: Callable[[int], Tensor],
-        content: bytes = b"",
-        chosen: str | None = None,
-    ) -> Case:
+    def _open(self, name: str, title: str, labels: Row, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
         """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
-        chosen = self.chosen if chosen is None else chosen
         distances = {}
         for offered, known in self.references.items():
             if known is not None and known.shape[0] == (3 if self.mode == "RGB" else 1):
                 with suppress(ValueError):  # smaller than the model's images
                     distances[offered] = known.scores(read(known.shape[-1])).item()
-        model = chosen or min(distances, key=lambda offered: distances[offered], default=self.model)
+        model = self.chosen or min(distances, key=lambda offered: distances[offered], default=self.model)
         pipe = self.pipes.get(model) or load_pipeline(model)
         image = read(image_size(pipe))
         check_images(image, image_factor(pipe.vae))

@@ -6,8 +6,8 @@ const LAYERS = ["before", "after", "difference", "mask"];
 const CRISP = 6; // screen pixels an image pixel from which on it is drawn as a square
 const MAX_ZOOM = 32;
 const HELP =
-  "Click the picture first. C: swap original and counterfactual. ← →: earlier and later results. + − 0 or the wheel: " +
-  "zoom. Z: zoom in on a region. M: draw a rectangle as mask. Drag, or Shift and arrows: move.";
+  "Click the picture first. C: swap original and counterfactual. ← →: earlier and later results. " +
+  "+ − 0 or the wheel: zoom. Z: zoom in on a region. M: draw a rectangle as mask. Drag, or Shift and arrows: move.";
 
 const between = (low, value, high) => Math.min(Math.max(value, low), high);
 
@@ -89,7 +89,8 @@ function render({ model, el }) {
     slider.value = share;
     const [number, count] = model.get("place");
     const next = model.get("box").length ? "frame: where the next edit may show" : "";
-    area.textContent = [after ? "blue: where the edit may show" : "", next].filter(Boolean).join("; ") || "mask: automatic or off";
+    const said = [after ? "blue: where the edit may show" : "", next].filter(Boolean);
+    area.textContent = said.join("; ") || "where the edit may show";
     place.textContent = number ? `result ${number} of ${count}` : count ? `${count} earlier` : "no result yet";
     earlier.disabled = !count || number === 1;
     later.disabled = !number || number === count;
@@ -175,7 +176,8 @@ function render({ model, el }) {
     if (!dragged) return;
     tool = "";
     const [top, start, bottom, end] = dragged;
-    if (used === "zoom") return look(Math.min(1 / (end - start), 1 / (bottom - top)), (start + end) / 2, (top + bottom) / 2);
+    const side = Math.max(end - start, bottom - top);
+    if (used === "zoom") return look(1 / side, (start + end) / 2, (top + bottom) / 2);
     model.set("box", pixels(dragged));
     model.save_changes();
     draw();
@@ -235,9 +237,9 @@ function render({ model, el }) {
     });
   }
 
-  for (const name of LAYERS) model.on(`change:${name}`, load);
+  for (const name of [...LAYERS, "place"]) model.on(`change:${name}`, load);
   model.on("change:before", whole); // another image
-  for (const name of ["box", "place"]) model.on(`change:${name}`, draw);
+  model.on("change:box", draw);
   const observer = new ResizeObserver(draw);
   observer.observe(large);
   load();

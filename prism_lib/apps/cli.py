@@ -173,7 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from optuna import logging
-    from optuna.visualization.matplotlib import plot_optimization_history
 
     from prism_lib.reporting import plots
     from prism_lib.studies import tuning  # it imports torch
@@ -184,8 +183,8 @@ def _tune(options: argparse.Namespace) -> int:
         found = tuning.find_settings(tuning.TuningConfig(**given), partial(print, flush=True))
     except (ValueError, RuntimeError) as error:
         raise UsageError(one_line(error)) from None
-    axes = plot_optimization_history(list(found.studies.values()), target_name="loss")
-    plots.save_figure(axes.figure, "tuning", found.folder)
+    figure = plots.curves(found.progress(), xlabel="trial", ylabel="least loss so far")
+    plots.save_figure(figure, "tuning", found.folder)
     print(f"{found.folder}: editing.json, tuning.json, .csv and .png\nloss on images that the search did not see:")
     print(found.losses.to_string())
     return 0

@@ -7,10 +7,12 @@ kept in a journal, and trial n is drawn with seed + n, so that a search goes on 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -93,6 +95,17 @@ class Found(NamedTuple):
     folder: Path
     studies: Mapping[str, optuna.Study]
     losses: pd.DataFrame  # columns: "neutral", "before" (what the model recommended) and "found"
+
+    def progress(self) -> dict[str, tuple[range, list[float]]]:
+        """By search: the numbers of the trials, and the least loss until each (`plots.curves`)."""
+        lines = {}
+        for name, study in self.studies.items():
+            found = ((one.state == TrialState.COMPLETE, one.value) for one in study.trials)
+            least = list(
+                accumulate((value if whole and value is not None else math.inf for whole, value in found), min)
+            )
+            lines[name] = range(1, len(least) + 1), least
+        return lines
 
 
 def cases_of(config: TuningConfig, guide: Classifier | None) -> Cases:

@@ -100,10 +100,8 @@ class Found(NamedTuple):
         """By search: the numbers of the trials, and the least loss until each (`plots.curves`)."""
         lines = {}
         for name, study in self.studies.items():
-            found = ((one.state == TrialState.COMPLETE, one.value) for one in study.trials)
-            least = list(
-                accumulate((value if whole and value is not None else math.inf for whole, value in found), min)
-            )
+            whole = [one.value if one.state == TrialState.COMPLETE else None for one in study.trials]
+            least = list(accumulate((math.inf if value is None else value for value in whole), min))
             lines[name] = range(1, len(least) + 1), least
         return lines
 

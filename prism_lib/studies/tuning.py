@@ -214,28 +214,17 @@ def find_settings(config: TuningConfig, say: Callable[[str], object] = lambda li
                 rules.append(rule | {"settings": edit_fields({name: own[name] for name in OF_ONE_EDIT})})
             ways = {"neutral": search.editor(NEUTRAL), "before": PromptToPrompt(RECOMMENDED, config.steps)}
             ways["found"] = search.editor(own)
-            measured = measure(pipe, config.data, {edit: rows[config.images :]}, ways, guide)
-            losses[edit.key] = {way: pd.Series(losses_of(one.evaluations[0])).mean() for way, one in measured.items()}
-    about = f"prism tune: {config.images} validation images of each edit, {config.steps} steps; tuning.json"
-    content = {"measured": about, "inversion": {"skip": round(best["skip"], 3)}, "defaults": edit_fields(best)}
+            found = measure(pipe, config.data, {edit: rows[config.images :]}, ways, guide)
+            losses[edit.key] = {way: pd.Series(losses_of(one.evaluations[0])).mean() for way, one in found.items()}
     trials = pd.concat({name: study.trials_dataframe() for name, study in studies.items()}, names=["search", "row"])
     trials.to_csv(folder / "tuning.csv")
-    records.record(
-        "tuning",
-        dataset=Path(config.data).name,
-        notebook="prism tune",
-        parameters={"config": config, "space": {name: repr(values) for name, values in SPACE.items()}},
-        seed=config.seed,
-        metrics={
-            "least_loss": {name: study.best_value for name, study in studies.items()},
-            "loss_on_other_images": losses,
-            "trials": {name: len(study.trials) for name, study in studies.items()},
-            "evaluations": trials["user_attrs_evaluations"].sum(),
-            "minutes": trials["user_attrs_minutes"].sum(),
-        },
-        figures_dir=folder,
-        model=config.model,
-        seconds=timer.seconds,
-    )
+    least = {name: study.best_value for name, study in studies.items()}
+    metrics = {"least_loss": least, "loss_on_other_images": losses, "trials": len(trials)}
+    metrics |= {unit: trials[f"user_attrs_{unit}"].sum() for unit in ("evaluations", "minutes")}
+    about: dict[str, Any] = {"dataset": Path(config.data).name, "notebook": "prism tune", "model": config.model}
+    about |= {"parameters": {"config": config}, "seed": config.seed, "seconds": timer.seconds, "figures_dir": folder}
+    records.record("tuning", metrics=metrics, **about)
+    measured = f"prism tune: {config.images} validation images of each edit, {config.steps} steps; tuning.json"
+    content = {"measured": measured, "inversion": {"skip": round(best["skip"], 3)}, "defaults": edit_fields(best)}
     settings = write_settings(folder, content | {"rules": rules})
     return Found(settings, folder, studies, pd.DataFrame(losses).T)

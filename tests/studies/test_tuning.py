@@ -46,6 +46,10 @@ def config(model, phantom_folder, tmp_path):
 class Bright(torch.nn.Module):
     """Reads support devices where an image is bright."""
 
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # says which device it is on
+
     def forward(self, images):
         return 9 * (images.mean((1, 2, 3))[:, None] - 0.5)
 
@@ -84,6 +88,7 @@ def test_the_first_trial_is_neutral_and_worse_ones_stop_early(config):
     assert evaluations[~complete].max() < evaluations[complete].max()
 
 
+@pytest.mark.slow
 def test_a_search_that_stopped_ends_as_one_that_did_not(config, tmp_path):
     whole = find_settings(config)
     again = by(config, out=str(tmp_path / "again"))

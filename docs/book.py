@@ -275,7 +275,9 @@ def rooms(sources: Path) -> list[str]:
 def index(shown: list[tuple[str, str, str]], pages: list[str], rooms: list[str]) -> str:
     """The first page: a card a notebook, and the table of contents."""
     cards = "".join(
-        CARD.format(name=name, question=question, picture=f":img-top: {picture}\n" if picture else "")
+        CARD.format(
+            name=name, question=question[0].upper() + question[1:], picture=f":img-top: {picture}\n" if picture else ""
+        )
         for name, question, picture in shown
     )
     first = ["README", "docs/results", "docs/your-data"]

@@ -216,7 +216,7 @@ def _collect(outcomes: Iterable[Outcome], rejected: list[Rejection], total: int,
         first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
         hint = ". A smaller size or a larger max_upscale takes small images" if "smaller than" in first else ""
         raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used, more than max_rejected={share:g}. The first: {first}{hint}"
+            f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g}); the first are {first}{hint}"
         )
     return written
 

@@ -1,5 +1,6 @@
 # Two commands matter: `make figures` rewrites figures/phantom/, `make test` runs everything CI runs.
-# Both make .venv first if it is missing or older than the lock; after that they need no network.
+# Both make .venv first if it is missing or older than the lock; after that they need no network. `make book` installs
+# Sphinx into it the first time.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -13,7 +13,7 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -64,6 +64,8 @@ TREE = """
 {entries}
 ```
 """
+BARE = "book-bare"  # the cell that says why a notebook has no outputs
+LIVE = "The output is interactive where the notebook runs (`make lab`); this page has its picture."
 LINK = re.compile(r'(?<=\]\()[^)\s]+(?=\))|(?<=src=")[^"]+(?=")')
 
 
@@ -97,9 +99,9 @@ def anonymous(notebook: NotebookNode, run: NotebookNode) -> None:
                 texts[kind] = texts[kind].replace(folder, "")
 
 
-def note(text: str) -> NotebookNode:
+def note(text: str, name: str) -> NotebookNode:
     """A cell with a remark of the book."""
-    return nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::", id="book-note")
+    return nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::", id=name)
 
 
 def merged(source: NotebookNode, run: NotebookNode | None, name: str) -> NotebookNode:
@@ -107,29 +109,39 @@ def merged(source: NotebookNode, run: NotebookNode | None, name: str) -> Noteboo
     source.metadata.pop("widgets", None)
     if run is not None and [cell.source for cell in code(run)] == [cell.source for cell in code(source)]:
         for cell, ran in zip(code(source), code(run), strict=True):
+            kinds = [output.get("data", {}).keys() for output in ran.outputs]
+            if any(WIDGET in shown and PICTURES.keys() & shown for shown in kinds):
+                source.cells.insert(source.cells.index(cell) + 1, note(LIVE, f"{cell.id}-live"))
             cell.outputs = [output for output in map(still, ran.outputs) if output is not None]
             cell.execution_count = ran.execution_count
         anonymous(source, run)
         return source
     why = "was not run for this site" if run is None else "has changed since it was last run"
-    source.cells.insert(
-        1, note(f"The notebook {why}, so no outputs are shown. `prism run phantom --only {name[:2]}` runs it.")
-    )
-    pictures = written(source)
+    text = f"The notebook {why}, so no outputs are shown. `prism run phantom --only {name[:2]}` runs it."
+    source.cells.insert(1, note(text, BARE))
+    pictures = "\n\n".join(f"![{path.stem}](../{path.relative_to(ROOT).as_posix()})" for path in written(source))
     if pictures:
-        shown = "\n\n".join(f"![{path.stem}](../{path.relative_to(ROOT).as_posix()})" for path in pictures)
-        text = f"## Committed pictures\n\nAn earlier run of this notebook wrote these pictures.\n\n{shown}"
+        text = f"## Committed pictures\n\nAn earlier run of this notebook wrote these pictures.\n\n{pictures}"
         source.cells.append(nbformat.v4.new_markdown_cell(text, id="book-pictures"))
     return source
 
 
 def written(notebook: NotebookNode) -> list[Path]:
     """The committed phantom pictures that the notebook's first cell names after "Writes"."""
-    names = re.findall(
-        r"`(\w+)(?:\.png|\.gif)?`", notebook.cells[0].source.partition("**Writes**")[2] or notebook.cells[0].source
-    )
-    found = [path for name in names for path in sorted((ROOT / "figures" / "phantom").glob(f"{name}.[pg][ni][gf]"))]
-    return list(dict.fromkeys(found))
+    names = re.findall(r"`(\w+)(?:\.png|\.gif)?`", notebook.cells[0].source.partition("**Writes")[2])
+    folder = ROOT / "figures" / "phantom"
+    return [path for name in dict.fromkeys(names) for path in sorted(folder.glob(f"{name}.[pg][ni][gf]"))]
+
+
+def executed(copy: Path) -> NotebookNode | None:
+    """The copy that papermill ran to its end, if there is one."""
+    if not copy.is_file():
+        return None
+    notebook = nbformat.read(copy, 4)
+    run = notebook.metadata.get("papermill", {})
+    if run.get("exception") or not run.get("end_time"):
+        sys.exit(f"{copy} did not run to its end: run `make figures` again.")
+    return notebook
 
 
 def first_picture(notebook: NotebookNode) -> tuple[bytes, str] | None:
@@ -147,12 +159,10 @@ def notebooks(sources: Path, runs: Path) -> Iterator[tuple[str, str, str]]:
     (sources / "notebooks").mkdir()
     (sources / "pictures").mkdir()
     for path in sorted(paths.notebooks().glob("*.ipynb")):
-        copy = runs / path.name
-        run = nbformat.read(copy, 4) if copy.is_file() else None
-        page = merged(nbformat.read(path, 4), run, path.stem)
+        page = merged(nbformat.read(path, 4), executed(runs / path.name), path.stem)
         nbformat.write(page, sources / "notebooks" / path.name)
-        if page.cells[1].get("id") == "book-note":
-            print(f"{path.stem} is shown without outputs: {page.cells[1].source.splitlines()[1]}")
+        if page.cells[1].get("id") == BARE:
+            print(f"{path.stem}: {page.cells[1].source.splitlines()[1]}")
         asked = re.search(rf"\[{path.stem}\]\([^)]*\) \| ([^|]+) \|", readme)
         picture = first_picture(page)
         if picture:
@@ -253,7 +263,8 @@ def rooms(sources: Path) -> list[str]:
             elif callable(value):
                 blocks.append(f".. autofunction:: {address}")
             else:
-                blocks.append(f".. autodata:: {address}\n   :no-value:")
+                shown = ", ".join(value) if isinstance(value, Mapping) else f"``{value!r}``"
+                blocks.append(f".. py:data:: {address}\n\n   {shown}")
         put(sources / "api" / f"{room}.md", f"# {room}\n\n```{{eval-rst}}\n" + "\n\n".join(blocks) + "\n```\n")
     return [f"api/{room}" for room in table]
 
@@ -264,13 +275,15 @@ def rooms(sources: Path) -> list[str]:
 def index(shown: list[tuple[str, str, str]], pages: list[str], rooms: list[str]) -> str:
     """The first page: a card a notebook, and the table of contents."""
     cards = "".join(
-        CARD.format(name=name, question=question, picture=f":img-top: {picture}\n" if picture else "")
+        CARD.format(
+            name=name, question=question[0].upper() + question[1:], picture=f":img-top: {picture}\n" if picture else ""
+        )
         for name, question, picture in shown
     )
     first = ["README", "docs/results", "docs/your-data"]
     contents = {
-        "Notebooks": [f"notebooks/{name}" for name, *_ in shown],
-        "Pages": [*first, *(page for page in pages if page not in first)],
+        "Notebooks": [f"{name.replace('_', ' ', 1)} <notebooks/{name}>" for name, *_ in shown],
+        "Pages": ["README <README>", *first[1:], *(page for page in pages if page not in first)],
         "API of the subpackages": rooms,
     }
     trees = (TREE.format(caption=caption, entries="\n".join(entries)) for caption, entries in contents.items())

@@ -214,9 +214,9 @@ def _collect(outcomes: Iterable[Outcome], rejected: list[Rejection], total: int,
             break
     if len(rejected) > allowed:
         first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
+        hint = ". A smaller size or a larger max_upscale takes small images" if "smaller than" in first else ""
         raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used, which max_rejected={share:g} forbids. "
-            f"The first are {first}"
+            f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g}); the first are {first}{hint}"
         )
     return written
 

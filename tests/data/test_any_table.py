@@ -55,6 +55,13 @@ def test_only_asked_columns_are_copied(tmp_path):
     assert load_info(folder)["labels"] == ["Edema"]
 
 
+def test_small_images_are_refused_with_the_settings_that_take_them(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"10 of 10 files .* smaller than 512x512\. A smaller size or a larger max_upscale"
+    ):
+        prepare(config_for(images(tmp_path / "own"), size=512))
+
+
 def test_given_splits_are_kept(tmp_path):
     splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 4
     folder = prepare(config_for(images(tmp_path / "own", split=splits)))

@@ -93,7 +93,10 @@ def test_a_tables_own_names_are_a_vocabulary():
         ("subject: knee\nphrases: {A: }", r"own\.yaml: phrases: A: Input should be a valid string"),
         ("subject: knee\nphrases: {A: '-'}", r"own\.yaml: phrases: A: String should match"),
         ("subject: knee\nphrases: {A: a}\nsynonyms: {A: b}", r"own\.yaml: synonyms: A: Input should be a valid tuple"),
-        ("subject: knee\nphrases: {A: a}\nstated: [B]", r"own\.yaml: stated names 'B', which is no label of phrases: A"),
+        (
+            "subject: knee\nphrases: {A: a}\nstated: [B]",
+            r"own\.yaml: stated names 'B', which is no label of phrases: A",
+        ),
         ("subject: knee\nphrases: {A: a}\naliases: {b: [c]}", r"own\.yaml: aliases names 'b'"),
         ("subject: knee\nphrases: {A B: a, a_b: b}", r"own\.yaml: 'a_b' has the key 'a_b', .* that of 'A B'"),
         ("subject: knee\nphrases: {No Finding: a}", r"own\.yaml: 'No Finding' has the key 'no_finding'"),

@@ -46,7 +46,7 @@ STYLE = """<style>
 def explore(
     model: str = "",
     judge: str = "phantom-judge",
-    vocabulary: str = "phantom",
+    vocabulary: str = "",
     mode: str = "L",
     *,
     data: str = "",
@@ -55,8 +55,9 @@ def explore(
     """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that
-    reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
-    begins with the folder `data`, prepared or of images, else with a phantom of the population `seed`.
+    reads every image, "" for none; `vocabulary` has the labels that are offered, "" for those that the model was
+    fine-tuned with, else the phantom's; `mode` is "L" (gray) or "RGB". It begins with the folder `data`, prepared or of
+    images, else with a phantom of the population `seed`.
     """
     return Explorer(Session.load(model, judge, vocabulary, mode), seed, data)
 

@@ -223,7 +223,7 @@ def film_source(
         return films  # the rejections say why
     table = films.table
     if screened is not None:
-        labels, _ = tables.joined(table, tables.ExtraLabels(screened, {DEVICES: DEVICES}))
+        labels, _ = tables.joined(table, tables.ExtraLabels(screened.resolve(), {DEVICES: DEVICES}))
         table = table.loc[labels.index].assign(**labels)
         table = table[table[DEVICES] != 1]
         if table.empty:

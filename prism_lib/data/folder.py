@@ -26,7 +26,7 @@ from prism_lib.language.labels import Vocabulary, vocabulary
 
 FORMAT = 2  # 2: captions are drawn as training draws them, label policies are mappings
 SPLITS = ("train", "val", "test")
-FREE_CAPTION = "free_caption"  # column of captions that a person wrote, where there are such
+REPORT = "free_caption"  # column of captions that a person wrote, where there are such
 
 Folder = str | os.PathLike[str]
 

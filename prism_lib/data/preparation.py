@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 
 from prism_lib import paths
 from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
-from prism_lib.data.folder import FREE_CAPTION, SPLITS, building, load_info, load_table, write_metadata
+from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
 from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
-from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
 
@@ -72,7 +71,6 @@ class PrepareConfig:
     # Free captions with more tokens than a model reads (`caption_model`, as in fine-tuning) are an error, or cut.
     long_captions: Literal["refuse", "sentences"] = "refuse"  # "sentences": the first sentences that fit
     caption_model: str = paths.SHIPPED
-    blank_captions: Literal["refuse", "labels"] = "refuse"  # "labels": one of the labels takes their place
     extra_labels: ExtraLabels | None = None  # from a table beside the data set's own
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
@@ -162,6 +160,7 @@ def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
         for edit in edits:
             Edit.read(edit, words)
         plan = _plan(source, config, words)
+        free = [REPORT] if REPORT in plan else []
         # A key of everything that decides an image file's bytes, its name, or its patient.
         files = plan[[column for column in plan if column in FILE_COLUMNS]]
         rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
@@ -190,7 +189,7 @@ def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
             "rejected": [asdict(item) for item in rejected],
             "duplicates": {"across_splits": len(duplicates), "within_split": within},
             "extra_labels": {"rows_without_image": len(unmatched), "first_of_these": unmatched[:20]},
-            "free_captions": plan.attrs,
+            "captions_shortened": int((plan[free].to_numpy() != source.table[free].to_numpy()).sum()),
         }
         write_metadata(folder, metadata, {name: written[name].file_hash for name in metadata["file_name"]}, info)
     return output
@@ -201,7 +200,7 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     labels = list(source.labels)
     if wordless := {*(config.extra_labels.labels.values() if config.extra_labels else ())} - {*vocab.phrases}:
         raise ValueError(f"vocabulary {vocab.name!r} has no words for the extra label {min(wordless)!r}")
-    if config.columns.caption and FREE_CAPTION not in source.table:
+    if config.columns.caption and REPORT not in source.table:
         raise ValueError(f"captions in a column ({config.columns.caption!r}) are for the datasets 'table' and 'dicom'")
     if not set(labels) & set(vocab.phrases):
         raise ValueError(f"vocabulary {vocab.name!r} has words for no label of {config.dataset!r}: {', '.join(labels)}")
@@ -215,46 +214,32 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     shares = split_patients(drawn, config.split, config.seed) if len(drawn) else {}
     table["split"] = table["patient_id"].map(shares).where(given == "", given)
     table["file_name"] = table["split"] + "/" + table["name"] + ".png"
-    known, counts = _resolved(table, labels, config), dict[Any, int]()
-    if FREE_CAPTION in table:
-        known[FREE_CAPTION], counts = _free_captions(known, labels, config, vocab)
-        table = table.assign(**{FREE_CAPTION: known[FREE_CAPTION]})
+    if REPORT in table:
+        table[REPORT] = _shortened(table, config)
+    known = _resolved(table, labels, config)
     captions = draw_captions(known, labels, config.dataset, vocab, config.seed, 1, config.explicit_share)
-    table = table.assign(text=[texts[0] for texts in captions])
-    table.attrs = counts
-    return table
+    return table.assign(text=[texts[0] for texts in captions])
 
 
-def _free_captions(
-    table: pd.DataFrame, labels: list[str], config: PrepareConfig, vocab: Vocabulary
-) -> tuple[pd.Series, dict[Any, int]]:
-    """The free captions, every one there and short enough, and how many were not; ValueError names refused rows."""
+def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
+    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
     from transformers import AutoTokenizer  # seconds
 
     places = [place / config.caption_model for place in (Path(), paths.runs(), paths.weights())]
     folder = next((str(place) for place in places if (place / "tokenizer").is_dir()), config.caption_model)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    most, cut = tokenizer.model_max_length, config.long_captions == "sentences"
 
     def shortened(text: str) -> str:
-        heads = list(accumulate(re.split(r"(?<=[.!?;])\s+", text), "{} {}".format))
-        if config.long_captions == "refuse":
-            heads = heads[-1:]
-        lengths = ((head, len(tokenizer(head, verbose=False).input_ids)) for head in reversed(heads))
-        return next((head for head, length in lengths if length <= tokenizer.model_max_length), "")
+        heads = reversed(list(accumulate(re.split(r"(?<=[.!?;])\s+", text) if cut else [text], "{} {}".format)))
+        return next((head for head in heads if len(tokenizer(head, verbose=False).input_ids) <= most), "")
 
-    def refuse(bad: pd.Series, what: str) -> None:
-        if bad.any():
-            raise ValueError(f"{bad.sum()} of {len(bad)} images {what}: {', '.join(table['source_file'][bad].head())}")
-
-    texts = table[FREE_CAPTION].str.split().str.join(" ")
-    blank = texts == ""
-    if config.blank_captions == "refuse":
-        refuse(blank, f"have no {config.columns.caption}")
-    texts = texts.where(~blank, [caption(row, vocab=vocab) for row in table[labels].to_dict("records")])
-    short = texts.map(shortened)
-    where = " in the first sentence alone" if config.long_captions == "sentences" else ""
-    refuse(short == "", f"have captions of more than the {tokenizer.model_max_length} tokens of {folder}{where}")
-    return short, {"blank": int(blank.sum()), "shortened": int((short != texts).sum())}
+    texts = table[REPORT].map(shortened)
+    if (long := texts == "").any():
+        said = "in the first sentence alone " if cut else ""
+        files = ", ".join(table["source_file"][long].head())
+        raise ValueError(f"{long.sum()} captions have {said}more than the {most} tokens of {folder}: {files}")
+    return texts
 
 
 def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig) -> pd.DataFrame:

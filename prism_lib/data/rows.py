@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from prism_lib.data.chest import DEVICES, NOT_THERE
-from prism_lib.data.folder import (
-    FREE_CAPTION,
-    Folder,
-    load_info,
-    load_table,
-    load_vocabulary,
-    read_images,
-    truth_is_known,
-)
+from prism_lib.data.folder import REPORT, Folder, load_info, load_table, load_vocabulary, read_images, truth_is_known
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
@@ -44,17 +36,15 @@ def draw_captions(
     table: pd.DataFrame, labels: list[str], source: str, vocab: Vocabulary, seed: int | str, count: int, share: float
 ) -> list[list[str]]:
     """`sample_captions` of a table that is not on disk yet; a free caption takes the place of those not explicit."""
-    columns = ["file_name", *labels, *(name for name in (*DETAIL_COLUMNS, FREE_CAPTION) if name in table)]
+    columns = ["file_name", *labels, *(name for name in (*DETAIL_COLUMNS, REPORT) if name in table)]
     captions = []
     for row in table[columns].to_dict("records"):
         rng = random.Random(f"{seed}:{row['file_name']}")
         known = {label: row[label] for label in labels}
         more = _details(row) if source == "phantom" else {}
-        if FREE_CAPTION in row:
-            free = str(row[FREE_CAPTION])
-            texts = [sample_caption(known, rng, vocab, 1) if rng.random() < share else free for _ in range(count)]
-        else:
-            texts = [sample_caption(known, rng, vocab, share, more) for _ in range(count)]
+        texts = [sample_caption(known, rng, vocab, 1.0 if REPORT in row else share, more) for _ in range(count)]
+        if REPORT in row:
+            texts = [text if rng.random() < share else str(row[REPORT]) for text in texts]
         captions.append(texts)
     return captions
 

@@ -9,7 +9,6 @@ import codecs
 import difflib
 import gzip
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,11 +20,9 @@ import pydantic
 from pydicom.datadict import tag_for_keyword
 
 from prism_lib import paths
-from prism_lib.data.folder import FREE_CAPTION, SPLITS
+from prism_lib.data.folder import REPORT, SPLITS
 from prism_lib.data.images import IMAGE_SUFFIXES, ImageFiles, Reader, Rejection
 from prism_lib.language.labels import vocabulary
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,6 @@ def with_labels(source: Source, extra: ExtraLabels) -> tuple[Source, list[str]]:
     if "source_file" not in source.table:
         raise ValueError(f"{extra.table} cannot be joined: the images of this data set have no files")
     labels, unmatched = joined(source.table, extra)
-    logger.info("%d rows of %s are of no image here: %s", len(unmatched), extra.table, ", ".join(unmatched[:5]))
     table = source.table.assign(**labels.combine_first(source.table.reindex(columns=labels.columns)))
     return replace(source, table=table, labels=tuple(dict.fromkeys((*source.labels, *labels)))), unmatched
 
@@ -254,7 +250,7 @@ def with_labels(source: Source, extra: ExtraLabels) -> tuple[Source, list[str]]:
 REQUIRED = {"file_name": "source_file", "patient_id": "patient_id"}
 POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the table"
 # Columns of every prepared table.
-RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", FREE_CAPTION, *REQUIRED, "split"})
+RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", REPORT, *REQUIRED, "split"})
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -283,8 +279,11 @@ def table_source(
         if column in RESERVED or column in labels:
             raise ValueError(f"column {column!r} cannot be carried along: the prepared table has another of that name")
     carried = {column: column for column in (*labels, *columns.extra)}
-    carried |= {columns.caption: FREE_CAPTION} if columns.caption else {}
+    carried |= {columns.caption: REPORT} if columns.caption else {}
     table = read_table(path, REQUIRED | carried, {"split": "split"}, columns.encoding)
+    if columns.caption:
+        table[REPORT] = table[REPORT].str.split().str.join(" ")
+        refuse(table[REPORT] == "", table["source_file"], path, f"no {columns.caption}")
     table = table.assign(**{label: label_values(table[label], path, label) for label in labels})
     # One file name without folders: "site1/a.png" -> "site1_a".
     names = table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("/", "_"))

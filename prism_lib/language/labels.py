@@ -45,11 +45,10 @@ class Vocabulary:
             known = {*self.phrases, *(self.owners if key == "aliases" else ())}
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
-        keys: dict[str, str] = {}
-        for name in (*self.labels, *self.owners):
-            if not (key := snake_case(name)) or key in keys:
-                raise ValueError(f"{name!r} has the key {key!r}, which is empty or that of {keys.get(key)!r}")
-            keys[key] = name
+        names = (*self.labels, *self.owners)
+        keys = [snake_case(name) for name in names]
+        if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:
+            raise ValueError(f"{names[bad[0]]!r} has the key {keys[bad[0]]!r}, which is empty or that of another name")
 
     @property
     def labels(self) -> tuple[str, ...]:

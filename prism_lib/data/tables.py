@@ -241,8 +241,9 @@ def with_labels(source: Source, extra: ExtraLabels) -> tuple[Source, list[str]]:
     """A source with the labels of another table, which count before its own; and the names there of no image."""
     if "source_file" not in source.table:
         raise ValueError(f"{extra.table} cannot be joined: the images of this data set have no files")
-    labels, unmatched = joined(source.table, extra)
-    table = source.table.assign(**labels.combine_first(source.table.reindex(columns=labels.columns)))
+    table = source.table.reset_index(drop=True)
+    labels, unmatched = joined(table, extra)
+    table = table.assign(**labels.combine_first(table.reindex(columns=labels.columns)))
     return replace(source, table=table, labels=tuple(dict.fromkeys((*source.labels, *labels)))), unmatched
 
 

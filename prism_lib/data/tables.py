@@ -132,9 +132,7 @@ def _read_csv(path: Path, encoding: str, **options: object) -> pd.DataFrame:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no table {path}") from None
     except (UnicodeError, LookupError) as error:
-        raise ValueError(
-            f"{path} is not in the encoding {encoding!r}; name its own, such as 'cp1252': {error}"
-        ) from None
+        raise ValueError(f"{path} is not in {encoding!r}; name its encoding, such as 'cp1252': {error}") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from error
 
@@ -225,9 +223,9 @@ def joined(images: pd.DataFrame, extra: ExtraLabels) -> tuple[pd.DataFrame, list
             break
     refuse(keys.duplicated(), table["file"], path, f"repeated {extra.name}")
     names = tails.where(tails.isin(keys), images["name"])
-    if not (found := names.isin(keys)).any():
+    if not (known := names.isin(keys)).any():
         raise ValueError(f"{path} names none of the images, such as {files.iloc[0]!r}")
-    labels = values.set_index(keys).loc[names[found]].set_index(images.index[found])
+    labels = values.set_index(keys).loc[names[known]].set_index(images.index[known])
     return labels, table.loc[~keys.isin(names), "file"].tolist()
 
 
@@ -260,8 +258,8 @@ class Columns:
 
     labels: tuple[str, ...] = ()  # the label columns; () is every column that is nothing else
     extra: tuple[str, ...] = ()  # columns to carry along unchanged
-    caption: str = ""  # the column of free captions, such as reports; they replace all but the explicit captions
     header: tuple[str, ...] = ()  # of DICOM files, the header fields to copy, by keyword ("PatientAge")
+    caption: str = ""  # the column of free captions, such as reports; they replace all but the explicit captions
     encoding: str = UTF8  # of the table; marks of UTF-8 and UTF-16 are seen
 
 

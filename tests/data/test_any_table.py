@@ -186,7 +186,7 @@ def test_what_excel_writes_is_read(tmp_path, separator, encoding):
         labels=("Cardiomegaly",), extra=("place",), encoding="cp1252" if encoding == "cp1252" else "utf-8"
     )
     if encoding == "cp1252":
-        with pytest.raises(ValueError, match=r"metadata\.csv is not in the encoding 'utf-8'; name its own, such as"):
+        with pytest.raises(ValueError, match=r"metadata\.csv is not in 'utf-8'; name its encoding, such as"):
             prepare(config_for(root, columns=dataclasses.replace(columns, encoding="utf-8")))
     prepared = load_table(prepare(config_for(root, columns=columns)))
     assert set(prepared["place"]) == {"Zürich"} and "site1/03.png" in set(prepared["source_file"])

@@ -119,7 +119,7 @@ def test_a_compressed_table_in_another_encoding_with_semicolons(tmp_path):
     extra = ExtraLabels("more.csv.gz", {"Ödem": "Edema"}, "Datei", "cp1252")
     labels, _ = joined(images, extra)
     assert labels["Edema"].iloc[1] == 1 and labels["Edema"].isna().iloc[0]
-    with pytest.raises(ValueError, match=r"more\.csv\.gz is not in the encoding 'utf-8'; name its own"):
+    with pytest.raises(ValueError, match=r"more\.csv\.gz is not in 'utf-8'; name its encoding"):
         joined(images, dataclasses.replace(extra, encoding="utf-8"))
 
 

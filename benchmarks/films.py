@@ -20,14 +20,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import records
-from prism_lib.data import load_info, load_table, read_images
+from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import NO_DEVICES
 from prism_lib.editing import Counterfactual, edit, invert
 from prism_lib.evaluation import metrics
 from prism_lib.evaluation.evaluate import interval
 from prism_lib.files import stable_seed
-from prism_lib.language.labels import vocabulary
 from prism_lib.models import load_pipeline
 from prism_lib.phantom import with_devices
 from prism_lib.studies.editors import LEdits, TwoMasks
@@ -92,12 +91,11 @@ class Case:
     """A film, the same with devices, and what had to change: (1, 1, H, W) each."""
 
     def __init__(self, folder: Path, film: dict, seed: int) -> None:
-        info = load_info(folder)
         self.truth = read_images(folder, pd.DataFrame([film]))
         self.seed, rendered = seed, with_devices(self.truth, [seed])
         self.image, self.changed, (self.kinds,) = rendered.images, rendered.mask, rendered.kinds
-        labels = {label: film[label] for label in info["labels"]} | {DEVICES: 1.0}
-        self.pair = NO_DEVICES.prompts(labels, vocabulary(info["config"]["vocabulary"]))
+        labels = {label: film[label] for label in load_info(folder)["labels"]} | {DEVICES: 1.0}
+        self.pair = NO_DEVICES.prompts(labels, load_vocabulary(folder))
         self.patient = film["patient_id"]
 
     def measured(self, result: Counterfactual) -> dict[str, float]:

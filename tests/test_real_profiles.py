@@ -42,6 +42,18 @@ def nih(root):
     formats.write_lines(root / "Data_Entry_2017_v2020.csv", rows)
 
 
+def run(profile, notebooks, parameters, folder):
+    overrides = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    return subprocess.run(
+        [sys.executable, "-m", "prism_lib.apps.cli", "run", profile, "--only", *notebooks, *overrides],
+        env=os.environ
+        | {"PRISM_RUNS": str(folder / "runs"), "PRISM_DATA": str(folder / "data"), "PYTHONPATH": str(paths.root())},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.notebooks
 @pytest.mark.parametrize(
@@ -57,17 +69,7 @@ def test_profile_runs_on_data_in_the_published_format(profile, write, channels, 
     write(tmp_path / "data")
     vocab = vocabulary(load_profile(profile).sections["01_data"]["VOCABULARY"])
     build_pipeline(tiny_config(), seed=0, captions=corpus(vocab)).save_pretrained(tmp_path / "tiny")
-    small = SMALL | {"MODEL": tmp_path / "tiny"}
-    overrides = [word for name, value in small.items() for word in ("-p", name, str(value))]
-    notebooks = ["--only", "01", "02", "03"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "prism_lib.apps.cli", "run", profile, *notebooks, *overrides],
-        env=os.environ
-        | {"PRISM_RUNS": str(tmp_path / "runs"), "PRISM_DATA": str(tmp_path / "data"), "PYTHONPATH": str(paths.root())},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    finished = run(profile, ["01", "02", "03"], SMALL | {"MODEL": tmp_path / "tiny"}, tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     section = load_profile(profile).sections["01_data"]
     folder = tmp_path / "data" / section["OUTPUT"]
@@ -81,3 +83,26 @@ def test_profile_runs_on_data_in_the_published_format(profile, write, channels, 
     assert list((tmp_path / "runs" / "judges").glob("*/model.safetensors"))
     edits = set(load_profile(profile).sections["03_counterfactuals"]["EDITS"])
     assert set(records["counterfactual_quality"]["metrics"]) == edits
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_labels_of_any_body_part_go_through_the_notebooks(tmp_path):
+    """A table with labels and reports of its own, as pandas writes it, from preparation to counterfactuals."""
+    root, count = tmp_path / "data" / "spine", 40
+    for number in range(count):
+        formats.save(formats.noise(number), root / f"{number}.png")
+    columns = {"file_name": [f"{number}.png" for number in range(count)], "patient_id": list(range(count))}
+    columns |= {"Scoliosis": [number % 2 == 0 for number in range(count)]}
+    columns |= {"tuberculosis": [number % 3 == 0 for number in range(count)]}
+    formats.table(root, "metadata.csv", **columns)
+    words = vocabulary("labels", ["Scoliosis", "tuberculosis"], "spine x-ray")
+    build_pipeline(tiny_config(), seed=0, captions=corpus(words)).save_pretrained(tmp_path / "tiny")
+    small = SMALL | {"MODEL": tmp_path / "tiny", "DATASET": "table", "DATA_ROOT": "spine", "MODE": "L"}
+    small |= {"OUTPUT": "prepared/spine", "DATA": "prepared/spine", "VOCABULARY": "labels", "SUBJECT": "spine x-ray"}
+    small |= {"EDITS": ["remove_scoliosis", "add tuberculosis"]}
+    finished = run("nih", ["01", "02", "03"], small, tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("figures/*.json")}
+    assert set(records["counterfactual_quality"]["metrics"]) == {"remove_scoliosis", "add_tuberculosis"}
+    assert vocabulary(str(next(tmp_path.rglob("pipeline/vocabulary.yaml")))).subject == "spine x-ray"

@@ -16,14 +16,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from prism_lib.apps.profiles import coerce, one_line
-from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.tables import found, images_below
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import selection
 from prism_lib.evaluation.selection import Criteria
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import Labels, Vocabulary, vocabulary
+from prism_lib.language.labels import Labels, Vocabulary
 from prism_lib.paths import SHIPPED
 
 ALL = "all"
@@ -152,7 +152,7 @@ def configured(config: BulkConfig, given: Iterable[tuple[str, Any]]) -> BulkConf
 def plan(config: BulkConfig) -> list[Task]:
     """Every task, by row and then by image; the first thing that is wrong raises ValueError or FileNotFoundError."""
     info, table = load_info(config.data), load_table(config.data, config.split or None)
-    vocab, rows = vocabulary(info["config"]["vocabulary"]), read_rows(config.edits)
+    vocab, rows = load_vocabulary(config.data), read_rows(config.edits)
     images = {row["file_name"]: cast(dict[str, Any], row) for row in table.to_dict("records")}
     tasks: dict[tuple[str, PromptPair, str], Task] = {}
     for number, row in enumerate(rows, 1):

@@ -35,7 +35,7 @@ FULL_SIZE = (
 def explore(
     model: str = "",
     judge: str = "phantom-judge",
-    vocabulary: str = "phantom",
+    vocabulary: str = "",
     mode: str = "L",
     *,
     data: str = "",
@@ -44,8 +44,9 @@ def explore(
     """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that
-    reads every image, "" for none; `vocabulary` has the labels that are offered; `mode` is "L" (gray) or "RGB". It
-    begins with the folder `data`, prepared or of images, else with a phantom of the population `seed`.
+    reads every image, "" for none; `vocabulary` has the labels that are offered, "" for those that the model was
+    fine-tuned with, else the phantom's; `mode` is "L" (gray) or "RGB". It begins with the folder `data`, prepared or of
+    images, else with a phantom of the population `seed`.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # a wheel turns instead

@@ -33,6 +33,7 @@ from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.published import locate
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
@@ -87,16 +88,19 @@ class Session:
         self._thread = threading.Thread()
 
     @classmethod
-    def load(cls, model: str = "", judge: str = "", vocab: str = "phantom", mode: str = "L") -> Session:
+    def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> Session:
         """A session with a model ("" for the shipped one that an image resembles) and a judge ("" for none).
 
-        `mode` says whether images are gray ("L") or "RGB".
+        `vocab` is "" for the one that the model was fine-tuned with, else the phantom's. `mode` says whether images
+        are gray ("L") or "RGB".
         """
         first = model or SHIPPED
+        own = Path(locate(first)).resolve() / "vocabulary.yaml"
+        words = vocabulary(vocab or (str(own) if own.is_file() else "phantom"))
         shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
-        offered = dict.fromkeys([first, *(shipped if (vocab, mode) == ("phantom", "L") else [])])
+        offered = dict.fromkeys([first, *(shipped if (words.name, mode) == ("phantom", "L") else [])])
         references = {name: novelty.load(name) for name in offered}
-        made = cls(load_pipeline(first), first, load_judge(judge), vocabulary(vocab), references, mode, judge)
+        made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode, judge)
         made.chosen = model if len(references) > 1 else first
         return made
 

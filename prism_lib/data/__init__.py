@@ -9,7 +9,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "folder": ["load_info", "load_table", "read_images", "truth_is_known"],
+        "folder": ["load_info", "load_table", "load_vocabulary", "read_images", "truth_is_known"],
         "full_size": ["put_back", "put_back_file"],
         "preparation": ["PrepareConfig", "prepare"],
         "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "true_counterfactual"],

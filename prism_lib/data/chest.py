@@ -19,7 +19,7 @@ from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
 from prism_lib.files import stable_seed
-from prism_lib.language.labels import CHEXPERT_LABELS, NIH_LABELS, NO_FINDING, PHANTOM_LABELS
+from prism_lib.language.labels import CHEXPERT_LABELS, NO_FINDING, PHANTOM_LABELS
 
 DEVICES = "Support Devices"
 CHEXPERT_COLUMNS = {
@@ -79,6 +79,12 @@ NIH_COLUMNS = {
     **{"Image Index": "source_file", "Finding Labels": "findings", "Patient ID": "patient_id"},
     **{"Patient Age": "age", "Patient Gender": "sex", "View Position": "view"},
 }
+_NIH = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
+    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
+# NIH's names and ours: CheXpert's where they mean the same.
+NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
 NIH_POLICY = (
     "1 where the finding is listed, 0 where it is not (NIH's text mining looked for all 14); "
     "Support Devices, which NIH did not look for, is never mentioned"
@@ -89,7 +95,7 @@ def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) 
     """At most `num_images` images of NIH ChestX-ray14: NIH's own table, and the images anywhere below its folder."""
     path = tables.find_table(data_root, ["Data_Entry_2017*.csv", "labels.csv"])
     table = tables.read_table(path, NIH_COLUMNS)
-    table.insert(0, "name", tables.stems(table["source_file"]))
+    table.insert(0, "name", table["source_file"].map(lambda file: Path(file).stem))
     refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
     table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
     findings, names = table.pop("findings"), {NO_FINDING: NO_FINDING, **NIH_LABELS}
@@ -217,13 +223,8 @@ def film_source(
         return films  # the rejections say why
     table = films.table
     if screened is not None:
-        verdict = tables.read_table(screened, {"file_name": "file_name", DEVICES: DEVICES})
-        verdict["name"] = tables.stems(verdict["file_name"])  # a table of .png files suits their .jpg copies
-        refuse(verdict["name"].duplicated(), verdict["file_name"], screened, "repeated file_name")
-        verdict[DEVICES] = tables.label_values(verdict[DEVICES], screened, DEVICES)
-        table = table.drop(columns=DEVICES).merge(verdict[["name", DEVICES]], on="name")
-        if table.empty:
-            raise ValueError(f"{screened} names none of the films, such as {films.table['source_file'].iloc[0]!r}")
+        labels, _ = tables.joined(table, tables.ExtraLabels(screened.resolve(), {DEVICES: DEVICES}))
+        table = table.loc[labels.index].assign(**labels)
         table = table[table[DEVICES] != 1]
         if table.empty:
             raise ValueError(f"{screened} leaves out every film: all show devices")

@@ -22,9 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from prism_lib.files import exclusive
+from prism_lib.language.labels import Vocabulary, vocabulary
 
 FORMAT = 2  # 2: captions are drawn as training draws them, label policies are mappings
 SPLITS = ("train", "val", "test")
+REPORT = "free_caption"  # column of captions that a person wrote, where there are such
 
 Folder = str | os.PathLike[str]
 
@@ -41,6 +43,12 @@ def load_info(folder: Folder) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}: prepare the data set again")
     return info
+
+
+def load_vocabulary(folder: Folder) -> Vocabulary:
+    """The words of a prepared folder's captions, as they were when it was prepared."""
+    info = load_info(folder)
+    return vocabulary(info["config"]["vocabulary"], info["labels"], info["config"].get("subject", ""))
 
 
 def truth_is_known(folder: Folder) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +18,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
+from prism_lib import paths
 from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
-from prism_lib.data.folder import SPLITS, building, load_info, load_table, write_metadata
+from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
 from prism_lib.data.skin import FORMATS, skin_source
-from prism_lib.data.tables import Columns, Source, split_patients, table_source
-from prism_lib.language.labels import vocabulary
+from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
+from prism_lib.language.edits import Edit
+from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,8 @@ class PrepareConfig:
     # has its published validation set as the test split; otherwise that set is left out.
     split: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
     confounding: Share = 0.0  # how strongly devices follow disease in the phantom
-    vocabulary: Literal["chest", "phantom", "skin"] = "chest"  # whose labels captions name; all label columns are kept
+    vocabulary: str = "chest"  # whose labels captions name (see `vocabulary`); all label columns are kept
+    subject: str = ""  # what the images are, for the vocabulary "labels": "knee x-ray"
     explicit_share: Share = 0.5  # of captions in the explicit template, which edits use
     # What -1 becomes, by label, and what a label that is not mentioned becomes; "*" is every other label.
     uncertain: Mapping[str, Literal["ignore", "zeros", "ones"]] = field(default_factory=dict)
@@ -63,6 +68,10 @@ class PrepareConfig:
     view: View = "frontal"  # of CheXpert
     table: str = "metadata.csv"  # its file name, for "table" and "dicom"
     columns: Columns = field(default_factory=Columns)  # for the same two
+    # Free captions with more tokens than a model reads (`caption_model`, as in fine-tuning) are an error, or cut.
+    long_captions: Literal["refuse", "sentences"] = "refuse"  # "sentences": the first sentences that fit
+    caption_model: str = paths.SHIPPED
+    extra_labels: ExtraLabels | None = None  # from a table beside the data set's own
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
@@ -78,6 +87,11 @@ class PrepareConfig:
                 raise ValueError("dataset 'table' needs a mode: L or RGB")
         elif self.mode not in ("", _own_mode(self)):
             raise ValueError(f"mode of dataset {self.dataset!r} is {_own_mode(self)!r}, not {self.mode!r}")
+        words = vocabulary(self.vocabulary, (), self.subject)
+        if self.subject not in ("", words.subject):
+            raise ValueError(f"subject {self.subject!r} is for the vocabulary 'labels', not for {words.name!r}")
+        if self.dataset == "films" and self.extra_labels and DEVICES in self.extra_labels.labels.values():
+            raise ValueError(f"{DEVICES!r} of films are read from the table `screened`, not from extra_labels")
         if self.columns.header and self.dataset != "dicom":
             raise ValueError("header fields can be copied from the dataset 'dicom' only")
         if self.dataset != "films":
@@ -98,6 +112,8 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
     """The values that decide the content, as JSON: all but the output folder and the number of processes."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     del values["output"], values["processes"]
+    if config.vocabulary not in (*VOCABULARIES, "labels"):  # a file, which may change or go
+        values["vocabulary"] = json.loads(json.dumps(asdict(vocabulary(config.vocabulary))))
     root = None if config.dataset == "phantom" else config.data_root
     return values | {"data_root": root and str(root.resolve())}
 
@@ -124,20 +140,27 @@ def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
     return root, config.num_images, config.seed, ImageFiles(config.size, config.fit, mode, config.max_upscale, header)
 
 
-def prepare(config: PrepareConfig) -> Path:
+def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
     """Write the prepared folder and return its path; at once if it is already there, whole and the same.
 
-    Raises before any long work if the configuration, the table or the output is at fault, and later if more than
-    `config.max_rejected` of the files cannot be used (an image in two splits does not count). After an error or a kill
-    the same configuration continues with the images that were finished.
+    Raises before any long work if the configuration, a table or the output is at fault, or if the vocabulary lacks a
+    word of one of `edits` (keys or sentences), and later if more than `config.max_rejected` of the files cannot be used
+    (an image in two splits does not count). After an error or a kill the same configuration continues with the images
+    that were finished.
     """
     output = config.output
     if _already_prepared(config):
         logger.info("reusing the prepared folder %s", output)
         return output
     with building(output) as folder:
-        source = SOURCES[config.dataset](config)
-        plan = _plan(source, config)
+        source, unmatched = SOURCES[config.dataset](config), list[str]()
+        if config.extra_labels:
+            source, unmatched = with_labels(source, config.extra_labels)
+        words = vocabulary(config.vocabulary, source.labels, config.subject)
+        for edit in edits:
+            Edit.read(edit, words)
+        plan = _plan(source, config, words)
+        free = [REPORT] if REPORT in plan else []
         # A key of everything that decides an image file's bytes, its name, or its patient.
         files = plan[[column for column in plan if column in FILE_COLUMNS]]
         rows = pd.util.hash_pandas_object(files, index=False).to_numpy().tobytes()
@@ -165,14 +188,20 @@ def prepare(config: PrepareConfig) -> Path:
             "counts": {"before": _counts(plan, source.labels), "after": _counts(metadata, source.labels)},
             "rejected": [asdict(item) for item in rejected],
             "duplicates": {"across_splits": len(duplicates), "within_split": within},
+            "extra_labels": {"rows_without_image": len(unmatched), "first_of_these": unmatched[:20]},
+            "captions_shortened": int((plan[free].to_numpy() != source.table[free].to_numpy()).sum()),
         }
         write_metadata(folder, metadata, {name: written[name].file_hash for name in metadata["file_name"]}, info)
     return output
 
 
-def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
+def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFrame:
     """The source's table with split, file name and caption of every image."""
-    labels, vocab = list(source.labels), vocabulary(config.vocabulary)
+    labels = list(source.labels)
+    if wordless := {*(config.extra_labels.labels.values() if config.extra_labels else ())} - {*vocab.phrases}:
+        raise ValueError(f"vocabulary {vocab.name!r} has no words for the extra label {min(wordless)!r}")
+    if config.columns.caption and REPORT not in source.table:
+        raise ValueError(f"captions in a column ({config.columns.caption!r}) are for the datasets 'table' and 'dicom'")
     if not set(labels) & set(vocab.phrases):
         raise ValueError(f"vocabulary {vocab.name!r} has words for no label of {config.dataset!r}: {', '.join(labels)}")
     for name, policy in (("uncertain", config.uncertain), ("blank", config.blank)):
@@ -185,9 +214,32 @@ def _plan(source: Source, config: PrepareConfig) -> pd.DataFrame:
     shares = split_patients(drawn, config.split, config.seed) if len(drawn) else {}
     table["split"] = table["patient_id"].map(shares).where(given == "", given)
     table["file_name"] = table["split"] + "/" + table["name"] + ".png"
+    if REPORT in table:
+        table[REPORT] = _shortened(table, config)
     known = _resolved(table, labels, config)
     captions = draw_captions(known, labels, config.dataset, vocab, config.seed, 1, config.explicit_share)
     return table.assign(text=[texts[0] for texts in captions])
+
+
+def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
+    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
+    from transformers import AutoTokenizer  # seconds
+
+    places = [place / config.caption_model for place in (Path(), paths.runs(), paths.weights())]
+    folder = next((str(place) for place in places if (place / "tokenizer").is_dir()), config.caption_model)
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    most, cut = tokenizer.model_max_length, config.long_captions == "sentences"
+
+    def shortened(text: str) -> str:
+        heads = reversed(list(accumulate(re.split(r"(?<=[.!?;])\s+", text) if cut else [text], "{} {}".format)))
+        return next((head for head in heads if len(tokenizer(head, verbose=False).input_ids) <= most), "")
+
+    texts = table[REPORT].map(shortened)
+    if (long := texts == "").any():
+        said = "in the first sentence alone " if cut else ""
+        files = ", ".join(table["source_file"][long].head())
+        raise ValueError(f"{long.sum()} captions have {said}more than the {most} tokens of {folder}: {files}")
+    return texts
 
 
 def _resolved(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig) -> pd.DataFrame:
@@ -267,6 +319,7 @@ def _already_prepared(config: PrepareConfig) -> bool:
     asked = settings(config)
     # Folders lack the settings that are newer than they are.
     there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]
+    there["columns"] = asdict(Columns()) | there["columns"]
     if differing := [name for name in asked if there[name] != asked[name]]:
         changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)
         raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from prism_lib.data.chest import DEVICES, NOT_THERE
-from prism_lib.data.folder import Folder, load_info, load_table, read_images, truth_is_known
+from prism_lib.data.folder import REPORT, Folder, load_info, load_table, load_vocabulary, read_images, truth_is_known
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import CHEST, Vocabulary, vocabulary
+from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
 NO_DEVICES = Edit(remove=(DEVICES,))
@@ -29,21 +29,23 @@ def sample_captions(folder: Folder, table: pd.DataFrame, seed: int | str, count:
     The first one is the column `text` of the folder's own seed and explicit share.
     """
     info = load_info(folder)
-    vocab = vocabulary(info["config"]["vocabulary"])
-    return draw_captions(table, info["labels"], info["source"], vocab, seed, count, share)
+    return draw_captions(table, info["labels"], info["source"], load_vocabulary(folder), seed, count, share)
 
 
 def draw_captions(
     table: pd.DataFrame, labels: list[str], source: str, vocab: Vocabulary, seed: int | str, count: int, share: float
 ) -> list[list[str]]:
-    """`sample_captions` of a table that is not on disk yet."""
-    columns = ["file_name", *labels, *(name for name in DETAIL_COLUMNS if name in table)]
+    """`sample_captions` of a table that is not on disk yet; a free caption takes the place of those not explicit."""
+    columns = ["file_name", *labels, *(name for name in (*DETAIL_COLUMNS, REPORT) if name in table)]
     captions = []
     for row in table[columns].to_dict("records"):
         rng = random.Random(f"{seed}:{row['file_name']}")
         known = {label: row[label] for label in labels}
         more = _details(row) if source == "phantom" else {}
-        captions.append([sample_caption(known, rng, vocab, share, more) for _ in range(count)])
+        texts = [sample_caption(known, rng, vocab, 1.0 if REPORT in row else share, more) for _ in range(count)]
+        if REPORT in row:
+            texts = [text if rng.random() < share else str(row[REPORT]) for text in texts]
+        captions.append(texts)
     return captions
 
 
@@ -59,9 +61,8 @@ def _details(row: Mapping[Any, Any]) -> dict[str, str]:
 
 def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[PromptPair]:
     """Source and target prompt of an edit for every row, in the words of the folder's captions."""
-    info = load_info(folder)
-    vocab = vocabulary(info["config"]["vocabulary"])
-    return [edit.prompts(row, vocab) for row in table[info["labels"]].to_dict("records")]
+    vocab = load_vocabulary(folder)
+    return [edit.prompts(row, vocab) for row in table[load_info(folder)["labels"]].to_dict("records")]
 
 
 def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int, int]], list[str]]:
@@ -80,7 +81,7 @@ def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int,
     return couples, prompts
 
 
-def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
+def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.DataFrame:
     """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 
     A detail ("pacemaker") is removed where the source records it, and added where its label is absent.
@@ -88,7 +89,7 @@ def editable(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
     suits = pd.Series(True, index=table.index)
     for names, state in ((edit.remove, 1), (edit.add, 0)):
         for name in names:
-            label = CHEST.owners.get(name, name)
+            label = vocab.owners.get(name, name)
             if label not in table:
                 raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             suits &= table[label].eq(state)
@@ -145,9 +146,9 @@ class Example:
 
 def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
     """The first image that each edit suits, with the truth if it is known; ValueError if no edit suits any image."""
-    table, examples = load_table(folder), []
+    table, vocab, examples = load_table(folder), load_vocabulary(folder), []
     for edit in edits:
-        row = editable(table, edit).head(1)
+        row = editable(table, edit, vocab).head(1)
         if row.empty:
             continue
         panels = [read_images(folder, row)]

@@ -93,12 +93,11 @@ def _patients(table: pd.DataFrame, path: Path) -> pd.Series:
 
 def _artefacts(names: pd.Series, data_root: Path) -> pd.DataFrame:
     """A column per artefact: 1 or 0 where `ARTEFACT_TABLE` covers the image, else missing."""
-    columns = dict.fromkeys(SKIN_ARTEFACTS.values(), np.nan)
-    path = data_root / ARTEFACT_TABLE
+    unknown = pd.DataFrame(np.nan, names.index, list(SKIN_ARTEFACTS.values()))
+    path = data_root.resolve() / ARTEFACT_TABLE
     if not path.is_file():
-        return pd.DataFrame(columns, index=names.index)
+        return unknown
     there = {code: label for code, label in SKIN_ARTEFACTS.items() if code in tables.read_header(path)}
-    table = tables.read_table(path, {"image": "source_file"} | there)
-    values = {label: tables.label_values(table[label], path, label) for label in there.values()}
-    by_name = pd.DataFrame(columns | values, index=table.index).set_index(tables.stems(table["source_file"]))
-    return by_name.reindex(names.str.removesuffix("_downsampled")).set_index(names.index)
+    images = pd.DataFrame({"source_file": names.str.removesuffix("_downsampled"), "name": names})
+    labels, _ = tables.joined(images, tables.ExtraLabels(path, there, "image"))
+    return unknown.assign(**labels)

@@ -5,18 +5,22 @@ Every message names the file, the line (the header is line 1), and the value. Th
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import gzip
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 import pydantic
 from pydicom.datadict import tag_for_keyword
 
-from prism_lib.data.folder import SPLITS
+from prism_lib import paths
+from prism_lib.data.folder import REPORT, SPLITS
 from prism_lib.data.images import IMAGE_SUFFIXES, ImageFiles, Reader, Rejection
 from prism_lib.language.labels import vocabulary
 
@@ -74,49 +78,62 @@ def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
     return found[0]
 
 
-def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
+UTF8 = "utf-8"
+_SUFFIX = rf"(?i)({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.dcm')))})$"
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_table(
+    path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None, encoding: str = UTF8
+) -> pd.DataFrame:
     """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
-    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns. ValueError where
-    "patient_id" is empty, or "source_file" is empty, leaves the data root, or occurs twice.
+    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns; what pandas reads as
+    missing ("NaN", "None", ...) is empty. ValueError where there is no row, "patient_id" is empty, or "source_file"
+    is empty, leaves the data root, or occurs twice.
     """
-    header = read_header(path)
+    header = read_header(path, encoding)
     if absent := [column for column in columns if column not in header]:
         close = difflib.get_close_matches(absent[0], header, n=1)
         hint = f"; did {close[0]!r} mean that?" if close else ""
         raise ValueError(f"{path} lacks the column {absent[0]!r}; it has {', '.join(header)}{hint}")
     names = dict(columns) | {name: ours for name, ours in (optional or {}).items() if name in header}
-    raw = _read_csv(path, usecols=list(names))
+    raw = _read_csv(path, encoding, names=header, header=0, usecols=list(names)).fillna("")
+    if raw.empty:
+        raise ValueError(f"{path} has a header and no rows")
     table = raw[list(names)].rename(columns=names).apply(lambda column: column.str.strip())
     for column, ours in names.items():
         if ours in ("source_file", "patient_id"):
             refuse(table[ours] == "", table[ours], path, f"empty {column}")
         if ours == "source_file":
-            paths = table[ours].map(PureWindowsPath)  # also finds drives and backslashes
-            outside = paths.map(lambda name: bool(name.anchor) or ".." in name.parts)
+            table[ours] = table[ours].str.replace("\\", "/")  # of Windows
+            outside = table[ours].map(PureWindowsPath).map(lambda name: bool(name.anchor) or ".." in name.parts)
             refuse(outside, table[ours], path, "path outside the data root")
             refuse(table[ours].duplicated(), table[ours], path, f"repeated {column}")
     return table
 
 
-def read_header(path: Path) -> list[str]:
+def read_header(path: Path, encoding: str = UTF8) -> list[str]:
     """The column names of a CSV file; a name that occurs twice is an error."""
-    header = _read_csv(path, header=None, nrows=1).iloc[0].str.strip().str.removeprefix("\ufeff").tolist()
+    header = _read_csv(path, encoding, header=None, nrows=1, keep_default_na=False).iloc[0].str.strip().tolist()
     if repeated := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{path} has two columns {repeated[0]!r}")
     return header
 
 
-def _read_csv(path: Path, **options: object) -> pd.DataFrame:
+def _read_csv(path: Path, encoding: str, **options: object) -> pd.DataFrame:
     try:
-        with path.open(encoding="utf-8") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             first = file.readline()
-        separator = max(",;\t", key=first.count)
-        settings = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "sep": separator} | options
+        encoding = next((name for mark, name in _MARKS.items() if first.startswith(mark)), encoding)
+        separator = max(",;\t", key=lambda mark: first.count(mark.encode()))
+        settings = {"dtype": str, "skip_blank_lines": False, "sep": separator, "encoding": encoding} | options
         return pd.read_csv(path, **settings)  # type: ignore[call-overload]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no table {path}") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (UnicodeError, LookupError) as error:
+        raise ValueError(f"{path} is not in {encoding!r}; name its encoding, such as 'cp1252': {error}") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from error
 
 
@@ -128,8 +145,9 @@ def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
 
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
-    """Text as 1, 0, -1 (uncertain) or NaN (blank); any other value is an error."""
-    values = pd.to_numeric(column, errors="coerce").astype(float)
+    """Text as 1 (or "True"), 0, -1 (uncertain) or NaN (blank); any other value is an error."""
+    numbers = column.str.lower().replace({"true": "1", "false": "0"})
+    values = pd.to_numeric(numbers, errors="coerce").astype(float)
     refuse(~values.isin((1, 0, -1)) & (column != ""), column, path, f"label {label!r} is not 1, 0, -1 or blank")
     return values
 
@@ -143,11 +161,6 @@ def ages(column: pd.Series) -> pd.Series:
 def sexes(column: pd.Series) -> pd.Series:
     """M, F or "" from "Male", "female", "F", "Unknown", ..."""
     return column.str[:1].str.upper().where(lambda letter: letter.isin(("M", "F")), "")
-
-
-def stems(column: pd.Series) -> pd.Series:
-    """File names without folder and suffix."""
-    return column.map(lambda file: PurePosixPath(file).stem)
 
 
 def images_below(root: Path, *, by_stem: bool = False) -> dict[str, str]:
@@ -184,11 +197,59 @@ def found(
     return table, rejected
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class ExtraLabels:
+    """A table of labels that another table of the images lacks, such as FastDiME's of devices."""
+
+    table: Path  # absolute or below PRISM_DATA
+    labels: Mapping[str, str]  # its columns, and the label that each is
+    name: str = "file_name"  # its column of file names
+    encoding: str = UTF8
+
+
+def joined(images: pd.DataFrame, extra: ExtraLabels) -> tuple[pd.DataFrame, list[str]]:
+    """The labels of the images of a `Source` that the table has, and its names that are no image's.
+
+    Names match by file name, by as much of the path as tells all files apart, or by "name"; the suffix does not count.
+    ValueError for two rows of one name, and for no match at all.
+    """
+    path = paths.data() / extra.table
+    table = read_table(path, {extra.name: "file", **extra.labels}, encoding=extra.encoding)
+    values = pd.DataFrame({label: label_values(table[label], path, label) for label in extra.labels.values()})
+    files = images["source_file"]
+    for depth in range(1, 2 + int(max(names.str.count(r"[/\\]").max() for names in (table["file"], files)))):
+        keys, tails = _tails(table["file"], depth), _tails(files, depth)
+        if keys.is_unique and tails[~files.duplicated()].is_unique:
+            break
+    refuse(keys.duplicated(), table["file"], path, f"repeated {extra.name}")
+    names = tails.where(tails.isin(keys), images["name"])
+    if not (known := names.isin(keys)).any():
+        raise ValueError(f"{path} names none of the images, such as {files.iloc[0]!r}")
+    labels = values.set_index(keys).loc[names[known]].set_index(images.index[known])
+    return labels, table.loc[~keys.isin(names), "file"].tolist()
+
+
+def _tails(files: pd.Series, depth: int) -> pd.Series:
+    """The last parts of paths without suffix, as one name: "study1/view1.jpg" -> "study1_view1"."""
+    plain = files.str.replace("\\", "/").str.replace(_SUFFIX, "", regex=True)
+    return plain.str.rsplit("/", n=depth).str[-depth:].str.join("_")
+
+
+def with_labels(source: Source, extra: ExtraLabels) -> tuple[Source, list[str]]:
+    """A source with the labels of another table, which count before its own; and the names there of no image."""
+    if "source_file" not in source.table:
+        raise ValueError(f"{extra.table} cannot be joined: the images of this data set have no files")
+    table = source.table.reset_index(drop=True)
+    labels, unmatched = joined(table, extra)
+    table = table.assign(**labels.combine_first(table.reindex(columns=labels.columns)))
+    return replace(source, table=table, labels=tuple(dict.fromkeys((*source.labels, *labels)))), unmatched
+
+
 # Any images with a table: image files or DICOM.
 REQUIRED = {"file_name": "source_file", "patient_id": "patient_id"}
 POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the table"
 # Columns of every prepared table.
-RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", *REQUIRED, "split"})
+RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", REPORT, *REQUIRED, "split"})
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -198,6 +259,8 @@ class Columns:
     labels: tuple[str, ...] = ()  # the label columns; () is every column that is nothing else
     extra: tuple[str, ...] = ()  # columns to carry along unchanged
     header: tuple[str, ...] = ()  # of DICOM files, the header fields to copy, by keyword ("PatientAge")
+    caption: str = ""  # the column of free captions, such as reports; they replace all but the explicit captions
+    encoding: str = UTF8  # of the table; marks of UTF-8 and UTF-16 are seen
 
 
 def table_source(
@@ -208,17 +271,21 @@ def table_source(
     The table has the columns file_name and patient_id, perhaps split, and one per label, by the vocabulary's names.
     """
     path = find_table(data_root, [name])
-    labels = _labels(read_header(path), path, columns, vocab)
+    labels = _labels(read_header(path, columns.encoding), path, columns, vocab)
     if wrong := [keyword for keyword in columns.header if tag_for_keyword(keyword) is None]:
         raise ValueError(f"header field {wrong[0]!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
     for column in (*columns.extra, *columns.header):
         if column in RESERVED or column in labels:
             raise ValueError(f"column {column!r} cannot be carried along: the prepared table has another of that name")
     carried = {column: column for column in (*labels, *columns.extra)}
-    table = read_table(path, REQUIRED | carried, {"split": "split"})
+    carried |= {columns.caption: REPORT} if columns.caption else {}
+    table = read_table(path, REQUIRED | carried, {"split": "split"}, columns.encoding)
+    if columns.caption:
+        table[REPORT] = table[REPORT].str.split().str.join(" ")
+        refuse(table[REPORT] == "", table["source_file"], path, f"no {columns.caption}")
     table = table.assign(**{label: label_values(table[label], path, label) for label in labels})
     # One file name without folders: "site1/a.png" -> "site1_a".
-    names = table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("\\", "/").replace("/", "_"))
+    names = table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("/", "_"))
     table.insert(0, "name", names)
     refuse(table["name"].duplicated(), table["source_file"], path, "another file_name differs only in '/' or '.'")
     if "split" in table:
@@ -231,17 +298,18 @@ def table_source(
 
 def _labels(header: Sequence[str], path: Path, columns: Columns, name: str) -> tuple[str, ...]:
     """The label columns; ValueError for one outside the vocabulary, because a label without words cannot be edited."""
-    known = vocabulary(name).labels
-    others = {*REQUIRED, "split", *columns.extra}
+    others = {*REQUIRED, "split", *columns.extra, columns.caption}
     labels = columns.labels or tuple(column for column in header if column not in others)
     if not labels:
         raise ValueError(f"{path} has no label column beside {', '.join(header)}")
+    known = vocabulary(name, labels).labels
     for label in labels:
         if label not in known:
             close = difflib.get_close_matches(label, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"{path}: vocabulary {name!r} lacks the label {label!r}; {hint}It has {', '.join(known)}. "
-                f"Columns that are no labels are left out where the labels are named, or carried along by name"
+                f"Columns that are no labels are left out where the labels are named, or carried along by name; the "
+                f"vocabulary 'labels', or a YAML file, has other labels"
             )
     return labels

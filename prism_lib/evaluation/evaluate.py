@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
-from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
+from prism_lib.data.folder import Folder, image_batches, load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import CHEST
+from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network, save_classifier, train_classifier
 from prism_lib.records import Timer
 
@@ -156,6 +156,7 @@ class Evaluation:
     truth_mask: Tensor | None
     seconds: float = 0.0
     settings: tuple[object, ...] = ()
+    vocab: Vocabulary = CHEST
 
     def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The first images for a sheet: factual, edited, and truth where it is known."""
@@ -164,7 +165,7 @@ class Evaluation:
 
 def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test", having: str = "") -> pd.DataFrame:
     """The first ``count`` images of a split that the edit applies to (``having`` another label), one per patient."""
-    rows = editable(load_table(folder, split), edit)
+    rows = editable(load_table(folder, split), edit, load_vocabulary(folder))
     if having and (having not in rows or having in (*edit.remove, *edit.add)):
         raise ValueError(f"{having!r} is no other label of {folder} than those that {edit.key} changes")
     rows = (rows[rows[having] == 1] if having else rows).drop_duplicates("patient_id")
@@ -252,7 +253,7 @@ def evaluate_results(
     pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
     images = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
     truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
-    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings)
+    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings, load_vocabulary(folder))
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)
@@ -315,7 +316,7 @@ def _of_pixels(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:
 def _by_judge(e: Evaluation, judge: Classifier) -> dict[str, Any]:
     """Probabilities of the edited label before and after, CPG, and how many other labels flipped."""
     before, after = judge.read(e.factual), judge.read(e.edited)
-    owners = CHEST.owners
+    owners = e.vocab.owners
     changed = [owners.get(name, name) for name in (*e.edit.remove, *e.edit.add)]
     others = [k for k, label in enumerate(judge.labels) if label not in changed]
     columns: dict[str, Any] = {}

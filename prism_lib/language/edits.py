@@ -158,7 +158,7 @@ class Edit:
         edited = dict(labels) | {owners.get(name, name): None if name in owners else 0 for name in self.remove}
         edited |= dict.fromkeys((owners.get(name, name) for name in (*self.add, *self.keep)), 1)
         if NO_FINDING in labels and (self.remove or self.add):
-            edited[NO_FINDING] = _no_finding(edited)
+            edited[NO_FINDING] = _no_finding(edited, vocab)
         return edited
 
     def prompts(self, labels: Labels, vocab: Vocabulary = CHEST) -> PromptPair:
@@ -181,9 +181,9 @@ class Edit:
         return PromptPair(source, target, *words)
 
 
-def _no_finding(labels: Labels) -> float | None:
-    """0 if a disease among `labels` is present, 1 if all are known to be absent, else None; devices are no disease."""
-    states = [label_state(n, labels[n]) for n in CHEST.phrases if n in labels and n != "Support Devices"]
+def _no_finding(labels: Labels, vocab: Vocabulary) -> float | None:
+    """0 if a finding among `labels` is present, 1 if all are known to be absent, else None."""
+    states = [label_state(n, labels[n]) for n in vocab.phrases if n in labels and n not in vocab.foreign]
     if any(states):
         return 0
     return 1 if states and None not in states else None

@@ -139,7 +139,9 @@ def _lexicon(vocab: Vocabulary) -> dict[tuple[str, ...], _Sign]:
 
     def enter(phrases: Sequence[str], sign: _Sign) -> None:
         for phrase in phrases:
-            *first, noun = (word[0] for word in _words(phrase))
+            if not (words := [word[0] for word in _words(phrase)]):
+                continue  # a label such as "A" is all fillers: its key names it
+            *first, noun = words
             lexicon.setdefault((*first, noun), sign)
             # The plural of a singular noun and the other way round.
             other = noun[:-1] if noun.endswith("s") and not noun.endswith("ss") else f"{noun}s"
@@ -157,7 +159,7 @@ def _lexicon(vocab: Vocabulary) -> dict[tuple[str, ...], _Sign]:
         for change, phrases in changes.items():
             enter(phrases, found(name, "state", change))
     for group in WORDS["groups"].values():
-        only, but = group.get("only", vocab.phrases), group.get("but", ())
+        only, but = group.get("only", vocab.phrases), vocab.foreign if "but" in group else ()
         names = tuple(name for name in vocab.phrases if name in only and name not in but)
         for kind, change in (("state", "remove"), ("finding", "")):
             enter(group.get(kind, ()), _Sign(kind, change, names) if names else none)

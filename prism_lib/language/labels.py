@@ -1,35 +1,54 @@
-"""The labels of medical images: CheXpert's or ISIC's names, their states, and the words that captions use for them.
+"""The labels of medical images, their states, and the words that captions use for them: a vocabulary, a YAML file.
 
 A label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); the last two never count as 0.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from prism_lib import paths
 
 Labels = Mapping[str, float | None]
 
 NO_FINDING = "No Finding"
+MOST_STATED = 7  # absences that captions state where a vocabulary does not say which: more would overflow CLIP's tokens
+Words = Annotated[str, Field(pattern=r"\w")]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, config=ConfigDict(extra="forbid"))
 class Vocabulary:
     """The words for a set of labels."""
 
     name: str
-    subject: str
-    phrases: Mapping[str, str]  # by label, in the order of the clauses
+    subject: Words
+    phrases: Mapping[Words, Words]  # by label, in the order of the clauses
     stated: tuple[str, ...]  # labels whose absence the explicit template says: all would overflow CLIP's 77 tokens
-    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label, for captions
-    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that say more than the label, for captions
-    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a label or detail, for sentences of users
+    synonyms: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # of a label, for captions
+    details: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # that say more than the label, for captions
+    aliases: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # of a label or detail, in users' sentences
+    foreign: tuple[str, ...] = ()  # labels of what is no finding of the patient
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
+
+    def __post_init__(self) -> None:
+        for key in ("stated", "synonyms", "details", "aliases", "foreign"):
+            known = {*self.phrases, *(self.owners if key == "aliases" else ())}
+            if unknown := [name for name in getattr(self, key) if name not in known]:
+                raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
+        names = (*self.labels, *self.owners)
+        keys = [snake_case(name) for name in names]
+        if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:
+            raise ValueError(f"{names[bad[0]]!r} has the key {keys[bad[0]]!r}, which is empty or that of another name")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -53,64 +72,56 @@ class Vocabulary:
         return self.phrases.get(name, name)
 
 
-CHEXPERT_LABELS = (
-    NO_FINDING, "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
-    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
-)  # fmt: skip
-# NIH ChestX-ray14's names and ours: CheXpert's where they mean the same.
-_NIH = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
-)  # fmt: skip
-NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
-PHANTOM_LABELS = (NO_FINDING, "Cardiomegaly", "Pleural Effusion", "Support Devices")
+def vocabulary(source: str | Mapping[str, Any], labels: Sequence[str] = (), subject: str = "") -> Vocabulary:
+    """The vocabulary "chest" (CheXpert's and NIH's labels), "phantom" (three of them), "skin", or of a YAML file.
 
-DEVICE_KINDS = ("pacemaker", "central venous catheter", "ecg leads", "endotracheal tube")
-SIDES = ("left", "right", "bilateral")
-# Words of users: spellings, verbs, and terms for labels, details and kinds of devices.
-WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-
-# The absences that captions of CHEST state: CheXpert's five competition findings, pneumothorax and devices.
-_STATED = (
-    "Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Support Devices",
-)  # fmt: skip
-CHEST = Vocabulary(
-    name="chest",
-    subject="chest x-ray",
-    phrases={label: label.lower() for label in (*CHEXPERT_LABELS[1:], *NIH_LABELS.values())}
-    | {"Pleural Other": "other pleural disease"},
-    stated=_STATED,
-    synonyms=WORDS["synonyms"],
-    details={"Pleural Effusion": tuple(f"{side} pleural effusion" for side in SIDES), "Support Devices": DEVICE_KINDS},
-    aliases=WORDS["terms"],
-)
-_THREE = PHANTOM_LABELS[1:]
-PHANTOM = replace(CHEST, name="phantom", phrases={label: label.lower() for label in _THREE}, stated=_THREE)
-# ISIC's diagnoses, one an image, in the order of the columns of 2019; and artefacts on the skin.
-SKIN_DIAGNOSES = (
-    "Melanoma", "Melanocytic Nevus", "Basal Cell Carcinoma", "Actinic Keratosis", "Benign Keratosis", "Dermatofibroma",
-    "Vascular Lesion", "Squamous Cell Carcinoma",
-)  # fmt: skip
-_ARTEFACTS = ("ruler", "ink", "hair", "dark_corner", "gel_border", "gel_bubble", "patches")  # columns of their table
-SKIN_ARTEFACTS = {code: code.replace("_", " ").title() for code in _ARTEFACTS}
-SKIN = Vocabulary(
-    name="skin",
-    subject="dermoscopic image",
-    phrases={label: label.lower() for label in (*SKIN_DIAGNOSES, *SKIN_ARTEFACTS.values())}
-    | {"Ink": "ink marks", "Dark Corner": "dark corners", "Gel Bubble": "gel bubbles", "Patches": "colour patches"},
-    stated=("Melanoma", "Melanocytic Nevus", "Ruler", "Ink", "Hair", "Dark Corner", "Gel Bubble"),
-    synonyms=WORDS["synonyms"],
-    aliases=WORDS["terms"],
-    title="Dermoscopic image",
-)
-VOCABULARIES = {vocab.name: vocab for vocab in (CHEST, PHANTOM, SKIN)}
+    A file is absolute or below PRISM_DATA; a mapping has the content of one. "labels" makes a vocabulary of `labels`,
+    a table's own names, for images of a `subject` ("knee x-ray"). ValueError names file and key.
+    """
+    if source == "labels":
+        phrases = {label: label.replace("_", " ").lower() for label in labels if label != NO_FINDING}
+        source = {"name": "labels", "subject": subject or "image", "phrases": phrases}
+    if isinstance(source, Mapping):
+        return _of_text(json.dumps(source, default=str))
+    if source in VOCABULARIES:
+        return VOCABULARIES[source]
+    if not source.endswith((".yaml", ".yml")):
+        raise ValueError(f"unknown vocabulary {source!r}; known: {', '.join(VOCABULARIES)}, labels, and YAML files")
+    return _from_file(paths.data() / Path(source).expanduser())
 
 
-def vocabulary(name: str) -> Vocabulary:
-    """The vocabulary called `name`: "chest" (CheXpert's and NIH's labels), "phantom" (four of them) or "skin"."""
-    if name not in VOCABULARIES:
-        raise ValueError(f"unknown vocabulary {name!r}; known: {', '.join(VOCABULARIES)}")
-    return VOCABULARIES[name]
+def _from_file(path: Path) -> Vocabulary:
+    """The vocabulary of a YAML file; one that `extends` a shipped one adds to its mappings and replaces its lists."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no vocabulary {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no mapping with subject and phrases")
+    content = {"name": path.stem} | content
+    if (base := content.pop("extends", None)) is not None:
+        if base not in VOCABULARIES:
+            raise ValueError(f"{path}: extends is {base!r}, none of {', '.join(VOCABULARIES)}")
+        known = asdict(VOCABULARIES[base])
+        both = {key for key, own in content.items() if isinstance(own, dict) and isinstance(known.get(key), dict)}
+        content = known | content | {key: known[key] | content[key] for key in both}
+    return _of_text(json.dumps(content, default=str), str(path))
+
+
+@cache  # one object for one content, by which `grammar` keeps what it makes of a vocabulary
+def _of_text(text: str, source: str = "vocabulary") -> Vocabulary:
+    content = json.loads(text)
+    labels = list(content["phrases"]) if isinstance(content.get("phrases"), dict) else []
+    title = str(content.get("subject", ""))
+    try:
+        defaults = {"stated": labels[:MOST_STATED], "title": title[:1].upper() + title[1:]}
+        return TypeAdapter(Vocabulary).validate_python(defaults | content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"] if part != "[key]")
+        raise ValueError(f"{source}: {where}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def snake_case(label: str) -> str:
@@ -125,3 +136,12 @@ def label_state(label: str, value: float | None) -> bool | None:
     if value not in (0, 1):
         raise ValueError(f"label {label!r} is {value!r}; expected 1, 0, -1 (uncertain) or missing")
     return value == 1
+
+
+VOCABULARIES = {path.stem: _from_file(path) for path in sorted(Path(__file__).with_name("vocabularies").glob("*.yaml"))}
+CHEST, PHANTOM, SKIN = (VOCABULARIES[name] for name in ("chest", "phantom", "skin"))
+CHEXPERT_LABELS, PHANTOM_LABELS, SKIN_DIAGNOSES = CHEST.labels[:14], PHANTOM.labels, SKIN.labels[1:9]
+SKIN_ARTEFACTS = {snake_case(label): label for label in SKIN.foreign}  # by their column in isic_bias.csv
+DEVICE_KINDS = CHEST.details["Support Devices"]
+# Words of users beside those of vocabularies: spellings, verbs, and terms for kinds of devices.
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))

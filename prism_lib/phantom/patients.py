@@ -29,14 +29,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prism_lib.language.labels import DEVICE_KINDS, PHANTOM_LABELS, SIDES, snake_case
+from prism_lib.language.labels import DEVICE_KINDS, PHANTOM_LABELS, snake_case
 from prism_lib.phantom import anatomy
 
 ATTRIBUTES = ("age", "female", "ap", "cardiomegaly", "pleural_effusion", "support_devices")
 
 # Which columns of `Patients.effusion_sides` and of `Patients.device_kinds` a detail sets.
-_LUNGS = {"right": (True, False), "left": (False, True), "bilateral": (True, True)}
-_SIDES = {f"{side}_pleural_effusion": [lung for lung in (0, 1) if _LUNGS[side][lung]] for side in SIDES}
+_LUNGS = {"left": (False, True), "right": (True, False), "bilateral": (True, True)}
+_SIDES = {f"{side}_pleural_effusion": [lung for lung in (0, 1) if both[lung]] for side, both in _LUNGS.items()}
 _KINDS = {snake_case(kind): [column] for column, kind in enumerate(DEVICE_KINDS)}
 DETAILS = (*_SIDES, *_KINDS)
 SETTABLE = frozenset((*ATTRIBUTES, *DETAILS))  # what an intervention may name

@@ -10,14 +10,13 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, read_images, require_truth
+from prism_lib.data.folder import load_info, load_vocabulary, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import vocabulary
 from prism_lib.studies.comparison import CRITERION
 from prism_lib.studies.editors import PromptToPrompt
 
@@ -67,8 +66,7 @@ def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tens
 
 def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
     """Prompts as PRISM's captions: what is absent is not mentioned."""
-    info = load_info(folder)
-    vocab, pairs = vocabulary(info["config"]["vocabulary"]), []
+    info, vocab, pairs = load_info(folder), load_vocabulary(folder), []
     for row in cases.to_dict("records"):
         labels = {label: row[label] for label in info["labels"]}
         source, target = (caption(state, "prism", vocab) for state in (labels, change.apply(labels, vocab)))

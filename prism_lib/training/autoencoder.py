@@ -22,12 +22,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import load_info, load_table, truth_is_known
+from prism_lib.data.folder import load_table, load_vocabulary, truth_is_known
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import default_device
 from prism_lib.files import atomic, write_text
 from prism_lib.language.captions import corpus
-from prism_lib.language.labels import vocabulary
 from prism_lib.models.pipeline import PipelineConfig, build_pipeline
 from prism_lib.phantom.anatomy import bezier, stamp
 from prism_lib.phantom.patients import render, sample_patients
@@ -280,7 +279,7 @@ def pretrain(config: PretrainConfig) -> Path:
         history += train_vae(pipeline.vae, replace(config.decoder, decoder_only=True), output / "decoder")
     clip = train_clip(pipeline, config.dataset, config.clip)
     if truth_is_known(config.dataset):
-        teach_details(pipeline, vocabulary(load_info(config.dataset)["config"]["vocabulary"]))
+        teach_details(pipeline, load_vocabulary(config.dataset))
     write_text(output / "vae" / "history.json", json.dumps(history, indent=1))
     for folder, part in ((output / "clip", clip), (final, pipeline)):
         with atomic(folder) as partial:

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
@@ -225,6 +225,8 @@ class Run:
         settings = Path(str(self.pipeline.name_or_path)) / "editing.json"
         with atomic(final) as partial:
             self.pipeline.to("cpu").save_pretrained(partial, safe_serialization=True)
+            words = asdict(load_vocabulary(self.config.dataset))
+            write_text(partial / "vocabulary.yaml", json.dumps(words, indent=1))  # JSON is YAML
             if settings.is_file():  # the base model's own settings of edits
                 shutil.copy(settings, partial)
 

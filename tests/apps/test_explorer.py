@@ -154,6 +154,18 @@ def test_no_recipe_in_a_file(tmp_path):
         Recipe.load(tmp_path / "record.json")
 
 
+def test_a_model_brings_the_words_that_it_was_fine_tuned_with(tmp_path, runs):
+    folder = tmp_path / "runs" / "spine"
+    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    assert Session.load("spine").vocab.name == "phantom"
+    words = {"name": "spine", "subject": "spine x-ray", "phrases": {"Scoliosis": "scoliosis"}}
+    (folder / "vocabulary.yaml").write_text(json.dumps(words))
+    study = Session.load("spine")
+    assert study.vocab.subject == "spine x-ray" and list(study.references) == ["spine"]
+    assert study.edit(text="remove scoliosis").key == "remove_scoliosis"
+    assert Session.load("spine", vocab="skin").vocab.name == "skin"
+
+
 def test_the_three_lines_give_the_same_image_in_a_fresh_kernel(study, runs, tmp_path):
     """Bit for bit, for a phantom and for an upload with an uploaded mask."""
     folder = tmp_path / "runs" / "tiny"

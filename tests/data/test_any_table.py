@@ -3,11 +3,16 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from prism_lib.data.folder import load_info, load_table, read_images
+from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.data.rows import editable, prompt_pairs, sample_captions
 from prism_lib.data.tables import Columns
+from prism_lib.language.captions import caption
+from prism_lib.language.edits import Edit
+from prism_lib.models.pipeline import load_pipeline
 from tests import formats
 
 COUNT = 10
@@ -157,3 +162,151 @@ def test_films_that_cannot_be_used_are_listed(tmp_path):
         "study5/film.dcm": "not a DICOM file",
     }
     assert len(load_table(folder)) == COUNT - 2
+
+
+# --- Tables as pandas and Excel write them
+
+
+def test_what_pandas_writes_is_read(tmp_path):
+    states = pd.Series([True, False, None, True, False, True, False, True, False, True], dtype=object)
+    root = images(tmp_path / "own", Cardiomegaly=states)
+    folder = prepare(config_for(root))
+    written = (root / "metadata.csv").read_text()
+    assert "True" in written and "False" in written
+    table = load_table(folder).set_index("source_file").sort_index()
+    assert table["Cardiomegaly"].value_counts().to_dict() == {1: 5, 0: 4}
+    text = written.replace("True", "TRUE").replace("False", "0.0").replace(".png,p1,\n", ".png,p1,nan\n")
+    assert "nan" in text and "TRUE" in text
+    (root / "metadata.csv").write_text(text)
+    again = load_table(prepare(config_for(root, output=tmp_path / "again"))).set_index("source_file").sort_index()
+    pd.testing.assert_series_equal(again["Cardiomegaly"], table["Cardiomegaly"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_what_excel_writes_is_read(tmp_path, separator, encoding):
+    root = images(tmp_path / "own", place=["Zürich"] * COUNT)
+    table = pd.read_csv(root / "metadata.csv")
+    table["file_name"] = table["file_name"].str.replace("/", "\\")  # of Windows
+    table.to_csv(root / "metadata.csv", index=False, sep=separator, encoding=encoding, lineterminator="\r\n")
+    columns = Columns(
+        labels=("Cardiomegaly",), extra=("place",), encoding="cp1252" if encoding == "cp1252" else "utf-8"
+    )
+    if encoding == "cp1252":
+        with pytest.raises(ValueError, match=r"metadata\.csv is not in 'utf-8'; name its encoding, such as"):
+            prepare(config_for(root, columns=dataclasses.replace(columns, encoding="utf-8")))
+    prepared = load_table(prepare(config_for(root, columns=columns)))
+    assert set(prepared["place"]) == {"Zürich"} and "site1/03.png" in set(prepared["source_file"])
+    assert prepared["Cardiomegaly"].eq(1).sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file_name,patient_id,Edema\n", r"metadata\.csv has a header and no rows"),
+        ("file_name,patient_id,Edema\na.png,nan,1\n", r"metadata\.csv, line 2: empty patient_id"),
+        ("file_name,patient_id,Edema\nC:\\a.png,p,1\n", r"line 2: path outside the data root: 'C:/a\.png'"),
+        ("file_name,patient_id,Edema\n..\\a.png,p,1\n", "line 2: path outside the data root"),
+        ("file_name,patient_id,Edema\na\\b.png,p,1\na/b.png,p,1\n", "line 3: repeated file_name"),
+        ("file_name,patient_id,Edema\na.png,p,yes\n", "line 2: label 'Edema' is not 1, 0, -1 or blank: 'yes'"),
+        ("", r"metadata\.csv is not a readable CSV table"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_its_line(tmp_path, content, message):
+    images(tmp_path / "own")
+    (tmp_path / "own" / "metadata.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(config_for(tmp_path / "own", max_rejected=1.0))
+
+
+# --- Any labels
+
+
+def test_labels_of_any_body_part(tmp_path):
+    root = images(
+        tmp_path / "own", **{"Scoliosis": [1, 0] * 5, "tuberculosis": [0, 1] * 5, "Cardiomegaly": [0] * COUNT}
+    )
+    config = config_for(root, vocabulary="labels", subject="spine x-ray", explicit_share=1.0)
+    folder = prepare(config, ["remove_scoliosis", "add tuberculosis"])
+    table, vocab = load_table(folder), load_vocabulary(folder)
+    assert load_info(folder)["labels"] == ["Cardiomegaly", "Scoliosis", "tuberculosis"]
+    row = table[table["Scoliosis"] == 1].iloc[0]
+    assert row["text"] == "spine x-ray without cardiomegaly, with scoliosis, without tuberculosis"
+    edit = Edit.parse("remove scoliosis", vocab)
+    (pair,) = prompt_pairs(folder, editable(table, edit, vocab).head(1), edit)
+    assert pair.target == "spine x-ray without cardiomegaly, without scoliosis, without tuberculosis"
+    with pytest.raises(ValueError, match=r"vocabulary 'chest' lacks the label 'Scoliosis'.*'labels', or a YAML file"):
+        prepare(config_for(root, output=tmp_path / "chest"))
+
+
+def test_a_changed_vocabulary_file_is_another_configuration(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("subject: knee x-ray\nphrases: {Cardiomegaly: big heart}\ndetails: {Cardiomegaly: [huge heart]}\n")
+    root = images(tmp_path / "own")
+    folder = prepare(config := config_for(root, vocabulary=str(own)))
+    vocab = load_vocabulary(folder)
+    assert prepare(config) == folder and vocab.subject == "knee x-ray"
+    absent = editable(load_table(folder), Edit(add=("huge heart",)), vocab)
+    assert absent["Cardiomegaly"].eq(0).all() and len(absent)
+    own.write_text("subject: knee x-ray\nphrases: {Cardiomegaly: enlarged heart}\n")
+    with pytest.raises(FileExistsError, match="was prepared otherwise: vocabulary is"):
+        prepare(config_for(root, vocabulary=str(own)))
+    own.unlink()
+    assert load_vocabulary(folder) is vocab
+
+
+# --- Captions that a person wrote
+
+LONG = "The heart is enlarged. " + "There is no pleural effusion and there is no edema. " * 12
+
+
+def reports(root, **changed):
+    texts = [f"Heart  size\nis {index}." for index in range(COUNT)]
+    for index, text in changed.items():
+        texts[int(index.removeprefix("row"))] = text
+    return images(root, impression=texts)
+
+
+def caption_config(root, **changes):
+    columns = Columns(caption="impression")
+    return config_for(root, columns=columns, explicit_share=0.0, **changes)
+
+
+def test_a_column_of_captions_replaces_those_of_labels(tmp_path):
+    folder = prepare(caption_config(reports(tmp_path / "own")))
+    table = load_table(folder)
+    assert load_info(folder)["labels"] == ["Cardiomegaly"]
+    expected = "Heart size is " + table["source_file"].str.extract(r"0(\d)")[0] + "."
+    assert table["text"].tolist() == expected.tolist()
+    drawn = sample_captions(folder, table, 0, 40, 0.5)
+    for (row, own), texts in zip(zip(table.to_dict("records"), expected, strict=True), drawn, strict=True):
+        explicit = caption({"Cardiomegaly": row["Cardiomegaly"]})
+        assert set(texts) == {own, explicit} and 8 < texts.count(own) < 32
+    assert load_info(folder)["captions_shortened"] == 0
+
+
+def test_long_captions_are_refused_or_keep_their_first_sentences(tmp_path):
+    root = reports(tmp_path / "own", row3=LONG, row5="word " * 200)
+    with pytest.raises(
+        ValueError, match=r"2 captions have more than the 77 tokens of .*phantom-sd: site1/0[35]\.png, site"
+    ):
+        prepare(caption_config(root))
+    with pytest.raises(ValueError, match=r"1 captions have in the first sentence alone more than .*: site1/05\.png$"):
+        prepare(caption_config(root, long_captions="sentences"))
+    folder = prepare(caption_config(reports(tmp_path / "own", row3=LONG), long_captions="sentences"))
+    table = load_table(folder).set_index("source_file")
+    text = table.loc["site1/03.png", "text"]
+    assert text.startswith("The heart is enlarged. There is") and LONG.startswith(text) and text.endswith("edema.")
+    tokenizer = load_pipeline().tokenizer
+    assert len(tokenizer(text).input_ids) <= 77 < len(tokenizer(f"{text} {LONG[23:74]}").input_ids)
+    assert load_info(folder)["captions_shortened"] == 1
+
+
+def test_blank_captions_are_refused_by_their_line(tmp_path):
+    root = reports(tmp_path / "own", row0=None, row3=" ", row5="nan")
+    with pytest.raises(ValueError, match=r"line 2: no impression: 'site0/00\.png' \(3 such rows\)"):
+        prepare(caption_config(root))
+    with pytest.raises(ValueError, match="lacks the column 'impression'"):
+        prepare(caption_config(images(tmp_path / "other"), output=tmp_path / "new"))
+    with pytest.raises(ValueError, match=r"captions in a column \('impression'\) are for the datasets 'table' and"):
+        prepare(PrepareConfig("phantom", tmp_path / "new", size=32, columns=Columns(caption="impression")))

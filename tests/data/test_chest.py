@@ -131,7 +131,7 @@ def test_bad_configuration(chexpert, changes, message):
     [
         (",1.0", ",2.0", r"train\.csv, line 5: label '.*' is not 1, 0, -1 or blank: '2\.0' \(1 such rows\)"),
         (",1.0", ",yes", r"line 5: label '.*' is not 1, 0, -1 or blank: 'yes'"),
-        (",1.0", ",nan", r"line 5: label '.*' is not 1, 0, -1 or blank: 'nan'"),
+        (",1.0", ",inf", r"line 5: label '.*' is not 1, 0, -1 or blank: 'inf'"),
         ("Frontal", "Oblique", "line 5: Frontal/Lateral is neither of both: 'Oblique'"),
         ("CheXpert-v1.0-small/train/", "CheXpert-v1.0-small/../train/", "line 5: path outside the data root"),
         ("CheXpert-v1.0-small/", "/", "line 5: path outside the data root: '/train"),

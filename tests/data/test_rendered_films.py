@@ -110,7 +110,7 @@ def test_the_number_of_processes_changes_nothing(root, films, tmp_path):
     ("names", "verdicts", "message"),
     [
         (["00000000_000.png"] * 2, [0, 1], r"line 3: repeated file_name: '00000000_000.png'"),
-        (["other.png"], [0], r"screened.csv names none of the films, such as '0000"),
+        (["other.png"], [0], r"screened.csv names none of the images, such as '0000"),
         (
             [f"{number // 2:08d}_{number % 2:03d}.png" for number in range(18)],
             [1] * 18,

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from prism_lib.data.chest import NIH_LABELS
 from prism_lib.language.captions import DETAILED_SHARE, TEMPLATES, caption, corpus, sample_caption, unseen_words
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import CHEST, NIH_LABELS, PHANTOM, SKIN, VOCABULARIES, snake_case, vocabulary
+from prism_lib.language.labels import CHEST, PHANTOM, SKIN, VOCABULARIES, snake_case, vocabulary
 
 NAN = float("nan")
 SICK = {"No Finding": 0, "Cardiomegaly": 1, "Pleural Effusion": 0, "Support Devices": 1}

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from prism_lib import paths
 from prism_lib.apps.profiles import available_profiles, load_profile
-from prism_lib.data.folder import load_table
+from prism_lib.data.folder import load_table, load_vocabulary
 from prism_lib.data.rows import sample_captions
 from prism_lib.files import exclusive
+from prism_lib.language.labels import vocabulary
 from prism_lib.models.pipeline import build_pipeline, load_pipeline
 from prism_lib.training import finetuning, loop
 from prism_lib.training.checkpoints import write_tensors
@@ -166,6 +167,8 @@ def test_the_result_is_a_pipeline_that_diffusers_loads(config):
     learned = [next(iter(p.unet.parameters())) for p in (pipeline, before)]
     assert torch.equal(*frozen) and not torch.equal(*learned)
     assert sorted(path.name for path in (folder.parent / "samples").iterdir()) == ["step-00000006.png"]
+    words, prepared = vocabulary(str(folder / "vocabulary.yaml")), load_vocabulary(config.dataset)
+    assert asdict(words) == asdict(prepared) and words.name == "phantom"
     assert finetune(config) == folder, "a finished run is not run again"
     assert not (folder.parent / ".lock").exists()
 

@@ -6,10 +6,12 @@ Every message names the file, the line (the header is line 1), and the value. Th
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
@@ -34,6 +36,7 @@ class Source:
     label_policy: str
     images: Reader
     rejected: tuple[Rejection, ...] = ()
+    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is not taken, and how often
 
 
 def seeded_order(names: Iterable[object], seed: int) -> list[str]:
@@ -77,7 +80,8 @@ def find_table(data_root: Path, patterns: Sequence[str]) -> Path:
 def read_table(path: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
-    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns. ValueError where
+    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns. The file may be compressed
+    (.gz), or hold a JSON object a line (.json). ValueError where
     "patient_id" is empty, or "source_file" is empty, leaves the data root, or occurs twice.
     """
     header = read_header(path)
@@ -109,22 +113,27 @@ def read_header(path: Path) -> list[str]:
 
 def _read_csv(path: Path, **options: object) -> pd.DataFrame:
     try:
-        with path.open(encoding="utf-8") as file:
+        if path.suffix == ".json":  # an object a line
+            rows = pd.read_json(path, lines=True, dtype=False)
+            words = rows.astype(object).where(rows.notna(), "").astype(str)
+            return pd.DataFrame([rows.columns]) if "nrows" in options else words[options["usecols"]]
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             first = file.readline()
         separator = max(",;\t", key=first.count)
         settings = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "sep": separator} | options
         return pd.read_csv(path, **settings)  # type: ignore[call-overload]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no table {path}") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable CSV table: {error}") from error
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a readable table: {error}") from error
 
 
 def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
     """ValueError naming the first bad row of a table that `read_table` returned."""
     if bad.any():
         row = int(bad.to_numpy().argmax())
-        raise ValueError(f"{path}, line {row + 2}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
+        line = bad.index[row] + (1 if path.suffix == ".json" else 2)
+        raise ValueError(f"{path}, line {line}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
 
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from prism_lib.files import stable_seed
 from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS
 
 DEVICES = "Support Devices"
+LeftOut = defaultdict[str, Counter[Hashable]]  # what a source has and is not taken, and how often
 View = Literal["frontal", "lateral", "frontal or unknown", "all"]
 _strict = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 
@@ -60,11 +61,6 @@ class Archive:
     views: dict[str, str] = field(default_factory=dict)  # published view -> frontal, lateral, unknown or other
     splits: dict[str, str] = field(default_factory=dict)  # published split or {part} -> ours; "" is drawn
 
-    @property
-    def by_part(self) -> bool:
-        """Whether the splits have tables of their own."""
-        return any("{part}" in file for table in self.tables for file in table.files)
-
 
 _TEXT = Path(__file__).with_name("chest.yaml").read_text(encoding="utf-8")
 ARCHIVES = pydantic.TypeAdapter(dict[str, Archive]).validate_python(yaml.safe_load(_TEXT)["archives"])
@@ -85,10 +81,11 @@ def chest_source(
 
     With `test`, a published held-out set is the test split, beside the `num_images`; otherwise it is left out.
     """
-    archive, left_out = ARCHIVES[name], defaultdict[str, Counter[str]](Counter)
+    archive, left_out = ARCHIVES[name], LeftOut(Counter)
     labelling = labelling or next(iter(archive.labelling), "")
     held_out = "" in archive.splits.values()  # the other splits
-    parts = [part for part, split in archive.splits.items() if split == "" or test] if archive.by_part else [""]
+    by_part = "{part}" in archive.tables[0].files[0]  # splits have tables of their own
+    parts = [part for part, split in archive.splits.items() if split == "" or test] if by_part else [""]
     read = [_images(archive, data_root, part, labelling, view, left_out) for part in parts]
     table = pd.concat(read, ignore_index=True) if len(read) > 1 else read[0]
     if archive.splits:
@@ -107,15 +104,13 @@ def chest_source(
     return Source(table, (*archive.labels, *archive.absent), policy, reader, rejected, counts)
 
 
-def _images(
-    archive: Archive, root: Path, part: str, labelling: str, view: View, left_out: defaultdict[str, Counter[str]]
-) -> pd.DataFrame:
+def _images(archive: Archive, root: Path, part: str, labelling: str, view: View, left_out: LeftOut) -> pd.DataFrame:
     """The images of one part with labels and split; counts in `left_out` what is not taken."""
     table, path = _joined(archive, root, part, labelling, left_out)
     if archive.path:
         groups = table["source_file"].str.extract(archive.path)
         refuse(groups.isna().any(axis=1), table["source_file"], path, archive.expected)
-        table = table.assign(**{name: groups[name] for name in groups})
+        table = pd.concat([table, groups], axis=1)
     if "name" not in table:
         table.insert(0, "name", tables.stems(table["source_file"]))
     table["name"] = table["name"].str.replace("/", "_")
@@ -157,9 +152,7 @@ def _images(
     return table.assign(**dict.fromkeys(archive.absent, float("nan")))
 
 
-def _joined(
-    archive: Archive, root: Path, part: str, labelling: str, left_out: defaultdict[str, Counter[str]]
-) -> tuple[pd.DataFrame, Path]:
+def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: LeftOut) -> tuple[pd.DataFrame, Path]:
     """The tables of an archive as one, in the rows of the first, and the path of the first."""
     joined, paths = pd.DataFrame(), []
     for each in archive.tables:
@@ -184,7 +177,7 @@ def _joined(
         refuse(table.duplicated(keys), table[keys[-1]], paths[-1], f"repeated {' and '.join(keys)}")
         joined = joined.merge(table, on=keys, how="left", indicator="_row")
         left_out["no row in"][paths[-1].name] += int((joined.pop("_row") == "left_only").sum())
-        words = [column for column in table if column not in archive.labels]
+        words = [*each.columns.values()]
         joined[words] = joined[words].fillna("")
     return joined, paths[0]
 
@@ -195,14 +188,14 @@ def _agreed(table: pd.DataFrame, labels: list[str], rule: str, path: Path) -> pd
     share = table.groupby("name")[labels].mean()
     parted = share.gt(0) & share.lt(1)
     if rule == "refuse" and parted.any(axis=None):
-        image, count = parted.any(axis=1).idxmax(), int(parted.any(axis=1).sum())
+        image, count = str(parted.any(axis=1).idxmax()), int(parted.any(axis=1).sum())
         named = ", ".join(parted.columns[parted.loc[image]])
         raise ValueError(f"{path}: readers of image {image!r} disagree on {named} ({count} such images)")
     images = table.drop_duplicates("name").drop(columns=labels)
     return images.join(_AGREED[rule](share), on="name")
 
 
-def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[str]) -> pd.DataFrame:
+def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[Hashable]) -> pd.DataFrame:
     """Labels from cells that list findings: 1 where one is listed, 0 where not, missing where that says nothing."""
     lists = texts.map(_names)
     refuse(lists.isna(), texts, path, "not a list of labels")

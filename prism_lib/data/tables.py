@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -36,7 +36,7 @@ class Source:
     label_policy: str
     images: Reader
     rejected: tuple[Rejection, ...] = ()
-    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is not taken, and how often
+    left_out: Mapping[str, Mapping[Hashable, int]] = field(default_factory=dict)  # what is not taken, and how often
 
 
 def seeded_order(names: Iterable[object], seed: int) -> list[str]:
@@ -116,7 +116,7 @@ def _read_csv(path: Path, **options: object) -> pd.DataFrame:
         if path.suffix == ".json":  # an object a line
             rows = pd.read_json(path, lines=True, dtype=False)
             words = rows.astype(object).where(rows.notna(), "").astype(str)
-            return pd.DataFrame([rows.columns]) if "nrows" in options else words[options["usecols"]]
+            return pd.DataFrame([rows.columns]) if "nrows" in options else words
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             first = file.readline()
         separator = max(",;\t", key=first.count)

@@ -81,13 +81,12 @@ def test_patients_are_in_one_split_and_two_processes_write_the_same(folders, nam
 def test_unusable_files_are_listed(folders, name, tmp_path):
     root = LAYOUTS[name](tmp_path / "root")
     source = load_table(folders[name][1], "train")["source_file"].tolist()
-    first, second, third = (
-        next(root.rglob(file.rpartition("/")[2])) if name != "chexpert-plus" else root / file for file in source[:3]
-    )
+    below = {path.relative_to(root): path for path in root.rglob("*.*")}
+    first, second, third = (next(path for key, path in below.items() if str(key).endswith(file)) for file in source[:3])
     first.unlink()
     second.write_bytes(second.read_bytes()[:200])
     third.write_bytes(b"")
-    folder = prepare(config_for(name, root, max_rejected=0.2))
+    folder = prepare(config_for(name, root, max_rejected=0.3))
     rejected = {item["file"] for item in load_info(folder)["rejected"]}
     assert rejected == set(source[:3])
     assert not rejected & set(load_table(folder)["source_file"])
@@ -97,7 +96,7 @@ def test_unusable_files_are_listed(folders, name, tmp_path):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_films_are_found_again_for_full_size(folders, name):
-    root, folder = folders[name]
+    _, folder = folders[name]
     table = load_table(folder)
     paths = _films(str(folder), load_info(folder), table)
     assert len(paths) == len(table)
@@ -138,7 +137,6 @@ def test_mimic_labeller_and_films_without_a_view_are_chosen(folders, tmp_path):
         ("*-split*", "validate", "valid", r"line 8: split is none of train, validate, test: 'valid'"),
         ("*-split*", "00000006-00000000", "00000006-0000000f", r"split is none of .*: ''"),
         ("*-split*", "00000001-00000001", "00000001-00000000", r"split\.csv\.gz, line 9: repeated name: '00000001-"),
-        ("*-split*", "0,train", "0,validate", "line 8: split is none of|is in two of the published splits"),
         ("*-chexpert*", ",50414268,", ",50414269,", r"chexpert\.csv\.gz, line 3: repeated patient_id and study_id"),
         ("*-chexpert*", ",1.0", ",2.0", r"chexpert\.csv\.gz, line \d+: label '.*' is not 1, 0, -1 or blank: '2\.0'"),
         ("*-metadata*", "subject_id", "subject", "lacks the column 'subject_id'"),
@@ -244,15 +242,12 @@ def test_padchest_lateral_films_physicians_and_normal_beside_a_finding(folders, 
 
 def test_padchest_keeps_sixteen_bits_until_it_is_resized(tmp_path):
     root = formats.padchest(tmp_path / "root")
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     for path in root.rglob("*.png"):
-        ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-        Image.fromarray(np.roll(ramp, int(path.name[:4]), axis=1)).save(path)
-    table = load_table(folder := prepare(config_for("padchest", root, duplicates="keep")))
-    row = table[table["source_file"].str.startswith("0000")].head(1)
-    levels = (read_images(folder, row)[0, 0] * 255).round().numpy()
-    np.testing.assert_array_equal(
-        levels, np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16).astype(float).__mul__(255 / 65535).round()
-    )
+        Image.fromarray(ramp).save(path)
+    folder = prepare(config_for("padchest", root, duplicates="keep"))
+    levels = (read_images(folder, load_table(folder).head(1))[0, 0] * 255).round().numpy()
+    np.testing.assert_array_equal(levels, np.round(ramp * (255 / 65535)))
 
 
 def test_padchest_black_films_are_rejected_and_odd_cells_refused(tmp_path):
@@ -338,6 +333,6 @@ def test_unknown_labelling(tmp_path, name, labelling, message):
 
 
 def test_table_that_is_not_there(tmp_path):
+    (tmp_path / "root").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected one table mimic-cxr-2\.\*-metadata\.csv\*"):
-        (tmp_path / "root").mkdir()
         prepare(config_for("mimic", tmp_path / "root"))

@@ -135,7 +135,7 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
         wanted = table["labelled_by"] == labelling
         left_out["labelled by"].update(table.loc[~wanted, "labelled_by"].value_counts().to_dict())
         table = table[wanted]
-    if table.empty:
+    if table.empty or (view == "lateral" and not archive.views):
         raise ValueError(f"{path} has no {view} image" + (f" with labelling {labelling!r}" if labelling else ""))
     if "_findings" in table:
         table = pd.concat([table, _listed(table["_findings"], archive, path, left_out["labels"])], axis=1)

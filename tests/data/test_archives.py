@@ -332,6 +332,12 @@ def test_unknown_labelling(tmp_path, name, labelling, message):
         PrepareConfig(name, tmp_path / "out", data_root=tmp_path, labelling=labelling)
 
 
+def test_lateral_films_of_a_data_set_without_any(folders, tmp_path):
+    root, _ = folders["vindr"]
+    with pytest.raises(ValueError, match=r"image_labels_train\.csv has no lateral image with labelling 'majority'"):
+        prepare(config_for("vindr", root, output=tmp_path / "out", view="lateral"))
+
+
 def test_table_that_is_not_there(tmp_path):
     (tmp_path / "root").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected one table mimic-cxr-2\.\*-metadata\.csv\*"):

@@ -96,9 +96,8 @@ def chest_source(
     files = table["_file"] if "_file" in table else table["source_file"]
     below = tables.images_below(data_root) if archive.anywhere else None
     table, rejected = tables.found(table.loc[:, ~table.columns.str.startswith("_")], files, data_root, below)
-    held = table["split"] != "" if held_out else pd.Series(False, index=table.index)
-    drawn = draw_patients(table[~held], num_images, seed)
-    table = pd.concat([drawn, table[held]]) if held.any() else drawn
+    held = table[table["split"] != ""] if held_out else table[:0]
+    table = pd.concat([draw_patients(table.drop(held.index), num_images, seed), held])
     policy = archive.policy + (f"; {labelling}: {archive.labelling[labelling]}" if labelling else "")
     counts = {what: dict(count.most_common()) for what, counter in left_out.items() if (count := +counter)}
     return Source(table, (*archive.labels, *archive.absent), policy, reader, rejected, counts)
@@ -189,7 +188,7 @@ def _agreed(table: pd.DataFrame, labels: list[str], rule: str, path: Path) -> pd
     parted = share.gt(0) & share.lt(1)
     if rule == "refuse" and parted.any(axis=None):
         image, count = str(parted.any(axis=1).idxmax()), int(parted.any(axis=1).sum())
-        named = ", ".join(parted.columns[parted.loc[image]])
+        named = ", ".join(label for label in labels if parted.at[image, label])
         raise ValueError(f"{path}: readers of image {image!r} disagree on {named} ({count} such images)")
     images = table.drop_duplicates("name").drop(columns=labels)
     return images.join(_AGREED[rule](share), on="name")

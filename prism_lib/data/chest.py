@@ -111,7 +111,7 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
         refuse(groups.isna().any(axis=1), table["source_file"], path, archive.expected)
         table = pd.concat([table, groups], axis=1)
     if "name" not in table:
-        table.insert(0, "name", tables.stems(table["source_file"]))
+        table.insert(0, "name", table["source_file"].map(lambda file: Path(file).stem))
     table["name"] = table["name"].str.replace("/", "_")
     if "patient_id" not in table:
         table["patient_id"] = table["name"]

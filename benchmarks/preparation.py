@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 
 from prism_lib import records
 from prism_lib.data import PrepareConfig, prepare
-from prism_lib.data.chest import CHEXPERT_COLUMNS
+from prism_lib.data.chest import ARCHIVES
 
 SIZE, SHARED = 256, 64
 
@@ -38,7 +38,8 @@ def film(seed: int) -> Image.Image:
 
 def write_films(root: Path, rows: int, shared: int) -> Path:
     """A train.csv of `rows` films, two per patient: the first `shared` are files, the others links to them."""
-    lines, originals = [",".join(CHEXPERT_COLUMNS)], []
+    chexpert = ARCHIVES["chexpert"]
+    lines, originals = [",".join([*chexpert.tables[0].columns, *chexpert.labels])], []
     for index in range(rows):
         file = root / f"train/patient{index // 2 + 1:06d}/study{index % 2 + 1}/view1_frontal.jpg"
         file.parent.mkdir(parents=True)

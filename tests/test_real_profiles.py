@@ -62,8 +62,12 @@ def run(profile, notebooks, parameters, folder):
         ("chexpert", lambda root: formats.chexpert(root / "chexpert", patients=40), 1),
         ("isic", lambda root: formats.isic2019(root / "isic2019"), 3),
         ("nih", lambda root: nih(root / "nih"), 1),
+        ("mimic", lambda root: formats.mimic(root / "mimic", patients=60), 1),
+        ("chexpert-plus", lambda root: formats.chexpert_plus(root / "chexpert-plus", patients=40), 1),
+        ("padchest", lambda root: formats.padchest(root / "padchest", patients=20), 1),
+        ("vindr", lambda root: formats.vindr(root / "vindr", train=40, test=10), 1),
     ],
-    ids=["chexpert", "isic", "nih"],
+    ids=["chexpert", "isic", "nih", "mimic", "chexpert-plus", "padchest", "vindr"],
 )
 def test_profile_runs_on_data_in_the_published_format(profile, write, channels, tmp_path):
     write(tmp_path / "data")

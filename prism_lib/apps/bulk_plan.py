@@ -185,7 +185,8 @@ def _films(folder: str, info: Mapping[str, Any], table: pd.DataFrame) -> dict[st
         raise ValueError(f"full_size puts edits back into films, and {name} is one with rendered devices or was moved")
     root, files = Path(made["data_root"]), table["source_file"]
     files = files.str.partition("/")[2] if info["source"] == "chexpert" else files  # without the archive's name
-    table, missing = found(table, files, root, images_below(root) if info["source"] in ("nih", "films") else None)
+    anywhere = info["source"] in ("nih", "films", "padchest")
+    table, missing = found(table, files, root, images_below(root) if anywhere else None)
     if missing:
         raise FileNotFoundError(f"full_size: {missing[0].file} {missing[0].reason}")
     return dict(zip(table["file_name"], table["path"], strict=True))

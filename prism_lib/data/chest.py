@@ -1,17 +1,21 @@
-"""Chest X-rays: CheXpert (Irvin et al., AAAI 2019), ChestX-ray14 (Wang et al., CVPR 2017), the phantom, rendered films.
+"""Chest X-rays: the published data sets that `chest.yaml` describes, the phantom, rendered films.
 
 Films come as they are and with rendered devices: a pair whose truth is known to the pixel (see `phantom.films`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+import pydantic
+import yaml
 from PIL import Image
 from scipy import ndimage
 
@@ -19,95 +23,205 @@ from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
 from prism_lib.files import stable_seed
-from prism_lib.language.labels import CHEXPERT_LABELS, NO_FINDING, PHANTOM_LABELS
+from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS
 
 DEVICES = "Support Devices"
-CHEXPERT_COLUMNS = {
-    **{"Path": "source_file", "Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view"},
-    **{label: label for label in CHEXPERT_LABELS},
+LeftOut = defaultdict[str, Counter[Hashable]]  # what a source has and is not taken, and how often
+View = Literal["frontal", "lateral", "frontal or unknown", "all"]
+_strict = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+
+
+@_strict
+class Table:
+    """A table of an archive. Columns whose name here begins with "_" are read and not carried along."""
+
+    files: tuple[str, ...]  # names, with {part} and {labelling}
+    columns: dict[str, str]  # published name -> ours
+    optional: dict[str, str] = field(default_factory=dict)
+    by: tuple[str, ...] = ()  # our columns by which it is joined to the tables before it
+    labels: bool = False  # whether it has a column per label
+
+
+@_strict
+class Archive:
+    """A published data set: its tables, where its images are, and what its views, splits and labels mean."""
+
+    tables: tuple[Table, ...]
+    labels: dict[str, tuple[str, ...]]  # ours -> the published names of the same meaning
+    policy: str  # what a label's values mean
+    absent: tuple[str, ...] = ()  # labels of ours that it never mentions
+    ignored: tuple[str, ...] = ()  # published labels of no meaning here, which are counted; "*" is any other
+    silent: tuple[str, ...] = ()  # where one of these is listed, labels that are not listed are unknown
+    labelling: dict[str, str] = field(default_factory=dict)  # name -> meaning of every choice; the first is the default
+    path: str = ""  # pattern of "source_file", whose named groups become columns
+    expected: str = ""  # what a path that does not fit is told
+    image: str = ""  # the path of an image by its columns; without, "source_file"
+    folders: tuple[str, ...] = ()  # the first that exists is {folder} in `image`
+    anywhere: bool = False  # whether images may lie anywhere below the data root
+    views: dict[str, str] = field(default_factory=dict)  # published view -> frontal, lateral, unknown or other
+    splits: dict[str, str] = field(default_factory=dict)  # published split or {part} -> ours; "" is drawn
+
+
+_TEXT = Path(__file__).with_name("chest.yaml").read_text(encoding="utf-8")
+ARCHIVES = pydantic.TypeAdapter(dict[str, Archive]).validate_python(yaml.safe_load(_TEXT)["archives"])
+_WANTED = {"frontal": ("frontal",), "lateral": ("lateral",), "frontal or unknown": ("frontal", "unknown")}
+# What readers agree on, from the share of them who see a label.
+_AGREED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "majority": lambda share: share.gt(0.5).astype(float).mask(share == 0.5, -1.0),
+    "any": lambda share: share.gt(0).astype(float).assign(**{NO_FINDING: share[NO_FINDING].eq(1).astype(float)}),
+    "unanimous": lambda share: share.mask(share.gt(0) & share.lt(1), -1.0),
+    "refuse": lambda share: share,
 }
-CHEXPERT_POLICY = (
-    "1 mentioned as present, 0 as absent, -1 as uncertain, blank not mentioned (CheXpert's labeller read the reports); "
-    "nearly all reports of films without devices do not mention devices: a blank is not an absence"
-)
-View = Literal["frontal", "lateral", "all"]
-_CHEXPERT_PATH = r"^CheXpert-v1\.0[^/]*/(?P<file>(?:train|valid)/(?P<patient>patient\d+)/study\d+/view\d+_\w+\.jpg)$"
 
 
-def chexpert_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles, view: View, test: bool) -> Source:
-    """At most `num_images` images of CheXpert v1.0 or v1.0-small, the folder with train.csv and valid.csv.
+def chest_source(
+    data_root: Path, num_images: int, seed: int, reader: ImageFiles, name: str, view: View, labelling: str, test: bool
+) -> Source:
+    """At most `num_images` images of one of `ARCHIVES`, by whole patients drawn from `seed`.
 
-    With `test`, the published validation set is the test split, beside the `num_images`; otherwise it is left out.
+    With `test`, a published held-out set is the test split, beside the `num_images`; otherwise it is left out.
     """
-    table, path = _read_chexpert(data_root, "train.csv", view)
-    table, rejected = tables.found(table, table.pop("_file"), data_root)
-    table = draw_patients(table, num_images, seed)
-    if test:
-        kept, _ = _read_chexpert(data_root, "valid.csv", view)
-        if both := set(kept["patient_id"]) & set(table["patient_id"]):
-            raise ValueError(f"{path}: patient {min(both)} is in valid.csv too: one patient in two given splits")
-        kept, more = tables.found(kept, kept.pop("_file"), data_root)
-        table, rejected = pd.concat([table.assign(split=""), kept.assign(split="test")]), rejected + more
-    return Source(table, CHEXPERT_LABELS, CHEXPERT_POLICY, reader, rejected=rejected)
+    archive, left_out = ARCHIVES[name], LeftOut(Counter)
+    labelling = labelling or next(iter(archive.labelling), "")
+    held_out = "" in archive.splits.values()  # the other splits
+    by_part = "{part}" in archive.tables[0].files[0]  # splits have tables of their own
+    parts = [part for part, split in archive.splits.items() if split == "" or test] if by_part else [""]
+    read = [_images(archive, data_root, part, labelling, view, left_out) for part in parts]
+    table = pd.concat(read, ignore_index=True) if len(read) > 1 else read[0]
+    if archive.splits:
+        table = table if test or not held_out else table[table["split"] == ""]
+        crossing = table.groupby("patient_id")["split"].nunique() > 1
+        if crossing.any():
+            raise ValueError(f"{data_root}: patient {crossing.idxmax()} is in two of the published splits")
+    files = table["_file"] if "_file" in table else table["source_file"]
+    below = tables.images_below(data_root) if archive.anywhere else None
+    table, rejected = tables.found(table.loc[:, ~table.columns.str.startswith("_")], files, data_root, below)
+    held = table[table["split"] != ""] if held_out else table[:0]
+    table = pd.concat([draw_patients(table.drop(held.index), num_images, seed), held])
+    policy = archive.policy + (f"; {labelling}: {archive.labelling[labelling]}" if labelling else "")
+    counts = {what: dict(count.most_common()) for what, counter in left_out.items() if (count := +counter)}
+    return Source(table, (*archive.labels, *archive.absent), policy, reader, rejected, counts)
 
 
-def _read_chexpert(data_root: Path, name: str, view: View) -> tuple[pd.DataFrame, Path]:
-    path = tables.find_table(data_root, [name])
-    table = tables.read_table(path, CHEXPERT_COLUMNS)
-    parts = table["source_file"].str.extract(_CHEXPERT_PATH)
-    expected = "Path is not CheXpert-v1.0.../train/patientNNNNN/studyN/viewN_frontal.jpg"
-    refuse(parts["file"].isna(), table["source_file"], path, expected)
-    projection = table["projection"].str.lower()
-    refuse(~projection.isin(("frontal", "lateral")), table["projection"], path, "Frontal/Lateral is neither of both")
-    labels = {label: tables.label_values(table[label], path, label) for label in CHEXPERT_LABELS}
-    table = table.assign(
-        **labels,
-        patient_id=parts["patient"],
-        name=parts["file"].str.split("/", n=1).str[1].str.removesuffix(".jpg").str.replace("/", "_"),
-        sex=tables.sexes(table["sex"]),
-        age=tables.ages(table["age"]),
-        projection=projection,
-        _file=parts["file"],  # the folder may have been renamed since it was published
-    )
-    table = table if view == "all" else table[projection == view]
-    if table.empty:
-        raise ValueError(f"{path} has no {view} image")
-    return table, path
+def _images(archive: Archive, root: Path, part: str, labelling: str, view: View, left_out: LeftOut) -> pd.DataFrame:
+    """The images of one part with labels and split; counts in `left_out` what is not taken."""
+    table, path = _joined(archive, root, part, labelling, left_out)
+    if archive.path:
+        groups = table["source_file"].str.extract(archive.path)
+        refuse(groups.isna().any(axis=1), table["source_file"], path, archive.expected)
+        table = pd.concat([table, groups], axis=1)
+    if "name" not in table:
+        table.insert(0, "name", table["source_file"].map(lambda file: Path(file).stem))
+    table["name"] = table["name"].str.replace("/", "_")
+    if "patient_id" not in table:
+        table["patient_id"] = table["name"]
+    if archive.image:
+        folder = next((name for name in archive.folders if (root / name).is_dir()), "")
+        rows = (row | {"part": part, "folder": folder} for row in table.to_dict("records"))
+        table["source_file"] = [archive.image.format_map(row) for row in rows]
+    if "_reader" in table:
+        table = _agreed(table, list(archive.labels), labelling, path)
+    refuse(table["name"].duplicated(), table["name"], path, "repeated image")
+    if archive.views:
+        seen = table["projection"] if "projection" in table else table["view"]
+        unknown = ~seen.isin(list(archive.views)) & ("*" not in archive.views)
+        refuse(unknown, seen, path, f"unknown view (known: {', '.join(archive.views)})")
+        table["projection"] = seen.map(archive.views).fillna(archive.views.get("*", ""))
+        wanted = table["projection"].isin(_WANTED.get(view, table["projection"].unique()))
+        left_out["views"].update(seen[~wanted].replace("", "unknown").value_counts().to_dict())
+        table = table[wanted]
+    if "labelled_by" in table and labelling != "all":
+        wanted = table["labelled_by"] == labelling
+        left_out["labelled by"].update(table.loc[~wanted, "labelled_by"].value_counts().to_dict())
+        table = table[wanted]
+    if table.empty or (view == "lateral" and not archive.views):
+        raise ValueError(f"{path} has no {view} image" + (f" with labelling {labelling!r}" if labelling else ""))
+    if "_findings" in table:
+        table = pd.concat([table, _listed(table["_findings"], archive, path, left_out["labels"])], axis=1)
+    if "_born" in table:
+        years = pd.to_numeric(table["_taken"].str[:4], errors="coerce") - pd.to_numeric(table["_born"], errors="coerce")
+        table["age"] = years.astype(str)
+    for column, clean in (("sex", tables.sexes), ("age", tables.ages)):
+        if column in table:
+            table[column] = clean(table[column])
+    if archive.splits:
+        split = table.get("split", pd.Series(part, index=table.index))
+        refuse(~split.isin(list(archive.splits)), split, path, f"split is none of {', '.join(archive.splits)}")
+        table["split"] = split.map(archive.splits)
+    return table.assign(**dict.fromkeys(archive.absent, float("nan")))
 
 
-NIH_COLUMNS = {
-    **{"Image Index": "source_file", "Finding Labels": "findings", "Patient ID": "patient_id"},
-    **{"Patient Age": "age", "Patient Gender": "sex", "View Position": "view"},
-}
-_NIH = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
-)  # fmt: skip
-# NIH's names and ours: CheXpert's where they mean the same.
-NIH_LABELS = {name: name.replace("_", " ") for name in _NIH} | {"Effusion": "Pleural Effusion"}
-NIH_POLICY = (
-    "1 where the finding is listed, 0 where it is not (NIH's text mining looked for all 14); "
-    "Support Devices, which NIH did not look for, is never mentioned"
-)
+def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: LeftOut) -> tuple[pd.DataFrame, Path]:
+    """The tables of an archive as one, in the rows of the first, and the path of the first."""
+    joined, paths = pd.DataFrame(), []
+    for each in archive.tables:
+        paths.append(tables.find_table(root, [file.format(part=part, labelling=labelling) for file in each.files]))
+        published = [name for names in archive.labels.values() for name in names] if each.labels else []
+        ignored = archive.ignored if each.labels else ()
+        required, optional = ({name: name for name in names} for names in (published, ignored))
+        table = tables.read_table(paths[-1], each.columns | required, each.optional | optional)
+        if each.labels:
+            there = [name for name in (*published, *ignored) if name in table]
+            marks = pd.DataFrame({name: tables.label_values(table[name], paths[-1], name) for name in there})
+            table = table.drop(columns=there).assign(
+                **{label: marks[list(names)].max(axis=1) for label, names in archive.labels.items()}
+            )
+            if ignored:
+                seen = marks.drop(columns=published).eq(1).groupby(table["name"]).any().sum()
+                left_out["labels"].update(seen.to_dict())
+        if not each.by:
+            joined = table
+            continue
+        keys = list(each.by)
+        refuse(table.duplicated(keys), table[keys[-1]], paths[-1], f"repeated {' and '.join(keys)}")
+        joined = joined.merge(table, on=keys, how="left", indicator="_row")
+        left_out["no row in"][paths[-1].name] += int((joined.pop("_row") == "left_only").sum())
+        words = [*each.columns.values()]
+        joined[words] = joined[words].fillna("")
+    return joined, paths[0]
 
 
-def nih_source(data_root: Path, num_images: int, seed: int, reader: ImageFiles) -> Source:
-    """At most `num_images` images of NIH ChestX-ray14: NIH's own table, and the images anywhere below its folder."""
-    path = tables.find_table(data_root, ["Data_Entry_2017*.csv", "labels.csv"])
-    table = tables.read_table(path, NIH_COLUMNS)
-    table.insert(0, "name", table["source_file"].map(lambda file: Path(file).stem))
-    refuse(table["name"].duplicated(), table["source_file"], path, "repeated Image Index")
-    table["age"] = tables.ages(table["age"])  # the table has patients of 414 years
-    findings, names = table.pop("findings"), {NO_FINDING: NO_FINDING, **NIH_LABELS}
-    listed = findings.str.replace(r"\s*\|\s*", "|", regex=True).str.get_dummies("|").astype(float)
-    unknown = listed[listed.columns.difference(list(names))].any(axis=1) | findings.str.contains(r"(?:^|\|)\s*(?:\||$)")
-    refuse(unknown, findings, path, f"unknown label (known: {', '.join(names)})")
-    listed = listed.reindex(columns=list(names), fill_value=0.0)
-    refuse((listed[NO_FINDING] == 1) & (listed.sum(axis=1) > 1), findings, path, "contradiction")
-    table = pd.concat([table, listed.rename(columns=names).assign(**{DEVICES: float("nan")})], axis=1)
-    table, rejected = tables.found(table, table["source_file"], data_root, tables.images_below(data_root))
-    labels = (NO_FINDING, *NIH_LABELS.values(), DEVICES)
-    return Source(draw_patients(table, num_images, seed), labels, NIH_POLICY, reader, rejected=rejected)
+def _agreed(table: pd.DataFrame, labels: list[str], rule: str, path: Path) -> pd.DataFrame:
+    """One row an image, with the labels that its readers agree on by one of `_AGREED`."""
+    refuse(table.duplicated(["name", "_reader"]), table["name"], path, "two rows of one reader for image")
+    share = table.groupby("name")[labels].mean()
+    parted = share.gt(0) & share.lt(1)
+    if rule == "refuse" and parted.any(axis=None):
+        image, count = str(parted.any(axis=1).idxmax()), int(parted.any(axis=1).sum())
+        named = ", ".join(label for label in labels if parted.at[image, label])
+        raise ValueError(f"{path}: readers of image {image!r} disagree on {named} ({count} such images)")
+    images = table.drop_duplicates("name").drop(columns=labels)
+    return images.join(_AGREED[rule](share), on="name")
+
+
+def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[Hashable]) -> pd.DataFrame:
+    """Labels from cells that list findings: 1 where one is listed, 0 where not, missing where that says nothing."""
+    lists = texts.map(_names)
+    refuse(lists.isna(), texts, path, "not a list of labels")
+    names, closed = lists.explode(), "*" not in archive.ignored
+    known = [name for published in archive.labels.values() for name in published] + [*archive.silent]
+    unknown = names[~names.isin(known)]
+    odd = pd.Series(texts.index.isin(unknown.index), index=texts.index)
+    refuse(odd & closed, texts, path, f"unknown label (known: {', '.join(known)})")
+    ignored.update(unknown.value_counts().to_dict())
+    listed = pd.DataFrame(
+        {label: names.isin(published).groupby(level=0).any() for label, published in archive.labels.items()}
+    ).astype(float)
+    findings = listed.drop(columns=[NO_FINDING, DEVICES], errors="ignore")
+    both = listed[NO_FINDING].eq(1) & findings.eq(1).any(axis=1)
+    refuse(both & closed, texts, path, "contradiction")
+    listed[NO_FINDING] = listed[NO_FINDING].mask(both, -1.0)
+    return listed.mask(listed.eq(0).mul(names.isin(archive.silent).groupby(level=0).any(), axis=0))
+
+
+def _names(text: str) -> list[str] | None:
+    """The names in "Mass|Nodule" or "['mass ', 'nodule']"; None where a list cannot be read."""
+    if not text.startswith("["):
+        return [name.strip() for name in text.split("|")]
+    try:
+        return [str(name).strip() for name in ast.literal_eval(text)] or [""]
+    except (ValueError, SyntaxError):
+        return None
 
 
 NOT_THERE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty

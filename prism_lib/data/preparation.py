@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from prism_lib import paths
-from prism_lib.data.chest import DEVICES, View, chexpert_source, film_source, nih_source, phantom_source
+from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
@@ -45,14 +45,17 @@ class PrepareConfig:
     "films" is NIH's films with and without rendered devices.
     """
 
-    dataset: Literal["phantom", "films", "chexpert", "nih", "isic2019", "isic2020", "ham10000", "table", "dicom"]
+    dataset: Literal[
+        "phantom", "films", "chexpert", "chexpert-plus", "mimic", "nih", "padchest", "vindr",
+        "isic2019", "isic2020", "ham10000", "table", "dicom",
+    ]  # fmt: skip
     output: Path  # the prepared folder; an existing one is reused if it was made with the same configuration
     data_root: Path | None = None  # the folder with the table and the images; the phantom has none
     size: Annotated[int, Field(ge=32)] = 256
     num_images: Annotated[int, Field(ge=1)] = 1000  # of real images at most as many, by whole patients
     seed: int = 0
-    # Shares of the patients for train, val and test; splits in a table are kept. With a share of 0 for test, CheXpert
-    # has its published validation set as the test split; otherwise that set is left out.
+    # Shares of the patients for train, val and test; splits in a table, and MIMIC's, are kept. With a share of 0 for
+    # test, CheXpert's published validation set or VinDr's test set is the test split; otherwise that set is left out.
     split: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
     confounding: Share = 0.0  # how strongly devices follow disease in the phantom
     vocabulary: str = "chest"  # whose labels captions name (see `vocabulary`); all label columns are kept
@@ -65,7 +68,8 @@ class PrepareConfig:
     blank: Mapping[str, Literal["ignore", "zeros"]] = field(default_factory=dict)
     mode: Literal["", Mode] = ""  # empty is the data set's own; "table" has none of its own
     max_upscale: Annotated[float, Field(ge=1)] = 1.0  # how many times an image smaller than `size` may be enlarged
-    view: View = "frontal"  # of CheXpert
+    view: View = "frontal"  # of data sets with others
+    labelling: str = ""  # of a data set with several, by its name in chest.yaml; empty is the first
     table: str = "metadata.csv"  # its file name, for "table" and "dicom"
     columns: Columns = field(default_factory=Columns)  # for the same two
     # Free captions with more tokens than a model reads (`caption_model`, as in fine-tuning) are an error, or cut.
@@ -92,6 +96,10 @@ class PrepareConfig:
             raise ValueError(f"subject {self.subject!r} is for the vocabulary 'labels', not for {words.name!r}")
         if self.dataset == "films" and self.extra_labels and DEVICES in self.extra_labels.labels.values():
             raise ValueError(f"{DEVICES!r} of films are read from the table `screened`, not from extra_labels")
+        choices = ARCHIVES[self.dataset].labelling if self.dataset in ARCHIVES else {}
+        if self.labelling and self.labelling not in choices:
+            known = ", ".join(choices) or "no others"
+            raise ValueError(f"dataset {self.dataset!r} has no labelling {self.labelling!r}; it has {known}")
         if self.columns.header and self.dataset != "dicom":
             raise ValueError("header fields can be copied from the dataset 'dicom' only")
         if self.dataset != "films":
@@ -120,12 +128,15 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
 
 SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
-    "chexpert": lambda c: chexpert_source(*_files(c), view=c.view, test=c.split[SPLITS.index("test")] == 0),
-    "nih": lambda c: nih_source(*_files(c)),
-    "films": lambda c: film_source(nih_source(*_files(c)), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
+    **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
+    "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
     **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
+
+
+def _chest(config: PrepareConfig, name: str) -> Source:
+    return chest_source(*_files(config), name, config.view, config.labelling, config.split[SPLITS.index("test")] == 0)
 
 
 def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
@@ -135,7 +146,7 @@ def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
         raise ValueError(f"dataset {config.dataset!r} needs a data_root: the folder with its table and images")
     if config.output.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"output {config.output} lies inside the data root {root}, where images are searched")
-    header = config.columns.header if config.dataset == "dicom" else None
+    header = config.columns.header if config.dataset in ("dicom", "vindr") else None
     mode = config.mode or _own_mode(config)
     return root, config.num_images, config.seed, ImageFiles(config.size, config.fit, mode, config.max_upscale, header)
 
@@ -187,6 +198,7 @@ def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
             "label_policy": {"source": source.label_policy, "uncertain": config.uncertain, "blank": config.blank},
             "counts": {"before": _counts(plan, source.labels), "after": _counts(metadata, source.labels)},
             "rejected": [asdict(item) for item in rejected],
+            "left_out": source.left_out,
             "duplicates": {"across_splits": len(duplicates), "within_split": within},
             "extra_labels": {"rows_without_image": len(unmatched), "first_of_these": unmatched[:20]},
             "captions_shortened": int((plan[free].to_numpy() != source.table[free].to_numpy()).sum()),

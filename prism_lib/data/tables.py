@@ -11,8 +11,9 @@ import gzip
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
@@ -38,6 +39,7 @@ class Source:
     label_policy: str
     images: Reader
     rejected: tuple[Rejection, ...] = ()
+    left_out: Mapping[str, Mapping[Hashable, int]] = field(default_factory=dict)  # what is not taken, and how often
 
 
 def seeded_order(names: Iterable[object], seed: int) -> list[str]:
@@ -89,8 +91,9 @@ def read_table(
     """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
     Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns; what pandas reads as
-    missing ("NaN", "None", ...) is empty. ValueError where there is no row, "patient_id" is empty, or "source_file"
-    is empty, leaves the data root, or occurs twice.
+    missing ("NaN", "None", ...) is empty. The file may be compressed (.gz), or hold a JSON object a line (.json).
+    ValueError where there is no row, "patient_id" is empty, or "source_file" is empty, leaves the data root, or occurs
+    twice.
     """
     header = read_header(path, encoding)
     if absent := [column for column in columns if column not in header]:
@@ -123,6 +126,10 @@ def read_header(path: Path, encoding: str = UTF8) -> list[str]:
 
 def _read_csv(path: Path, encoding: str, **options: object) -> pd.DataFrame:
     try:
+        if path.suffix == ".json":  # an object a line
+            rows = pd.read_json(path, lines=True, dtype=False)
+            words = rows.astype(object).where(rows.notna(), "").astype(str)
+            return pd.DataFrame([rows.columns]) if "nrows" in options else words
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             first = file.readline()
         encoding = next((name for mark, name in _MARKS.items() if first.startswith(mark)), encoding)
@@ -133,15 +140,16 @@ def _read_csv(path: Path, encoding: str, **options: object) -> pd.DataFrame:
         raise FileNotFoundError(f"there is no table {path}") from None
     except (UnicodeError, LookupError) as error:
         raise ValueError(f"{path} is not in {encoding!r}; name its encoding, such as 'cp1252': {error}") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a readable CSV table: {error}") from error
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a readable table: {error}") from error
 
 
 def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
     """ValueError naming the first bad row of a table that `read_table` returned."""
     if bad.any():
         row = int(bad.to_numpy().argmax())
-        raise ValueError(f"{path}, line {row + 2}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
+        line = bad.index[row] + (1 if path.suffix == ".json" else 2)
+        raise ValueError(f"{path}, line {line}: {what}: {values.iloc[row]!r} ({int(bad.sum())} such rows)")
 
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:

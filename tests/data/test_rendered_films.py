@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib.data.chest import NIH_COLUMNS, NOT_THERE, acquired
+from prism_lib.data.chest import ARCHIVES, NOT_THERE, acquired
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
@@ -29,7 +29,9 @@ def root(tmp_path_factory):
         name = f"{number // 2:08d}_{number % 2:03d}.png"
         Image.fromarray(image).save(root / "images" / name)
         rows.append([name, ["No Finding", "Effusion"][number % 2], number // 2, 50, "F", "PA"])
-    pd.DataFrame(rows, columns=list(NIH_COLUMNS)).to_csv(root / "Data_Entry_2017_v2020.csv", index=False)
+    pd.DataFrame(rows, columns=list(ARCHIVES["nih"].tables[0].columns)).to_csv(
+        root / "Data_Entry_2017_v2020.csv", index=False
+    )
     return root
 
 

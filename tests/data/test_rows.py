@@ -15,7 +15,7 @@ from PIL import Image
 
 from prism_lib import paths
 from prism_lib.data import preparation
-from prism_lib.data.chest import NIH_COLUMNS, nih_source
+from prism_lib.data.chest import ARCHIVES, chest_source
 from prism_lib.data.folder import SPLITS, load_info, load_table, read_images
 from prism_lib.data.images import ImageFiles
 from prism_lib.data.preparation import SOURCES, PrepareConfig, prepare
@@ -28,6 +28,7 @@ from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests import formats
 
 SIZE = 32
+NIH_COLUMNS = tuple(ARCHIVES["nih"].tables[0].columns)
 NIH_SAMPLE = paths.data() / "nih-sample"
 
 
@@ -58,7 +59,7 @@ def nih(tmp_path):
     return root
 
 
-def write_table(root: Path, rows: list[list[object]], columns: tuple[str, ...] = tuple(NIH_COLUMNS)) -> None:
+def write_table(root: Path, rows: list[list[object]], columns: tuple[str, ...] = NIH_COLUMNS) -> None:
     pd.DataFrame(rows, columns=list(columns)).to_csv(root / "Data_Entry_2017_v2020.csv", index=False)
 
 
@@ -68,7 +69,7 @@ def read_rows(root: Path) -> list[list[object]]:
 
 def edit_table(root: Path, row: int, column: str, value: object) -> None:
     rows = read_rows(root)
-    rows[row][list(NIH_COLUMNS).index(column)] = value
+    rows[row][NIH_COLUMNS.index(column)] = value
     write_table(root, rows)
 
 
@@ -378,7 +379,8 @@ def test_impossible_age_is_left_out(nih):
 @pytest.mark.parametrize(("policy", "expected"), [("ignore", -1), ("zeros", 0), ("ones", 1)])
 def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
     def with_uncertain(config):
-        source = nih_source(nih, config.num_images, config.seed, ImageFiles(config.size, config.fit))
+        images = ImageFiles(config.size, config.fit)
+        source = chest_source(nih, config.num_images, config.seed, images, "nih", "frontal", "", test=False)
         return dataclasses.replace(source, table=source.table.assign(Cardiomegaly=-1.0))
 
     monkeypatch.setitem(SOURCES, "nih", with_uncertain)
@@ -399,7 +401,7 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "brain"}, "dataset\\s.*'phantom', 'films', 'chexpert', 'nih'.*'brain'"),
+        ({"dataset": "brain"}, "dataset\\s.*'phantom', 'films', 'chexpert', .*'nih'.*'brain'"),
         ({"split": (0.7, 0.2, 0.2)}, "sum to 1"),
         ({"split": (0.7, 0.3)}, r"split\.2\s.*required"),
         ({"split": (1.7, 0.3, -1.0)}, r"split\.0\s.*less than or equal to 1.*input_value=1\.7"),

@@ -3,8 +3,6 @@
 The header is checked before the pixels are decoded, because a few kilobytes can declare gigabytes of pixels.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from pathlib import Path

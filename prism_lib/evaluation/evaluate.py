@@ -1,14 +1,12 @@
 """Edit held-out images and measure the result: against the truth of phantoms, and by a judge, which only reads."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import torch
@@ -46,7 +44,7 @@ class Editor:
         """A result per image, from what `invert` gave and the edit that the pairs stand for."""
         raise NotImplementedError
 
-    def within(self, size: int) -> Editor:
+    def within(self, size: int) -> Self:
         """The editor for batches of at most ``size`` images."""
         return self
 
@@ -248,9 +246,10 @@ def evaluate_results(
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
     pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
-    images = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
+    fields = ("factual", "image", "raw", "reconstruction", "mask")
+    factual, image, raw, decoded, mask = (stack(edited, name) for name in fields)
     truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
-    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings)
+    evaluation = Evaluation(change, table, pairs, factual, image, raw, decoded, mask, *truth, seconds, settings)
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)

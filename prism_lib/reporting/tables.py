@@ -1,7 +1,5 @@
 """Known records, and what is written from them alone: tables, drawings as data, and the results sections of pages."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

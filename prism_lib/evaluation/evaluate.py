@@ -135,14 +135,11 @@ def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | Non
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
-
-    ``pairs`` are the prompts, ``seconds`` those of inversion and edit alone, ``settings`` those used, each once.
-    """
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image."""
 
     edit: Edit
     table: pd.DataFrame
-    pairs: tuple[PromptPair, ...]
+    pairs: tuple[PromptPair, ...]  # the prompts
     factual: Tensor
     edited: Tensor
     raw: Tensor
@@ -150,8 +147,8 @@ class Evaluation:
     mask: Tensor
     truth: Tensor | None
     truth_mask: Tensor | None
-    seconds: float = 0.0
-    settings: tuple[object, ...] = ()
+    seconds: float = 0.0  # of inversion and edit alone
+    settings: tuple[object, ...] = ()  # those used, each once
 
     def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The first images for a sheet: factual, edited, and truth where it is known."""

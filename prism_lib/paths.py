@@ -3,8 +3,6 @@
 `PRISM_DATA`, `PRISM_RUNS` and `PRISM_WEIGHTS` replace three of them; the defaults lie inside the checkout.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

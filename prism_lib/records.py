@@ -1,7 +1,5 @@
 """Records: the numbers of an experiment as JSON, `figures/<dataset>/<name>.json`, with what reproduces them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -15,7 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -35,7 +33,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "monai", "numpy
 class Timer:
     """Wall-clock `seconds` of a `with` block, when it has ended."""
 
-    def __enter__(self) -> Timer:
+    def __enter__(self) -> Self:
         self._start = time.perf_counter()
         return self
 

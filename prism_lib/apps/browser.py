@@ -1,7 +1,5 @@
 """`prism explore`: the explorer in a browser, served by Voila from a notebook that is written for it."""
 
-from __future__ import annotations
-
 import secrets
 import socket
 import tempfile

@@ -1,7 +1,5 @@
 """`prism doctor`: can this machine run the notebooks, and with the versions the figures were made with?"""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Profiles, `notebooks/profiles/<name>.yaml`: the parameters of each notebook, checked before anything runs."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import hashlib

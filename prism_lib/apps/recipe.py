@@ -1,7 +1,5 @@
 """A recipe, all that decides one counterfactual, bit for bit, and its outcome with the files that are kept of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -11,7 +9,7 @@ from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -95,7 +93,7 @@ class Recipe:
         mask[:, :, top:bottom, left:right] = 1
         return mask
 
-    def sweep(self, over: str) -> list[Recipe]:
+    def sweep(self, over: str) -> list[Self]:
         return [replace(self, settings={**self.settings, over: value}) for value in SWEEPS[over]]
 
     def code(self) -> str:
@@ -109,7 +107,7 @@ class Recipe:
         return write_text(path, json.dumps({"recipe": asdict(self), **more}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Recipe:
+    def load(cls, path: str | Path) -> Self:
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
         except (ValueError, TypeError, KeyError) as error:

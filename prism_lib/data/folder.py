@@ -4,8 +4,6 @@ train/*.png, val/*.png, test/*.png; metadata.csv, a row per image (file_name, pa
 beside the images its rows of the split, where `load_dataset` looks for them; dataset.json, the origin of it all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

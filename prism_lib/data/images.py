@@ -7,8 +7,6 @@ This module and `data.dicom` do not import torch, because every process that pre
 back in order, so the result does not depend on the number of processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

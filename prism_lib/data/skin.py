@@ -4,8 +4,6 @@ Each image has one diagnosis, so all other diagnoses are known to be absent. A s
 lesions of one patient. Artefacts (rulers, ink) are labels of the images in isic_bias.csv (Bissoto et al., CVPRW 2020).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

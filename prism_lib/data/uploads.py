@@ -1,9 +1,4 @@
-"""Read an uploaded image file of any content in bounded memory; every refusal is one plain sentence for the user.
-
-The header is checked before the pixels are decoded, because a few kilobytes can declare gigabytes of pixels.
-"""
-
-from __future__ import annotations
+"""Read an uploaded image file of any content in bounded memory; every refusal is one plain sentence for the user."""
 
 import tempfile
 import warnings
@@ -19,7 +14,7 @@ from torch import Tensor
 from prism_lib.data.images import ImageFiles
 
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 40_000_000  # a mammogram, the largest plain film, has some 20 million
+MAX_PIXELS = 40_000_000  # checked before any is decoded; a mammogram, the largest plain film, has some 20 million
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 ACCEPT = ".png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm,.dicom"
 

@@ -4,8 +4,6 @@ Padding is aligned with padding only: aligned by index, as in the reference impl
 shortened prompt takes the maps of the removed words, and the removed object is drawn again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

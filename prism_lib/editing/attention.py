@@ -5,8 +5,6 @@ row per edit. In the cross window a target's maps are made of the source's and i
 window a target takes the source's queries and keys with its own values: injected maps, but in a fused kernel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +51,7 @@ class WordMaps:
             0
         )
 
-    def continue_from(self, before: WordMaps, rows: Sequence[int]) -> None:
+    def continue_from(self, before: "WordMaps", rows: Sequence[int]) -> None:
         """Take the sums of these `rows` of `before`, one for each edit; rows may repeat."""
         self.sums = {queries: maps[list(rows)] for queries, maps in before.sums.items()}
         self.counts = before.counts

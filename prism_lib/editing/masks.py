@@ -5,8 +5,6 @@ the decoded image gives the pixels: strong pixels inside the evidence are seeds 
 touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated
 
@@ -103,7 +101,7 @@ class Areas:
     mask: Tensor | str = "auto"
 
     @classmethod
-    def checked(cls, mask: Tensor | str, images: Tensor) -> Areas:
+    def checked(cls, mask: Tensor | str, images: Tensor) -> "Areas":
         """Areas for images (N, C, H, W); ValueError for a wrong shape or range, or if no pixel is left to edit."""
         if isinstance(mask, str):
             if mask not in ("auto", "off"):
@@ -119,7 +117,7 @@ class Areas:
             raise ValueError(f"the mask of image {int(has_any.int().argmin())} leaves no pixel to edit")
         return cls(mask)
 
-    def __getitem__(self, rows: slice | list[int]) -> Areas:
+    def __getitem__(self, rows: slice | list[int]) -> "Areas":
         """The areas of some of the images, by slice or places."""
         return self if isinstance(self.mask, str) else Areas(self.mask[rows])
 

@@ -1,13 +1,11 @@
 """Edit held-out images and measure the result: against the truth of phantoms, and by a judge, which only reads."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import torch
@@ -45,7 +43,7 @@ class Editor:
         """A result per image, from what `invert` gave and the edit that the pairs stand for."""
         raise NotImplementedError
 
-    def within(self, size: int) -> Editor:
+    def within(self, size: int) -> Self:
         """The editor for batches of at most ``size`` images."""
         return self
 
@@ -139,14 +137,11 @@ def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | Non
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image.
-
-    ``pairs`` are the prompts, ``seconds`` those of inversion and edit alone, ``settings`` those used, each once.
-    """
+    """One edit on N images; images are (N, C, H, W), masks (N, 1, H, W), ``table`` has a row of numbers per image."""
 
     edit: Edit
     table: pd.DataFrame
-    pairs: tuple[PromptPair, ...]
+    pairs: tuple[PromptPair, ...]  # the prompts
     factual: Tensor
     edited: Tensor
     raw: Tensor
@@ -154,8 +149,8 @@ class Evaluation:
     mask: Tensor
     truth: Tensor | None
     truth_mask: Tensor | None
-    seconds: float = 0.0
-    settings: tuple[object, ...] = ()
+    seconds: float = 0.0  # of inversion and edit alone
+    settings: tuple[object, ...] = ()  # those used, each once
     vocab: Vocabulary = CHEST
 
     def head(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -251,9 +246,9 @@ def evaluate_results(
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
     pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
-    images = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
+    made = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
     truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
-    evaluation = Evaluation(change, table, pairs, *images, *truth, seconds, settings, load_vocabulary(folder))
+    evaluation = Evaluation(change, table, pairs, *made, *truth, seconds, settings, load_vocabulary(folder))
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)

@@ -4,8 +4,6 @@ Images are (N, C, H, W) floats in [0, 1], masks (N, 1, H, W) booleans, probabili
 and groups (N,). A metric of images has one value per image. Wrong shapes or ranges, NaN and empty regions are errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ how far the finest detail falls short of the next coarser. The reference is `nov
 `python -m benchmarks.unusual_inputs` writes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ An image-text-to-text model that transformers loads (LLaVA, Idefics, Qwen-VL, Me
 it gives the measures of a judge. Its answers may be wrong: look first at its `judge_auc` on the originals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Both prompts are captions in the "explicit" template. They differ only in "with"
 that no padding token of the target inherits the attention map of a removed word.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re
@@ -75,7 +73,7 @@ class Edit:
             raise ValueError(f"an edit has either labels or free text, not both: {self}")
 
     @classmethod
-    def text(cls, source: str, target: str, words: Sequence[str] = ()) -> Edit:
+    def text(cls, source: str, target: str, words: Sequence[str] = ()) -> "Edit":
         """An edit between two prompts; `words` are the edited phrases, by default those that differ."""
         source, target = " ".join(source.split()), " ".join(target.split())
         if not source or not target:
@@ -86,7 +84,7 @@ class Edit:
         return cls(source=source, target=target, words=tuple(words))
 
     @classmethod
-    def parse(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> Edit:
+    def parse(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> "Edit":
         """The edit of a sentence (see `grammar`); "everything" is what `labels` call present, else `vocab.stated`."""
         asked, note = grammar.parse(text, vocab, labels)
         remove, add, keep = (tuple(name for name in asked if asked[name] == verb) for verb in _VERBS)
@@ -95,7 +93,7 @@ class Edit:
         return edit
 
     @classmethod
-    def read(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> Edit:
+    def read(cls, text: str, vocab: Vocabulary = CHEST, labels: Labels | None = None) -> "Edit":
         """The edit of a key, of a sentence, or of "source prompt -> target prompt", whichever `text` is."""
         text = text.strip()
         source, arrow, target = text.partition("->")
@@ -106,7 +104,7 @@ class Edit:
         return cls.from_key(text, vocab) if is_key else cls.parse(text, vocab, labels)
 
     @classmethod
-    def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> Edit:
+    def from_key(cls, key: str, vocab: Vocabulary = CHEST) -> "Edit":
         """The edit of a key such as "remove_support_devices" or "remove_edema_and_add_fracture"."""
         changes: dict[str, tuple[str, ...]] = {}
         for part in [] if key == "unchanged" else re.split(r"_and_(?=remove_|add_|keep_)", key):

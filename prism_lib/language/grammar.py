@@ -8,8 +8,6 @@
 All words are in `words.yaml`. A ValueError names what cannot be read, with the nearest known term.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator, Sequence

@@ -12,17 +12,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "classifier": ["Classifier", "ClassifierConfig", "named_network", "predict", "train_classifier"],
         "image_text": ["load_image_text_model"],
         "pipeline": [
-            "PipelineConfig",
-            "build_pipeline",
-            "compile_blocks",
-            "decode_latents",
-            "encode_images",
-            "encode_prompts",
-            "fingerprint",
-            "image_factor",
-            "load_pipeline",
-            "predict_noise",
-            "sample_images",
+            "PipelineConfig", "build_pipeline", "compile_blocks", "decode_latents", "encode_images", "encode_prompts",
+            "fingerprint", "image_factor", "load_pipeline", "predict_noise", "sample_images",
         ],
     },
-)
+)  # fmt: skip

@@ -1,7 +1,5 @@
 """Images and texts in one embedding space: any CLIP- or SigLIP-type model of transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Build, load and call a `StableDiffusionPipeline`, of any number of latent channels and any factor."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

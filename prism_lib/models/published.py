@@ -4,8 +4,6 @@
 - a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -5,8 +5,6 @@ patient's left at x > 0. What an intervention can move (heart, fluid, devices) e
 point-spread function, so an intervention changes no pixel far from it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -122,7 +120,7 @@ class Frame:
     zoom: Tensor  # (N,)
 
     @classmethod
-    def of(cls, scene: Scene, size: int) -> Frame:
+    def of(cls, scene: Scene, size: int) -> Self:
         u = scene.noise["pose"]
         # A film taken AP at the bedside is less well centred than a PA film at the stand.
         loose = 0.6 + 0.4 * scene.attributes["ap"]
@@ -239,7 +237,7 @@ class Lungs:
     angle_y: Tensor  # (N, H, W) height of the costophrenic angle of the pixel's side
 
     @classmethod
-    def of(cls, scene: Scene, frame: Frame) -> Lungs:
+    def of(cls, scene: Scene, frame: Frame) -> Self:
         u, v = scene.noise["habitus"], scene.noise["lungs"]
         a = frame.x.abs()
         width = chest_half_width(scene)[:, None, None]

@@ -3,8 +3,6 @@
 Lengths are in mm, places (u, v): u = -1, 1 at the picture's left and right lung border, v = 0, 1 at apices, diaphragm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class Anchors:
     base: float
 
     @classmethod
-    def of(cls, film: Tensor) -> Anchors:
+    def of(cls, film: Tensor) -> "Anchors":
         """From the smoothed film (H, H): lungs are the two dark areas beside a bright band above the heart."""
         small = F.avg_pool2d(F.interpolate(film[None, None], (64, 64), mode="area"), 3, 1, 1, count_include_pad=False)
         gray = small[0, 0].numpy().astype(np.float64)

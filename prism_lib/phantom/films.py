@@ -3,8 +3,6 @@
 Attenuation a and a share of scatter s make gray' = 1 - (1 - gray) (s + (1 - s) exp(-a)); places are those of `canvas`.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect
 from collections.abc import Callable, Sequence

@@ -18,8 +18,6 @@ intervention ``support_devices=1`` shows the devices that *this* patient would h
 `DETAILS`) the patient's pacemaker beside the devices that are there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -48,7 +46,7 @@ class Patients(anatomy.Scene):
 
     confounding: float
 
-    def intervene(self, **attributes: float | Tensor) -> Patients:
+    def intervene(self, **attributes: float | Tensor) -> "Patients":
         """do(attribute = value): the same noise, all other attributes as they were, descendants in the graph included.
 
         Names are `ATTRIBUTES` and `DETAILS`; values are a number or a tensor (N,).
@@ -68,7 +66,7 @@ class Patients(anatomy.Scene):
             patients = patients._with_detail(name, new > 0.5)
         return patients
 
-    def _with_detail(self, name: str, present: Tensor) -> Patients:
+    def _with_detail(self, name: str, present: Tensor) -> "Patients":
         """One side of fluid or one kind of device there or not, (N,); the others as they are."""
         if name in _SIDES:
             sides = self.effusion_sides

@@ -1,7 +1,5 @@
 """Figures in one look, which leave matplotlib's global style as it is: image grids, sheets, curves and dot plots."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

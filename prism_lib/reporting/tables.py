@@ -1,7 +1,5 @@
 """Known records, and what is written from them alone: tables, drawings as data, and the results sections of pages."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -156,13 +154,17 @@ def drawings(records: Mapping[str, Record]) -> list[Drawing]:
         if (record := records.get(name)) is None:
             continue
         kind, metrics = plot["kind"], record["metrics"]
+        found: list[tuple[str, str, Mapping[str, Any]]]
         if kind == "dots":
             shown = {plot["metric"]: plot["xlabel"]} if "metric" in plot else headlines(record)
             found = [(metric, label, intervals(record, metric)) for metric, label in shown.items()]
         else:
             found = [(name, plot["xlabel"], tradeoff(metrics) if kind == "pareto" else by_strength(metrics))]
-        titles = [(plot["name"].format(own), values, plot["title"], label) for own, label, values in found if values]
-        drawn += [Drawing(own, name, kind, *more, plot.get("ylabel", "")) for own, *more in titles]
+        drawn += [
+            Drawing(plot["name"].format(own), name, kind, values, plot["title"], label, plot.get("ylabel", ""))
+            for own, label, values in found
+            if values
+        ]
     return drawn
 
 

@@ -1,7 +1,5 @@
 """Images that join a training set: counterfactuals of its own, true ones, samples from text, or a folder of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace

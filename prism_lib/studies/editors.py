@@ -1,11 +1,9 @@
 """What the paper and users compare with: frozen settings that turn images and prompt pairs into results."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from diffusers import (
@@ -78,7 +76,7 @@ class PromptToPrompt(Editor):
     def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
-    def within(self, size: int) -> PromptToPrompt:
+    def within(self, size: int) -> Self:
         return replace(self, settings=grid(self.settings, batch_size=[size])[0])
 
     def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:

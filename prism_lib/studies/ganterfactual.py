@@ -4,8 +4,6 @@ A frozen classifier, not the judge that measures, has to read the translation as
 label, without text or mask. A stopped run continues bit for bit: a step's images follow from seed and step alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Where edits of phantoms go wrong: on entangled findings, hard images and small text (the paper's App. G, H, I)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,16 +100,13 @@ def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -
     bright = truth > truth.flatten(1).median(1).values[:, None, None, None]
     over = (bright & changed).flatten(1).sum(1) / pixels
     strength = ((truth - evaluation.factual).abs() * changed).flatten(1).sum(1) / pixels
-    columns: dict[str, list[bool]] = {}
-    if "devices" in cases:
-        kinds = cases["devices"].str.get_dummies("|").drop(columns="none", errors="ignore")
-        columns |= {str(kind): kinds[kind].eq(1).tolist() for kind in kinds}
     changing = {*evaluation.edit.remove, *evaluation.edit.add}
-    columns |= {f"with {label}": cases[label].eq(1).tolist() for label in labels if label not in changing}
-    columns |= {"over bone and heart": (over > 0.5).tolist(), "over lung": (over <= 0.5).tolist()}
+    hard = cases[[label for label in labels if label not in changing]].eq(1).add_prefix("with ")
+    if "devices" in cases:
+        hard = cases["devices"].str.get_dummies("|").drop(columns="none", errors="ignore").eq(1).join(hard)
     faint = strength < strength.quantile(0.5)
-    columns |= {"faint": faint.tolist(), "distinct": (~faint).tolist()}
-    return pd.DataFrame(columns, index=evaluation.table.index)
+    halves = {"over bone and heart": over > 0.5, "over lung": over <= 0.5, "faint": faint, "distinct": ~faint}
+    return hard.assign(**{name: half.tolist() for name, half in halves.items()}).set_axis(evaluation.table.index)
 
 
 def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Numbers:

@@ -4,8 +4,6 @@ The autoencoder learns from phantoms and from procedural textures (occluding obj
 small type), without which it would learn phantoms by heart and lose real films.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -4,8 +4,6 @@ Everything random in a step (which images, which captions, noise, timesteps, dro
 a resumed run equals an uninterrupted one bit for bit, and the position inside an epoch needs no saving.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ Rows are read one at a time, so a data set may be larger than memory. The folder
 depend on. Each process writes its part of the files, each whole or not at all, and encodes nothing again.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

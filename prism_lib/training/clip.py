@@ -4,8 +4,6 @@ A CLIP that learned labels reads "left" and "right pleural effusion" nearly the 
 `teach_details` trains the embeddings of words that no plain caption has; text without them keeps its states to the bit.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The settings of a fine-tuning run: checked when made, kept as JSON beside what the run writes."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Fine-tune the U-Net on a prepared folder, with accelerate. As in the paper all other parts stay frozen."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Sequence

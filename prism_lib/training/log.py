@@ -1,7 +1,5 @@
 """The log of a fine-tuning run, its curves, and text-to-image samples of its result."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

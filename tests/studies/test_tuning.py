@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_before_any_work(given, said, model, phantom_f
     assert cli.main(["tune", values["model"], values["data"], *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("prism: ") and len(error.splitlines()) == 1
-    assert pd.Series([error]).str.contains(said).all(), error
+    assert re.search(said, error), error
     assert not (tmp_path / "out").exists()
 
 

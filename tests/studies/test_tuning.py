@@ -1,6 +1,7 @@
 """A search finds settings, writes them where the model reads them, and goes on where it stopped."""
 
 import json
+import re
 
 import pandas as pd
 import pytest

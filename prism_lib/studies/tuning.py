@@ -35,7 +35,7 @@ from prism_lib.evaluation.evaluate import Evaluation, choose_cases
 from prism_lib.evaluation.selection import load_guide
 from prism_lib.files import exclusive, stable_seed
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import vocabulary
+from prism_lib.language.labels import NO_FINDING, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.models.published import locate
@@ -112,7 +112,7 @@ def cases_of(config: TuningConfig, guide: Classifier | None) -> Cases:
     ValueError if an edit suits fewer, or if neither the truth nor a guide can tell how good it is.
     """
     info, table = load_info(config.data), load_table(config.data, "val")
-    both = [label for label in info["labels"] if {0, 1} <= set(table[label])]
+    both = [label for label in info["labels"] if {0, 1} <= set(table[label]) and label != NO_FINDING]
     edits = [Edit.read(text, vocabulary(info["config"]["vocabulary"])) for text in config.edits]
     edits = edits or [edit for label in both for edit in (Edit(remove=(label,)), Edit(add=(label,)))]
     if not edits:

@@ -1,6 +1,7 @@
 """A search finds settings, writes them where the model reads them, and goes on where it stopped."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -140,7 +141,7 @@ def test_bad_input_is_one_sentence_before_any_work(given, said, model, phantom_f
     assert cli.main(["tune", values["model"], values["data"], *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("prism: ") and len(error.splitlines()) == 1
-    assert pd.Series([error]).str.contains(said).all(), error
+    assert re.search(said, error), error
     assert not (tmp_path / "out").exists()
 
 

@@ -93,14 +93,14 @@ def vocabulary(source: str | Mapping[str, Any], labels: Sequence[str] = (), subj
 def _from_file(path: Path) -> Vocabulary:
     """The vocabulary of a YAML file; one that `extends` a shipped one adds to its mappings and replaces its lists."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no vocabulary {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+    if not isinstance(raw, dict):
         raise ValueError(f"{path} is no mapping with subject and phrases")
-    content = {"name": path.stem} | content
+    content: dict[str, Any] = {"name": path.stem} | raw
     if (base := content.pop("extends", None)) is not None:
         if base not in VOCABULARIES:
             raise ValueError(f"{path}: extends is {base!r}, none of {', '.join(VOCABULARIES)}")

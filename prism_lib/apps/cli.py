@@ -113,6 +113,20 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
     more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
     generate.add_argument("-p", **pair, help=more)
+    tune = verbs.add_parser("tune", help="find the settings of a model's edits on validation images")
+    tune.add_argument("model", metavar="MODEL", help="a shipped model, a pipeline folder or a hub id")
+    tune.add_argument("data", metavar="DATA", help="a prepared folder of images")
+    tune.add_argument(
+        "--out", default="", metavar="FOLDER", help="where editing.json goes (default: beside the weights)"
+    )
+    every = "keys or sentences (default: the removal and addition of every label)"
+    tune.add_argument("--edits", action="extend", nargs="+", default=[], metavar="EDIT", help=every)
+    tune.add_argument("--minutes", type=float, default=20.0, help="budget of the whole search (default: 20)")
+    tune.add_argument("--evaluations", type=int, default=0, help="budget in U-Net evaluations of one image, instead")
+    tune.add_argument("--images", type=int, default=4, help="validation patients of each edit (default: 4, and 4 more)")
+    tune.add_argument("--steps", type=int, default=25, help="steps of an edit (default: 25)")
+    tune.add_argument("--guide", default="", help="a classifier for images whose truth is not known; never the judge")
+    tune.add_argument("--seed", type=int, default=0)
     explorer = verbs.add_parser("explore", help="edit images by clicks, in a browser")
     models = "a shipped model, a pipeline folder or a hub id (default: the shipped one that an image resembles)"
     explorer.add_argument("--model", default="", help=models)
@@ -149,10 +163,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             browser.serve(options, partial(print, flush=True))
             return 0
+        if options.verb == "tune":
+            return _tune(options)
         return _generate(options) if options.verb == "generate" else _run(options, words)
     except (UsageError, OSError) as error:
         print(f"prism: {error}", file=sys.stderr)
         return 2
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from optuna import logging
+
+    from prism_lib.reporting import plots
+    from prism_lib.studies import tuning  # it imports torch
+
+    logging.set_verbosity(logging.WARNING)
+    given = {name: value for name, value in vars(options).items() if name != "verb"}
+    try:
+        found = tuning.find_settings(tuning.TuningConfig(**given), partial(print, flush=True))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(one_line(error)) from None
+    figure = plots.curves(found.progress(), xlabel="trial", ylabel="least loss so far")
+    plots.save_figure(figure, "tuning", found.folder)
+    print(f"{found.folder}: editing.json, tuning.json, .csv and .png\nloss on images that the search did not see:")
+    print(found.losses.to_string())
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ what is edited. A model without that file gets the defaults of `EditConfig`, tho
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
@@ -19,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from prism_lib.editing.masks import MaskConfig, Share
 from prism_lib.editing.methods import InversionConfig
+from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
 
 if TYPE_CHECKING:  # plans check settings without loading a model
@@ -134,6 +136,14 @@ def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, *
 def recommended_inversion(model: StableDiffusionPipeline | str | Path, **overrides: Any) -> InversionConfig:
     """What a model recommends for the inversion; `overrides` (fields of `InversionConfig`) replace its values."""
     return replace(_recommendation(_folder(model)).inversion, **overrides)
+
+
+def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
+    """Write the fields of a `Recommendation` as ``editing.json`` into a folder; ValueError if one is wrong."""
+    made = TypeAdapter(Recommendation).validate_python(content)
+    write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    _recommendation.cache_clear()
+    return made
 
 
 def resolved(pipe: StableDiffusionPipeline, pair: PromptPair, settings: Settings) -> EditConfig:

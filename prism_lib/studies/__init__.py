@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "explanations": ["attention_maps", "mask_regions", "region_statistics", "save_transition"],
         "ganterfactual": ["GanConfig", "Ganterfactual", "train_gan"],
         "shortcut": ["ShortcutConfig"],
+        "tuning": ["TuningConfig", "find_settings"],
     },
 )

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
-from prism_lib.editing.methods import RECOMMENDED
+from prism_lib.editing.methods import RECOMMENDED, InversionConfig
 from prism_lib.editing.settings import EditConfig, grid, resolved
 from prism_lib.evaluation.evaluate import Editor, Pairs, Results
 from prism_lib.files import image_hash, stable_seed
@@ -60,20 +60,22 @@ class PromptToPrompt(Editor):
     """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
 
     `settings` are overrides of the model's recommended settings, or an `EditConfig` that is taken as it is; `mask`
-    "off" gives the raw decode, nothing put back into the input.
+    "off" gives the raw decode, nothing put back into the input. Without an `inversion` the model's own is used.
     """
 
     method: str = RECOMMENDED
     num_inference_steps: PositiveInt = 50
     settings: Overrides = field(default_factory=dict, hash=False)
     mask: Literal["auto", "off"] = "auto"
+    inversion: InversionConfig | None = None
 
     @property
     def inverts(self) -> Hashable:
-        return self.method, self.num_inference_steps
+        return self.method, self.num_inference_steps, self.inversion
 
     def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Inversion:
-        return invert(pipe, images, [pair.source for pair in pairs], self.method, self.num_inference_steps)
+        sources, config = [pair.source for pair in pairs], self.inversion
+        return invert(pipe, images, sources, self.method, self.num_inference_steps, config=config)
 
     def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)

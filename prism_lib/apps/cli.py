@@ -116,9 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune = verbs.add_parser("tune", help="find the settings of a model's edits on validation images")
     tune.add_argument("model", metavar="MODEL", help="a shipped model, a pipeline folder or a hub id")
     tune.add_argument("data", metavar="DATA", help="a prepared folder of images")
-    tune.add_argument(
-        "--out", default="", metavar="FOLDER", help="where editing.json goes (default: beside the weights)"
-    )
+    tune.add_argument("--out", default="", metavar="FOLDER", help="for editing.json (default: beside the weights)")
     every = "keys or sentences (default: the removal and addition of every label)"
     tune.add_argument("--edits", action="extend", nargs="+", default=[], metavar="EDIT", help=every)
     tune.add_argument("--minutes", type=float, default=20.0, help="budget of the whole search (default: 20)")
@@ -181,8 +179,8 @@ def _tune(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name != "verb"}
     try:
         found = tuning.find_settings(tuning.TuningConfig(**given), partial(print, flush=True))
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(one_line(error)) from None
+    except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+        raise UsageError(one_line(error) or "interrupted; the same command goes on where it stopped") from None
     figure = plots.curves(found.progress(), xlabel="trial", ylabel="least loss so far")
     plots.save_figure(figure, "tuning", found.folder)
     print(f"{found.folder}: editing.json, tuning.json, .csv and .png\nloss on images that the search did not see:")

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass as checked
 
 from prism_lib import paths
 
@@ -23,18 +21,14 @@ class UsageError(ValueError):
     """The command cannot start as it was given."""
 
 
-@checked(frozen=True, config={"extra": "forbid"})
+@dataclass(frozen=True)
 class Profile:
     """Parameter values per notebook, by the notebook's stem."""
 
     name: str
     description: str
-    figures: Literal["figures", "runs"]  # the committed figures/<dataset>/, or the run's own folder
-    notebooks: Mapping[str, Mapping[str, Any] | None]
-
-    @property
-    def sections(self) -> dict[str, Mapping[str, Any]]:
-        return {name: values or {} for name, values in sorted(self.notebooks.items())}
+    figures: str  # "figures": the committed figures/<dataset>/; "runs": the run's own folder
+    sections: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,18 @@ def load_profile(name: str) -> Profile:
     if name not in available_profiles():
         raise UsageError(f"no profile {name!r}; there are: {', '.join(available_profiles()) or 'none'}")
     try:
-        return TypeAdapter(Profile).validate_python({"name": name, **yaml.safe_load(path.read_text(encoding="utf-8"))})
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path.name}: {one_line(error)}") from None
+    keys = {"description", "figures", "notebooks"}
+    if not isinstance(content, dict) or set(content) != keys or not isinstance(content["notebooks"], dict):
+        raise UsageError(f"{path.name} must hold exactly {', '.join(sorted(keys))}, the last a section each")
+    if content["figures"] not in ("figures", "runs"):
+        raise UsageError(f"{path.name}: figures must be 'figures' or 'runs', not {content['figures']!r}")
+    sections = {str(key): value or {} for key, value in sorted(content["notebooks"].items())}
+    if odd := [name for name, values in sections.items() if not isinstance(values, dict)]:
+        raise UsageError(f"{path.name}: section {odd[0]} must be a mapping of parameters")
+    return Profile(name, str(content["description"]), content["figures"], sections)
 
 
 def declared_parameters(notebook: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(checkout, capsys, argume
         ({"00_first": {"RATTE": 1}}, "00_first has no parameter 'RATTE'; did you mean 'RATE'?"),
         ({"00_frist": {}}, "no notebook 00_frist; did you mean '00_first'?"),
         ({"00_first": {"COUNT": True}}, "COUNT takes int"),
-        ({"00_first": [1]}, "notebooks.00_first is [1]: input should be a valid dictionary"),
+        ({"00_first": [1]}, "section 00_first must be a mapping"),
         ({}, "has no notebooks"),
     ],
 )

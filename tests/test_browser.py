@@ -160,6 +160,7 @@ def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
     _button(explorer, "remove support devices").click()
     _button(explorer, "Run").click()
     explorer.get_by_text(re.compile(r"^Done in")).wait_for()
+    explorer.get_by_text("result 1 of 1").wait_for()
     _nothing_is_cut_off(page)
     _look(page, "voila_3_done")
     with page.expect_download() as download:

@@ -143,7 +143,7 @@ def responses(
     own = load_table(folder).set_index("file_name")
     for column in groups:
         if column not in own:
-            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {', '.join(own)}")
+            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {', '.join(map(str, own))}")
         about[column] = _bands(own[column])[e.table["file_name"]].tolist()
     for name, classifier in classifiers.items():
         one = classifier.only([label])
@@ -198,8 +198,8 @@ def sweep_edits(
     values: Mapping[str, Sequence[float]],
 ) -> list[list[tuple[str, Counterfactual]]]:
     """What every edit under every value of settings makes of each image: ("remove_edema, guidance_scale 2", result)."""
-    images, named = read_images(folder, rows), grid({}, **values)
-    swept: list[list[tuple[str, Counterfactual]]] = [[] for _ in range(len(rows))]
+    named: list[dict[str, float]] = grid({}, **values)
+    images, swept = read_images(folder, rows), [list[tuple[str, Counterfactual]]() for _ in range(len(rows))]
     for edit in edits:
         pairs = prompt_pairs(folder, rows, edit)
         names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in named]

@@ -37,6 +37,7 @@ PROMISED = {  # metrics that the phantom's records have at some depth
     "batches": ("largest_difference",),
     "axioms": ("composition",),
     "classifiers": ("worst_group_gain", "gap_closed"),
+    "dependence": ("change", "true_change", "effect_ratio", "rank_correlation", "confirmed"),
     "identifiability": ("true_error_ratio", "mask_recall"),
     "editing_speed": ("speedup_direct_sweep_batch1", "speedup_null_text"),
     "bulk": ("speedup_two_processes",),

@@ -20,11 +20,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pydantic.dataclasses import dataclass
-from pydicom.misc import is_dicom
 from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
+from prism_lib.data.dicom import is_dicom
 from prism_lib.data.full_size import put_back_file
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit

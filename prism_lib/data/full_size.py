@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
-from pydicom.misc import is_dicom
 from scipy import fft, ndimage
 
 from prism_lib.data import dicom
@@ -30,7 +29,7 @@ def put_back_file(source: Path, target: Path, factual: ArrayLike, edited: ArrayL
 
     if target.suffix == ".dcm":
         return dicom.derive(source, target, change)
-    if is_dicom(source):
+    if dicom.is_dicom(source):
         new, top = change(dicom.read(source).levels) * 257, 65535
     else:
         with Image.open(source) as file:

@@ -212,8 +212,9 @@ def launch(config: BulkConfig, processes: int) -> None:
             shared = (processes, port, config, pipe)
             multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-            reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
-            raise RuntimeError(f"{reason}; the same command goes on where it stopped") from error
+            if not asked.is_set():  # else one was asked before it could listen
+                reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
+                raise RuntimeError(f"{reason}; the same command goes on where it stopped") from error
     if asked.is_set():
         raise Stopped(0)
 

@@ -9,13 +9,15 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
-from prism_lib.data.dicom import is_dicom
+from prism_lib.data.dicom import is_dicom, secondary_capture
 from prism_lib.data.full_size import put_back_file
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
@@ -171,6 +173,9 @@ class Outcome:
         for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
             write_bytes(folder / f"{name}.png", png(levels(image)))
         write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
+        about = {"model": Path(recipe.model).name, "method": recipe.method, "steps": recipe.steps, **recipe.settings}
+        capture = exporter(result, about)
+        write_bytes(folder / "image.dcm", capture(levels(result.image, 16 if len(result.image) == 1 else 8)))
         try:
             film = self._full_size(folder)
         except (ValueError, KeyError) as error:  # of a film that cannot hold the change; all else is kept
@@ -209,11 +214,30 @@ class Outcome:
             return put_back(film, folder / "full_size", self.result).name
 
 
-def put_back(film: Path, target: Path, result: Counterfactual) -> Path:
-    """Write a film with the edit of its image: a DICOM as a derived DICOM, others as PNG. Returns the whole name."""
-    target = target.with_suffix(".dcm" if is_dicom(film) else ".png")
-    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
+Content = Callable[[np.ndarray], bytes]  # of a file with some levels
+
+
+def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> Path:
+    """Write a film with the edit of its image: as `content` says, else a DICOM as a derived DICOM and others as PNG.
+
+    Returns the whole name.
+    """
+    target = target.with_suffix(".dcm" if content or is_dicom(film) else ".png")
+    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
     return target
+
+
+def exporter(
+    result: Counterfactual, settings: Mapping[str, Any], film: str = "", header: Sequence[str] = ()
+) -> Content:
+    """Makes a result's levels a DICOM Secondary Capture that tells its recipe, and no path: it may name a patient."""
+    told = {"image_sha256": image_hash(result.factual), **asdict(result.pair), **settings}
+    return partial(
+        secondary_capture,
+        recipe=json.dumps(told, ensure_ascii=False),
+        source=Path(film) if film else None,
+        header=header,
+    )
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:

@@ -231,11 +231,7 @@ def _work(
                     write_bytes(out / task.output, content)
                     if config.full_size:
                         film = out / "full_size" / PurePosixPath(task.output).relative_to("images")
-                        try:
-                            put = put_back(Path(task.film), film, result, dicom)
-                            row["full_size"] = put.relative_to(out).as_posix()
-                        except (ValueError, KeyError) as error:  # of a film that cannot hold the change
-                            row["full_size"] = f"not written: {one_line(error)}"
+                        row["full_size"] = put_back(Path(task.film), film, result, dicom).removeprefix(f"{out}/")
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"sha256": digest}) + "\n")
             progress.update(len(batch))
@@ -253,13 +249,12 @@ def _edit_batch(
     batch = batch[rows]
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
-    steps, drawn = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
-    inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
-    areas = {
-        name: torch.from_numpy(np.stack([region(task.areas[name], images.shape[-1]) for task in batch]))[:, None]
-        for name in batch[0].areas
-    }
-    return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates], **areas)
+    steps, how = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
+    inversion = invert(pipe, images, sources, settings.method, steps, config=how, batch_size=size)
+    drawn = {name: [region(task.areas[name], images.shape[-1]) for task in batch] for name in batch[0].areas}
+    areas = {name: torch.from_numpy(np.stack(pixels))[:, None] for name, pixels in drawn.items()}
+    tried = [one | {"batch_size": size} for one in settings.candidates]
+    return sweep(pipe, inversion, pairs, tried, mask=areas.get("mask", "auto"), keep=areas.get("keep"))
 
 
 def _merge(out: Path) -> set[str]:

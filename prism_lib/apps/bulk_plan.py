@@ -248,8 +248,9 @@ def region(given: str, size: int) -> np.ndarray:
         box = [float(part) for part in given.split(",")]
     except ValueError:
         return _drawn(given, size)
-    left, top, right, bottom = (round(x * (size if max(box) <= 1 else 1)) for x in (*box, 0, 0, 0)[:4])
-    if len(box) != 4 or not (0 <= left < right <= size and 0 <= top < bottom <= size):
+    usable, scale = len(box) == 4 and np.isfinite(box).all(), size if max(box) <= 1 else 1
+    left, top, right, bottom = (round(x * scale) for x in box) if usable else (0, 0, 0, 0)
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
         raise ValueError(f"{given!r} is no box x0,y0,x1,y1 in an image of {size} x {size} pixels")
     found = np.zeros((size, size), dtype=bool)
     found[top:bottom, left:right] = True

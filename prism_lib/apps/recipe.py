@@ -176,16 +176,12 @@ class Outcome:
         about = {"model": Path(recipe.model).name, "method": recipe.method, "steps": recipe.steps, **recipe.settings}
         capture = exporter(result, about)
         write_bytes(folder / "image.dcm", capture(levels(result.image, 16 if len(result.image) == 1 else 8)))
-        try:
-            film = self._full_size(folder)
-        except (ValueError, KeyError) as error:  # of a film that cannot hold the change; all else is kept
-            film = f"not written: {one_line(error)}"
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in self.scores.items()},
             "settings": asdict(self.used),
             "notice": self.notice,
             "image_sha256": image_hash(result.image),
-            "full_size": film,
+            "full_size": self._full_size(folder),
             "commit": records.commit(),
             "versions": records.versions(),
             "device": records.device(),
@@ -201,7 +197,7 @@ class Outcome:
                 write_bytes(paths.runs() / str(name).removeprefix("file:"), png(levels(images[0])))
 
     def _full_size(self, folder: Path) -> str:
-        """The name of the opened film with the edit in `folder`; "" if the image has all that the film has."""
+        """The name of the opened film with the edit in `folder`, or why there is none; "" if it is no larger."""
         if not self.case.content or len(self.result.image) > 1:
             return ""
         with tempfile.TemporaryDirectory() as place:
@@ -211,20 +207,23 @@ class Outcome:
                 with Image.open(film) as file:
                     if max(file.size) <= self.result.image.shape[-1]:
                         return ""
-            return put_back(film, folder / "full_size", self.result).name
+            return put_back(film, folder / "full_size", self.result).removeprefix(f"{folder}/")
 
 
 Content = Callable[[np.ndarray], bytes]  # of a file with some levels
 
 
-def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> Path:
+def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> str:
     """Write a film with the edit of its image: as `content` says, else a DICOM as a derived DICOM and others as PNG.
 
-    Returns the whole name.
+    Returns the path with its suffix, or why the film cannot hold the change.
     """
     target = target.with_suffix(".dcm" if content or is_dicom(film) else ".png")
-    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
-    return target
+    try:
+        put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
+    except (ValueError, KeyError) as error:
+        return f"not written: {one_line(error)}"
+    return str(target)
 
 
 def exporter(

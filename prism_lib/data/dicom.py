@@ -34,8 +34,8 @@ from prism_lib.files import atomic
 LIBJPEG = (uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
 INSTALL = "pip install pylibjpeg-libjpeg (the extra [dicom]; its licence is GPL-3)"
 # Attributes that the standard requires in a Secondary Capture, if only empty (PS3.3, A.8.1).
-_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientOrientation")
-_EMPTY += ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
+_EMPTY = """PatientName PatientID PatientBirthDate PatientSex PatientOrientation
+    StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName"""
 _GENERATED = "PRISM counterfactual: generated pixels, not for diagnosis"
 
 
@@ -84,10 +84,9 @@ def _refusals() -> Iterator[None]:
             yield
         except DicomError:
             raise
-        except OSError as error:
-            raise DicomError(f"unreadable DICOM: {error.strerror or 'it ends too early'}") from None
         except Exception as error:  # pydicom's parsers raise whatever a damaged header leads them to
-            raise DicomError("unreadable DICOM: a value of its header is damaged") from error
+            reason = getattr(error, "strerror", None) or "a value of its header is damaged"
+            raise DicomError(f"unreadable DICOM: {reason}") from error
 
 
 def _open(path: Path) -> Dataset:
@@ -115,7 +114,7 @@ def _open(path: Path) -> Dataset:
 
 
 def _whole(data: Dataset, name: str, default: int | None = None) -> int:
-    value = data.get(name)
+    value: Any = data.get(name)
     try:
         return int(default if value in (None, "") else value)
     except (TypeError, ValueError):
@@ -178,7 +177,7 @@ def secondary_capture(pixels: np.ndarray, recipe: str, source: Path | None = Non
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     data.SpecificCharacterSet, data.SOPClassUID = "ISO_IR 192", uid.SecondaryCaptureImageStorage
-    for name in _EMPTY:
+    for name in _EMPTY.split():
         setattr(data, name, None)
     data.Modality, data.ConversionType, data.SeriesNumber, data.InstanceNumber = "OT", "SYN", 1, 1
     data.ImageType, data.SeriesDescription = ["DERIVED", "SECONDARY"], "PRISM counterfactual"

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -700,25 +701,34 @@ def test_killed_at_random_moments_and_started_again(config, done, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_ends_the_run_after_a_batch_and_the_next_one_goes_on(config, done, tmp_path, processes, number):
+@pytest.mark.parametrize("how", ["one process", "its own processes", "processes of SLURM"])
+def test_a_signal_ends_the_run_after_a_batch_and_the_next_one_goes_on(config, done, tmp_path, how):
     words = ["generate", "--data", config.data, "--edits", config.edits, "--out", str(tmp_path / "stopped")]
     more = {"split": "test", "model": config.model, "num_inference_steps": STEPS}
-    words += ["--processes", str(processes), *(word for pair in more.items() for word in ("-p", *map(str, pair)))]
+    words += ["--processes", "2" if how == "its own processes" else "1"]
     command = [sys.executable, "-m", "prism_lib.apps.cli", *words]
+    command += [word for name, value in more.items() for word in ("-p", name, str(value))]
     environment = os.environ | {"PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    images = tmp_path / "stopped" / "images"
-    while process.poll() is None and not list(images.rglob("*__*.png")):
+
+    def run():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01"] if how == "processes of SLURM" else [{}]
+        return [subprocess.Popen(command, env=environment | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+
+    images, running = tmp_path / "stopped" / "images", run()
+    while running[0].poll() is None and not list(images.rglob("*__*.png")):
         time.sleep(0.002)
-    process.send_signal(number)
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0 and "stopped by a signal; the same command goes on" in error
+    for process in running:
+        process.send_signal(signal.SIGUSR1 if how == "its own processes" else signal.SIGTERM)
+    for process in running:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0 and "stopped by a signal; the same command goes on" in error, error
     made = len(manifest(tmp_path / "stopped"))
     assert 0 < made < len(plan(config)) and made == len(list(images.rglob("*.png")))
     assert not list((tmp_path / "stopped" / "parts").iterdir()) and not list(images.rglob(".partial-*"))
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    for process in run():
+        assert process.communicate(timeout=300) and process.returncode == 0
     assert written(tmp_path / "stopped") == written(done)
 
 

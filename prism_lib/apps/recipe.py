@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -27,7 +26,7 @@ from torch import Tensor
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
 from prism_lib.data.dicom import is_dicom, secondary_capture
-from prism_lib.data.full_size import put_back_file
+from prism_lib.data.full_size import Content, put_back_file
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
@@ -210,9 +209,6 @@ class Outcome:
             return put_back(film, folder / "full_size", self.result).removeprefix(f"{folder}/")
 
 
-Content = Callable[[np.ndarray], bytes]  # of a file with some levels
-
-
 def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> str:
     """Write a film with the edit of its image: as `content` says, else a DICOM as a derived DICOM and others as PNG.
 
@@ -226,17 +222,11 @@ def put_back(film: Path, target: Path, result: Counterfactual, content: Content 
     return str(target)
 
 
-def exporter(
-    result: Counterfactual, settings: Mapping[str, Any], film: str = "", header: Sequence[str] = ()
-) -> Content:
+def exporter(result: Counterfactual, told: Mapping[str, Any], film: str = "", header: Sequence[str] = ()) -> Content:
     """Makes a result's levels a DICOM Secondary Capture that tells its recipe, and no path: it may name a patient."""
-    told = {"image_sha256": image_hash(result.factual), **asdict(result.pair), **settings}
-    return partial(
-        secondary_capture,
-        recipe=json.dumps(told, ensure_ascii=False),
-        source=Path(film) if film else None,
-        header=header,
-    )
+    recipe = {"image_sha256": image_hash(result.factual), **asdict(result.pair), **told}
+    source, text = Path(film) if film else None, json.dumps(recipe, ensure_ascii=False)
+    return partial(secondary_capture, recipe=text, source=source, header=header)
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:

@@ -116,7 +116,7 @@ def _open(path: Path) -> Dataset:
 def _whole(data: Dataset, name: str, default: int | None = None) -> int:
     value: Any = data.get(name)
     try:
-        return int(default if value in (None, "") else value)
+        return int(value) if value not in (None, "") or default is None else default
     except (TypeError, ValueError):
         raise DicomError(f"damaged DICOM: {name} is {'missing' if value is None else repr(str(value))}") from None
 

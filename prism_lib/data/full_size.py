@@ -14,14 +14,11 @@ from scipy import fft, ndimage
 from prism_lib.data import dicom
 from prism_lib.files import atomic
 
+Content = Callable[[np.ndarray], bytes]  # of a file with some levels
+
 
 def put_back_file(
-    source: Path,
-    target: Path,
-    factual: ArrayLike,
-    edited: ArrayLike,
-    mask: ArrayLike,
-    content: Callable[[np.ndarray], bytes] | None = None,
+    source: Path, target: Path, factual: ArrayLike, edited: ArrayLike, mask: ArrayLike, content: Content | None = None
 ) -> None:
     """Write the film in `source` with the edit of its letterboxed image: `put_back` of a `Counterfactual`'s tensors.
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,8 +93,7 @@ def test_a_signal_sets_the_event_and_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert outer.wait(10) and called == [1]
         with pytest.raises(Stopped) as stopped, stop_asked(stop_now):
-            os.kill(os.getpid(), number)
-            time.sleep(10)
+            signal.raise_signal(number)
         assert stopped.value.code == 0
     assert signal.getsignal(number) == signal.SIG_DFL
 

@@ -1,16 +1,19 @@
-"""Files and folders that are written whole, folders with one writer, hashes, seeds, and the check of images."""
+"""Files and folders written whole, folders with one writer, work that a signal ends, hashes, seeds, checked images."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
@@ -80,6 +83,44 @@ def exclusive(folder: Path) -> Iterator[None]:
         finally:
             holder.unlink(missing_ok=True)
             (folder / ".lock").unlink(missing_ok=True)
+
+
+class Stopped(SystemExit):
+    """A signal asked for the end, and what was done is saved: uncaught, the process exits with 0."""
+
+
+@contextmanager
+def stop_asked(then: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGUSR1 sets during the block, and that calls `then`: SLURM sends them before it kills.
+
+    Only the main thread gets signals; in another one the event stays unset.
+    """
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        asked.set()
+        then()
+
+    numbers = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows has one of them
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, ask) for number in numbers if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def stop_now() -> None:
+    """For `stop_asked` where nothing has to be finished: files are whole at any time."""
+    raise Stopped(0)
+
+
+def stop_children() -> None:
+    """For `stop_asked` while other processes do the work: they are asked in turn."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            child.terminate()
 
 
 def file_hash(path: Path) -> str:

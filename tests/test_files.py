@@ -1,15 +1,17 @@
 """Writing whole files, holding a folder, and hashes."""
 
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import Timeout
 
-from prism_lib.files import atomic, exclusive, image_hash, write_text
+from prism_lib.files import Stopped, atomic, exclusive, image_hash, stop_asked, stop_now, write_text
 
 
 def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path):
@@ -79,3 +81,23 @@ def test_images_that_differ_in_one_bit_have_other_hashes():
     other[0, 0, 0] = 1e-45
     assert image_hash(image) == image_hash(image.clone())
     assert image_hash(image) != image_hash(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_sets_the_event_and_handlers_come_back(number):
+    called = []
+    with stop_asked() as outer:
+        with stop_asked(lambda: called.append(1)) as inner:
+            os.kill(os.getpid(), number)
+            assert inner.wait(10) and called == [1] and not outer.is_set()
+        os.kill(os.getpid(), number)
+        assert outer.wait(10) and called == [1]
+        with pytest.raises(Stopped) as stopped, stop_asked(stop_now):
+            signal.raise_signal(number)
+        assert stopped.value.code == 0
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_in_another_thread_no_signal_is_expected():
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(lambda: stop_asked().__enter__().is_set()).result()

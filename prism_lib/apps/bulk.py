@@ -17,7 +17,9 @@ from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
@@ -25,16 +27,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib import paths
-from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan
+from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan, region
 from prism_lib.apps.profiles import one_line
-from prism_lib.apps.recipe import put_back
+from prism_lib.apps.recipe import exporter, put_back
 from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.settings import EditConfig, recommended, recommended_inversion
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
-from prism_lib.files import exclusive, file_hash, write_bytes, write_text
+from prism_lib.files import Stopped, exclusive, file_hash, stop_asked, write_bytes, write_text
 from prism_lib.language.edits import Edit
 from prism_lib.models.image_text import load_image_text_model, weight_files
 from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
@@ -50,7 +52,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     """Make every counterfactual of the plan that `config.out` lacks, in one process or in several (`cli.launch`).
 
     Data, edits, settings, prompts and disk are checked before the first image; `pipe` replaces `config.model`. Returns
-    how many images were edited, by all processes.
+    how many images were edited, by all processes. SIGTERM and SIGUSR1 end it after the batch at hand with Stopped.
     """
     usual = default_device()
     # On a CPU processes find each other only if told so; checking the files of a large run takes its time.
@@ -70,11 +72,13 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
         own = pending[state.process_index :: state.num_processes]
         part = out / "parts" / f"{run:06d}-{state.process_index:04d}.jsonl"
         with threads(config.threads):
-            _work(config, pipe, chooser, own, part, show=state.is_main_process)
+            stopped = _work(config, pipe, chooser, own, part, show=state.is_main_process)
         state.wait_for_everyone()
         if state.is_main_process:
             _merge(out)
         state.wait_for_everyone()
+    if stopped:
+        raise Stopped(0)
     return sum(map(len, pending))
 
 
@@ -83,6 +87,8 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
     found: dict[tuple[str, str], Path] = {}
     for row in _read_manifest(Path(out) / MANIFEST):
         key = row["source_file"], row["edit"]
+        if not row["file_name"].endswith(".png"):
+            raise ValueError(f"{out} has {key[1]} of {key[0]} as DICOM; images are trained on as PNG (out_format)")
         if key in found:
             raise ValueError(f"{out} has {key[1]} of {key[0]} with more than one setting: choose rows of {MANIFEST}")
         found[key] = Path(out) / row["file_name"]
@@ -114,9 +120,11 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
         raise ValueError(f"{prompts[prompt]}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
     model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
-    common = {"data": load_info(config.data)["content_hash"], "bits": config.bits, "model": digest}
+    info, suffix = load_info(config.data), "png" if config.out_format == "PNG" else "dcm"
+    common = {"data": info["content_hash"], "bits": config.bits, "model": digest}
     common["inversion"] = asdict(recommended_inversion(pipe))
     common |= {"full_size": True} if config.full_size else {}
+    common |= {"header": config.header} if config.out_format == "DICOM" else {}
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
     found = []
     for task in tasks:
@@ -131,9 +139,11 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
             "settings": [settings.text, used],
             "scored": scored[settings.choice],
         }
+        for name, area in task.areas.items():
+            content[name] = hashlib.sha256(region(area, info["config"]["size"]).tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         source = PurePosixPath(task.file_name).with_suffix("")
-        found.append(replace(task, output=f"images/{source}__{task.edit.key[:80]}__{digest}.png"))
+        found.append(replace(task, output=f"images/{source}__{task.edit.key[:80]}__{digest}.{suffix}"))
     return found
 
 
@@ -196,11 +206,17 @@ class Chooser:
 
 def _work(
     config: BulkConfig, pipe: StableDiffusionPipeline, chooser: Chooser, own: list[list[Task]], part: Path, show: bool
-) -> None:
-    """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest."""
-    out = part.parents[1]
-    with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=None if show else True) as progress:
+) -> bool:
+    """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest.
+
+    Returns whether a signal asked for the end.
+    """
+    out, hidden = part.parents[1], None if show else True
+    bar = tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=hidden)
+    with bar as progress, stop_asked() as asked:
         for batch in own:
+            if asked.is_set():
+                break
             edit = partial(_edit_batch, pipe, config, batch)
             for task, candidates in zip(batch, in_parts(len(batch), len(batch), edit), strict=True):
                 result, columns = chooser.choose(task, candidates)
@@ -208,18 +224,18 @@ def _work(
                 row = {"file_name": task.output, "text": task.pair.target, **task.about, **source, **columns}
                 digest = ""  # nothing passed: the name is that which the file would have had
                 if result is not None:
-                    content = png(levels(result.image, config.bits), compress_level=6)
+                    told = {"model": Path(config.model).name, **json.loads(columns["settings"])}
+                    dicom = exporter(result, told, task.film, config.header) if config.out_format == "DICOM" else None
+                    content = (dicom or partial(png, compress_level=6))(levels(result.image, config.bits))
                     digest = hashlib.sha256(content).hexdigest()
                     write_bytes(out / task.output, content)
-                    if task.film:
+                    if config.full_size:
                         film = out / "full_size" / PurePosixPath(task.output).relative_to("images")
-                        try:
-                            row["full_size"] = put_back(Path(task.film), film, result).relative_to(out).as_posix()
-                        except (ValueError, KeyError) as error:  # of a film that cannot hold the change
-                            row["full_size"] = f"not written: {one_line(error)}"
+                        row["full_size"] = put_back(Path(task.film), film, result, dicom).removeprefix(f"{out}/")
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"sha256": digest}) + "\n")
             progress.update(len(batch))
+    return asked.is_set()
 
 
 def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:
@@ -233,9 +249,12 @@ def _edit_batch(
     batch = batch[rows]
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
-    steps, drawn = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
-    inversion = invert(pipe, images, sources, settings.method, steps, config=drawn, batch_size=size)
-    return sweep(pipe, inversion, pairs, [tried | {"batch_size": size} for tried in settings.candidates])
+    steps, how = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
+    inversion = invert(pipe, images, sources, settings.method, steps, config=how, batch_size=size)
+    drawn = {name: [region(task.areas[name], images.shape[-1]) for task in batch] for name in batch[0].areas}
+    areas = {name: torch.from_numpy(np.stack(pixels))[:, None] for name, pixels in drawn.items()}
+    tried = [one | {"batch_size": size} for one in settings.candidates]
+    return sweep(pipe, inversion, pairs, tried, mask=areas.get("mask", "auto"), keep=areas.get("keep"))
 
 
 def _merge(out: Path) -> set[str]:

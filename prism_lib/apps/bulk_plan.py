@@ -7,14 +7,19 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 import yaml
+from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from pydicom.datadict import tag_for_keyword
 
+from prism_lib import paths
 from prism_lib.apps.profiles import coerce, one_line
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.tables import found, images_below
@@ -29,7 +34,8 @@ from prism_lib.paths import SHIPPED
 ALL = "all"
 MANIFEST, REJECTS = "metadata.csv", "rejected.csv"  # what a run leaves
 MOST_CANDIDATES = 256
-_WHAT = ("file_name", "edit", "source", "target", "words")
+_AREAS = ("mask", "keep")  # where the edit may show, and what stays the input's (`edit`)
+_WHAT = ("file_name", "edit", "source", "target", "words", *_AREAS)
 # Settings of single edits; `batch_size` is the run's, so that no row's result depends on its neighbours.
 _EDIT = {name: value for name, value in asdict(EditConfig()).items() if name not in ("mask", "batch_size")}
 
@@ -93,12 +99,18 @@ class BulkConfig(Choice):
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     bits: Literal[8, 16] = 8
+    out_format: Literal["PNG", "DICOM"] = "PNG"  # a DICOM is a Secondary Capture without the patient
+    header: tuple[str, ...] = ()  # fields that it copies from the film's own DICOM, by keyword
     full_size: bool = False  # also put every edit back into the film that its image was made of (`data.full_size`)
     threads: Annotated[int, Field(ge=0)] = 1  # CPU threads of each process, 0 for torch's choice
 
     def __post_init__(self) -> None:
         method_of(self.method)
         EditConfig(**self.edit)
+        if self.header and self.out_format == "PNG":
+            raise ValueError("header fields can be copied with out_format DICOM only")
+        if wrong := [keyword for keyword in self.header if tag_for_keyword(keyword) is None]:
+            raise ValueError(f"header field {wrong[0]!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
 
 
 @plain_dataclass(frozen=True)
@@ -129,7 +141,8 @@ class Task:
     pair: PromptPair
     settings: Settings
     about: Mapping[str, Any]  # patient, split, labels of the counterfactual and the edit's note, for the manifest
-    film: str = field(default="", kw_only=True)  # the file that the image was made of, where it is put back
+    film: str = field(default="", kw_only=True)  # the file that the image was made of, where it is needed
+    areas: Mapping[str, str] = field(default_factory=dict, hash=False, kw_only=True)  # the row's own mask and keep
     row: int  # of the file of edits, from 1
     output: str = ""  # the path below `out`, "" until the model is known
 
@@ -154,11 +167,11 @@ def plan(config: BulkConfig) -> list[Task]:
     info, table = load_info(config.data), load_table(config.data, config.split or None)
     vocab, rows = load_vocabulary(config.data), read_rows(config.edits)
     images = {row["file_name"]: cast(dict[str, Any], row) for row in table.to_dict("records")}
-    tasks: dict[tuple[str, PromptPair, str], Task] = {}
+    tasks: dict[tuple[object, ...], Task] = {}
     for number, row in enumerate(rows, 1):
         try:
-            for task in _tasks(number, row, config, images, info["labels"], vocab):
-                tasks.setdefault((task.file_name, task.pair, task.settings.text), task)
+            for task in _tasks(number, row, config, images, info, vocab):
+                tasks.setdefault((task.file_name, task.pair, task.settings.text, *task.areas.items()), task)
         except ValueError as error:
             raise ValueError(f"{config.edits}, row {number}: {one_line(error)}") from None
     idle = [name for name in _CHOICE if getattr(config, name)]
@@ -168,7 +181,7 @@ def plan(config: BulkConfig) -> list[Task]:
     for name in names:
         if not (Path(config.data) / name).is_file():
             raise FileNotFoundError(f"{config.data} lacks {name}, which its metadata.csv lists")
-    if not config.full_size:
+    if not (config.full_size or config.header):
         return list(tasks.values())
     films = _films(config.data, info, table[table["file_name"].isin(names)])
     return [replace(task, film=films[task.file_name]) for task in tasks.values()]
@@ -193,10 +206,10 @@ def _films(folder: str, info: Mapping[str, Any], table: pd.DataFrame) -> dict[st
 
 
 def batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Tasks of equal settings in batches of `size`, in order: they depend on the plan alone."""
-    groups: dict[str, list[Task]] = {}
+    """Tasks of equal settings, with or without areas, in batches of `size`: they depend on the plan alone."""
+    groups: dict[tuple[object, ...], list[Task]] = {}
     for task in tasks:
-        groups.setdefault(task.settings.text, []).append(task)
+        groups.setdefault((task.settings.text, *task.areas), []).append(task)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
@@ -226,10 +239,56 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     return rows
 
 
+@cache
+def region(given: str, size: int) -> np.ndarray:
+    """The pixels (size, size), bool, of a box "x0,y0,x1,y1" or of an image below PRISM_DATA, white where it is true.
+
+    A box is in fractions if no number exceeds 1, else in pixels, without its right and lower end.
+    """
+    try:
+        box = [float(part) for part in given.split(",")]
+    except ValueError:
+        return _drawn(given, size)
+    usable, scale = len(box) == 4 and np.isfinite(box).all(), size if max(box) <= 1 else 1
+    left, top, right, bottom = (round(x * scale) for x in box) if usable else (0, 0, 0, 0)
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise ValueError(f"{given!r} is no box x0,y0,x1,y1 in an image of {size} x {size} pixels")
+    found = np.zeros((size, size), dtype=bool)
+    found[top:bottom, left:right] = True
+    return found
+
+
+def _drawn(name: str, size: int) -> np.ndarray:
+    root = paths.data().resolve()
+    if not (path := (root / name).resolve()).is_relative_to(root):
+        raise ValueError(f"{name} is outside of the data root, {root}")
+    try:
+        with Image.open(path) as file:
+            found = np.asarray(file.convert("L")) > 127
+    except OSError as error:
+        raise ValueError(f"{path} is no image: {error.strerror or 'it cannot be decoded'}") from None
+    if found.shape != (size, size):
+        raise ValueError(f"{name} has {found.shape[1]} x {found.shape[0]} pixels, and the images {size} x {size}")
+    if not found.any():
+        raise ValueError(f"{name} is empty: no pixel is brighter than half")
+    return found
+
+
+def _areas(row: Row, size: int) -> dict[str, str]:
+    """The row's own areas, as text; ValueError if they leave nothing to edit."""
+    given = {name: row[name] for name in _AREAS if name in row}
+    texts = {name: ",".join(map(str, area)) if isinstance(area, list) else str(area) for name, area in given.items()}
+    pixels = {name: region(text, size) for name, text in texts.items()}
+    if "keep" in pixels and not (pixels.get("mask", True) & ~pixels["keep"]).any():
+        raise ValueError("mask and keep leave no pixel to edit" if "mask" in pixels else "keep leaves no pixel to edit")
+    return texts
+
+
 def _tasks(
-    number: int, row: Row, config: BulkConfig, images: Mapping[str, Row], labels: Sequence[str], vocab: Vocabulary
+    number: int, row: Row, config: BulkConfig, images: Mapping[str, Row], info: Mapping[str, Any], vocab: Vocabulary
 ) -> Iterator[Task]:
-    settings, edit = _settings(row, config), _edit(row, vocab)
+    settings, edit, labels = _settings(row, config), _edit(row, vocab), info["labels"]
+    areas = _areas(row, info["config"]["size"])
     name = str(row.get("file_name", ALL))
     if name != ALL and name not in images:
         raise ValueError(f"file_name {name!r} is not in {config.data}")
@@ -249,8 +308,8 @@ def _tasks(
             continue  # of all images, those that the edit applies to
         found = True
         about = {"patient_id": image["patient_id"], "split": image["split"], "note": edit.note}
-        about |= edit.apply(known, vocab)
-        yield Task(file_name, edit, pair, settings, about, number)
+        about |= edit.apply(known, vocab) | areas
+        yield Task(file_name, edit, pair, settings, about, number, areas=areas)
     if not found:
         raise ValueError(f"edit {edit.key} applies to none of the {len(images)} images in {config.data}")
 

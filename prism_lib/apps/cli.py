@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_lib import paths
 from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, one_line, plan
-from prism_lib.files import write_text
+from prism_lib.files import Stopped, stop_asked, stop_children, stop_now, write_text
 
 if TYPE_CHECKING:
     from prism_lib.apps.bulk_plan import BulkConfig
@@ -52,10 +52,10 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> floa
 def execute(job: Job, folder: Path) -> None:
     """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``.
 
-    RuntimeError says which notebook stopped, where and why.
+    RuntimeError says which notebook stopped, where and why; Stopped that a signal asked for it.
     """
-    target = folder / job.notebook.name
-    with _kernel(job.notebook.parent) as kernel:
+    target, reason = folder / job.notebook.name, ""
+    with _kernel(job.notebook.parent) as kernel, stop_asked(stop_children) as asked:
         import papermill  # it takes a second, in which the kernel starts
         from nbclient.exceptions import DeadKernelError
 
@@ -67,9 +67,10 @@ def execute(job: Job, folder: Path) -> None:
             reason = "\n".join([" failed in this cell:", *cell, f"{error.ename}: {error.evalue}"])
         except DeadKernelError:
             reason = ": the kernel died, most often for want of memory"
-        else:
-            return
-    raise RuntimeError(f"{job.name}{reason}\nsee {target}")
+    if asked.is_set():
+        raise Stopped(0)
+    if reason:
+        raise RuntimeError(f"{job.name}{reason}\nsee {target}")
 
 
 @contextmanager
@@ -200,7 +201,11 @@ def _generate(options: argparse.Namespace) -> int:
     if options.check:
         return 0
     try:
-        launch(config, options.processes)
+        with stop_asked(stop_now):
+            launch(config, options.processes)
+    except Stopped:
+        print("prism: stopped by a signal; the same command goes on", file=sys.stderr)
+        return 0
     except (ValueError, RuntimeError, KeyboardInterrupt) as error:
         print(f"prism: {str(error) or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
         return 1
@@ -235,12 +240,16 @@ def launch(config: BulkConfig, processes: int) -> None:
             method, pipe = "fork", bulk.load_pipeline(config.model, config.precision, device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    try:
-        shared = (processes, port, config, pipe)
-        multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
-    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
-        raise RuntimeError(f"{reason}; the same command goes on where it stopped") from error
+    with stop_asked(stop_children) as asked:
+        try:
+            shared = (processes, port, config, pipe)
+            multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            if not asked.is_set():  # else one was asked before it could listen
+                reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
+                raise RuntimeError(f"{reason}; the same command goes on where it stopped") from error
+    if asked.is_set():
+        raise Stopped(0)
 
 
 def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: Any) -> None:
@@ -253,7 +262,8 @@ def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: An
     from prism_lib.apps.bulk import generate
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has that of a run of one process
-    generate(config, pipe)
+    with stop_asked(stop_now):
+        generate(config, pipe)
 
 
 def _check_figures(datasets: Sequence[str]) -> int:
@@ -283,10 +293,11 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     print(f"{profile.name}: {len(jobs)} notebooks, copies in {folder}, figures in {figures or 'figures/'}", flush=True)
     try:
         seconds = run_jobs(jobs, folder, resume=options.resume)
-    except (RuntimeError, KeyboardInterrupt) as error:
+    except (RuntimeError, KeyboardInterrupt, Stopped) as error:
         again = shlex.join(["prism", *words, *([] if options.resume else ["--resume"])])
-        print(f"prism: {str(error) or 'interrupted'}\nto go on: {again}", file=sys.stderr)
-        return 1
+        said = "stopped by a signal" if isinstance(error, Stopped) else str(error) or "interrupted"
+        print(f"prism: {said}\nto go on: {again}", file=sys.stderr)
+        return 0 if isinstance(error, Stopped) else 1
     print(f"{profile.name}: done in {seconds / 60:.1f} min", flush=True)
     return 0
 

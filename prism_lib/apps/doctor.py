@@ -17,6 +17,7 @@ import torch
 
 import prism_lib
 from prism_lib import devices, paths, records
+from prism_lib.data import dicom
 
 WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
 FREE_GB, MEMORY_GB = 5.0, 4.0
@@ -51,7 +52,7 @@ def report(show: Callable[[str], None]) -> int:
 def checks() -> Iterator[Check]:
     """The checks, one by one."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
-    for check in (_versions, _device, _threads, _memory, _torchvision):
+    for check in (_versions, _device, _threads, _memory, _torchvision, _codecs):
         yield check()
     for name, file, or_else in (
         ("weights", paths.weights() / WEIGHTS / "model_index.json", ", or let PRISM_WEIGHTS name their folder"),
@@ -110,6 +111,14 @@ def _torchvision() -> Check:
         detail = f"installed, but cannot be imported beside torch {torch.__version__}"
         return Check("torchvision", False, detail, f"{sys.executable} -m pip uninstall torchvision")
     return Check("torchvision", True, "installed and whole; PRISM does not need it")
+
+
+def _codecs() -> Check:
+    """The one decoder whose licence keeps it out of the dependencies."""
+    if importlib.util.find_spec("libjpeg") is None:
+        detail = "no decoder for DICOMs in JPEG Lossless or 12-bit JPEG"
+        return Check("codecs", False, detail, dicom.INSTALL, required=False)
+    return Check("codecs", True, "every transfer syntax of gray DICOMs is decoded")
 
 
 def _versions() -> Check:

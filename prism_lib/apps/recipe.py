@@ -4,10 +4,11 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,12 +16,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pydantic.dataclasses import dataclass
-from pydicom.misc import is_dicom
 from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
-from prism_lib.data.full_size import put_back_file
+from prism_lib.data.dicom import is_dicom, secondary_capture
+from prism_lib.data.full_size import Content, put_back_file
 from prism_lib.data.uploads import read_file
 from prism_lib.editing.counterfactuals import Counterfactual, edit
 from prism_lib.editing.inversion import Callback, Inversion, invert
@@ -166,16 +167,15 @@ class Outcome:
         for name, image in {"image": result.image, "original": result.factual, "mask": result.mask}.items():
             write_bytes(folder / f"{name}.png", png(levels(image)))
         write_bytes(folder / "difference.png", png(difference(result.image, result.factual)))
-        try:
-            film = self._full_size(folder)
-        except (ValueError, KeyError) as error:  # of a film that cannot hold the change; all else is kept
-            film = f"not written: {one_line(error)}"
+        about = {"model": Path(recipe.model).name, "method": recipe.method, "steps": recipe.steps, **recipe.settings}
+        capture = exporter(result, about)
+        write_bytes(folder / "image.dcm", capture(levels(result.image, 16 if len(result.image) == 1 else 8)))
         about = {
             "scores": {name: float(f"{value:.6g}") for name, value in self.scores.items()},
             "settings": asdict(self.used),
             "notice": self.notice,
             "image_sha256": image_hash(result.image),
-            "full_size": film,
+            "full_size": self._full_size(folder),
             "commit": records.commit(),
             "versions": records.versions(),
             "device": records.device(),
@@ -191,7 +191,7 @@ class Outcome:
                 write_bytes(paths.runs() / str(name).removeprefix("file:"), png(levels(images[0])))
 
     def _full_size(self, folder: Path) -> str:
-        """The name of the opened film with the edit in `folder`; "" if the image has all that the film has."""
+        """The name of the opened film with the edit in `folder`, or why there is none; "" if it is no larger."""
         if not self.case.content or len(self.result.image) > 1:
             return ""
         with tempfile.TemporaryDirectory() as place:
@@ -201,14 +201,27 @@ class Outcome:
                 with Image.open(film) as file:
                     if max(file.size) <= self.result.image.shape[-1]:
                         return ""
-            return put_back(film, folder / "full_size", self.result).name
+            return put_back(film, folder / "full_size", self.result).removeprefix(f"{folder}/")
 
 
-def put_back(film: Path, target: Path, result: Counterfactual) -> Path:
-    """Write a film with the edit of its image: a DICOM as a derived DICOM, others as PNG. Returns the whole name."""
-    target = target.with_suffix(".dcm" if is_dicom(film) else ".png")
-    put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu())
-    return target
+def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> str:
+    """Write a film with the edit of its image: as `content` says, else a DICOM as a derived DICOM and others as PNG.
+
+    Returns the path with its suffix, or why the film cannot hold the change.
+    """
+    target = target.with_suffix(".dcm" if content or is_dicom(film) else ".png")
+    try:
+        put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
+    except (ValueError, KeyError) as error:
+        return f"not written: {one_line(error)}"
+    return str(target)
+
+
+def exporter(result: Counterfactual, told: Mapping[str, Any], film: str = "", header: Sequence[str] = ()) -> Content:
+    """Makes a result's levels a DICOM Secondary Capture that tells its recipe, and no path: it may name a patient."""
+    recipe = {"image_sha256": image_hash(result.factual), **asdict(result.pair), **told}
+    source, text = Path(film) if film else None, json.dumps(recipe, ensure_ascii=False)
+    return partial(secondary_capture, recipe=text, source=source, header=header)
 
 
 def image_size(pipe: StableDiffusionPipeline) -> int:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
-from pydicom.misc import is_dicom
 from scipy import fft, ndimage
 
 from prism_lib.data import dicom
 from prism_lib.files import atomic
 
+Content = Callable[[np.ndarray], bytes]  # of a file with some levels
 
-def put_back_file(source: Path, target: Path, factual: ArrayLike, edited: ArrayLike, mask: ArrayLike) -> None:
+
+def put_back_file(
+    source: Path, target: Path, factual: ArrayLike, edited: ArrayLike, mask: ArrayLike, content: Content | None = None
+) -> None:
     """Write the film in `source` with the edit of its letterboxed image: `put_back` of a `Counterfactual`'s tensors.
 
     All are (1, S, S) in [0, 1]. A target that ends in ".dcm" is a derived DICOM; any other a PNG of the file's bits (of
-    a DICOM's levels in 16), upright and without alpha. A colour file changes alike in every channel.
+    a DICOM's levels in 16), upright and without alpha. A colour file changes alike in every channel. `content` makes
+    another kind of file of such levels.
     """
     images = [np.asarray(image, dtype=np.float32) for image in (factual, edited, mask)]
     if len({image.shape for image in images}) > 1 or images[0].shape != (1, *images[0].shape[-1:] * 2):
@@ -28,9 +33,9 @@ def put_back_file(source: Path, target: Path, factual: ArrayLike, edited: ArrayL
     def change(levels: np.ndarray) -> np.ndarray:
         return put_back(levels, images[0][0] * 255, images[1][0] * 255, images[2][0])
 
-    if target.suffix == ".dcm":
+    if target.suffix == ".dcm" and content is None:
         return dicom.derive(source, target, change)
-    if is_dicom(source):
+    if dicom.is_dicom(source):
         new, top = change(dicom.read(source).levels) * 257, 65535
     else:
         with Image.open(source) as file:
@@ -40,8 +45,12 @@ def put_back_file(source: Path, target: Path, factual: ArrayLike, edited: ArrayL
         levels = np.float32(255 / top) * np.asarray(film if top > 255 else film.convert("L"), dtype=np.float32)
         delta = (change(levels) - levels) * (top // 255)
         new = old + (delta if old.ndim == 2 else delta[..., None])
+    pixels = np.rint(new).clip(0, top).astype(np.uint16 if top > 255 else np.uint8)
     with atomic(target) as partial:
-        Image.fromarray(np.rint(new).clip(0, top).astype(np.uint16 if top > 255 else np.uint8)).save(partial, "PNG")
+        if content is None:
+            Image.fromarray(pixels).save(partial, "PNG")
+        else:
+            partial.write_bytes(content(pixels))
 
 
 def put_back(levels: np.ndarray, factual: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:

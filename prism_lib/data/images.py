@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydicom.misc import is_dicom
 
 from prism_lib.data import dicom
 from prism_lib.files import file_hash, write_text
@@ -76,7 +75,7 @@ class ImageFiles:
 
     def read(self, path: Path) -> Picture:
         """One picture, (size, size) or (size, size, 3); ValueError with the reason if the file cannot be used."""
-        if self.header is None and not is_dicom(path):
+        if self.header is None and not dicom.is_dicom(path):
             return Picture(self._square(self._bands(path)))
         film = dicom.read(path, self.header or (), self._check_size)
         levels = Image.fromarray(film.levels)

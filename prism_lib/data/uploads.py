@@ -5,12 +5,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import torch
-from pydicom.misc import is_dicom
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from torch import Tensor
 
+from prism_lib.data.dicom import is_dicom
 from prism_lib.data.images import ImageFiles
 
 MAX_BYTES = 64 * 2**20
@@ -46,10 +45,8 @@ def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the faults behind these warnings are refused below, or harmless
         try:
-            if is_dicom(path):
-                meta = pydicom.filereader.read_file_meta_info(path)
-                if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:  # which hides the size
-                    raise ValueError("a deflated DICOM, which is not unpacked; save it without compression")
+            if is_dicom(path) and DeflatedExplicitVRLittleEndian.encode() in path.read_bytes():  # it hides the size
+                raise ValueError("a deflated DICOM, which is not unpacked; save it without compression")
             levels = ImageFiles(size, mode=mode, formats=FORMATS, max_pixels=MAX_PIXELS).read(path).pixels
         except MemoryError:
             raise UploadError(f"{name} needs more memory than there is.") from None

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.devices import default_device
-from prism_lib.files import exclusive
+from prism_lib.files import Stopped, exclusive, stop_asked, stop_children, stop_now
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.loop import Run, bitsandbytes
@@ -35,7 +35,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
 
     Adapters are merged into the pipeline's U-Net, and kept beside it in ``output/lora``. Raises ValueError when the run
     began from other weights or data, RuntimeError when another process works in ``output``, FloatingPointError naming
-    images when the loss is not finite, MemoryError with the settings that help, OSError when the disk is full.
+    images when the loss is not finite, MemoryError with the settings that help, OSError when the disk is full. SIGTERM
+    and SIGUSR1 end it after the step at hand: a checkpoint is saved and Stopped raised, which exits with 0.
     """
     output, final = Path(config.output), Path(config.output) / "pipeline"
     if not final.is_dir():
@@ -64,15 +65,18 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         )
         run = Run(config, accelerator, pipeline)
         try:
-            for step in run.steps():
-                if run.after_step(step + 1, run.train_step(step)):
-                    break
+            with stop_asked() as asked:
+                for step in run.steps():
+                    if run.after_step(step + 1, run.train_step(step), asked.is_set()):
+                        break
         finally:
             run.batches.close()
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not run.asked:
             run.save_pipeline(final)
         accelerator.wait_for_everyone()
         accelerator.end_training()
+        if run.asked:
+            raise Stopped(0)
     return final
 
 
@@ -108,7 +112,11 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
         return finetune(config)
     # Without a GPU the launcher would start processes that each train alone.
     with nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true"):
-        notebook_launcher(_finetune_forked, (config,), num_processes=processes, mixed_precision=config.mixed_precision)
+        how = {"num_processes": processes, "mixed_precision": config.mixed_precision}
+        with stop_asked(stop_children) as asked:
+            notebook_launcher(_finetune_forked, (config,), **how)
+    if asked.is_set():
+        raise Stopped(0)
     return Path(config.output) / "pipeline"
 
 
@@ -123,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("config", metavar="CONFIG.json")
     config = parser.parse_args(arguments).config
     logging.basicConfig(level=logging.INFO)
-    finetune(load_config(config))
+    with stop_asked(stop_now):
+        finetune(load_config(config))
 
 
 if __name__ == "__main__":

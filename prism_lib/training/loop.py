@@ -81,6 +81,7 @@ class Run:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.start = int(state.get("step", 0))
         self.best, self.stale = state.get("best", math.inf), state.get("stale", 0)  # lowest loss, validations since
+        self.asked = False  # to stop before the end, by a signal
         self.timed, self.seconds = 0, 0.0  # steps since the last row of the log, and their time without `after_step`
         self.ema = EMAModel(self.shadow.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.shadow_params = list(self.shadow.values())  # the averaged U-Net's own: no second copy in memory
@@ -152,8 +153,8 @@ class Run:
         write_text(path, json.dumps({"step": step, "files": names}, indent=1))
         raise FloatingPointError(f"the {what} is not finite at step {step} for {', '.join(names)} (listed in {path})")
 
-    def after_step(self, done: int, loss: Tensor) -> bool:
-        """Log, validate, sample and save when it is time; True when the run should stop early."""
+    def after_step(self, done: int, loss: Tensor, asked: bool = False) -> bool:
+        """Log, validate, sample and save when it is time; True when the run should stop, early or as it was `asked`."""
         config, last = self.config, done == self.config.steps
         if done % 10 == 0 or last:
             mean = float(self.accelerator.gather(loss.reshape(1)).mean())
@@ -163,6 +164,10 @@ class Run:
             self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.1f}")
             self.accelerator.log({"loss": mean, "images_per_second": speed}, step=done)
         stop = (done % config.validation_every == 0 or last) and self._validate(done)
+        if asked:
+            self.accelerator.set_trigger()
+        self.asked = self.accelerator.check_trigger() and not last  # the same in every process
+        stop |= self.asked
         if not self.accelerator.is_main_process:
             return stop
         if config.sample_every and done % config.sample_every == 0:

@@ -9,21 +9,24 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
 
 from prism_lib import devices, paths
-from prism_lib.apps import bulk, bulk_plan, cli
+from prism_lib.apps import bulk, bulk_plan, cli, recipe
 from prism_lib.apps.bulk_plan import BulkConfig, Choice, configured, plan
 from prism_lib.apps.profiles import one_line
-from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.dicom import read as read_film
+from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.devices import threads
 from prism_lib.editing.counterfactuals import edit, sweep
@@ -43,6 +46,7 @@ from prism_lib.models.classifier import ClassifierConfig, build_classifier, save
 from prism_lib.models.image_text import load_image_text_model
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.reporting import plots
+from tests.formats import dicom
 from tests.tiny import clip_model, tiny_pipeline
 
 STEPS = 2
@@ -202,7 +206,7 @@ def test_edits_are_put_back_into_the_films_themselves(tmp_path, model, monkeypat
         )
         same = (edited == plots.levels(image[0])).all()
         assert new.shape == film.shape and (new == film).all() == same
-    monkeypatch.setattr(bulk, "put_back", lambda film, *_: {}[film.name])
+    monkeypatch.setattr(recipe, "put_back_file", lambda film, *_: {}[film.name])
     bulk.generate(replace(config, out=str(tmp_path / "unfit")))
     for row in csv.DictReader((tmp_path / "unfit" / "metadata.csv").open()):
         assert row["full_size"].startswith("not written: ") and (tmp_path / "unfit" / row["file_name"]).is_file()
@@ -222,6 +226,131 @@ def test_png_gives_every_level_of_an_eight_bit_input_back(bits):
     content = plots.png(plots.levels(levels.float() / 255, bits))
     with Image.open(io.BytesIO(content)) as file:
         assert np.array_equal(np.asarray(file).astype(int), levels[0].numpy() * (1 if bits == 8 else 257))
+
+
+def draw(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The data root, with masks of the images' size and others."""
+    monkeypatch.setenv("PRISM_DATA", str(tmp_path / "data"))
+    left = np.zeros((32, 32), np.uint8)
+    left[:, :10] = 255
+    draw(tmp_path / "data" / "masks" / "left.png", left)
+    draw(tmp_path / "data" / "masks" / "small.png", left[:16])
+    draw(tmp_path / "data" / "masks" / "empty.png", 0 * left)
+    draw(tmp_path / "outside.png", left)
+    (tmp_path / "data" / "masks" / "text.png").write_text("no image")
+    return tmp_path / "data"
+
+
+def test_a_row_says_where_its_edit_may_show(config, tmp_path, root):
+    size = load_info(config.data)["config"]["size"]
+    assert size == 32
+    first, second = (task.file_name for task in plan(config)[:2])
+    row = {"edit": "remove_support_devices", "confine": 0.0}
+    rows = [
+        row | {"mask": "masks/left.png", "file_name": first},
+        row | {"mask": [0, 0.5, 1, 1], "file_name": second},  # in the same batch, with another mask
+        row | {"keep": "5, 0, 32, 32", "mask": "masks/left.png", "file_name": first},
+        row | {"file_name": first},
+    ]
+    config = with_edits(config, tmp_path, rows)
+    assert [len(batch) for batch in bulk_plan.batches(plan(config), 4)] == [2, 1, 1]
+    assert bulk.generate(config) == 4 and bulk.generate(config) == 0
+    found, columns = {}, np.arange(32)
+    for made in manifest(tmp_path / "out"):
+        image = read_images(config.data, load_table(config.data).query("file_name == @made['source_file']"))
+        edited = np.asarray(Image.open(tmp_path / "out" / made["file_name"]))
+        found[made["source_file"], made["mask"], made["keep"]] = edited != plots.levels(image[0])
+    changed = found[first, "masks/left.png", ""]
+    assert changed[:, :10].any() and not changed[:, 10:].any()
+    changed = found[second, "0,0.5,1,1", ""]
+    assert changed[16:].any() and not changed[:16].any()
+    changed = found[first, "masks/left.png", "5, 0, 32, 32"]
+    assert changed[:, :5].any() and not changed[:, columns >= 5].any()
+    before = outputs(config, plan(config)[:1])
+    draw(root / "masks" / "left.png", np.full((32, 32), 255, np.uint8))
+    bulk_plan.region.cache_clear()
+    assert before.isdisjoint(outputs(config, plan(config)[:1])), "another mask of the same name"
+
+
+@pytest.mark.parametrize(
+    ("areas", "message"),
+    [
+        ({"mask": "masks/small.png"}, r"row 1: masks/small\.png has 32 x 16 pixels, and the images 32 x 32"),
+        ({"mask": "masks/empty.png"}, r"row 1: masks/empty\.png is empty: no pixel is brighter than half"),
+        ({"keep": "masks/empty.png"}, r"row 1: masks/empty\.png is empty"),
+        ({"mask": "../outside.png"}, r"row 1: \.\./outside\.png is outside of the data root"),
+        ({"mask": "masks/none.png"}, r"row 1: .*masks/none\.png is no image: No such file"),
+        ({"mask": "masks/text.png"}, r"row 1: .*masks/text\.png is no image: it cannot be decoded"),
+        ({"mask": "10,10,10,20"}, "row 1: '10,10,10,20' is no box x0,y0,x1,y1 in an image of 32 x 32"),
+        ({"mask": "0,0,33,20"}, "row 1: '0,0,33,20' is no box"),
+        ({"mask": "0,0,1"}, "row 1: '0,0,1' is no box"),
+        ({"mask": [0, 0, 0.5, "nan"]}, "row 1: '0,0,0.5,nan' is no box"),
+        ({"keep": "0,0,1,1"}, "row 1: keep leaves no pixel to edit"),
+        ({"mask": "0,0,10,32", "keep": "masks/left.png"}, "row 1: mask and keep leave no pixel to edit"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_named_before_the_run(config, tmp_path, root, areas, message):
+    bulk_plan.region.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        plan(with_edits(config, tmp_path, [{"edit": "remove_support_devices"} | areas]))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_dicom_has_the_pixels_of_the_png_and_the_recipe(config, tmp_path, bits):
+    config = replace(config, bits=bits, edits=str(with_edits(config, tmp_path, [{"edit": "enlarge the heart"}]).edits))
+    export = replace(config, out=str(tmp_path / "dicom"), out_format="DICOM")
+    bulk.generate(config)
+    bulk.generate(export)
+    assert bulk.generate(export) == 0
+    assert_whole(tmp_path / "dicom", len(plan(config)))
+    pngs = {row["source_file"]: tmp_path / "out" / row["file_name"] for row in manifest(tmp_path / "out")}
+    for row in manifest(tmp_path / "dicom"):
+        made = pydicom.dcmread(tmp_path / "dicom" / row["file_name"])
+        png = np.asarray(Image.open(pngs[row["source_file"]]))
+        assert made.pixel_array.dtype == png.dtype == f"uint{bits}" and np.array_equal(made.pixel_array, png)
+        told = json.loads(made.get("ImageComments") or made.DerivationDescription.partition(". ")[2])
+        assert told["target"] == row["text"] and told["edit"] == json.loads(row["settings"])["edit"]
+        assert row["source_file"] not in json.dumps(told) and not made.PatientID
+    with pytest.raises(ValueError, match="as DICOM; images are trained on as PNG"):
+        bulk.files(tmp_path / "dicom")
+
+
+def test_what_leaves_in_full_size_names_the_patient_only_where_it_is_asked_for(tmp_path, model):
+    root = tmp_path / "films"
+    films = np.random.default_rng(0).integers(0, 4096, (6, 60, 80), dtype=np.uint16)
+    for number, film in enumerate(films):
+        dicom(root / f"{number}.dcm", film, PatientID=f"SECRET-{number}", BurnedInAnnotation="NO")
+    rows = [f"{number}.dcm,p{number},1" for number in range(len(films))]
+    (root / "metadata.csv").write_text("\n".join(["file_name,patient_id,Support Devices", *rows]))
+    made = {"dataset": "dicom", "data_root": root, "mode": "L", "size": 32, "vocabulary": "phantom"}
+    folder = prepare(PrepareConfig(output=tmp_path / "prepared", **made))
+    (tmp_path / "edits.csv").write_text('edit,mask\nremove_support_devices,"0,0,.5,1"\n')
+    given = {"data": str(folder), "edits": str(tmp_path / "edits.csv"), "model": model, "num_inference_steps": STEPS}
+    config = BulkConfig(**given, out=str(tmp_path / "out"), full_size=True, out_format="DICOM")
+    named = replace(config, out=str(tmp_path / "named"), header=("PatientID",))
+    for run in (config, named):
+        assert bulk.generate(run) == len(films)
+        out = tmp_path / run.out
+        for row in manifest(out):
+            number = row["source_file"].rpartition("/")[2].removesuffix(".png")
+            for file in (out / row["file_name"], out / row["full_size"]):
+                exported = pydicom.dcmread(file)
+                assert exported.PatientID == (f"SECRET-{number}" if run.header else "")
+                assert (b"SECRET" in file.read_bytes()) == bool(run.header) and b"Doe" not in file.read_bytes()
+                assert exported.BurnedInAnnotation == "NO" and "StationName" not in exported
+            assert exported.pixel_array.shape == (60, 80)
+            levels = read_film(root / f"{number}.dcm").levels[:, 45:]
+            np.testing.assert_allclose(exported.pixel_array[:, 45:], levels * 257, atol=0.51)
+    with pytest.raises(ValueError, match="copied with out_format DICOM only"):
+        replace(named, out_format="PNG")
+    with pytest.raises(ValueError, match="header field 'PatientNumber' is no keyword"):
+        replace(named, header=("PatientNumber",))
 
 
 # --- chosen among candidates ----------------------------------------------------------------------
@@ -575,6 +704,38 @@ def test_killed_at_random_moments_and_started_again(config, done, tmp_path):
     bulk.generate(whole)
     assert_whole(tmp_path / "killed", len(plan(config)))
     assert written(tmp_path / "killed") == written(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one process", "its own processes", "processes of SLURM"])
+def test_a_signal_ends_the_run_after_a_batch_and_the_next_one_goes_on(config, done, tmp_path, how):
+    words = ["generate", "--data", config.data, "--edits", config.edits, "--out", str(tmp_path / "stopped")]
+    more = {"split": "test", "model": config.model, "num_inference_steps": STEPS}
+    words += ["--processes", "2" if how == "its own processes" else "1"]
+    command = [sys.executable, "-m", "prism_lib.apps.cli", *words]
+    command += [word for name, value in more.items() for word in ("-p", name, str(value))]
+    environment = os.environ | {"PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1"}
+
+    def run():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01"] if how == "processes of SLURM" else [{}]
+        return [subprocess.Popen(command, env=environment | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+
+    images, running = tmp_path / "stopped" / "images", run()
+    while running[0].poll() is None and not list(images.rglob("*__*.png")):
+        time.sleep(0.002)
+    for process in running:
+        process.send_signal(signal.SIGUSR1 if how == "its own processes" else signal.SIGTERM)
+    for process in running:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0 and "stopped by a signal; the same command goes on" in error, error
+    made = len(manifest(tmp_path / "stopped"))
+    assert 0 < made < len(plan(config)) and made == len(list(images.rglob("*.png")))
+    assert not list((tmp_path / "stopped" / "parts").iterdir()) and not list(images.rglob(".partial-*"))
+    for process in run():
+        assert process.communicate(timeout=300) and process.returncode == 0
+    assert written(tmp_path / "stopped") == written(done)
 
 
 def test_a_folder_in_use_is_refused(config, tmp_path):

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import nbformat
 import pytest
@@ -235,6 +238,28 @@ def test_a_kernel_that_dies_is_named(checkout, capsys):
     notebook(checkout / "notebooks" / "00_first.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert cli.main(["run", "tiny", "--only", "00"]) == 1
     assert "00_first: the kernel died" in capsys.readouterr().err
+
+
+def test_a_signal_lets_the_notebook_save_and_ends_the_run_well(checkout, capsys):
+    saves = "from pathlib import Path\nfrom prism_lib.files import Stopped, stop_asked\n"
+    saves += f"with stop_asked() as asked:\n    Path({str(checkout)!r}, 'started').touch()\n    asked.wait(100)\n"
+    saves += f"Path({str(checkout)!r}, 'saved').touch()\nraise Stopped(0)"
+    for number in ("00_first", "01_second"):
+        notebook(checkout / "notebooks" / f"{number}.ipynb", saves)
+
+    def ask():
+        while not (checkout / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert cli.main(["run", "tiny"]) == 0
+    thread.join()
+    said = capsys.readouterr()
+    assert "stopped by a signal\nto go on: prism run tiny --resume" in said.err and "01_second" not in said.out
+    assert (checkout / "saved").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_what_is_saved_reruns(study, runs):
     (outcome,) = study.run([recipe], edit)
     folder = outcome.save()
     names = {path.name for path in folder.iterdir()}
-    assert names == {"image.png", "original.png", "mask.png", "difference.png", "record.json"}
+    assert names == {"image.png", "image.dcm", "original.png", "mask.png", "difference.png", "record.json"}
     image, original = (np.asarray(Image.open(folder / f"{name}.png")) for name in ("image", "original"))
     np.testing.assert_array_equal(original, LEVELS)
     np.testing.assert_array_equal(image[18:], LEVELS[18:])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,41 @@ def test_kill_9_in_mid_epoch_and_resume_changes_no_bit(config, tmp_path, process
     assert_same_run(config.output, killed.output)
     state = json.loads((Path(killed.output) / "step-00000040" / "state.json").read_text())
     assert state["processes"] == processes
+
+
+def as_slurm_does(config, processes):
+    """One process per task with the variables of docs/clusters.md, and no launcher that signals would have to pass."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    command = [sys.executable, "-m", "prism_lib.training.finetuning", str(save_config(config))]
+    environment = os.environ | {"PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, **place} if processes > 1 else {} for rank in range(processes)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    own = [environment | {name: str(value) for name, value in rank.items()} for rank in ranks]
+    return [subprocess.Popen(command, env=one, **how) for one in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_signal_saves_a_checkpoint_and_resuming_changes_no_bit(config, tmp_path, processes, number):
+    config = replace(config, steps=40, checkpoint_every=20, validation_every=20, sample_every=40)
+    for process in as_slurm_does(config, processes):
+        finish(process)
+    stopped = replace(config, output=str(tmp_path / "stopped"))
+    running = as_slurm_does(stopped, processes)
+    deadline = time.monotonic() + 300
+    while not list(Path(stopped.output).glob("log.jsonl")):
+        assert running[0].poll() is None and time.monotonic() < deadline, running[0].communicate()[0]
+        time.sleep(0.005)
+    running[-1].send_signal(number)  # the others stop at the same step
+    for process in running:
+        finish(process)
+    (left,) = Path(stopped.output).glob("step-*")
+    assert 0 < int(left.name[5:]) < 40 and not (Path(stopped.output) / "pipeline").exists()
+    assert not (Path(stopped.output) / ".lock").exists()
+    for process in as_slurm_does(stopped, processes):
+        finish(process)
+    assert_same_run(config.output, stopped.output)
 
 
 @pytest.mark.slow

@@ -246,9 +246,11 @@ def evaluate_results(
     # A null edit ("unchanged") has no pixel that had to change, so there is no truth to compare with.
     known = true_counterfactual(folder, cases, change) if change.attributes else None
     pairs, settings = tuple(each.pair for each in edited), tuple(dict.fromkeys(each.settings for each in edited))
-    made = [stack(edited, name) for name in ("factual", "image", "raw", "reconstruction", "mask")]
+    names = ("factual", "image", "raw", "reconstruction", "mask")
+    factual, image, raw, decoded, mask = (stack(edited, name) for name in names)
     truth, table = (known and known.images, known and known.changed), cases[["file_name", "patient_id"]]
-    evaluation = Evaluation(change, table, pairs, *made, *truth, seconds, settings, load_vocabulary(folder))
+    parts = (factual, image, raw, decoded, mask, *truth)
+    evaluation = Evaluation(change, table, pairs, *parts, seconds, settings, load_vocabulary(folder))
     columns = _of_pixels(evaluation, known and known.marker)
     if judge is not None:
         columns |= _by_judge(evaluation, judge)

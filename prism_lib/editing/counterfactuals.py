@@ -4,6 +4,8 @@ Unlike the reference implementations, guidance points away from the source promp
 correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts gives exactly the reconstruction.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,16 +63,18 @@ def edit(
     settings: Settings = _RECOMMENDED,
     *,
     mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[Counterfactual]:
     """Edit every image of an inversion by its own prompt pair (prompt-to-prompt).
 
     `settings` is an `EditConfig`, or overrides of what the model recommends for each pair. `mask` is "auto", "off" (the
     raw edit, no composite) or a user's own, (N, 1, H, W) boolean or in [0, 1], which also bounds the edit in latent
-    space. `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel. A batch that
-    exceeds the accelerator's memory starts again in halves.
+    space. `keep`, of the same shape, marks pixels that stay the input's inside any mask. `callback(i, timestep,
+    latents)` is called after step i of every batch and may raise to cancel. A batch that exceeds the accelerator's
+    memory starts again in halves.
     """
-    (results,) = zip(*sweep(pipe, inversion, pairs, [settings], mask=mask, callback=callback), strict=True)
+    (results,) = zip(*sweep(pipe, inversion, pairs, [settings], mask=mask, keep=keep, callback=callback), strict=True)
     return list(results)
 
 
@@ -82,6 +86,7 @@ def sweep(
     settings: Sequence[Settings],
     *,
     mask: Tensor | str = "auto",
+    keep: Tensor | None = None,
     callback: Callback | None = None,
 ) -> list[list[Counterfactual]]:
     """Edit every image by its pair under several settings: a list per image, with one result per setting, in order.
@@ -101,7 +106,7 @@ def sweep(
             raise ValueError(f"{started}, but its edit starts from {task.pair.source!r}")
         if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")
-    areas = Areas.checked(mask, inversion.images)
+    areas = Areas.checked(mask, keep, inversion.images)
     edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size
     if pipe.device.type == "cpu":
@@ -185,15 +190,18 @@ def _finish(
         coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], weight).to(images)
         if isinstance(bounds.mask, Tensor):
             mask = bounds.mask
-        elif bounds.mask == "off":
+        elif bounds.off:
             mask = torch.ones_like(factual[:, :1])
         else:
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
                 mask = masks.without(mask, masks.burnt_in_text(factual), config.mask.feather)
-        off = isinstance(bounds.mask, str) and bounds.mask == "off"
-        image = raw if off else masks.composite(factual, raw, reconstruction, mask, config.mask.replaced)
+        if bounds.keep is not None:
+            mask = masks.without(mask, bounds.keep, config.mask.feather)
+        image = raw
+        if not bounds.off or bounds.keep is not None:
+            image = masks.composite(factual, raw, reconstruction, mask, config.mask.replaced)
         results = scored(factual, image, raw, reconstruction, mask, [tasks[k].pair for k in own], config)
         finished |= dict(zip(own, results, strict=True))
     return [finished[k] for k in range(len(tasks))]

@@ -5,6 +5,8 @@ the decoded image gives the pixels: strong pixels inside the evidence are seeds 
 touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated
 
@@ -96,36 +98,58 @@ def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
 
 @plain_dataclass(frozen=True)
 class Areas:
-    """Where a user allows an edit: "auto" (found from it), "off" (everywhere) or a mask (N, 1, H, W) in [0, 1]."""
+    """Where a user allows an edit of N images.
+
+    `mask` is "auto" (found from the edit itself), "off" (everywhere, no composite) or (N, 1, H, W) in [0, 1]. `keep`,
+    of the same shape, marks pixels that stay the input's inside any mask.
+    """
 
     mask: Tensor | str = "auto"
+    keep: Tensor | None = None
 
     @classmethod
-    def checked(cls, mask: Tensor | str, images: Tensor) -> "Areas":
+    def checked(cls, mask: Tensor | str, keep: Tensor | None, images: Tensor) -> Areas:
         """Areas for images (N, C, H, W); ValueError for a wrong shape or range, or if no pixel is left to edit."""
-        if isinstance(mask, str):
-            if mask not in ("auto", "off"):
-                raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
-            return cls(mask)
-        expected = (len(images), 1, *images.shape[2:])
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
-            raise ValueError(f"mask must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}")
-        mask = mask.to(images)
-        if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
-            raise ValueError("mask must be boolean or hold finite values in [0, 1]")
-        if not bool((has_any := mask.flatten(1).any(1)).all()):
-            raise ValueError(f"the mask of image {int(has_any.int().argmin())} leaves no pixel to edit")
-        return cls(mask)
+        if isinstance(mask, str) and mask not in ("auto", "off"):
+            raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
+        areas = cls(
+            mask if isinstance(mask, str) else _checked_mask("mask", mask, images),
+            None if keep is None else _checked_mask("keep", keep, images),
+        )
+        open_pixels = areas.cells(*images.shape[2:])
+        if open_pixels is not None and not bool((has_any := open_pixels.flatten(1).any(1)).all()):
+            raise ValueError(f"the masks of image {int(has_any.int().argmin())} leave no pixel to edit")
+        return areas
 
-    def __getitem__(self, rows: slice | list[int]) -> "Areas":
+    @property
+    def off(self) -> bool:
+        """Whether the edit may show everywhere."""
+        return isinstance(self.mask, str) and self.mask == "off"
+
+    def __getitem__(self, rows: slice | list[int]) -> Areas:
         """The areas of some of the images, by slice or places."""
-        return self if isinstance(self.mask, str) else Areas(self.mask[rows])
+        mask = self.mask if isinstance(self.mask, str) else self.mask[rows]
+        return Areas(mask, None if self.keep is None else self.keep[rows])
 
     def cells(self, height: int, width: int) -> Tensor | None:
         """The latent cells (N, 1, height, width) with any pixel that may be edited, or None for all."""
-        if isinstance(self.mask, str):
+        if isinstance(self.mask, Tensor):
+            allowed = self.mask if self.keep is None else self.mask * (self.keep == 0)
+        elif self.keep is not None:
+            allowed = self.keep == 0
+        else:
             return None
-        return F.adaptive_max_pool2d((self.mask > 0).float(), (height, width))
+        return F.adaptive_max_pool2d((allowed > 0).float(), (height, width))
+
+
+def _checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
+    expected = (len(images), 1, *images.shape[2:])
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+        raise ValueError(f"{name} must be a tensor of shape {expected}, got {tuple(getattr(mask, 'shape', ()))}")
+    mask = mask.to(images)
+    if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
+        raise ValueError(f"{name} must be boolean or hold finite values in [0, 1]")
+    return mask
 
 
 def without(mask: Tensor, keep: Tensor, feather: int) -> Tensor:

@@ -425,6 +425,14 @@ def test_pixels_outside_the_automatic_mask_are_the_inputs_own():
     assert tuple(result.scores) == selection.EDIT, "a choice is planned by these names"
 
 
+@pytest.mark.parametrize("mask", ["auto", "off", box(slice(0, 32), slice(0, 32))])
+def test_pixels_to_keep_are_kept_whatever_the_mask(mask):
+    inversion = inverted()
+    (result,) = edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, mask=HALF), mask=mask, keep=box())
+    assert torch.equal(result.image[box()[0]], inversion.images[0][box()[0]])
+    assert (result.image != inversion.images[0]).any()
+
+
 def test_without_a_mask_the_result_is_the_raw_edit():
     (result,) = edit(tiny_pipeline(), inverted(), [REMOVE], mask="off")
     assert torch.equal(result.image, result.raw)
@@ -530,9 +538,12 @@ def test_local_blend_without_words_is_refused():
     [
         ({"mask": "automatic"}, "mask is 'automatic'; expected 'auto', 'off' or a tensor"),
         ({"mask": torch.ones(1, 1, 16, 16)}, "mask must be a tensor of shape"),
-        ({"mask": torch.zeros(1, 1, 32, 32)}, "mask of image 0 leaves no pixel"),
+        ({"mask": torch.zeros(1, 1, 32, 32)}, "masks of image 0 leave no pixel"),
         ({"mask": torch.full((1, 1, 32, 32), 2.0)}, r"\[0, 1\]"),
-        ({"mask": torch.full((1, 1, 32, 32), float("nan"))}, "mask must be boolean"),
+        ({"keep": torch.ones(1, 1, 32, 32)}, "masks of image 0 leave no pixel"),
+        ({"mask": box(), "keep": box()}, "masks of image 0 leave no pixel"),
+        ({"keep": torch.ones(32, 32)}, "keep must be a tensor of shape"),
+        ({"keep": torch.full((1, 1, 32, 32), float("nan"))}, "keep must be boolean"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(masks, message):

@@ -152,14 +152,19 @@ def test_kept_pixels_leave_the_mask_and_distant_ones_do_not(feather):
 
 
 def test_a_users_masks_close_the_latent_cells_without_an_open_pixel():
-    images, mask = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    images, mask, keep = (
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(1, 1, 8, 8, dtype=torch.bool),
+        torch.zeros(1, 1, 8, 8),
+    )
     mask[..., :5, :] = True
-    mask[..., :2, :2] = mask[..., 0, 4] = False
-    areas = masks.Areas.checked(mask, images)
+    keep[..., :2, :2] = 1
+    keep[..., 0, 4] = 1
+    areas = masks.Areas.checked(mask, keep, images)
     assert areas.mask.dtype == torch.float32
     expected = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]).float()
     assert torch.equal(areas.cells(4, 4)[0, 0], expected)
-    assert masks.Areas.checked("auto", images).cells(4, 4) is None
+    assert masks.Areas.checked("auto", None, images).cells(4, 4) is None
 
 
 @pytest.mark.parametrize(

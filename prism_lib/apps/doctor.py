@@ -118,7 +118,7 @@ def _codecs() -> Check:
     if importlib.util.find_spec("libjpeg") is None:
         detail = "no decoder for DICOMs in JPEG Lossless or 12-bit JPEG"
         return Check("codecs", False, detail, dicom.INSTALL, required=False)
-    return Check("codecs", True, "every transfer syntax of gray DICOMs is decoded")
+    return Check("codecs", True, "DICOMs in JPEG Lossless and 12-bit JPEG are decoded")
 
 
 def _versions() -> Check:

@@ -126,11 +126,12 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
 
 
 def label_counts(folder: Folder, when: str = "after") -> pd.DataFrame:
-    """How often labels in train are present, absent, uncertain and not mentioned, "before" or "after" preparation.
+    """How often labels in train, or else in the first split, are present, absent, uncertain and not mentioned, "before" or "after" preparation.
 
     "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned.
     """
-    counts = pd.DataFrame(load_info(folder)["counts"][when]["train"]["labels"]).T
+    splits = load_info(folder)["counts"][when]
+    counts = pd.DataFrame(splits.get("train", next(iter(splits.values())))["labels"]).T
     blank = counts["not mentioned"] / (counts["not mentioned"] + counts["absent"])
     return counts.assign(**{"blank, not absent": blank})
 

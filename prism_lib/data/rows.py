@@ -126,9 +126,10 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
 
 
 def label_counts(folder: Folder, when: str = "after") -> pd.DataFrame:
-    """How often labels in train, or else in the first split, are present, absent, uncertain and not mentioned, "before" or "after" preparation.
+    """How often labels in train, else in the first split, are present, absent, uncertain and not mentioned.
 
-    "blank, not absent" is the share of the rows neither present nor uncertain whose label is not mentioned.
+    ``when`` is "before" or "after" preparation; "blank, not absent" is the share of the rows neither present nor
+    uncertain whose label is not mentioned.
     """
     splits = load_info(folder)["counts"][when]
     counts = pd.DataFrame(splits.get("train", next(iter(splits.values())))["labels"]).T

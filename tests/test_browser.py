@@ -238,6 +238,7 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     page.goto(f"{address}/lab/tree/quickstart.ipynb?reset")
     page.locator(".jp-NotebookPanel .jp-Notebook").first.wait_for()
     _refuse_offers(page)
+    page.locator(".jp-StatusBar-Widget", has_text="| Idle").wait_for()  # without a kernel nothing would run
     _command(page, "Run", "Run All Cells")
 
     explorer = page.locator(".prism").first

@@ -31,7 +31,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SECONDS = 900  # for anything that waits for the kernel; a busy machine is slow
+SECONDS = 400  # for anything that waits for the kernel; a busy machine is slow
 FILES = ("image", "original", "mask", "difference")
 LARGE = ".prism-large canvas"
 SHIPPED = paths.weights() / "phantom-sd" / "model_index.json"

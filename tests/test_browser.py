@@ -31,7 +31,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SECONDS = 900  # for anything that waits for the kernel; a busy machine is slow
+SECONDS = 400  # for anything that waits for the kernel; a busy machine is slow
 FILES = ("image", "original", "mask", "difference")
 LARGE = ".prism-large canvas"
 SHIPPED = paths.weights() / "phantom-sd" / "model_index.json"
@@ -238,6 +238,7 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     page.goto(f"{address}/lab/tree/quickstart.ipynb?reset")
     page.locator(".jp-NotebookPanel .jp-Notebook").first.wait_for()
     _refuse_offers(page)
+    page.locator(".jp-StatusBar-Widget", has_text="| Idle").wait_for()  # without a kernel nothing would run
     _command(page, "Run", "Run All Cells")
 
     explorer = page.locator(".prism").first

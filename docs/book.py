@@ -326,11 +326,11 @@ def broken(folder: Path) -> list[str]:
 
 def main() -> None:
     """Lay out the sources, build, and check the links; one sentence where something is missing."""
-    from sphinx.cmd.build import main as sphinx
-
     runs = paths.runs() / "phantom"
     if not any((runs / path.name).is_file() for path in paths.notebooks().glob("*.ipynb")):
         sys.exit(f"There are no executed notebooks in {runs}: run `make figures` first.")
+    from sphinx.cmd.build import main as sphinx  # an extra
+
     sources, book = ROOT / "build" / "book-sources", ROOT / "build" / "book"
     for folder in (sources, book):
         shutil.rmtree(folder, ignore_errors=True)

@@ -90,7 +90,7 @@ def test_unusable_files_are_listed(folders, name, tmp_path):
     rejected = {item["file"] for item in load_info(folder)["rejected"]}
     assert rejected == set(source[:3])
     assert not rejected & set(load_table(folder)["source_file"])
-    with pytest.raises(ValueError, match="files cannot be used, which max_rejected=0 forbids"):
+    with pytest.raises(ValueError, match=r"files cannot be used \(max_rejected=0\)"):
         prepare(config_for(name, root, output=tmp_path / "strict"))
 
 

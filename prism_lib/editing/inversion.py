@@ -73,9 +73,9 @@ def invert(
     `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
     """
     how, config = method_of(method), config or recommended_inversion(pipe)
-    check_images(images, image_factor(pipe.vae))
     if len(images) == 0:
         raise ValueError("there is no image to invert")
+    check_images(images, image_factor(pipe.vae))
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need as many prompts, got {prompts!r}")
     if batch_size < 1:

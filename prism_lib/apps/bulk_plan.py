@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -239,7 +239,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-@cache
+@lru_cache(256)  # every mask of a large run would fill the memory
 def region(given: str, size: int) -> np.ndarray:
     """The pixels (size, size), bool, of a box "x0,y0,x1,y1" or of an image below PRISM_DATA, white where it is true.
 

@@ -29,10 +29,11 @@ from prism_lib.editing.methods import edit_steps, method_of
 from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
+from prism_lib.files import check_images
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import check_images, encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.pipeline import encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.published import locate
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED

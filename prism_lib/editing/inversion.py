@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, edit_steps, method_of
 from prism_lib.editing.settings import recommended_inversion
-from prism_lib.models.pipeline import check_images, encode_images, encode_prompts, image_factor, predict_noise
+from prism_lib.files import check_images
+from prism_lib.models.pipeline import encode_images, encode_prompts, image_factor, predict_noise
 from prism_lib.models.schedule import Schedule
 
 Callback = Callable[[int, int, Tensor], None]

@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from prism_lib import paths, records
-from prism_lib.data.folder import load_info, load_table
+from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
 from prism_lib.editing.settings import EditConfig, Recommendation, write_settings
@@ -35,7 +35,7 @@ from prism_lib.evaluation.evaluate import Evaluation, choose_cases
 from prism_lib.evaluation.selection import load_guide
 from prism_lib.files import exclusive, stable_seed
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import NO_FINDING, vocabulary
+from prism_lib.language.labels import NO_FINDING
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.models.published import locate
@@ -113,7 +113,7 @@ def cases_of(config: TuningConfig, guide: Classifier | None) -> Cases:
     """
     info, table = load_info(config.data), load_table(config.data, "val")
     both = [label for label in info["labels"] if {0, 1} <= set(table[label]) and label != NO_FINDING]
-    edits = [Edit.read(text, vocabulary(info["config"]["vocabulary"])) for text in config.edits]
+    edits = [Edit.read(text, load_vocabulary(config.data)) for text in config.edits]
     edits = edits or [edit for label in both for edit in (Edit(remove=(label,)), Edit(add=(label,)))]
     if not edits:
         raise ValueError(f"no label of {config.data} is both present and absent in its validation images")

@@ -122,7 +122,8 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
 
 def _finetune_forked(config: FinetuneConfig) -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    finetune(config)
+    with stop_asked(stop_now):  # in place of the handler that the fork copied
+        finetune(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -117,6 +118,15 @@ def test_without_the_truth_a_guide_and_the_identity_decide(config, monkeypatch):
     gained = guide.read(evaluation.factual) - guide.read(evaluation.edited)
     kept = metrics.ssim(evaluation.edited, evaluation.factual)
     assert losses_of(evaluation) == pytest.approx((2 - gained[:, 0] - kept).tolist(), abs=1e-5)
+
+
+def test_edits_are_read_with_the_words_of_the_folder(config, tmp_path):
+    folder = shutil.copytree(config.data, tmp_path / "own")
+    info = json.loads((folder / "dataset.json").read_text())
+    info["config"]["vocabulary"] = {"name": "own", "subject": "chest", "phrases": {"Support Devices": "gadgets"}}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    cases = tuning.cases_of(by(config, data=str(folder), edits=("remove the gadgets",)), None)
+    assert list(cases) == [REMOVE]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib import paths
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan, region
 from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import exporter, put_back
@@ -38,6 +37,7 @@ from prism_lib.editing.settings import EditConfig, recommended, recommended_inve
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
 from prism_lib.files import Stopped, exclusive, file_hash, stop_asked, write_bytes, write_text
 from prism_lib.language.edits import Edit
+from prism_lib.models.classifier import find_classifier
 from prism_lib.models.image_text import load_image_text_model, weight_files
 from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
 from prism_lib.reporting.plots import levels, png
@@ -148,10 +148,11 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
 
 
 def _weights(choice: Choice | None) -> list[str]:
-    """SHA-256 of the weights of what scores: another guide of the same name chooses other results."""
+    """SHA-256 of the weights of what scores: another guide of the same name chooses other results; not of factories."""
     if choice is None:
         return []
-    guide = [paths.weights() / choice.guide / "model.safetensors"] if choice.guide else []
+    own = find_classifier(choice.guide)
+    guide = [own if own.is_file() else own / "model.safetensors"] if choice.guide and ":" not in choice.guide else []
     return [file_hash(file) for file in (*guide, *(weight_files(choice.similarity) if choice.similarity else ()))]
 
 

@@ -42,7 +42,7 @@ from prism_lib.evaluation.selection import (
     select,
 )
 from prism_lib.files import exclusive
-from prism_lib.models.classifier import ClassifierConfig, build_classifier, save_classifier
+from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
 from prism_lib.models.image_text import load_image_text_model
 from prism_lib.models.pipeline import load_pipeline
 from prism_lib.reporting import plots
@@ -480,6 +480,21 @@ def test_a_guide_that_is_missing_or_blind_stops_the_run_before_it_starts(config,
     with pytest.raises(ValueError, match="does not read Support Devices"):
         bulk.generate(with_edits(config, tmp_path, [row | {"guide": "blind"}]))
     assert not (tmp_path / "out" / "images").exists()
+
+
+def own_guide():
+    config = ClassifierConfig(labels=("Support Devices",), blocks=(1,), growth=4, features=4)
+    return Classifier(build_classifier(config).eval(), config.labels)
+
+
+def test_a_guide_may_be_a_factory_or_lie_below_the_runs(config, tmp_path, guide, monkeypatch):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
+    shutil.move(tmp_path / "weights" / guide, tmp_path / "runs" / guide)
+    row = {"edit": "remove_support_devices", "sweep": SWEEP}
+    rows = [row | {"guide": guide}, row | {"guide": f"{__name__}:own_guide"}]
+    config = with_edits(config, tmp_path, rows)
+    assert bulk.generate(config) == len(plan(config))
+    assert len({row["file_name"] for row in manifest(tmp_path / "out")}) == len(plan(config))
 
 
 def test_another_guide_of_the_same_name_makes_other_files(config, tmp_path, guide):

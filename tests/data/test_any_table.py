@@ -101,6 +101,9 @@ def test_bad_tables_are_named_before_any_work(tmp_path, columns, message):
     [
         ({"columns": Columns(labels=("Edema",))}, "lacks the column 'Edema'"),
         ({"columns": Columns(extra=("text",))}, "'text' cannot be carried along"),
+        ({"columns": Columns(labels=("Cardiomegaly", "path")), "vocabulary": "labels"}, "'path' cannot be carried"),
+        ({"columns": Columns(caption="file_name")}, "'file_name' cannot be the caption"),
+        ({"columns": Columns(labels=("Cardiomegaly",), caption="Cardiomegaly")}, "'Cardiomegaly' cannot be the cap"),
         ({"columns": Columns(header=("PatientAge",))}, "header fields can be copied from the dataset 'dicom' only"),
         ({"table": "labels.csv"}, r"expected one table labels\.csv"),
     ],
@@ -209,7 +212,7 @@ def test_what_excel_writes_is_read(tmp_path, separator, encoding):
         ("file_name,patient_id,Edema\n..\\a.png,p,1\n", "line 2: path outside the data root"),
         ("file_name,patient_id,Edema\na\\b.png,p,1\na/b.png,p,1\n", "line 3: repeated file_name"),
         ("file_name,patient_id,Edema\na.png,p,yes\n", "line 2: label 'Edema' is not 1, 0, -1 or blank: 'yes'"),
-        ("", r"metadata\.csv is not a readable CSV table"),
+        ("", r"metadata\.csv is not a readable table"),
     ],
 )
 def test_what_is_no_table_is_refused_by_its_line(tmp_path, content, message):

@@ -100,6 +100,7 @@ def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
     channels, height, width = _images(config, tasks[:1]).shape[1:]
     if channels != 1 and (config.bits == 16 or config.full_size):
         raise ValueError(f"16 bits and full_size are for gray images; those of {config.data} have {channels} channels")
+    _read_manifest(out / MANIFEST)  # another's is refused before a folder is made beside it
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -191,17 +191,17 @@ def _films(folder: str, info: Mapping[str, Any], table: pd.DataFrame) -> dict[st
     """The file that each image of a prepared folder shows, whole and unchanged."""
     made = info["config"]
     if "source_file" not in table or made["fit"] != "letterbox":
-        raise ValueError(f"full_size puts edits back into whole films, and {folder} was not made of such files")
+        raise ValueError(f"full_size and header take the films themselves, and {folder} was not made of whole films")
     altered = table.get("rendered", pd.Series(False, table.index)) | table.get("copy", pd.Series(0, table.index)).ne(0)
     if altered.any():
         name = table.loc[altered, "file_name"].iloc[0]
-        raise ValueError(f"full_size puts edits back into films, and {name} is one with rendered devices or was moved")
+        raise ValueError(f"full_size and header take films, and {name} is one with rendered devices or was moved")
     root, files = Path(made["data_root"]), table["source_file"]
     files = files.str.partition("/")[2] if info["source"] == "chexpert" else files  # without the archive's name
     anywhere = info["source"] in ("nih", "films", "padchest")
     table, missing = found(table, files, root, images_below(root) if anywhere else None)
     if missing:
-        raise FileNotFoundError(f"full_size: {missing[0].file} {missing[0].reason}")
+        raise FileNotFoundError(f"full_size and header: {missing[0].file} {missing[0].reason}")
     return dict(zip(table["file_name"], table["path"], strict=True))
 
 
@@ -232,7 +232,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(text: str) -> list[dict[str, Any]]:
-    rows = list(csv.DictReader(text.splitlines(), strict=True))
+    reader = csv.DictReader(text.splitlines(), strict=True)
+    if twice := [name for name in reader.fieldnames or () if name and (reader.fieldnames or []).count(name) > 1]:
+        raise ValueError(f"two columns are {twice[0]!r}")
+    rows = list(reader)
     for number, row in enumerate(rows, 1):
         if None in row:
             raise ValueError(f"row {number} has more cells than the heading: put text with commas in quotes")
@@ -321,7 +324,7 @@ def _edit(row: Row, vocab: Vocabulary, known: Labels | None = None) -> Edit:
             raise ValueError(f"a row has either edit or source and target, not both: {twice[0]} is given too")
         return Edit.read(str(row["edit"]), vocab, known)
     words = row.get("words", ())
-    words = words.split("|") if isinstance(words, str) else words
+    words = words if isinstance(words, list | tuple) else str(words).split("|")
     return Edit.text(str(row.get("source", "")), str(row.get("target", "")), tuple(words))
 
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated
 
 import pandas as pd
 import pydantic
@@ -210,9 +211,13 @@ class ExtraLabels:
     """A table of labels that another table of the images lacks, such as FastDiME's of devices."""
 
     table: Path  # absolute or below PRISM_DATA
-    labels: Mapping[str, str]  # its columns, and the label that each is
+    labels: Annotated[Mapping[str, str], pydantic.Field(min_length=1)]  # its columns, and the label that each is
     name: str = "file_name"  # its column of file names
     encoding: str = UTF8
+
+    def __post_init__(self) -> None:
+        if len({*self.labels.values()}) < len(self.labels):
+            raise ValueError(f"two columns of {self.table} are one label: {dict(self.labels)}")
 
 
 def joined(images: pd.DataFrame, extra: ExtraLabels) -> tuple[pd.DataFrame, list[str]]:
@@ -282,9 +287,11 @@ def table_source(
     labels = _labels(read_header(path, columns.encoding), path, columns, vocab)
     if wrong := [keyword for keyword in columns.header if tag_for_keyword(keyword) is None]:
         raise ValueError(f"header field {wrong[0]!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
-    for column in (*columns.extra, *columns.header):
-        if column in RESERVED or column in labels:
+    for place, column in enumerate(kept := (*labels, *columns.extra, *columns.header)):
+        if column in RESERVED or column in kept[:place]:
             raise ValueError(f"column {column!r} cannot be carried along: the prepared table has another of that name")
+    if columns.caption in (*REQUIRED, *kept):
+        raise ValueError(f"column {columns.caption!r} cannot be the caption, for it is read as something else")
     carried = {column: column for column in (*labels, *columns.extra)}
     carried |= {columns.caption: REPORT} if columns.caption else {}
     table = read_table(path, REQUIRED | carried, {"split": "split"}, columns.encoding)

@@ -102,7 +102,7 @@ def _from_file(path: Path) -> Vocabulary:
         raise ValueError(f"{path} is no mapping with subject and phrases")
     content: dict[str, Any] = {"name": path.stem} | raw
     if (base := content.pop("extends", None)) is not None:
-        if base not in VOCABULARIES:
+        if not isinstance(base, str) or base not in VOCABULARIES:
             raise ValueError(f"{path}: extends is {base!r}, none of {', '.join(VOCABULARIES)}")
         known = asdict(VOCABULARIES[base])
         both = {key for key, own in content.items() if isinstance(own, dict) and isinstance(known.get(key), dict)}

@@ -239,7 +239,8 @@ class Classifier:
         made = _opened(str(source), arguments or {}, allow_code)
         if not isinstance(made, Classifier):
             own: Any = getattr(made, "labels", None) or getattr(made, "pathologies", ())
-            if not (labels := tuple(map(str, contract.pop("labels", own)))):
+            given = contract.pop("labels", own)
+            if not (labels := (given,) if isinstance(given, str) else tuple(map(str, given))):
                 raise ValueError(f"{source} does not name its outputs: give its labels")
             made = cls(made.to(default_device()), labels)
         made = replace(made, **{"name": str(source)} | contract)
@@ -287,11 +288,7 @@ class Classifier:
         if known and not {*known} & {*self.labels}:
             have = f"the data has {', '.join(known)}"
             raise ValueError(f"{self.name} reads {', '.join(self.labels)}, but {have}: set labels or rename")
-        try:
-            outputs = torch.cat([*self._outputs(images)])
-        except RuntimeError as error:
-            given = f"{self.channels} channels and {self.size or images.shape[-1]} pixels"
-            raise ValueError(f"{self.name} does not take images of {given}: {str(error).splitlines()[0]}") from error
+        outputs = torch.cat([*self._outputs(images)])
         values = outputs[:, list(self.columns)] if self.columns else outputs
         unread = values.isnan().all(0).tolist()
         trained = [label for label, absent in zip(self.labels, unread, strict=True) if not absent]
@@ -315,7 +312,12 @@ class Classifier:
             given = given.mean(1, keepdim=True) if self.channels == 1 else given.expand(-1, 3, -1, -1)
             if self.size and given.shape[-2:] != (self.size, self.size):
                 given = F.interpolate(given, (self.size, self.size), mode="bilinear", antialias=True)
-            made = self.network((low + (high - low) * given).to(place))
+            try:
+                made = self.network((low + (high - low) * given).to(place))
+            except Exception as error:  # of a user's code
+                size = f"{self.channels} channels and {self.size or images.shape[-1]} pixels"
+                said = next(iter(str(error).splitlines()), type(error).__name__)
+                raise ValueError(f"{self.name} does not take images of {size}: {said}") from error
             found = tuple(made.shape) if isinstance(made, Tensor) else (type(made).__name__,)
             least, count = max(self.columns, default=-1) + 1, len(self.labels)
             if len(found) != 2 or found[0] != len(chunk) or (found[1] < least if least else found[1] != count):
@@ -323,10 +325,12 @@ class Classifier:
             yield made.cpu()
 
     def _chosen(self, outputs: Tensor) -> Tensor:
-        """The columns of the labels; ValueError for NaN, and for probabilities outside [0, 1]."""
+        """The columns of the labels; ValueError for NaN, infinite logits, and probabilities outside [0, 1]."""
         values = outputs[:, list(self.columns)] if self.columns else outputs
         if (bad := values.isnan().any(0)).any():
             raise ValueError(f"{self.name} gives NaN for {self.labels[int(bad.nonzero()[0])]!r}")
+        if self.outputs == "logits" and (bad := values.isinf().any(0)).any():
+            raise ValueError(f"{self.name} gives an infinite logit for {self.labels[int(bad.nonzero()[0])]!r}")
         if self.outputs == "probabilities" and not bool(((values >= 0) & (values <= 1)).all()):
             found = f"values from {values.min():.3g} to {values.max():.3g}"
             raise ValueError(f"{self.name} gives {found}, which are no probabilities: set outputs to logits")
@@ -355,10 +359,10 @@ def _opened(name: str, arguments: Mapping[str, Any], allow_code: bool) -> Classi
     if path.suffix not in (".onnx", ".pt", ".pts", ".pth"):
         network, config = load_classifier(path)
         return Classifier(network, config.labels)
-    if path.suffix != ".onnx" and not allow_code:
-        raise ValueError(f"{name} may hold code, which runs when it is loaded: set allow_code if you trust it")
     if not path.is_file():
         raise FileNotFoundError(f"no classifier at {path}")
+    if path.suffix != ".onnx" and not allow_code:
+        raise ValueError(f"{name} may hold code, which runs when it is loaded: set allow_code if you trust it")
     try:
         return OnnxNetwork(path) if path.suffix == ".onnx" else torch.jit.load(path, map_location=default_device())
     except ImportError:

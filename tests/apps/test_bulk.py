@@ -211,13 +211,14 @@ def test_edits_are_put_back_into_the_films_themselves(tmp_path, model, monkeypat
     for row in csv.DictReader((tmp_path / "unfit" / "metadata.csv").open()):
         assert row["full_size"].startswith("not written: ") and (tmp_path / "unfit" / row["file_name"]).is_file()
     (root / "3.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"full_size: 3\.png not found below"):
+    with pytest.raises(FileNotFoundError, match=r"full_size and header: 3\.png not found below"):
         plan(config)
 
 
 def test_what_cannot_be_put_back_is_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="was not made of such files"):
-        plan(replace(config, full_size=True))
+    for given in ({"full_size": True}, {"out_format": "DICOM", "header": ("PatientAge",)}):
+        with pytest.raises(ValueError, match=r"full_size and header take the films themselves, and .* was not made of"):
+            plan(replace(config, **given))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -848,6 +849,7 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "source": "a"}], "not both: source is given too"),
         ([{"source": "a"}], "row 1: a text edit needs both prompts"),
         ([{"source": "a", "target": "b", "words": "c"}], "row 1: 'c' is in neither prompt"),
+        ([{"source": "a", "target": "b", "words": 5}], "row 1: '5' is in neither prompt"),
         ([], "must hold rows of edits"),
         ({"edit": "unchanged"}, "must hold rows of edits"),
         ("[", "cannot be read as json"),
@@ -875,6 +877,8 @@ def test_an_edit_that_contradicts_its_image_is_named(config, tmp_path):
 def test_commas_without_quotes_are_found(config, tmp_path):
     with pytest.raises(ValueError, match="row 1 has more cells than the heading"):
         plan(with_edits(config, tmp_path, "edit\nremove the pacemaker, keep the effusion\n", "csv"))
+    with pytest.raises(ValueError, match=r"two columns are 'edit'"):
+        plan(with_edits(config, tmp_path, "edit,edit\nremove_support_devices,unchanged\n", "csv"))
 
 
 def test_files_that_are_missing_are_named(config, tmp_path, phantom_folder):
@@ -916,6 +920,7 @@ def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
     with pytest.raises(ValueError, match="no manifest of a bulk run"):
         bulk.generate(config)
     assert (tmp_path / "out" / bulk_plan.MANIFEST).read_text() == "file_name,label\na.png,1\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [bulk_plan.MANIFEST]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_bad_tables_are_named_before_any_work(tmp_path, columns, message):
     [
         ({"columns": Columns(labels=("Edema",))}, "lacks the column 'Edema'"),
         ({"columns": Columns(extra=("text",))}, "'text' cannot be carried along"),
+        ({"columns": Columns(labels=("Cardiomegaly", "path")), "vocabulary": "labels"}, "'path' cannot be carried"),
+        ({"columns": Columns(caption="file_name")}, "'file_name' cannot be the caption"),
+        ({"columns": Columns(labels=("Cardiomegaly",), caption="Cardiomegaly")}, "'Cardiomegaly' cannot be the cap"),
         ({"columns": Columns(header=("PatientAge",))}, "header fields can be copied from the dataset 'dicom' only"),
         ({"table": "labels.csv"}, r"expected one table labels\.csv"),
     ],

@@ -140,14 +140,16 @@ def test_a_compressed_table_in_another_encoding_with_semicolons(tmp_path):
         ({}, {"labels": {"Drain": "Drain"}}, "vocabulary 'chest' has no words for the extra label 'Drain'"),
         ({}, {"labels": {"drain": "Edema"}}, "more.csv lacks the column 'drain'; .* did 'Drain' mean that"),
         ({}, {"name": "img_name"}, "more.csv lacks the column 'img_name'"),
+        ({}, {"labels": {}}, "at least 1 item"),
+        ({}, {"labels": {"Drain": "Edema", "Tube": "Edema"}}, "two columns of more.csv are one label"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_before_any_work(tmp_path, columns, changes, message):
     given = {"file_name": ["00000000_000.png", "00000001_000.png"], "Drain": [1, 0]} | columns
     formats.table(tmp_path, "more.csv", **given)
-    extra = dataclasses.replace(ExtraLabels("more.csv", {"Drain": "Edema"}), **changes)
+    root = nih(tmp_path / "nih")
     with pytest.raises(ValueError, match=message):
-        prepare(config_for("nih", nih(tmp_path / "nih"), extra_labels=extra))
+        prepare(config_for("nih", root, extra_labels={"table": "more.csv", "labels": {"Drain": "Edema"}} | changes))
     assert not (tmp_path / "prepared").exists()
 
 

@@ -102,6 +102,7 @@ def test_a_tables_own_names_are_a_vocabulary():
         ("subject: knee\nphrases: {No Finding: a}", r"own\.yaml: 'No Finding' has the key 'no_finding'"),
         ("subject: knee\nphrases: {A: a}\ndetails: {A: [A]}", r"own\.yaml: 'A' has the key 'a'"),
         ("extends: knee\nphrases: {A: a}", r"own\.yaml: extends is 'knee', none of chest, phantom, skin"),
+        ("extends: [chest]\nphrases: {A: a}", r"own\.yaml: extends is \['chest'\], none of chest, phantom, skin"),
     ],
 )
 def test_a_faulty_file_is_refused_by_name_and_key(tmp_path, content, message):

@@ -328,6 +328,7 @@ VARIED = torch.linspace(-1, 1, 8).reshape(4, 2)
             {"outputs": "probabilities"},
             "from -1 to 1, which are no probabilities: set outputs to logits",
         ),
+        (VARIED / 0, {}, "gives an infinite logit for 'A'"),
         (VARIED, {"labels": ("A", "B", "C")}, r"gives \(4, 2\) for 4 images and 3 labels"),
         ({"logits": VARIED}, {}, r"gives \('dict',\) for 4 images and 2 labels"),
         (VARIED, {"labels": ("C", "D")}, r"reads C, D, but the data has A, E: set labels or rename"),
@@ -346,6 +347,17 @@ def test_images_that_the_network_does_not_take_are_named():
     replace(colour, channels=3).checked(IMAGES)
 
 
+class Refuses(torch.nn.Module):
+    def forward(self, images):
+        raise NotImplementedError
+
+
+def test_an_error_of_a_users_network_names_the_classifier():
+    made = classifier.Classifier(Refuses().eval(), ("A", "B"), name="mine")
+    with pytest.raises(ValueError, match="mine does not take images of 1 channels and 32 pixels: NotImplementedError"):
+        made.checked(IMAGES)
+
+
 def test_torchscript_is_code_and_needs_a_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
     torch.jit.trace(small(), IMAGES).save(tmp_path / "net.pt")
@@ -356,8 +368,9 @@ def test_torchscript_is_code_and_needs_a_flag(tmp_path, monkeypatch):
     (tmp_path / "weights.pth").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"weights.pth cannot be read as TorchScript"):
         classifier.Classifier.load("weights.pth", labels=["A"], allow_code=True)
-    with pytest.raises(FileNotFoundError, match=r"no classifier at .*gone.onnx"):
-        classifier.Classifier.load("gone.onnx", labels=["A"])
+    for gone in ("gone.onnx", "gone.pt"):
+        with pytest.raises(FileNotFoundError, match=f"no classifier at .*{gone}"):
+            classifier.Classifier.load(gone, labels=["A"])
 
 
 def test_onnx_without_onnxruntime_says_what_to_install(tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_sou
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
-from prism_lib.data.skin import FORMATS, skin_source
 from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
@@ -113,7 +112,7 @@ class PrepareConfig:
 
 
 def _own_mode(config: PrepareConfig) -> Mode:
-    return "RGB" if config.dataset in FORMATS else "L"
+    return ARCHIVES[config.dataset].mode if config.dataset in ARCHIVES else "L"
 
 
 def settings(config: PrepareConfig) -> dict[str, Any]:
@@ -130,7 +129,6 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
     "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
-    **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 

@@ -132,8 +132,8 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
     refuse(table["name"].duplicated(), table["name"], path, "repeated image")
     if archive.views:
         seen = table["projection"] if "projection" in table else table["view"]
-        unknown = ~seen.isin(list(archive.views)) & ("*" not in archive.views)
-        refuse(unknown, seen, path, f"unknown view (known: {', '.join(archive.views)})")
+        if "*" not in archive.views:
+            refuse(~seen.isin(list(archive.views)), seen, path, f"unknown view (known: {', '.join(archive.views)})")
         table["projection"] = seen.map(archive.views).fillna(archive.views.get("*", ""))
         wanted = table["projection"].isin(_WANTED.get(view, table["projection"].unique()))
         left_out["views"].update(seen[~wanted].replace("", "unknown").value_counts().to_dict())
@@ -200,9 +200,8 @@ def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: L
                 wrong = f"not one of {', '.join(there)} is 1, but"
                 refuse(marks.sum(axis=1) != 1, table["source_file"], paths[-1], wrong)
                 marks = marks.mask(marks.filter(silent).eq(1).any(axis=1))
-            table = table.drop(columns=there).assign(
-                **{label: marks[list(names)].max(axis=1) for label, names in archive.labels.items()}
-            )
+            values = {label: marks[list(names)].max(axis=1) for label, names in archive.labels.items()}
+            table = table.drop(columns=there).assign(**values)
             if ignored:
                 seen = marks.drop(columns=published).eq(1).groupby(table["name"]).any().sum()
                 left_out["labels"].update(seen.to_dict())
@@ -388,7 +387,7 @@ def film_source(
         twin = some["split"] + "/" + key + ".png"
         devices = some.assign(name=key + "_devices", rendered=True, twin=twin, **{DEVICES: 1.0})
         if screened is not None:
-            # A film that may show devices has no true pair; words said of such films alone would mean their other traits.
+            # A film that may show devices has no true pair; words said of such films alone would mean other traits.
             clean = some[DEVICES] == 0
             devices = devices[(some["split"] == "train") | clean]
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])

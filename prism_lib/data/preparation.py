@@ -152,10 +152,9 @@ def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
 def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
     """Write the prepared folder and return its path; at once if it is already there, whole and the same.
 
-    Raises before any long work if the configuration, a table or the output is at fault, or if the vocabulary lacks a
-    word of one of `edits` (keys or sentences), and later if more than `config.max_rejected` of the files cannot be used
-    (an image in two splits does not count). After an error or a kill the same configuration continues with the images
-    that were finished.
+    Raises before any long work if the configuration, a table, the output, or a word of `edits` (keys or sentences) is
+    at fault, and later if more than `config.max_rejected` of the files cannot be used (an image in two splits does not
+    count). After an error or a kill the same configuration continues with the images that were finished.
     """
     output = config.output
     if _already_prepared(config):
@@ -277,9 +276,8 @@ def _collect(outcomes: Iterable[Outcome], rejected: list[Rejection], total: int,
     if len(rejected) > allowed:
         first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
         hint = ". A smaller size or a larger max_upscale takes small images" if "smaller than" in first else ""
-        raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g}); the first are {first}{hint}"
-        )
+        said = f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g})"
+        raise ValueError(f"{said}; the first are {first}{hint}")
     return written
 
 
@@ -306,17 +304,12 @@ def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig,
 
 
 def _counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    return {
-        str(split): {
-            "images": len(rows),
-            "patients": int(rows["patient_id"].nunique()),
-            "labels": {
-                label: {name: int(rows[label].isin([value]).sum()) for name, value in LABEL_STATES.items()}
-                for label in labels
-            },
-        }
-        for split, rows in table.groupby("split")
-    }
+    counts = {}
+    for split, rows in table.groupby("split"):
+        states = {name: rows[[*labels]].isin([value]).sum() for name, value in LABEL_STATES.items()}
+        about = {"images": len(rows), "patients": int(rows["patient_id"].nunique())}
+        counts[str(split)] = about | {"labels": {k: {n: int(s[k]) for n, s in states.items()} for k in labels}}
+    return counts
 
 
 def _already_prepared(config: PrepareConfig) -> bool:

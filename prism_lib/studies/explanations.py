@@ -143,9 +143,7 @@ def responses(
     own = load_table(folder).set_index("file_name")
     for column in groups:
         if column not in own:
-            raise ValueError(
-                f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}"
-            )
+            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}")
         about[column] = _bands(own[column])[e.table["file_name"]].tolist()
     for name, classifier in classifiers.items():
         one = classifier.only([label])

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path, for a file or a folder, that replaces ``path`` when the block ends.
 
-    Readers of a file find the old content or the new one; an old folder is removed before the new one takes its
-    place. If the block raises, the old content stays.
+    Readers of a file find the old content or the new one. If the block raises, the old content stays.
     """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +90,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stop_asked(then: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGUSR1 sets during the block, and that calls `then`: SLURM sends them before it kills.
-
-    Only the main thread gets signals; in another one the event stays unset.
-    """
+    """An event that SIGTERM or SIGUSR1 sets during the block, calling `then`; never in a thread other than the main."""
     asked = threading.Event()
 
     def ask(*_: object) -> None:

@@ -1,6 +1,7 @@
-"""Chest X-rays: the published data sets that `chest.yaml` describes, the phantom, rendered films.
+"""The published data sets that `chest.yaml` and `skin.yaml` describe, the phantom, rendered films.
 
-Films come as they are and with rendered devices: a pair whose truth is known to the pixel (see `phantom.films`).
+A split never parts images of one lesion, or lesions of one patient. Films come as they are and with rendered devices:
+a pair whose truth is known to the pixel (see `phantom.films`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from PIL import Image
 from scipy import ndimage
 
 from prism_lib.data import tables
-from prism_lib.data.images import ImageFiles, Picture, Rejection
+from prism_lib.data.images import ImageFiles, Mode, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
 from prism_lib.files import stable_seed
-from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS
+from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS, snake_case
 
 DEVICES = "Support Devices"
 LeftOut = defaultdict[str, Counter[Hashable]]  # what a source has and is not taken, and how often
@@ -40,6 +41,7 @@ class Table:
     optional: dict[str, str] = field(default_factory=dict)
     by: tuple[str, ...] = ()  # our columns by which it is joined to the tables before it
     labels: bool = False  # whether it has a column per label
+    every: bool = False  # whether it has a row for every row of the tables before it
 
 
 @_strict
@@ -58,12 +60,18 @@ class Archive:
     image: str = ""  # the path of an image by its columns; without, "source_file"
     folders: tuple[str, ...] = ()  # the first that exists is {folder} in `image`
     anywhere: bool = False  # whether images may lie anywhere below the data root
+    by_stem: bool = False  # whether tables name images without suffix
+    mode: Mode = "L"  # of the images
+    exclusive: bool = False  # whether one label column of a row is 1, and any other value is 0
+    beside: str = ""  # a table of the labels that are otherwise absent, where it is there
+    carried: tuple[str, ...] = ()  # the first columns of the result; one that no table has is empty
     views: dict[str, str] = field(default_factory=dict)  # published view -> frontal, lateral, unknown or other
     splits: dict[str, str] = field(default_factory=dict)  # published split or {part} -> ours; "" is drawn
 
 
-_TEXT = Path(__file__).with_name("chest.yaml").read_text(encoding="utf-8")
-ARCHIVES = pydantic.TypeAdapter(dict[str, Archive]).validate_python(yaml.safe_load(_TEXT)["archives"])
+_TEXTS = [Path(__file__).with_name(f"{kind}.yaml").read_text(encoding="utf-8") for kind in ("chest", "skin")]
+_RAW = {name: archive for text in _TEXTS for name, archive in yaml.safe_load(text)["archives"].items()}
+ARCHIVES = pydantic.TypeAdapter(dict[str, Archive]).validate_python(_RAW)
 _WANTED = {"frontal": ("frontal",), "lateral": ("lateral",), "frontal or unknown": ("frontal", "unknown")}
 # What readers agree on, from the share of them who see a label.
 _AGREED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -94,7 +102,7 @@ def chest_source(
         if crossing.any():
             raise ValueError(f"{data_root}: patient {crossing.idxmax()} is in two of the published splits")
     files = table["_file"] if "_file" in table else table["source_file"]
-    below = tables.images_below(data_root) if archive.anywhere else None
+    below = tables.images_below(data_root, by_stem=archive.by_stem) if archive.anywhere else None
     table, rejected = tables.found(table.loc[:, ~table.columns.str.startswith("_")], files, data_root, below)
     held = table[table["split"] != ""] if held_out else table[:0]
     table = pd.concat([draw_patients(table.drop(held.index), num_images, seed), held])
@@ -114,7 +122,7 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
         table.insert(0, "name", table["source_file"].map(lambda file: Path(file).stem))
     table["name"] = table["name"].str.replace("/", "_")
     if "patient_id" not in table:
-        table["patient_id"] = table["name"]
+        table["patient_id"] = _patients(table, path)
     if archive.image:
         folder = next((name for name in archive.folders if (root / name).is_dir()), "")
         rows = (row | {"part": part, "folder": folder} for row in table.to_dict("records"))
@@ -124,8 +132,8 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
     refuse(table["name"].duplicated(), table["name"], path, "repeated image")
     if archive.views:
         seen = table["projection"] if "projection" in table else table["view"]
-        unknown = ~seen.isin(list(archive.views)) & ("*" not in archive.views)
-        refuse(unknown, seen, path, f"unknown view (known: {', '.join(archive.views)})")
+        if "*" not in archive.views:
+            refuse(~seen.isin(list(archive.views)), seen, path, f"unknown view (known: {', '.join(archive.views)})")
         table["projection"] = seen.map(archive.views).fillna(archive.views.get("*", ""))
         wanted = table["projection"].isin(_WANTED.get(view, table["projection"].unique()))
         left_out["views"].update(seen[~wanted].replace("", "unknown").value_counts().to_dict())
@@ -138,6 +146,11 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
         raise ValueError(f"{path} has no {view} image" + (f" with labelling {labelling!r}" if labelling else ""))
     if "_findings" in table:
         table = pd.concat([table, _listed(table["_findings"], archive, path, left_out["labels"])], axis=1)
+    if "_melanoma" in table:  # known also where the diagnosis is not
+        target = tables.label_values(table["_melanoma"], path, "target")
+        contradiction = table["Melanoma"].notna() & (target != table["Melanoma"])
+        refuse(contradiction, table["source_file"], path, "target and diagnosis contradict each other")
+        table["Melanoma"] = target
     if "_born" in table:
         years = pd.to_numeric(table["_taken"].str[:4], errors="coerce") - pd.to_numeric(table["_born"], errors="coerce")
         table["age"] = years.astype(str)
@@ -148,7 +161,26 @@ def _images(archive: Archive, root: Path, part: str, labelling: str, view: View,
         split = table.get("split", pd.Series(part, index=table.index))
         refuse(~split.isin(list(archive.splits)), split, path, f"split is none of {', '.join(archive.splits)}")
         table["split"] = split.map(archive.splits)
-    return table.assign(**dict.fromkeys(archive.absent, float("nan")))
+    table = table.assign(**dict.fromkeys(archive.absent, float("nan")))
+    if archive.beside and (beside := root.resolve() / archive.beside).is_file():
+        header = tables.read_header(beside)
+        there = {code: label for label in archive.absent if (code := snake_case(label)) in header}
+        images = table.assign(source_file=table["source_file"].str.removesuffix("_downsampled"))
+        table = table.assign(**tables.joined(images, tables.ExtraLabels(beside, there, "image"))[0])
+    rest = [column for column in table if column not in archive.carried]
+    return table.reindex(columns=[*archive.carried, *rest], fill_value="")
+
+
+def _patients(table: pd.DataFrame, path: Path) -> pd.Series:
+    """The patient, else the lesion, else the image."""
+    patients = table["name"]
+    for column in ("lesion_id", "_patient"):
+        if column in table:
+            patients = patients.where(table[column] == "", table[column])
+    if "lesion_id" in table:
+        shared = patients.groupby(table["lesion_id"]).transform("nunique") > 1
+        refuse(shared & (table["lesion_id"] != ""), table["lesion_id"], path, "one lesion of two patients")
+    return patients
 
 
 def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: LeftOut) -> tuple[pd.DataFrame, Path]:
@@ -157,15 +189,19 @@ def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: L
     for each in archive.tables:
         paths.append(tables.find_table(root, [file.format(part=part, labelling=labelling) for file in each.files]))
         published = [name for names in archive.labels.values() for name in names] if each.labels else []
-        ignored = archive.ignored if each.labels else ()
-        required, optional = ({name: name for name in names} for names in (published, ignored))
+        ignored, silent = (archive.ignored, archive.silent) if each.labels else ((), ())
+        required, optional = ({name: name for name in names} for names in (published, (*ignored, *silent)))
         table = tables.read_table(paths[-1], each.columns | required, each.optional | optional)
         if each.labels:
-            there = [name for name in (*published, *ignored) if name in table]
+            there = [name for name in (*published, *ignored, *silent) if name in table]
             marks = pd.DataFrame({name: tables.label_values(table[name], paths[-1], name) for name in there})
-            table = table.drop(columns=there).assign(
-                **{label: marks[list(names)].max(axis=1) for label, names in archive.labels.items()}
-            )
+            if archive.exclusive:
+                marks = marks.eq(1).astype(float)
+                wrong = f"not one of {', '.join(there)} is 1, but"
+                refuse(marks.sum(axis=1) != 1, table["source_file"], paths[-1], wrong)
+                marks = marks.mask(marks.filter(silent).eq(1).any(axis=1))
+            values = {label: marks[list(names)].max(axis=1) for label, names in archive.labels.items()}
+            table = table.drop(columns=there).assign(**values)
             if ignored:
                 seen = marks.drop(columns=published).eq(1).groupby(table["name"]).any().sum()
                 left_out["labels"].update(seen.to_dict())
@@ -175,7 +211,9 @@ def _joined(archive: Archive, root: Path, part: str, labelling: str, left_out: L
         keys = list(each.by)
         refuse(table.duplicated(keys), table[keys[-1]], paths[-1], f"repeated {' and '.join(keys)}")
         joined = joined.merge(table, on=keys, how="left", indicator="_row")
-        left_out["no row in"][paths[-1].name] += int((joined.pop("_row") == "left_only").sum())
+        alone = joined.pop("_row") == "left_only"
+        refuse(alone & each.every, joined[keys[-1]], paths[-1], "no row for the image")
+        left_out["no row in"][paths[-1].name] += int(alone.sum())
         words = [*each.columns.values()]
         joined[words] = joined[words].fillna("")
     return joined, paths[0]
@@ -201,16 +239,17 @@ def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[Has
     names, closed = lists.explode(), "*" not in archive.ignored
     known = [name for published in archive.labels.values() for name in published] + [*archive.silent]
     unknown = names[~names.isin(known)]
-    odd = pd.Series(texts.index.isin(unknown.index), index=texts.index)
+    odd = pd.Series(texts.index.isin(unknown[~unknown.isin(archive.ignored)].index), index=texts.index)
     refuse(odd & closed, texts, path, f"unknown label (known: {', '.join(known)})")
     ignored.update(unknown.value_counts().to_dict())
     listed = pd.DataFrame(
         {label: names.isin(published).groupby(level=0).any() for label, published in archive.labels.items()}
     ).astype(float)
-    findings = listed.drop(columns=[NO_FINDING, DEVICES], errors="ignore")
-    both = listed[NO_FINDING].eq(1) & findings.eq(1).any(axis=1)
-    refuse(both & closed, texts, path, "contradiction")
-    listed[NO_FINDING] = listed[NO_FINDING].mask(both, -1.0)
+    if NO_FINDING in listed:
+        findings = listed.drop(columns=[NO_FINDING, DEVICES], errors="ignore")
+        both = listed[NO_FINDING].eq(1) & findings.eq(1).any(axis=1)
+        refuse(both & closed, texts, path, "contradiction")
+        listed[NO_FINDING] = listed[NO_FINDING].mask(both, -1.0)
     return listed.mask(listed.eq(0).mul(names.isin(archive.silent).groupby(level=0).any(), axis=0))
 
 
@@ -257,8 +296,7 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
 
 RENDERED_POLICY = (
     f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere "
-    "and, with screening, where devices were rendered into a film that may show others; "
-    "other labels: "
+    "and, with screening, where devices were rendered into a film that may show others; other labels: "
 )
 
 
@@ -290,10 +328,7 @@ class RenderedFilms:
 
 
 def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
-    """A film turned by up to 4 degrees, zoomed by 0.96 to 1.15, shifted by up to 3 % and with gamma 0.8 to 1.25.
-
-    Chests are never mirrored.
-    """
+    """A film turned by up to 4 degrees, zoomed by 0.96 to 1.15, shifted by up to 3 %, with gamma 0.8 to 1.25."""
     random = np.random.default_rng(seed)
     # Moved at twice the size, so that the reduction hides the interpolation.
     large = replace(films, size=2 * films.size, max_upscale=2 * films.max_upscale).read(path).pixels
@@ -312,8 +347,7 @@ def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
 def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
     """A film (H, W), uint8, as another machine would show it: blurred or sharpened, with grain; one way a seed.
 
-    A film and the same with devices get the same grain. Else devices are known by its lack, for rendering damps it
-    there, and a model learns to remove what was rendered instead of what looks like a device.
+    A film with devices gets the grain of the one without: else a model finds devices by the lack of grain on them.
     """
     random = np.random.default_rng([seed, 1])
     film, radius = pixels / 255, random.uniform(0.8, 3.0)
@@ -329,9 +363,8 @@ def film_source(
 ) -> Source:
     """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
-    `screened` is a table with the columns "file_name" and "Support Devices": films with 1 and films that it does not
-    name are left out, films with 0 count as clean. Of films with an empty cell devices are in no caption, and they have
-    no pair in val and test. The column "twin" of a film with devices is the file name of the one without.
+    `screened` has the columns "file_name" and "Support Devices": films with 1, or not named, are left out; 0 is clean.
+    Films with an empty cell have no devices in captions and no pair in val and test. "twin" is the film without.
     """
     if films.table.empty:
         return films  # the rejections say why
@@ -354,8 +387,7 @@ def film_source(
         twin = some["split"] + "/" + key + ".png"
         devices = some.assign(name=key + "_devices", rendered=True, twin=twin, **{DEVICES: 1.0})
         if screened is not None:
-            # A film that may show devices of its own has no true pair, and words about devices that are said of such
-            # films alone would come to mean what else differs in them.
+            # A film that may show devices has no true pair; words said of such films alone would mean other traits.
             clean = some[DEVICES] == 0
             devices = devices[(some["split"] == "train") | clean]
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])

@@ -124,8 +124,7 @@ def _whole(data: Dataset, name: str, default: int | None = None) -> int:
 def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Write a derived copy of a film with changed levels (H, W) in [0, 255], in stored values as the film has them.
 
-    Window, bits and interpretation stay, and so does every stored value whose level does not change. A film without a
-    window gets its own range as the window, so that it looks the same.
+    Window, bits and values whose level does not change stay; a film without a window gets its own range as one.
     """
     with _refusals():
         data = _open(path)
@@ -170,8 +169,8 @@ def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray])
 def secondary_capture(pixels: np.ndarray, recipe: str, source: Path | None = None, header: Sequence[str] = ()) -> bytes:
     """A DICOM Secondary Capture of pixels, (H, W) uint8 or uint16 or (H, W, 3) uint8: the bytes of its file.
 
-    It has new UIDs, which the content decides, and nothing of a patient: of the DICOM `source` come the fields that
-    `header` names by keyword, and whether text is burnt into the image. DicomError where there is no such source.
+    The content decides its UIDs. Of a DICOM `source` come only the fields that `header` names by keyword, and whether
+    text is burnt into the image; DicomError where fields are named and there is no such source.
     """
     data, bits = Dataset(), 8 * pixels.itemsize
     data.file_meta = FileMetaDataset()

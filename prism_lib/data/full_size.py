@@ -22,9 +22,8 @@ def put_back_file(
 ) -> None:
     """Write the film in `source` with the edit of its letterboxed image: `put_back` of a `Counterfactual`'s tensors.
 
-    All are (1, S, S) in [0, 1]. A target that ends in ".dcm" is a derived DICOM; any other a PNG of the file's bits (of
-    a DICOM's levels in 16), upright and without alpha. A colour file changes alike in every channel. `content` makes
-    another kind of file of such levels.
+    All are (1, S, S) in [0, 1]. A target ".dcm" is a derived DICOM, any other a PNG of the file's bits (16 of a DICOM),
+    upright, without alpha; all channels change alike. `content` makes another kind of file of such levels.
     """
     images = [np.asarray(image, dtype=np.float32) for image in (factual, edited, mask)]
     if len({image.shape for image in images}) > 1 or images[0].shape != (1, *images[0].shape[-1:] * 2):
@@ -57,8 +56,8 @@ def put_back(levels: np.ndarray, factual: np.ndarray, edited: np.ndarray, mask: 
     """An edit of a film's letterboxed image, at the film's own size; where the mask is 0 the film stays to the bit.
 
     The film is (H, W), the image and its edit (S, S), all levels in [0, 255]; the mask (S, S) is in [0, 1]. The change
-    is enlarged and added. Where its steps exceed the film's grain, the film's finer detail holds the sharp edge of what
-    changed, and would leave a ghost of it: there grain of the film's spectrum and level takes its place.
+    is enlarged and added. Where its steps exceed the film's grain, finer detail would leave a ghost of what changed:
+    grain of the film's spectrum and level replaces it.
     """
     change, scale = edited - factual, len(factual) / max(levels.shape)
     rows, columns = (max(1, round(side * scale)) for side in levels.shape)

@@ -23,7 +23,6 @@ from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_sou
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
-from prism_lib.data.skin import FORMATS, skin_source
 from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
@@ -113,7 +112,7 @@ class PrepareConfig:
 
 
 def _own_mode(config: PrepareConfig) -> Mode:
-    return "RGB" if config.dataset in FORMATS else "L"
+    return ARCHIVES[config.dataset].mode if config.dataset in ARCHIVES else "L"
 
 
 def settings(config: PrepareConfig) -> dict[str, Any]:
@@ -130,7 +129,6 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
     "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
-    **dict.fromkeys(FORMATS, lambda c: skin_source(*_files(c), archive=c.dataset)),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 
@@ -154,10 +152,9 @@ def _files(config: PrepareConfig) -> tuple[Path, int, int, ImageFiles]:
 def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
     """Write the prepared folder and return its path; at once if it is already there, whole and the same.
 
-    Raises before any long work if the configuration, a table or the output is at fault, or if the vocabulary lacks a
-    word of one of `edits` (keys or sentences), and later if more than `config.max_rejected` of the files cannot be used
-    (an image in two splits does not count). After an error or a kill the same configuration continues with the images
-    that were finished.
+    Raises before any long work if the configuration, a table, the output, or a word of `edits` (keys or sentences) is
+    at fault, and later if more than `config.max_rejected` of the files cannot be used (an image in two splits does not
+    count). After an error or a kill the same configuration continues with the images that were finished.
     """
     output = config.output
     if _already_prepared(config):
@@ -279,9 +276,8 @@ def _collect(outcomes: Iterable[Outcome], rejected: list[Rejection], total: int,
     if len(rejected) > allowed:
         first = "; ".join(f"{item.file}: {item.reason}" for item in rejected[:5])
         hint = ". A smaller size or a larger max_upscale takes small images" if "smaller than" in first else ""
-        raise ValueError(
-            f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g}); the first are {first}{hint}"
-        )
+        said = f"{len(rejected)} of {total} files cannot be used (max_rejected={share:g})"
+        raise ValueError(f"{said}; the first are {first}{hint}")
     return written
 
 
@@ -308,17 +304,12 @@ def _metadata(table: pd.DataFrame, labels: Sequence[str], config: PrepareConfig,
 
 
 def _counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    return {
-        str(split): {
-            "images": len(rows),
-            "patients": int(rows["patient_id"].nunique()),
-            "labels": {
-                label: {name: int(rows[label].isin([value]).sum()) for name, value in LABEL_STATES.items()}
-                for label in labels
-            },
-        }
-        for split, rows in table.groupby("split")
-    }
+    counts = {}
+    for split, rows in table.groupby("split"):
+        states = {name: rows[[*labels]].isin([value]).sum() for name, value in LABEL_STATES.items()}
+        about = {"images": len(rows), "patients": int(rows["patient_id"].nunique())}
+        counts[str(split)] = about | {"labels": {k: {n: int(s[k]) for n, s in states.items()} for k in labels}}
+    return counts
 
 
 def _already_prepared(config: PrepareConfig) -> bool:

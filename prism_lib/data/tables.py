@@ -91,10 +91,9 @@ def read_table(
 ) -> pd.DataFrame:
     """The named columns of a CSV file, and the `optional` ones that are there, as stripped text under our names.
 
-    Row i stands in line i + 2 of the file. Commas, semicolons or tabs separate the columns; what pandas reads as
-    missing ("NaN", "None", ...) is empty. The file may be compressed (.gz), or hold a JSON object a line (.json).
-    ValueError where there is no row, "patient_id" is empty, or "source_file" is empty, leaves the data root, or occurs
-    twice.
+    Row i is line i + 2. Commas, semicolons or tabs separate; what pandas reads as missing ("NaN", "None") is empty. A
+    file may be compressed (.gz), or hold a JSON object a line (.json). ValueError where there is no row, "patient_id"
+    is empty, or "source_file" is empty, leaves the data root, or occurs twice.
     """
     header = read_header(path, encoding)
     if absent := [column for column in columns if column not in header]:
@@ -300,8 +299,7 @@ def table_source(
         refuse(table[REPORT] == "", table["source_file"], path, f"no {columns.caption}")
     table = table.assign(**{label: label_values(table[label], path, label) for label in labels})
     # One file name without folders: "site1/a.png" -> "site1_a".
-    names = table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("/", "_"))
-    table.insert(0, "name", names)
+    table.insert(0, "name", table["source_file"].map(lambda file: str(Path(file).with_suffix("")).replace("/", "_")))
     refuse(table["name"].duplicated(), table["source_file"], path, "another file_name differs only in '/' or '.'")
     if "split" in table:
         refuse(~table["split"].isin(SPLITS), table["split"], path, f"split is none of {', '.join(SPLITS)}")
@@ -323,8 +321,8 @@ def _labels(header: Sequence[str], path: Path, columns: Columns, name: str) -> t
             close = difflib.get_close_matches(label, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"{path}: vocabulary {name!r} lacks the label {label!r}; {hint}It has {', '.join(known)}. "
-                f"Columns that are no labels are left out where the labels are named, or carried along by name; the "
-                f"vocabulary 'labels', or a YAML file, has other labels"
+                f"{path}: vocabulary {name!r} lacks the label {label!r}; {hint}It has {', '.join(known)}. Columns that "
+                "are no labels are left out where the labels are named, or carried along by name; the vocabulary "
+                "'labels', or a YAML file, has other labels"
             )
     return labels

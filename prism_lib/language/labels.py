@@ -141,7 +141,6 @@ def label_state(label: str, value: float | None) -> bool | None:
 VOCABULARIES = {path.stem: _from_file(path) for path in sorted(Path(__file__).with_name("vocabularies").glob("*.yaml"))}
 CHEST, PHANTOM, SKIN = (VOCABULARIES[name] for name in ("chest", "phantom", "skin"))
 CHEXPERT_LABELS, PHANTOM_LABELS, SKIN_DIAGNOSES = CHEST.labels[:14], PHANTOM.labels, SKIN.labels[1:9]
-SKIN_ARTEFACTS = {snake_case(label): label for label in SKIN.foreign}  # by their column in isic_bias.csv
 DEVICE_KINDS = CHEST.details["Support Devices"]
 # Words of users beside those of vocabularies: spellings, verbs, and terms for kinds of devices.
 WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))

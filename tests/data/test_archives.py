@@ -13,7 +13,7 @@ from prism_lib.apps.bulk_plan import _films
 from prism_lib.data.chest import ARCHIVES
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.language.labels import CHEST
+from prism_lib.language.labels import VOCABULARIES
 from tests import formats
 
 LAYOUTS = {
@@ -52,7 +52,8 @@ def edit(root, pattern, old, new):
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_every_label_is_in_the_vocabulary_and_no_published_name_is_both_used_and_ignored(name):
     archive = ARCHIVES[name]
-    assert {*archive.labels, *archive.absent} <= {*CHEST.labels}
+    vocabulary = VOCABULARIES["skin" if archive.mode == "RGB" else "chest"]
+    assert {*archive.labels, *archive.absent} <= {*vocabulary.labels}
     published = {label for names in archive.labels.values() for label in names}
     assert not published & {*archive.ignored, *archive.silent}
 

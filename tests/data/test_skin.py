@@ -7,7 +7,7 @@ import pytest
 
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.language.labels import SKIN_ARTEFACTS, SKIN_DIAGNOSES
+from prism_lib.language.labels import SKIN, SKIN_DIAGNOSES
 from tests import formats
 
 ISIC2020 = (
@@ -48,7 +48,7 @@ def test_isic2019_is_colour_with_one_diagnosis_and_whole_lesions(tmp_path):
     assert table.loc["ISIC_0000000_downsampled", "patient_id"] == "ISIC_0000000_downsampled"
     assert table.groupby("patient_id")["split"].nunique().max() == 1
     assert (table.groupby("patient_id").size() == 2).sum() == 15
-    assert table[list(SKIN_ARTEFACTS.values())].isna().all(axis=None)
+    assert table[list(SKIN.foreign)].isna().all(axis=None)
     assert not table["text"].str.contains("ruler").any()
 
 
@@ -109,7 +109,7 @@ def test_ham10000_codes(tmp_path, suffix, separator):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("ISIC_1,IP_1,IL_1,male,5.0,torso,freckle,benign,0", r"line 2: unknown diagnosis .*'freckle'"),
+        ("ISIC_1,IP_1,IL_1,male,5.0,torso,freckle,benign,0", r"line 2: unknown label .*'freckle'"),
         ("ISIC_1,IP_1,IL_1,male,5.0,torso,melanoma,malignant,0", "line 2: target and diagnosis contradict.*'ISIC_1'"),
         ("ISIC_1,IP_1,IL_1,male,5.0,torso,nevus,benign,maybe", "label 'target' is not 1, 0, -1 or blank: 'maybe'"),
         ("ISIC_1,IP_1,IL_90,male,5.0,torso,nevus,benign,0", "one lesion of two patients: 'IL_90'"),

@@ -7,7 +7,7 @@ import pytest
 
 from prism_lib.language.captions import TEMPLATES, caption, corpus, sample_caption, unseen_words
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import CHEXPERT_LABELS, NO_FINDING, SKIN_ARTEFACTS, VOCABULARIES, vocabulary
+from prism_lib.language.labels import CHEXPERT_LABELS, NO_FINDING, SKIN, VOCABULARIES, snake_case, vocabulary
 
 # SHA-256 over corpus and captions as they were before vocabularies were files: a model was trained on these words.
 CAPTIONS = {"chest": "ee485a7c6cb4786a", "phantom": "ccd7c5257ca71f1f", "skin": "e3de108e5fcfb268"}
@@ -41,7 +41,15 @@ def test_captions_of_shipped_vocabularies_have_not_changed(name):
 
 def test_columns_of_data_sets_follow_from_the_order_of_labels():
     assert CHEXPERT_LABELS[0] == NO_FINDING and CHEXPERT_LABELS[-1] == "Support Devices" and len(CHEXPERT_LABELS) == 14
-    assert list(SKIN_ARTEFACTS) == ["ruler", "ink", "hair", "dark_corner", "gel_border", "gel_bubble", "patches"]
+    assert [snake_case(label) for label in SKIN.foreign] == [
+        "ruler",
+        "ink",
+        "hair",
+        "dark_corner",
+        "gel_border",
+        "gel_bubble",
+        "patches",
+    ]
 
 
 def test_a_file_of_a_user(knee):

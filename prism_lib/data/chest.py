@@ -3,8 +3,6 @@
 Films come as they are and with rendered devices: a pair whose truth is known to the pixel (see `phantom.films`).
 """
 
-from __future__ import annotations
-
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

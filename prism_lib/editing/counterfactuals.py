@@ -4,8 +4,6 @@ Unlike the reference implementations, guidance points away from the source promp
 correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts gives exactly the reconstruction.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

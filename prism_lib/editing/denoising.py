@@ -4,8 +4,6 @@ A call holds a row per image for its source, one per edit for its target prompt 
 its negative prompt. Edits of one image share a row until their settings first act differently, and fork there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 

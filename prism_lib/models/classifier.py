@@ -4,8 +4,6 @@ Ours are MONAI networks of gray images, with weights as safetensors beside a sma
 not count in the loss. A `Classifier` is any network with what it takes and gives.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging
@@ -229,7 +227,7 @@ class Classifier:
         rename: Mapping[str, str] | None = None,
         allow_code: bool = False,
         **contract: Any,
-    ) -> Classifier:
+    ) -> "Classifier":
         """A folder of `save_classifier`, a file or "package.module:factory"; ``contract`` are fields of this class.
 
         Folders and files are absolute, or below PRISM_WEIGHTS or PRISM_RUNS. A factory is called with ``arguments`` and
@@ -254,7 +252,7 @@ class Classifier:
             raise ValueError(f"{made.name} has two outputs for the label {twice[0]!r}")
         return replace(made, labels=renamed)
 
-    def only(self, labels: Sequence[str]) -> Classifier:
+    def only(self, labels: Sequence[str]) -> "Classifier":
         """The classifier of some of its labels."""
         if missing := [label for label in labels if label not in self.labels]:
             raise ValueError(f"{self.name} does not read {missing[0]!r}; it reads {', '.join(self.labels)}")
@@ -278,7 +276,7 @@ class Classifier:
         return values if self.outputs == "logits" else values.logit(eps=1e-7)
 
     @torch.no_grad()
-    def checked(self, images: Tensor, known: Sequence[str] = ()) -> Classifier:
+    def checked(self, images: Tensor, known: Sequence[str] = ()) -> "Classifier":
         """The classifier without outputs that are NaN for every image, which were not trained.
 
         ValueError if it cannot be right: wrong channels or size, NaN, no probabilities, outputs that are the same for

@@ -4,8 +4,6 @@ Statistics by region, attention maps and a film of the change; the effects of ed
 subgroup and against the truth; the smallest edit that flips its answer, and whether another classifier agrees.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,7 +141,9 @@ def responses(
     own = load_table(folder).set_index("file_name")
     for column in groups:
         if column not in own:
-            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}")
+            raise ValueError(
+                f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}"
+            )
         about[column] = _bands(own[column])[e.table["file_name"]].tolist()
     for name, classifier in classifiers.items():
         one = classifier.only([label])

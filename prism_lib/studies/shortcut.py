@@ -4,8 +4,6 @@ Target and shortcut agree in k % of the training set D_k and in half of the test
 are, reweighted by group, with Group-DRO, and with images added. A group is 2 target + shortcut. Readings are kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +64,7 @@ class ShortcutConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     @model_validator(mode="after")
-    def _fits(self) -> ShortcutConfig:
+    def _fits(self) -> "ShortcutConfig":
         if self.target == self.shortcut:
             raise ValueError(f"target and shortcut are both {self.target!r}")
         for label in (self.target, self.shortcut):

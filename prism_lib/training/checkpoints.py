@@ -4,8 +4,6 @@ Randomness and learning rate are functions of (seed, step), so weights, averages
 number continue a run bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

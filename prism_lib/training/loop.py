@@ -1,7 +1,5 @@
 """The loop of fine-tuning: preparation, steps, validation, samples, checkpoints and the final pipeline."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

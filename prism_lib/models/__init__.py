@@ -9,7 +9,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "classifier": ["Classifier", "ClassifierConfig", "named_network", "predict", "train_classifier"],
+        "classifier": ["Classifier", "ClassifierConfig", "named_network", "train_classifier"],
         "image_text": ["load_image_text_model"],
         "pipeline": [
             "PipelineConfig", "build_pipeline", "compile_blocks", "decode_latents", "encode_images", "encode_prompts",

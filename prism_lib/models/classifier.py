@@ -93,11 +93,7 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
 
 
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    config: ClassifierConfig,
-    groups: Tensor | None = None,
-    progress: bool = True,
+    images: Tensor, labels: Tensor, config: ClassifierConfig, groups: Tensor | None = None, progress: bool = True
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
@@ -195,13 +191,6 @@ def _augment(images: Tensor, generator: torch.Generator, contrast: float) -> Ten
         span = 1 - (1 - contrast) * span
         moved = (1 - span) * low + span * moved
     return (moved + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
-    """Probabilities (N, L) in [0, 1] for images (N, 1, H, W), uint8 or in [0, 1]."""
-    device = next(model.parameters()).device
-    return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))

@@ -22,12 +22,13 @@ from prism_lib.editing.counterfactuals import Counterfactual, sweep
 from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
+from prism_lib.editing.settings import EditConfig, Settings, resolved
 from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.schedule import Schedule
+from prism_lib.studies.comparison import vary
 from prism_lib.studies.editors import PromptToPrompt
 
 EFFECTS = {  # of `effects`: metric -> heading
@@ -198,12 +199,12 @@ def sweep_edits(
     values: Mapping[str, Sequence[float]],
 ) -> list[list[tuple[str, Counterfactual]]]:
     """What every edit under every value of settings makes of each image: ("remove_edema, guidance_scale 2", result)."""
-    named: list[dict[str, float]] = grid({}, **values)
+    variants = vary(editor, **values)
     images, swept = read_images(folder, rows), [list[tuple[str, Counterfactual]]() for _ in range(len(rows))]
     for edit in edits:
         pairs = prompt_pairs(folder, rows, edit)
-        names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in named]
-        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, grid(editor.settings, **values))
+        names = [f"{edit.key}, {name}".removesuffix(", ") for name in variants]
+        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, [one.settings for one in variants.values()])
         for own, results in zip(swept, made, strict=True):
             own += zip(names, results, strict=True)
     return swept

@@ -29,14 +29,7 @@ from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import (
-    Classifier,
-    ClassifierConfig,
-    Objective,
-    predict,
-    save_classifier,
-    train_classifier,
-)
+from prism_lib.models.classifier import Classifier, ClassifierConfig, Objective, save_classifier, train_classifier
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
@@ -229,7 +222,7 @@ def _train(data: TrainingSet, config: ClassifierConfig, test: Tensor, file: Path
     """Train one classifier and keep what it reads of the test images; runs in a process of its own."""
     model = train_classifier(data.images, data.labels, config, groups=data.groups, progress=False)
     with atomic(file) as unfinished:
-        save_file({"probabilities": predict(model, test).contiguous()}, unfinished)
+        save_file({"probabilities": Classifier(model, config.labels).read(test).contiguous()}, unfinished)
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:

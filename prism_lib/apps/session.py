@@ -89,8 +89,7 @@ class Session:
     def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> "Session":
         """A session with a model ("" for the shipped one that an image resembles) and a judge ("" for none).
 
-        `vocab` is "" for the one that the model was fine-tuned with, else the phantom's. `mode` says whether images
-        are gray ("L") or "RGB".
+        `vocab` is "" for the one that the model was fine-tuned with, else the phantom's. `mode` is "L" (gray) or "RGB".
         """
         first = model or SHIPPED
         own = Path(locate(first)).resolve() / "vocabulary.yaml"

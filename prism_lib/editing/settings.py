@@ -122,8 +122,7 @@ def recommended(model: "StableDiffusionPipeline | str | Path", pair: PromptPair,
     """What a model recommends for an edit; `overrides` (fields of `EditConfig`) replace its values.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
-    recommended start of guidance is never after an overridden end. ValueError for an unknown field or a value out of
-    range.
+    recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.
     """
     settings = {**_recommendation(_folder(model)).settings(pair), **overrides}
     if "guidance_start" not in overrides and "guidance_end" in overrides:

@@ -1,7 +1,6 @@
 """Loading, building and calling of networks.
 
-Input: a name, a folder or a hub id. Output: a `StableDiffusionPipeline`, a classifier or an image-text model. No
-other subpackage loads weights.
+Input: a name, a folder or a hub id. Output: a pipeline, a classifier or an image-text model. No other room loads them.
 """
 
 import lazy_loader as lazy

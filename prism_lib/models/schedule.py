@@ -35,15 +35,10 @@ class Schedule:
         abar = scheduler.alphas_cumprod.double().tolist()
         ascending = [int(t) for t in scheduler.timesteps.flip(0)]
         if ascending[0] < 0 or ascending[-1] >= len(abar):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}, "
-                f"but the model has 0 to {len(abar) - 1}"
-            )
-        return cls(
-            timesteps=(-1, *ascending),
-            alphas=(float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending)),
-            prediction_type=scheduler.config["prediction_type"],
-        )
+            asked = f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}"
+            raise ValueError(f"{asked}, but the model has 0 to {len(abar) - 1}")
+        alphas = (float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending))
+        return cls((-1, *ascending), alphas, scheduler.config["prediction_type"])
 
 
 def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:

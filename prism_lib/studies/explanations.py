@@ -142,15 +142,12 @@ def responses(
     own = load_table(folder).set_index("file_name")
     for column in groups:
         if column not in own:
-            raise ValueError(
-                f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}"
-            )
+            has = ", ".join(map(str, own))
+            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {has}")
         about[column] = _bands(own[column])[e.table["file_name"]].tolist()
     for name, classifier in classifiers.items():
         one = classifier.only([label])
-        before, after, *truth = (
-            one.logits(images)[:, 0] for images in (e.factual, e.edited, e.truth) if images is not None
-        )
+        before, after, *truth = (one.logits(i)[:, 0] for i in (e.factual, e.edited, e.truth) if i is not None)
         columns = {"before": before, "after": after, "probability_change": after.sigmoid() - before.sigmoid()}
         for prefix, logits in zip(("", "true_"), (after, *truth), strict=False):
             columns[f"{prefix}change"] = logits - before

@@ -1,7 +1,5 @@
 """Where models run, in which precision and in how many processes: one place that decides."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -102,18 +100,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def copies_for(pipe: DiffusionPipeline, asked: int, jobs: int) -> int:
+def copies_for(pipe: "DiffusionPipeline", asked: int, jobs: int) -> int:
     """`processes_for`, but one for a pipeline that is not copied, and no more than there are jobs."""
     return 1 if _stays(pipe) else min(processes_for(asked), max(1, jobs))
 
 
-def batch_for(pipe: DiffusionPipeline) -> int:
+def batch_for(pipe: "DiffusionPipeline") -> int:
     """Images of one batch: two where pipelines are copied into processes, and eight elsewhere."""
     return 8 if _stays(pipe) else 2
 
 
 def with_copies(
-    pipe: DiffusionPipeline, work: Callable[[Any, Job], Result], jobs: Iterable[Job], processes: int
+    pipe: "DiffusionPipeline", work: Callable[[Any, Job], Result], jobs: Iterable[Job], processes: int
 ) -> Iterator[Result]:
     """`side_by_side` of ``work(pipe, job)``, in so many processes (`copies_for`) with a copy of the pipeline each."""
     if _stays(pipe):
@@ -131,7 +129,7 @@ def _loaded(path: Path) -> Any:
     return torch.load(path, weights_only=False)  # written by `with_copies` a moment ago
 
 
-def _stays(pipe: DiffusionPipeline) -> bool:
+def _stays(pipe: "DiffusionPipeline") -> bool:
     """Whether a pipeline works in this process alone: on a GPU, or with weights too large to copy."""
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     size = sum(value.nbytes for network in networks for value in network.state_dict().values())

@@ -1,7 +1,5 @@
 """Files and folders written whole, folders with one writer, work that a signal ends, hashes, seeds, checked images."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -125,12 +123,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def image_hash(image: torch.Tensor) -> str:
+def image_hash(image: "torch.Tensor") -> str:
     """SHA-256 of an image's float32 values: equal hashes are equal images, bit for bit."""
     return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def check_images(images: torch.Tensor, factor: int = 1, name: str = "images") -> None:
+def check_images(images: "torch.Tensor", factor: int = 1, name: str = "images") -> None:
     """ValueError naming what is wrong with a batch that should be floats (N, 1 or 3, H, W) in [0, 1]."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"{name} must be (N, 1 or 3, H, W); got shape {tuple(images.shape)}")
@@ -146,7 +144,7 @@ def check_images(images: torch.Tensor, factor: int = 1, name: str = "images") ->
         raise ValueError(f"image size {height}x{width} is not a multiple of the autoencoder's factor {factor}")
 
 
-def model_hash(module: torch.nn.Module) -> str:
+def model_hash(module: "torch.nn.Module") -> str:
     """SHA-256 of a module's parameters and buffers, by name."""
     import torch  # late: the command line reads files without it
 

@@ -3,8 +3,6 @@
 Batches depend on the plan alone and processes share out whole batches, so no file depends on their number.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a bulk run has to make: a file of edits (docs/your-data.md) and a prepared folder become tasks, all checked."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

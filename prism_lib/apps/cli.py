@@ -1,7 +1,5 @@
 """The `prism` command: notebooks, with their copies and the state for `--resume` in `runs/<name>/`, or bulk runs."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -215,7 +213,7 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def launch(config: BulkConfig, processes: int) -> None:
+def launch(config: "BulkConfig", processes: int) -> None:
     """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
 
     0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; under accelerate or
@@ -252,7 +250,7 @@ def launch(config: BulkConfig, processes: int) -> None:
         raise Stopped(0)
 
 
-def _process(index: int, processes: int, port: int, config: BulkConfig, pipe: Any) -> None:
+def _process(index: int, processes: int, port: int, config: "BulkConfig", pipe: Any) -> None:
     """One process of several, with the variables by which torch.distributed finds the others."""
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in place.items()}

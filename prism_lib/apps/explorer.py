@@ -3,8 +3,6 @@
 Edits run in the background; where no one can click, as under papermill, the notebook keeps a picture.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -40,7 +38,7 @@ def explore(
     *,
     data: str = "",
     seed: int = 4001,
-) -> Explorer:
+) -> "Explorer":
     """The explorer for a model: a shipped one, a pipeline folder (also below PRISM_RUNS) or a hub id.
 
     "" is the shipped one whose training images an image resembles. `judge` is a classifier below PRISM_WEIGHTS that

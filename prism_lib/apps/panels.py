@@ -1,7 +1,5 @@
 """The panels that `apps.explorer` connects: where the image comes from, what to change, how, and the result."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Callable, Sequence
 from functools import partial

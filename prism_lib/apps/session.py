@@ -1,7 +1,5 @@
 """What the explorer does, without what it looks like: images, edits, runs that can be cancelled, saved files."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,11 +87,10 @@ class Session:
         self._thread = threading.Thread()
 
     @classmethod
-    def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> Session:
+    def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> "Session":
         """A session with a model ("" for the shipped one that an image resembles) and a judge ("" for none).
 
-        `vocab` is "" for the one that the model was fine-tuned with, else the phantom's. `mode` says whether images
-        are gray ("L") or "RGB".
+        `vocab` is "" for the one that the model was fine-tuned with, else the phantom's. `mode` is "L" (gray) or "RGB".
         """
         first = model or SHIPPED
         own = Path(locate(first)).resolve() / "vocabulary.yaml"

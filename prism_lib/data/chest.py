@@ -4,8 +4,6 @@ A split never parts images of one lesion, or lesions of one patient. Films come 
 a pair whose truth is known to the pixel (see `phantom.films`).
 """
 
-from __future__ import annotations
-
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ A header holds names and birth dates of patients; only the fields that the calle
 derived DICOM, which belongs to the patient's record as its source does. A Secondary Capture belongs to no record.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

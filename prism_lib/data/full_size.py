@@ -1,7 +1,5 @@
 """An edit of a film's reduced image, put back at the film's own size and depth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

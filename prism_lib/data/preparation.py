@@ -1,7 +1,5 @@
 """Prepare a data set once: choose images, split by patient, write captions, and record what was done."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

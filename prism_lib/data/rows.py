@@ -1,7 +1,5 @@
 """The rows of a prepared folder's table: captions, prompts of an edit, which rows an edit suits, and the truth."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

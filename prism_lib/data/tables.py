@@ -3,8 +3,6 @@
 Every message names the file, the line (the header is line 1), and the value. The result is a `Source`.
 """
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import gzip

@@ -47,9 +47,8 @@ class WordMaps:
             raise ValueError(f"no cross-attention layer with at most {self.max_queries} queries was recorded")
         size, found = (height, width), self.sums.items()
         images = (maps.unflatten(2, grid(queries, *size)) / self.counts[queries] for queries, maps in found)
-        return torch.stack([F.interpolate(image, size, mode="bilinear", align_corners=False) for image in images]).mean(
-            0
-        )
+        larger = [F.interpolate(image, size, mode="bilinear", align_corners=False) for image in images]
+        return torch.stack(larger).mean(0)
 
     def continue_from(self, before: "WordMaps", rows: Sequence[int]) -> None:
         """Take the sums of these `rows` of `before`, one for each edit; rows may repeat."""
@@ -148,10 +147,8 @@ class PromptToPromptProcessor:
         self.seen.add(id(attn))
         parts = self.controller.parts
         if len(hidden_states) != sum(parts):
-            raise ValueError(
-                f"a controlled call needs {' + '.join(map(str, parts))} rows (sources, negatives, targets), "
-                f"got {len(hidden_states)}"
-            )
+            needed = f"{' + '.join(map(str, parts))} rows (sources, negatives, targets)"
+            raise ValueError(f"a controlled call needs {needed}, got {len(hidden_states)}")
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
         if encoder_hidden_states is None:
@@ -191,8 +188,7 @@ def controlled(unet: UNet2DConditionModel, controller: Controller) -> Iterator[P
     """Control every attention layer of `unet`; on leaving, the old processors always come back.
 
     Where edits fork, set `controller` of the yielded processor. ValueError for layers of other families than Stable
-    Diffusion 1.x and 2.x and for processors with weights of their own (an IP-Adapter, say); RuntimeError on leaving if
-    a call left out a layer.
+    Diffusion 1 and 2 and for processors with weights (an IP-Adapter); RuntimeError if a call left out a layer.
     """
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
     if not layers:

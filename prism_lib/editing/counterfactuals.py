@@ -4,8 +4,6 @@ Unlike the reference implementations, guidance points away from the source promp
 correction (`EditConfig.negative`, `.correct_drift`), so a pair of equal prompts gives exactly the reconstruction.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,8 +69,7 @@ def edit(
     `settings` is an `EditConfig`, or overrides of what the model recommends for each pair. `mask` is "auto", "off" (the
     raw edit, no composite) or a user's own, (N, 1, H, W) boolean or in [0, 1], which also bounds the edit in latent
     space. `keep`, of the same shape, marks pixels that stay the input's inside any mask. `callback(i, timestep,
-    latents)` is called after step i of every batch and may raise to cancel. A batch that exceeds the accelerator's
-    memory starts again in halves.
+    latents)` is called after step i of every batch and may raise to cancel. A batch too large for memory is halved.
     """
     (results,) = zip(*sweep(pipe, inversion, pairs, [settings], mask=mask, keep=keep, callback=callback), strict=True)
     return list(results)

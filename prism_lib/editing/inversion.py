@@ -1,7 +1,5 @@
 """Abduction: the latents, from clean to noise, from which the diffusion model makes a given image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -39,7 +37,7 @@ class Inversion:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: slice) -> Inversion:
+    def __getitem__(self, rows: slice) -> "Inversion":
         """The inversion of a slice of the images."""
         embeds = None if self.negative_embeds is None else self.negative_embeds[:, rows]
         images, prompts, latents = self.images[rows], self.prompts[rows], self.latents[:, rows]

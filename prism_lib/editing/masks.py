@@ -5,8 +5,6 @@ the decoded image gives the pixels: strong pixels inside the evidence are seeds 
 touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated
 
@@ -108,7 +106,7 @@ class Areas:
     keep: Tensor | None = None
 
     @classmethod
-    def checked(cls, mask: Tensor | str, keep: Tensor | None, images: Tensor) -> Areas:
+    def checked(cls, mask: Tensor | str, keep: Tensor | None, images: Tensor) -> "Areas":
         """Areas for images (N, C, H, W); ValueError for a wrong shape or range, or if no pixel is left to edit."""
         if isinstance(mask, str) and mask not in ("auto", "off"):
             raise ValueError(f"mask is {mask!r}; expected 'auto', 'off' or a tensor")
@@ -126,7 +124,7 @@ class Areas:
         """Whether the edit may show everywhere."""
         return isinstance(self.mask, str) and self.mask == "off"
 
-    def __getitem__(self, rows: slice | list[int]) -> Areas:
+    def __getitem__(self, rows: slice | list[int]) -> "Areas":
         """The areas of some of the images, by slice or places."""
         mask = self.mask if isinstance(self.mask, str) else self.mask[rows]
         return Areas(mask, None if self.keep is None else self.keep[rows])

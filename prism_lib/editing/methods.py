@@ -10,8 +10,6 @@
   guided sampling follows the trajectory.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass

@@ -4,8 +4,6 @@ Good settings differ between models, so `editing.json` beside a model's weights 
 what is edited. A model without that file gets the defaults of `EditConfig`, those published for prompt-to-prompt.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -54,7 +52,6 @@ class EditConfig:
     guidance_end: Share = 1.0
     cross_replace_steps: Share = 0.8
     self_replace_steps: Share = 0.4
-    alignment: Literal["refine", "replace"] = "refine"
     word_weight: Scale = 1.0
     word_windows: Mapping[str, Share] = field(default_factory=dict, hash=False)
     negative: Literal["source", "empty"] = "source"
@@ -120,12 +117,11 @@ class Recommendation:
         return EditConfig(**settings)
 
 
-def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, **overrides: Any) -> EditConfig:
+def recommended(model: "StableDiffusionPipeline | str | Path", pair: PromptPair, **overrides: Any) -> EditConfig:
     """What a model recommends for an edit; `overrides` (fields of `EditConfig`) replace its values.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
-    recommended start of guidance is never after an overridden end. ValueError for an unknown field or a value out of
-    range.
+    recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.
     """
     settings = {**_recommendation(_folder(model)).settings(pair), **overrides}
     if "guidance_start" not in overrides and "guidance_end" in overrides:
@@ -133,7 +129,7 @@ def recommended(model: StableDiffusionPipeline | str | Path, pair: PromptPair, *
     return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))
 
 
-def recommended_inversion(model: StableDiffusionPipeline | str | Path, **overrides: Any) -> InversionConfig:
+def recommended_inversion(model: "StableDiffusionPipeline | str | Path", **overrides: Any) -> InversionConfig:
     """What a model recommends for the inversion; `overrides` (fields of `InversionConfig`) replace its values."""
     return replace(_recommendation(_folder(model)).inversion, **overrides)
 
@@ -146,7 +142,7 @@ def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
     return made
 
 
-def resolved(pipe: StableDiffusionPipeline, pair: PromptPair, settings: Settings) -> EditConfig:
+def resolved(pipe: "StableDiffusionPipeline", pair: PromptPair, settings: Settings) -> EditConfig:
     """An `EditConfig` as it is; a mapping as overrides of what the model recommends."""
     return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, **settings)
 
@@ -160,7 +156,7 @@ def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
     return [cast(AnySettings, one) for one in made]
 
 
-def _folder(model: StableDiffusionPipeline | str | Path) -> str:
+def _folder(model: "StableDiffusionPipeline | str | Path") -> str:
     """Where a pipeline was loaded from; "" for one that was built in memory."""
     return str(model if isinstance(model, str | Path) else model.config.get("_name_or_path") or "")
 

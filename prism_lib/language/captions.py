@@ -1,7 +1,5 @@
 """Labels become captions: the text of training and of an edit's prompts. What is uncertain is never called absent."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 A label is 1 (present), 0 (absent), -1 (uncertain) or missing (not mentioned); the last two never count as 0.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

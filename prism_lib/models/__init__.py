@@ -1,7 +1,6 @@
 """Loading, building and calling of networks.
 
-Input: a name, a folder or a hub id. Output: a `StableDiffusionPipeline`, a classifier or an image-text model. No
-other subpackage loads weights.
+Input: a name, a folder or a hub id. Output: a pipeline, a classifier or an image-text model. No other room loads them.
 """
 
 import lazy_loader as lazy
@@ -9,7 +8,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "classifier": ["Classifier", "ClassifierConfig", "named_network", "predict", "train_classifier"],
+        "classifier": ["Classifier", "ClassifierConfig", "named_network", "train_classifier"],
         "image_text": ["load_image_text_model"],
         "pipeline": [
             "PipelineConfig", "build_pipeline", "compile_blocks", "decode_latents", "encode_images", "encode_prompts",

@@ -4,8 +4,6 @@ Ours are MONAI networks of gray images, with weights as safetensors beside a sma
 not count in the loss. A `Classifier` is any network with what it takes and gives.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging
@@ -95,11 +93,7 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
 
 
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    config: ClassifierConfig,
-    groups: Tensor | None = None,
-    progress: bool = True,
+    images: Tensor, labels: Tensor, config: ClassifierConfig, groups: Tensor | None = None, progress: bool = True
 ) -> nn.Module:
     """Train on images (N, 1, H, W), uint8 or in [0, 1], and labels (N, L) in {1, 0, NaN or -1 unknown}.
 
@@ -199,13 +193,6 @@ def _augment(images: Tensor, generator: torch.Generator, contrast: float) -> Ten
     return (moved + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
-    """Probabilities (N, L) in [0, 1] for images (N, 1, H, W), uint8 or in [0, 1]."""
-    device = next(model.parameters()).device
-    return torch.cat([model(_unit(chunk).to(device)).sigmoid().cpu() for chunk in images.split(batch_size)])
-
-
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Classifier:
     """A network and its contract: which images it takes, and what its outputs are."""
@@ -229,7 +216,7 @@ class Classifier:
         rename: Mapping[str, str] | None = None,
         allow_code: bool = False,
         **contract: Any,
-    ) -> Classifier:
+    ) -> "Classifier":
         """A folder of `save_classifier`, a file or "package.module:factory"; ``contract`` are fields of this class.
 
         Folders and files are absolute, or below PRISM_WEIGHTS or PRISM_RUNS. A factory is called with ``arguments`` and
@@ -255,7 +242,7 @@ class Classifier:
             raise ValueError(f"{made.name} has two outputs for the label {twice[0]!r}")
         return replace(made, labels=renamed)
 
-    def only(self, labels: Sequence[str]) -> Classifier:
+    def only(self, labels: Sequence[str]) -> "Classifier":
         """The classifier of some of its labels."""
         if missing := [label for label in labels if label not in self.labels]:
             raise ValueError(f"{self.name} does not read {missing[0]!r}; it reads {', '.join(self.labels)}")
@@ -279,7 +266,7 @@ class Classifier:
         return values if self.outputs == "logits" else values.logit(eps=1e-7)
 
     @torch.no_grad()
-    def checked(self, images: Tensor, known: Sequence[str] = ()) -> Classifier:
+    def checked(self, images: Tensor, known: Sequence[str] = ()) -> "Classifier":
         """The classifier without outputs that are NaN for every image, which were not trained.
 
         ValueError if it cannot be right: wrong channels or size, NaN, no probabilities, outputs that are the same for

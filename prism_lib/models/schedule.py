@@ -4,8 +4,6 @@ A schedule of T steps has levels 0 (the clean latent) to T (noise), and a step l
 coefficients are Python floats in double precision, so a step costs no device synchronisation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -28,7 +26,7 @@ class Schedule:
         return len(self.timesteps) - 1
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> "Schedule":
         """The DDIM schedule of any Stable Diffusion scheduler's `.config`; clipping and thresholding are ignored."""
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a positive integer")
@@ -37,15 +35,10 @@ class Schedule:
         abar = scheduler.alphas_cumprod.double().tolist()
         ascending = [int(t) for t in scheduler.timesteps.flip(0)]
         if ascending[0] < 0 or ascending[-1] >= len(abar):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}, "
-                f"but the model has 0 to {len(abar) - 1}"
-            )
-        return cls(
-            timesteps=(-1, *ascending),
-            alphas=(float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending)),
-            prediction_type=scheduler.config["prediction_type"],
-        )
+            asked = f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}"
+            raise ValueError(f"{asked}, but the model has 0 to {len(abar) - 1}")
+        alphas = (float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending))
+        return cls((-1, *ascending), alphas, scheduler.config["prediction_type"])
 
 
 def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:

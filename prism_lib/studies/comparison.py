@@ -1,6 +1,5 @@
 """What settings and other methods are worth: editors on the same images, by quality, seconds and U-Net evaluations."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -87,8 +86,7 @@ def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPro
     """Variants with every combination of ``values`` of the editor's fields or settings; named as "mask off"."""
     own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
     variants = {}
-    for row in itertools.product(*values.values()):
-        chosen = dict(zip(values, row, strict=True))
+    for chosen in grid({}, **values):
         overrides = {name: value for name, value in chosen.items() if name not in own}
         EditConfig(**overrides)  # an unknown name or a value out of range is named here, not after hours of work
         (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})

@@ -4,8 +4,6 @@ Statistics by region, attention maps and a film of the change; the effects of ed
 subgroup and against the truth; the smallest edit that flips its answer, and whether another classifier agrees.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +22,13 @@ from prism_lib.editing.counterfactuals import Counterfactual, sweep
 from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
-from prism_lib.editing.settings import EditConfig, Settings, grid, resolved
+from prism_lib.editing.settings import EditConfig, Settings, resolved
 from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.schedule import Schedule
+from prism_lib.studies.comparison import vary
 from prism_lib.studies.editors import PromptToPrompt
 
 EFFECTS = {  # of `effects`: metric -> heading
@@ -143,15 +142,12 @@ def responses(
     own = load_table(folder).set_index("file_name")
     for column in groups:
         if column not in own:
-            raise ValueError(
-                f"{folder} has no column {column!r} for subgroups; it has {', '.join(own.columns.map(str))}"
-            )
+            has = ", ".join(own.columns.map(str))
+            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {has}")
         about[column] = _bands(own[column])[e.table["file_name"]].tolist()
     for name, classifier in classifiers.items():
         one = classifier.only([label])
-        before, after, *truth = (
-            one.logits(images)[:, 0] for images in (e.factual, e.edited, e.truth) if images is not None
-        )
+        before, after, *truth = (one.logits(i)[:, 0] for i in (e.factual, e.edited, e.truth) if i is not None)
         columns = {"before": before, "after": after, "probability_change": after.sigmoid() - before.sigmoid()}
         for prefix, logits in zip(("", "true_"), (after, *truth), strict=False):
             columns[f"{prefix}change"] = logits - before
@@ -200,12 +196,12 @@ def sweep_edits(
     values: Mapping[str, Sequence[float]],
 ) -> list[list[tuple[str, Counterfactual]]]:
     """What every edit under every value of settings makes of each image: ("remove_edema, guidance_scale 2", result)."""
-    named: list[dict[str, float]] = grid({}, **values)
+    variants = vary(editor, **values)
     images, swept = read_images(folder, rows), [list[tuple[str, Counterfactual]]() for _ in range(len(rows))]
     for edit in edits:
         pairs = prompt_pairs(folder, rows, edit)
-        names = [", ".join([edit.key, *(f"{name} {value:g}" for name, value in one.items())]) for one in named]
-        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, grid(editor.settings, **values))
+        names = [f"{edit.key}, {name}".removesuffix(", ") for name in variants]
+        made = sweep(pipe, editor.invert(pipe, images, pairs), pairs, [one.settings for one in variants.values()])
         for own, results in zip(swept, made, strict=True):
             own += zip(names, results, strict=True)
     return swept

@@ -4,8 +4,6 @@ Target and shortcut agree in k % of the training set D_k and in half of the test
 are, reweighted by group, with Group-DRO, and with images added. A group is 2 target + shortcut. Readings are kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,14 +29,7 @@ from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import (
-    Classifier,
-    ClassifierConfig,
-    Objective,
-    predict,
-    save_classifier,
-    train_classifier,
-)
+from prism_lib.models.classifier import Classifier, ClassifierConfig, Objective, save_classifier, train_classifier
 from prism_lib.studies.augmentation import Source
 
 GROUPS = ("neither", "shortcut_only", "target_only", "both")
@@ -66,7 +57,7 @@ class ShortcutConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     @model_validator(mode="after")
-    def _fits(self) -> ShortcutConfig:
+    def _fits(self) -> "ShortcutConfig":
         if self.target == self.shortcut:
             raise ValueError(f"target and shortcut are both {self.target!r}")
         for label in (self.target, self.shortcut):
@@ -231,7 +222,7 @@ def _train(data: TrainingSet, config: ClassifierConfig, test: Tensor, file: Path
     """Train one classifier and keep what it reads of the test images; runs in a process of its own."""
     model = train_classifier(data.images, data.labels, config, groups=data.groups, progress=False)
     with atomic(file) as unfinished:
-        save_file({"probabilities": predict(model, test).contiguous()}, unfinished)
+        save_file({"probabilities": Classifier(model, config.labels).read(test).contiguous()}, unfinished)
 
 
 def summarise(readings: Readings, config: ShortcutConfig) -> dict[str, Any]:

@@ -5,8 +5,6 @@ of each edit, then two, four and so on, while it is among the better half of the
 kept in a journal, and trial n is drawn with seed + n, so that a search goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

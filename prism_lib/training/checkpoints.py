@@ -1,10 +1,7 @@
 """Checkpoints of a training run: safetensors and JSON only, written whole or not at all.
 
-Randomness and learning rate are functions of (seed, step), so weights, averages, optimizer moments and the step
-number continue a run bit for bit.
+Randomness and learning rate follow from (seed, step), so weights, averages, moments and step continue a run exactly.
 """
-
-from __future__ import annotations
 
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The loop of fine-tuning: preparation, steps, validation, samples, checkpoints and the final pipeline."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json
@@ -73,10 +71,9 @@ class Run:
             require_space(self.output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
         state = load_checkpoint(self.output, {"unet": self.trained, "ema": self.shadow}, optimizer)
         if state.get("processes", accelerator.num_processes) != accelerator.num_processes:
-            raise ValueError(
-                f"{self.output} was trained by {state['processes']} processes and cannot be continued by "
-                f"{accelerator.num_processes}: samples would be skipped or repeated within the epoch"
-            )
+            found = f"{self.output} was trained by {state['processes']} processes"
+            why = "samples would be skipped or repeated within the epoch"
+            raise ValueError(f"{found} and cannot be continued by {accelerator.num_processes}: {why}")
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         self.start = int(state.get("step", 0))

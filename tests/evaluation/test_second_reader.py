@@ -1,5 +1,7 @@
 """A vision-language model as a reader: a tiny LLaVA in the exact layout of a real one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,6 @@ from prism_lib.evaluation import second_reader
 from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, judge_auc, reread, summarise
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
-from prism_lib.models.classifier import predict
 from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_images, tiny_pipeline
 
@@ -90,11 +91,11 @@ def test_the_answer_is_the_models_own_next_word(judge):
         sum(float(likely[processor.tokenizer.convert_tokens_to_ids(w)]) for w in ws)
         for ws in (("Yes", "yes"), ("No", "no"))
     )
-    read = predict(judge.network, images)
+    read = judge.read(images)
     assert judge.labels == LABELS and read.shape == (3, 2)
     assert float(read[1, 0]) == pytest.approx(yes / (yes + no), abs=1e-5)
     assert float((read[0] - read[1]).abs().max()) > 1e-3, "the image is looked at"
-    assert torch.allclose(predict(judge.network, images, batch_size=1), read, atol=1e-5)
+    assert torch.allclose(replace(judge, batch_size=1).read(images), read, atol=1e-5)
 
 
 def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
@@ -103,7 +104,7 @@ def test_a_reader_measures_what_a_judge_measures(judge, phantom_folder):
     editor = PromptToPrompt(num_inference_steps=2, settings=EditConfig())
     (measured,) = evaluate_edits(tiny_pipeline(), phantom_folder, {change: cases}, editor)
     read = reread(measured, judge)
-    before, after = predict(judge.network, measured.factual)[:, 0], predict(judge.network, measured.edited)[:, 0]
+    before, after = judge.read(measured.factual)[:, 0], judge.read(measured.edited)[:, 0]
     assert read.table["cpg"].tolist() == pytest.approx((before - after).tolist())
     assert "mask_share" not in read.table and "flip_denominator" in summarise(read)
     assert list(judge_auc(judge, phantom_folder).index) == list(judge.labels)

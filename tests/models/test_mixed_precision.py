@@ -139,7 +139,7 @@ def test_a_classifier_learns_in_it():
     )
     try:
         model = classifier.train_classifier(images, labels, replace(config, mixed_precision="bf16"))
-        read = classifier.predict(model, images)
+        read = classifier.Classifier(model, config.labels).read(images)
     finally:
         handle.remove()
     assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}, "trained in bfloat16, read in float32"

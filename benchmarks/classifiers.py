@@ -36,7 +36,7 @@ def train(job: Job) -> Tensor:
     """Train one and read the other images."""
     images, labels, config = job
     model = classifier.train_classifier(images[:TRAIN], labels, config, progress=False)
-    return classifier.predict(model, images[TRAIN:])
+    return classifier.Classifier(model, config.labels).read(images[TRAIN:])
 
 
 def main() -> None:

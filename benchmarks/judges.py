@@ -43,7 +43,7 @@ def main() -> None:
         second = classifier.train_classifier(*draw(TRAIN, TRAIN_SEED, first.labels), config)
         classifier.save_classifier(second, config, paths.runs() / "judges" / "resnet18")
         images, labels = draw(TEST, TEST_SEED, first.labels)
-        read = {"densenet": classifier.predict(first.network, images), "resnet": classifier.predict(second, images)}
+        read = {"densenet": first.read(images), "resnet": classifier.Classifier(second, first.labels).read(images)}
     records.record(
         "judges",
         dataset="phantom",

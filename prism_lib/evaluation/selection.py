@@ -1,7 +1,5 @@
 """Choose among the candidates of a sweep: score all, filter, take the best that passes. The judge never scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,9 +56,9 @@ class SimilarityScorer:
     `consistency`: cos(I_edit, T_target) - cos(I_edit, T_source), the prediction consistency of LANCE as a margin.
     """
 
-    model: ImageTextModel
+    model: "ImageTextModel"
 
-    def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
+    def scores(self, candidates: "Sequence[Counterfactual]") -> list[Scores]:
         before, after = self._images([c.factual for c in candidates]), self._images([c.image for c in candidates])
         source, target = (self._texts([getattr(c.pair, side) for c in candidates]) for side in ("source", "target"))
         return _rows(
@@ -88,7 +86,7 @@ class SimilarityScorer:
 class IdentityScorer:
     """How much of the input is left: `ssim` (1 is all) and `identity_l1`, the mean absolute difference (0 is all)."""
 
-    def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
+    def scores(self, candidates: "Sequence[Counterfactual]") -> list[Scores]:
         images, factual = torch.stack([c.image for c in candidates]), torch.stack([c.factual for c in candidates])
         return _rows({"ssim": metrics.ssim(images, factual), "identity_l1": metrics.l1(images, factual)})
 
@@ -106,7 +104,7 @@ class GuideScorer:
         if not self.edit.attributes:
             raise ValueError(f"a guide reads labels, and the edit {self.edit.key} names none")
 
-    def scores(self, candidates: Sequence[Counterfactual]) -> list[Scores]:
+    def scores(self, candidates: "Sequence[Counterfactual]") -> list[Scores]:
         after, before = self._towards([c.image for c in candidates]), self._towards([c.factual for c in candidates])
         return _rows({"guide": after.amin(1), "guide_gain": (after - before).amin(1)})
 
@@ -137,11 +135,11 @@ class Selection:
     scores: tuple[Scores, ...]
     failures: tuple[tuple[str, ...], ...]
     winner: int | None
-    best: Counterfactual | None
+    best: "Counterfactual | None"
 
 
 def select(
-    groups: Sequence[Sequence[Counterfactual]], scorers: Sequence[Scorer], criteria: Criteria
+    groups: "Sequence[Sequence[Counterfactual]]", scorers: Sequence[Scorer], criteria: Criteria
 ) -> list[Selection]:
     """The best candidate of every image under ``criteria``, of equals the first; all are scored together."""
     if empty := [row for row, group in enumerate(groups) if not group]:

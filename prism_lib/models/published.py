@@ -56,10 +56,9 @@ def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers p
     folder = next((place for place in places if place.exists()), Path(name))
     refuse_pickles(folder)
     if alone := [slot for slot in PARTS if (folder / slot).is_dir()]:
-        raise FileNotFoundError(
-            f"{folder} is no whole pipeline (no {marker}) but has {' and '.join(alone)}: load the pipeline it "
-            f"was made from, with {', '.join(f'{slot}={name!r}' for slot in alone)}"
-        )
+        parts = ", ".join(f"{slot}={name!r}" for slot in alone)
+        lacks = f"{folder} is no whole pipeline (no {marker}) but has {' and '.join(alone)}"
+        raise FileNotFoundError(f"{lacks}: load the pipeline it was made from, with {parts}")
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name} is no {kind}: no {marker}, here or below {paths.runs()}")
     return name

@@ -38,7 +38,7 @@ class Schedule:
             asked = f"num_inference_steps={num_inference_steps} asks for timestep {ascending[-1]}"
             raise ValueError(f"{asked}, but the model has 0 to {len(abar) - 1}")
         alphas = (float(scheduler.final_alpha_cumprod), *(abar[t] for t in ascending))
-        return cls((-1, *ascending), alphas, scheduler.config["prediction_type"])
+        return cls((-1, *ascending), alphas, prediction_type=scheduler.config["prediction_type"])
 
 
 def clean_and_noise(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int) -> tuple[Tensor, Tensor]:

@@ -85,8 +85,8 @@ class ComparisonConfig:
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
     """Variants with every combination of ``values`` of the editor's fields or settings; named as "mask off"."""
     own = {item.name for item in fields(PromptToPrompt)} - {"settings"}
-    variants = {}
-    for chosen in grid({}, **values):
+    variants, nothing = {}, dict[str, Any]()
+    for chosen in grid(nothing, **values):
         overrides = {name: value for name, value in chosen.items() if name not in own}
         EditConfig(**overrides)  # an unknown name or a value out of range is named here, not after hours of work
         (settings,) = grid(base.settings, **{name: [value] for name, value in overrides.items()})

@@ -167,9 +167,8 @@ class LEdits(Editor):
 
     @torch.no_grad()
     def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
-        scheduler = DPMSolverMultistepScheduler.from_config(
-            pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
-        )
+        how = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **how)
         ledits = _sharing(pipe, LEditsPPPipelineStableDiffusion, scheduler)
         latents = []
         with ExitStack() as after, mixed_calls(pipe.unet):

@@ -116,11 +116,10 @@ def require_captions_fit(tokenizer: Any, split: str, names: Iterable[str], capti
     found = [(name, text) for name, texts in zip(names, captions, strict=True) for text in texts if text in long]
     if found:
         (name, text), count = found[0], len({name for name, _ in found})
-        raise ValueError(
-            f"the model reads {tokenizer.model_max_length} tokens, and captions of {count} images in split {split!r} "
-            f"have more: that of {name} has {long[text]}: {text!r}. Keep fewer labels when preparing, or lower "
-            "explicit_share"
-        )
+        most, where = tokenizer.model_max_length, f"captions of {count} images in split {split!r}"
+        found_first = f"that of {name} has {long[text]}: {text!r}"
+        way = "Keep fewer labels when preparing, or lower explicit_share"
+        raise ValueError(f"the model reads {most} tokens, and {where} have more: {found_first}. {way}")
 
 
 def _encode(encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str) -> Rows:

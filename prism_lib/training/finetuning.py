@@ -60,9 +60,8 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         if final.is_dir():
             return final
         # `Run` moves each part to the device of its process.
-        pipeline = pipeline or load_pipeline(
-            config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
-        )
+        how = {"unet": config.unet, "vae": config.vae, "device": "cpu"}
+        pipeline = pipeline or load_pipeline(config.pipeline, channels_last=False, **how)
         run = Run(config, accelerator, pipeline)
         try:
             with stop_asked() as asked:
@@ -84,10 +83,8 @@ def check_run(config: FinetuneConfig) -> None:
     """Raise ValueError or ImportError at once for what would stop a run after long work."""
     for variable, name in SHARDING.items():  # averages and checkpoints are of whole weights
         if parse_flag_from_env(variable):
-            raise ValueError(
-                f"{name} splits the weights that are averaged and saved here; choose multi-GPU (DDP) in "
-                "`accelerate config`, and gradient_checkpointing or lora_rank to save memory"
-            )
+            instead = "multi-GPU (DDP) in `accelerate config`, and gradient_checkpointing or lora_rank to save memory"
+            raise ValueError(f"{name} splits the weights that are averaged and saved here; choose {instead}")
     if absent := sorted({*config.trackers} - {str(name) for name in filter_trackers(config.trackers, config.output)}):
         raise ImportError(f"trackers {', '.join(absent)} are not installed")
     for split in ("train", "val"):

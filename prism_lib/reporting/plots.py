@@ -74,7 +74,8 @@ def counterfactual_sheet(
         if images.shape != original.shape:
             raise ValueError(f"{name} has shape {tuple(images.shape)}, original {tuple(original.shape)}")
         _check(images, name)
-    width, height = (len(columns) + 1) * (CELL + GAP) + 1.4 * bool(notes), count * (CELL + GAP) + 0.95
+    beside = max([1.4, *(0.08 * len(line) for note in notes for line in note.splitlines())]) if notes else 0  # inches
+    width, height = (len(columns) + 1) * (CELL + GAP) + beside, count * (CELL + GAP) + 0.95
     options: dict[str, Any] = {"squeeze": False, "subplot_kw": {"xticks": [], "yticks": [], "frame_on": False}}
     size = width, height + 0.3 * bool(title)
     with _subplots(count, len(columns) + 1, layout="compressed", figsize=size, **options) as (figure, axes):

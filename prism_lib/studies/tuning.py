@@ -72,7 +72,7 @@ class TuningConfig:
     edits: tuple[str, ...] = ()  # keys or sentences; none stand for removal and addition of every label
     images: PositiveInt = 4
     steps: PositiveInt = 25
-    minutes: Annotated[float, Field(gt=0)] = 20.0
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     evaluations: NonNegativeInt = 0
     guide: str = ""
     seed: int = 0

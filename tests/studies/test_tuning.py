@@ -1,6 +1,7 @@
 """A search finds settings, writes them where the model reads them, and goes on where it stopped."""
 
 import json
+import math
 import re
 import shutil
 
@@ -171,3 +172,9 @@ def test_the_command_prints_what_it_found(config, capsys):
     assert "all edits, trial 1: " in printed and "2 images each" in printed and "found" in printed
     written = json.loads((paths.Path(config.out) / FILE).read_text())
     assert set(written) == {"measured", "inversion", "defaults", "rules"} and written["rules"] == []
+
+
+@pytest.mark.parametrize("minutes", [0, math.nan, math.inf])
+def test_a_search_without_an_end_is_refused(config, minutes):
+    with pytest.raises(ValueError, match="minutes"):
+        by(config, minutes=minutes)

@@ -47,10 +47,10 @@ _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
 def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> int:
-    """Make every counterfactual of the plan that `config.out` lacks, in one process or in several (`cli.launch`).
+    """Make every counterfactual of the plan that `config.out` lacks; returns how many, by all processes (`cli.launch`).
 
-    Data, edits, settings, prompts and disk are checked before the first image; `pipe` replaces `config.model`. Returns
-    how many images were edited, by all processes. SIGTERM and SIGUSR1 end it after the batch at hand with Stopped.
+    Everything is checked before the first image; `pipe` replaces `config.model`. SIGTERM and SIGUSR1 end it after the
+    batch at hand with Stopped.
     """
     usual = default_device()
     # On a CPU processes find each other only if told so; checking the files of a large run takes its time.
@@ -148,11 +148,10 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
 
 def _weights(choice: Choice | None) -> list[str]:
     """SHA-256 of the weights of what scores: another guide of the same name chooses other results; not of factories."""
-    if choice is None:
-        return []
-    own = find_classifier(choice.guide)
-    guide = [own if own.is_file() else own / "model.safetensors"] if choice.guide and ":" not in choice.guide else []
-    return [file_hash(file) for file in (*guide, *(weight_files(choice.similarity) if choice.similarity else ()))]
+    own = find_classifier(choice.guide) if choice and choice.guide and ":" not in choice.guide else None
+    guide = [own if own.is_file() else own / "model.safetensors"] if own else []
+    similar = weight_files(choice.similarity) if choice and choice.similarity else ()
+    return [file_hash(file) for file in (*guide, *similar)]
 
 
 def _record(settings: EditConfig) -> dict[str, Any]:  # `batch_size` does not decide the result
@@ -207,10 +206,7 @@ class Chooser:
 def _work(
     config: BulkConfig, pipe: StableDiffusionPipeline, chooser: Chooser, own: list[list[Task]], part: Path, show: bool
 ) -> bool:
-    """Edit batch after batch; a file appears whole, then its row joins this process's part of the manifest.
-
-    Returns whether a signal asked for the end.
-    """
+    """Edit batch after batch: each file, then its row in this process's part of the manifest; whether a signal came."""
     out, hidden = part.parents[1], None if show else True
     bar = tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=hidden)
     with bar as progress, stop_asked() as asked:

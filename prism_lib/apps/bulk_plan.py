@@ -78,11 +78,7 @@ _ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class BulkConfig(Choice):
-    """A bulk run: every task of `edits` on the images in `data`, into `out`.
-
-    `method` to `seed`, and the choice, hold where a row has none of its own. With 16 bits an 8-bit input's pixels v
-    become 257 v.
-    """
+    """A bulk run: every task of `edits` on the images in `data`, into `out`; rows may have settings of their own."""
 
     data: str  # a prepared folder
     edits: str
@@ -96,7 +92,7 @@ class BulkConfig(Choice):
     batch_size: Annotated[int, Field(ge=1)] = 4
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
-    bits: Literal[8, 16] = 8
+    bits: Literal[8, 16] = 8  # with 16, an 8-bit input's pixels v become 257 v
     out_format: Literal["PNG", "DICOM"] = "PNG"  # a DICOM is a Secondary Capture without the patient
     header: tuple[str, ...] = ()  # fields that it copies from the film's own DICOM, by keyword
     full_size: bool = False  # also put every edit back into the film that its image was made of (`data.full_size`)

@@ -48,10 +48,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, resume: bool = False) -> floa
 
 
 def execute(job: Job, folder: Path) -> None:
-    """Execute one notebook with papermill, in a kernel of this interpreter; its copy goes to ``folder``.
-
-    RuntimeError says which notebook stopped, where and why; Stopped that a signal asked for it.
-    """
+    """Execute one notebook with papermill; its copy goes to ``folder``. RuntimeError says where it stopped and why."""
     target, reason = folder / job.notebook.name, ""
     with _kernel(job.notebook.parent) as kernel, stop_asked(stop_children) as asked:
         import papermill  # it takes a second, in which the kernel starts
@@ -92,8 +89,7 @@ def _kernel(cwd: Path) -> Iterator[Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `prism`."""
-    purpose = "Run PRISM's notebooks, or make counterfactuals in bulk."
-    parser = argparse.ArgumentParser(prog="prism", description=purpose)
+    parser = argparse.ArgumentParser("prism", description="Run PRISM's notebooks, or make counterfactuals in bulk.")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "NN"}
     pair = several | {"action": "append", "nargs": 2, "dest": "overrides", "metavar": ("NAME", "VALUE")}
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -102,8 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
     run.add_argument("--only", **several, help="run these notebooks and no others")
     run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
-    value = "another value for a parameter; figures then go to the run's own folder"
-    run.add_argument("-p", **pair, help=value)
+    run.add_argument("-p", **pair, help="another value for a parameter; figures then go to the run's own folder")
     generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
     generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
     generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
@@ -117,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("data", metavar="DATA", help="a prepared folder of images")
     tune.add_argument("--out", default="", metavar="FOLDER", help="for editing.json (default: beside the weights)")
     every = "keys or sentences (default: the removal and addition of every label)"
-    tune.add_argument("--edits", action="extend", nargs="+", default=[], metavar="EDIT", help=every)
+    tune.add_argument("--edits", **several | {"metavar": "EDIT"}, help=every)
     tune.add_argument("--minutes", type=float, default=20.0, help="budget of the whole search (default: 20)")
     tune.add_argument("--evaluations", type=int, default=0, help="budget in U-Net evaluations of one image, instead")
     tune.add_argument("--images", type=int, default=4, help="validation patients of each edit (default: 4, and 4 more)")
@@ -214,11 +209,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def launch(config: "BulkConfig", processes: int) -> None:
-    """`bulk.generate` in this process or in several; RuntimeError if one of them fails.
+    """`bulk.generate` in this process or in several (not under accelerate or torchrun); RuntimeError if one fails.
 
-    0 stands for one process per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`; under accelerate or
-    torchrun it starts none. CPU processes are forked with the model loaded, or spawned where a GPU, threads or a
-    compiler forbid it.
+    0 is one per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`. CPU processes are forked with the model
+    loaded, or spawned where a GPU, threads or a compiler forbid it.
     """
     import torch
     from torch import multiprocessing

@@ -205,10 +205,7 @@ class Outcome:
 
 
 def put_back(film: Path, target: Path, result: Counterfactual, content: Content | None = None) -> str:
-    """Write a film with the edit of its image: as `content` says, else a DICOM as a derived DICOM and others as PNG.
-
-    Returns the path with its suffix, or why the film cannot hold the change.
-    """
+    """Write a film with the edit of its image, as `put_back_file` does; the path with its suffix, or why it cannot."""
     target = target.with_suffix(".dcm" if content or is_dicom(film) else ".png")
     try:
         put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)

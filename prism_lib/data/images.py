@@ -3,8 +3,8 @@
 Pixels become what a viewer shows: EXIF orientation is applied, palettes and CMYK are looked up, and transparent pixels
 become black. They are read at full depth, reduced with antialiasing, and rounded once; no image is stretched.
 
-This module and `data.dicom` do not import torch, because every process that prepares images loads them. Batches come
-back in order, so the result does not depend on the number of processes.
+This module and `data.dicom` do not import torch: every process that prepares images loads them. The result does not
+depend on the number of processes.
 """
 
 import hashlib
@@ -97,9 +97,8 @@ class ImageFiles:
                 if upright.mode.startswith("I"):  # 16 bits keep their depth until they are resized
                     return [Image.fromarray(np.asarray(upright, dtype=np.float32) * np.float32(255 / 65535))]
                 if upright.has_transparency_data:
-                    seen = upright.convert("RGBA")
-                    black = Image.new("RGBA", seen.size, (0, 0, 0, 255))
-                    upright = Image.alpha_composite(black, seen).convert("RGB")
+                    black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
+                    upright = Image.alpha_composite(black, upright.convert("RGBA")).convert("RGB")
                 return [band.convert("F") for band in upright.convert(self.mode).split()]
         except UnidentifiedImageError:
             raise ValueError("not an image" + (f" ({', '.join(self.formats)})" if self.formats else "")) from None

@@ -51,7 +51,7 @@ def _details(row: Mapping[Any, Any]) -> dict[str, str]:
     """Phrases of a phantom's row that say more than its labels: {"Support Devices": "pacemaker and ecg leads"}."""
     phrases = {}
     if row["devices"] != NOT_THERE:
-        phrases["Support Devices"] = str(row["devices"]).replace("|", " and ")
+        phrases[DEVICES] = str(row["devices"]).replace("|", " and ")
     if row["effusion_side"] != NOT_THERE:
         phrases["Pleural Effusion"] = f"{row['effusion_side']} pleural effusion"
     return phrases
@@ -64,10 +64,7 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
 
 
 def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int, int]], list[str]]:
-    """For each row, the rows of its film with devices and without, and the prompt of the edit from one to the other.
-
-    Where only one of them is there, the row itself twice and "".
-    """
+    """Per row, the rows of its film with devices and without, and the prompt of their edit; else itself twice, ""."""
     places = {name: row for row, name in enumerate(table["file_name"])}
     couples, prompts = [(row, row) for row in range(len(table))], [""] * len(table)
     if "twin" in table:
@@ -108,10 +105,7 @@ class Truth(NamedTuple):
 
 
 def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth | None:
-    """The truth about an edit of a table's rows; None where it is not known.
-
-    It is known of phantoms, and of films with rendered devices where these are removed.
-    """
+    """The truth about an edit of a table's rows: of phantoms, and where rendered devices are removed; else None."""
     if edit == NO_DEVICES and "twin" in table and not table["twin"].eq(NOT_THERE).any():
         images = read_images(folder, table.assign(file_name=table["twin"]))
         changed = read_images(folder, table) != images
@@ -152,8 +146,8 @@ def edit_examples(folder: Folder, edits: Sequence[Edit]) -> list[Example]:
         if row.empty:
             continue
         panels = [read_images(folder, row)]
-        truth = true_counterfactual(folder, row, edit)
-        panels += [] if truth is None else [truth.images, truth.changed.float()]
+        if truth := true_counterfactual(folder, row, edit):
+            panels += [truth.images, truth.changed.float()]
         titles = ("factual", f"true counterfactual: {edit.key.replace('_', ' ')}", "what had to change")
         examples.append(Example(edit, torch.cat(panels), titles[: len(panels)]))
     if not examples:

@@ -1,7 +1,6 @@
-"""An edit of labels becomes a pair of prompts for prompt-to-prompt.
+"""An edit of labels becomes a pair of prompts for prompt-to-prompt: captions in the "explicit" template.
 
-Both prompts are captions in the "explicit" template. They differ only in "with" -> "without" and have equal length, so
-that no padding token of the target inherits the attention map of a removed word.
+They differ only in "with" -> "without", so that no padding token inherits the attention map of a removed word.
 """
 
 import difflib

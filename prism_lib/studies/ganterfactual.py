@@ -90,8 +90,9 @@ def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, 
     pixels = {value: gray_bytes(folder, rows) for value, rows in sides.items()}
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc=f"GAN: {label}"):
         draw = torch.Generator().manual_seed(stable_seed(config.seed, step))
-        rows = (torch.randint(len(own), (config.batch_size,), generator=draw) for own in pixels.values())
-        negative, positive = (own[chosen] for own, chosen in zip(pixels.values(), rows, strict=True))
+        negative, positive = (
+            pixels[value][torch.randint(len(pixels[value]), (config.batch_size,), generator=draw)] for value in (0, 1)
+        )
         training.step(negative.float() / 127.5 - 1, positive.float() / 127.5 - 1)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             save_checkpoint(target, step + 1, training.states, training.optimizer, {}, keep=1)

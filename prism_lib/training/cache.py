@@ -117,9 +117,9 @@ def require_captions_fit(tokenizer: Any, split: str, names: Iterable[str], capti
     if found:
         (name, text), count = found[0], len({name for name, _ in found})
         most, where = tokenizer.model_max_length, f"captions of {count} images in split {split!r}"
-        found_first = f"that of {name} has {long[text]}: {text!r}"
+        example = f"that of {name} has {long[text]}: {text!r}"
         way = "Keep fewer labels when preparing, or lower explicit_share"
-        raise ValueError(f"the model reads {most} tokens, and {where} have more: {found_first}. {way}")
+        raise ValueError(f"the model reads {most} tokens, and {where} have more: {example}. {way}")
 
 
 def _encode(encode: Callable[[int, int], Tensor], count: int, batch: int, folder: Path, name: str, key: str) -> Rows:

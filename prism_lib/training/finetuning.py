@@ -60,8 +60,9 @@ def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = 
         if final.is_dir():
             return final
         # `Run` moves each part to the device of its process.
-        how = {"unet": config.unet, "vae": config.vae, "device": "cpu"}
-        pipeline = pipeline or load_pipeline(config.pipeline, channels_last=False, **how)
+        pipeline = pipeline or load_pipeline(
+            config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
+        )
         run = Run(config, accelerator, pipeline)
         try:
             with stop_asked() as asked:

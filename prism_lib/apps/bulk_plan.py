@@ -19,6 +19,7 @@ from pydicom.datadict import tag_for_keyword
 
 from prism_lib import paths
 from prism_lib.apps.profiles import coerce, one_line
+from prism_lib.data.dicom import is_dicom
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.tables import found, images_below
 from prism_lib.editing.methods import RECOMMENDED, method_of
@@ -178,6 +179,8 @@ def plan(config: BulkConfig) -> list[Task]:
     if not (config.full_size or config.header):
         return list(tasks.values())
     films = _films(config.data, info, table[table["file_name"].isin(names)])
+    if config.header and (other := next((film for film in films.values() if not is_dicom(Path(film))), "")):
+        raise ValueError(f"header: {other} is no DICOM, so there is no {config.header[0]} to copy")
     return [replace(task, film=films[task.file_name]) for task in tasks.values()]
 
 
@@ -185,17 +188,17 @@ def _films(folder: str, info: Mapping[str, Any], table: pd.DataFrame) -> dict[st
     """The file that each image of a prepared folder shows, whole and unchanged."""
     made = info["config"]
     if "source_file" not in table or made["fit"] != "letterbox":
-        raise ValueError(f"full_size and header take the films themselves, and {folder} was not made of whole films")
+        raise ValueError(f"full_size and header need the whole films, and {folder} was not made of such files")
     altered = table.get("rendered", pd.Series(False, table.index)) | table.get("copy", pd.Series(0, table.index)).ne(0)
     if altered.any():
         name = table.loc[altered, "file_name"].iloc[0]
-        raise ValueError(f"full_size and header take films, and {name} is one with rendered devices or was moved")
+        raise ValueError(f"full_size and header need films as they are; {name} has rendered devices or was moved")
     root, files = Path(made["data_root"]), table["source_file"]
     files = files.str.partition("/")[2] if info["source"] == "chexpert" else files  # without the archive's name
     anywhere = info["source"] in ("nih", "films", "padchest")
     table, missing = found(table, files, root, images_below(root) if anywhere else None)
     if missing:
-        raise FileNotFoundError(f"full_size and header: {missing[0].file} {missing[0].reason}")
+        raise FileNotFoundError(f"full_size or header: {missing[0].file} {missing[0].reason}")
     return dict(zip(table["file_name"], table["path"], strict=True))
 
 

@@ -210,8 +210,10 @@ def test_edits_are_put_back_into_the_films_themselves(tmp_path, model, monkeypat
     bulk.generate(replace(config, out=str(tmp_path / "unfit")))
     for row in csv.DictReader((tmp_path / "unfit" / "metadata.csv").open()):
         assert row["full_size"].startswith("not written: ") and (tmp_path / "unfit" / row["file_name"]).is_file()
+    with pytest.raises(ValueError, match=r"header: .*\.png is no DICOM, so there is no PatientID to copy"):
+        plan(replace(config, out_format="DICOM", header=("PatientID",)))
     (root / "3.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"full_size and header: 3\.png not found below"):
+    with pytest.raises(FileNotFoundError, match=r"full_size or header: 3\.png not found below"):
         plan(config)
 
 

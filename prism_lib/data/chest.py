@@ -245,7 +245,7 @@ def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[Has
     ).astype(float)
     if NO_FINDING in listed:
         findings = listed.drop(columns=[NO_FINDING, DEVICES], errors="ignore")
-        both = listed[NO_FINDING].eq(1) & findings.eq(1).any(axis=1)
+        both = listed[NO_FINDING].eq(1) & (findings.eq(1).any(axis=1) | odd)
         refuse(both & closed, texts, path, "contradiction")
         listed[NO_FINDING] = listed[NO_FINDING].mask(both, -1.0)
     return listed.mask(listed.eq(0).mul(names.isin(archive.silent).groupby(level=0).any(), axis=0))

@@ -24,7 +24,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
     Readers of a file find the old content or the new one. If the block raises, the old content stays.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:

@@ -156,7 +156,8 @@ def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
     _button(explorer, "Draw rectangle").click()
     _drag(page, (0.25, 0.125), (0.75, 0.875))
     explorer.get_by_text("frame: where the next edit may show").wait_for()
-    assert explorer.locator("select").filter(has_text="rectangle").locator("option:checked").inner_text() == "rectangle"
+    chosen = explorer.locator("select").filter(has_text="rectangle").locator("option:checked")
+    chosen.filter(has_text="rectangle").wait_for(state="attached")  # the kernel answers
     _button(explorer, "remove support devices").click()
     _button(explorer, "Run").click()
     explorer.get_by_text(re.compile(r"^Done in")).wait_for()

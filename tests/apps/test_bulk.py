@@ -219,7 +219,7 @@ def test_edits_are_put_back_into_the_films_themselves(tmp_path, model, monkeypat
 
 def test_what_cannot_be_put_back_is_refused(config, tmp_path):
     for given in ({"full_size": True}, {"out_format": "DICOM", "header": ("PatientAge",)}):
-        with pytest.raises(ValueError, match=r"full_size and header take the films themselves, and .* was not made of"):
+        with pytest.raises(ValueError, match=r"full_size and header need the whole films, and .* was not made of"):
             plan(replace(config, **given))
 
 

@@ -88,7 +88,7 @@ def mimic(root: Path, patients: int = 20) -> Path:
     labels["negbio"] = labels["chexpert"].copy()
     for number in range(patients):
         subject = 10000032 + 500000 * number
-        split = ("train", "validate", "test", "train", "train")[number // 4 % 5]
+        split = ("train", "validate", "test", "train", "train")[number % 5]
         for place, view in enumerate(MIMIC_VIEWS):
             study, name = 50414267 + 10 * number + place, f"{number:08x}-{place:08x}-66c2a2bf-18b4d0aa-0d5d0d2c"
             file = root / "files" / f"p{str(subject)[:2]}" / f"p{subject}" / f"s{study}" / f"{name}.jpg"

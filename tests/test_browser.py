@@ -224,6 +224,14 @@ def _pixels(page):
     return page.locator(LARGE).evaluate("canvas => canvas.toDataURL()")
 
 
+def _becomes(page, test):
+    """Wait until the large picture passes a test: it is decoded and drawn after the words beside it."""
+    end = time.monotonic() + 60
+    while not test(_pixels(page)):
+        assert time.monotonic() < end, "the picture is another"
+        page.wait_for_timeout(100)
+
+
 def _nothing_is_cut_off(page):
     """Every control ends inside the window, and nothing is too narrow for its words."""
     page.wait_for_timeout(500)
@@ -257,19 +265,19 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     _button(explorer, "Run").click()
     explorer.get_by_text(re.compile(r"^Done in")).wait_for()
     explorer.get_by_text("result 1 of 1").wait_for()
+    _becomes(page, lambda picture: picture != original)
     counterfactual = _pixels(page)
-    assert counterfactual != original
     _nothing_is_cut_off(page)
     _look(page, "2_done")
 
     page.locator(LARGE).click()
     page.keyboard.press("c")
-    assert _pixels(page) != counterfactual
+    _becomes(page, lambda picture: picture != counterfactual)
     explorer.locator("b", has_text=re.compile("^original$")).wait_for()
     page.keyboard.press("c")
-    assert _pixels(page) == counterfactual
+    _becomes(page, lambda picture: picture == counterfactual)
     explorer.locator("input[type=range]").fill("0.4")
-    assert _pixels(page) not in (original, counterfactual)
+    _becomes(page, lambda picture: picture not in (original, counterfactual))
     _look(page, "3_curtain")
     explorer.locator("input[type=range]").fill("1")
     page.locator(LARGE).focus()
@@ -278,17 +286,16 @@ def test_a_person_removes_the_devices_and_saves(lab, page):
     explorer.get_by_text("4.0 ×").wait_for()
     _look(page, "4_zoom")
     page.keyboard.press("0")
-    assert _pixels(page) == counterfactual
+    _becomes(page, lambda picture: picture == counterfactual)
 
     explorer.locator("select").filter(has_text="automatic").select_option("off")
     _button(explorer, "Run").click()
     explorer.get_by_text("result 2 of 2").wait_for()
-    assert _pixels(page) != counterfactual
+    _becomes(page, lambda picture: picture != counterfactual)
     page.locator(LARGE).focus()
     page.keyboard.press("ArrowLeft")
     explorer.get_by_text("result 1 of 2").wait_for()
-    page.wait_for_timeout(1000)
-    assert _pixels(page) == counterfactual
+    _becomes(page, lambda picture: picture == counterfactual)
     assert page.locator(".jp-Notebook .jp-Cell").count() == cells, "the notebook took the keys for its own"
 
     _button(explorer, "Show code").click()

@@ -4,6 +4,7 @@ Padding is aligned with padding only: aligned by index, as in the reference impl
 shortened prompt takes the maps of the removed words, and the removed object is drawn again.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +14,31 @@ from transformers import PreTrainedTokenizerBase
 from prism_lib.language.edits import find_phrase
 
 
-def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int) -> Tensor:
+def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int, method: str = "refine") -> Tensor:
     """How target maps are made of source maps: edited[j] = sum_i source[i] transfer[i, j]; (length, length).
 
-    Tokens that both prompts share, in order, take the source's maps; a token whose column is 0 keeps its own map
-    (the refinement of Hertz et al., ICLR 2023).
+    "refine" takes the maps of the tokens that both prompts share, in order; "replace" those of the n-th word for the
+    n-th word, for prompts of equally many words. A token whose column is 0 keeps its own map (Hertz et al., ICLR 2023).
     """
     source_ids, target_ids = token_ids(tokenizer, source, length), token_ids(tokenizer, target, length)
     transfer = torch.zeros(length, length)
-    for i, j in _common_tokens(source_ids, target_ids):
-        transfer[i, j] = 1
+    if method == "refine":
+        for i, j in _common_tokens(source_ids, target_ids):
+            transfer[i, j] = 1
+    else:
+        transfer[0, 0] = transfer[len(source_ids) - 1, len(target_ids) - 1] = 1  # begin and end of text
+        offsets = (_offsets(tokenizer, source), source), (_offsets(tokenizer, target), target)
+        words, others = ([_overlapping(r, match) for match in re.finditer(r"\S+", text)] for r, text in offsets)
+        if len(words) != len(others):
+            raise ValueError(
+                f"replacing words needs prompts of equally many words, got {len(words)} and {len(others)}: "
+                f"{source!r}, {target!r}"
+            )
+        for old, new in zip(words, others, strict=True):
+            if len(old) == len(new):
+                transfer[old, new] = 1
+            else:
+                transfer[torch.tensor(old)[:, None], new] = 1 / len(new)
     if len(source_ids) < length:  # n-th padding from n-th padding; surplus padding from the last
         for n, j in enumerate(range(len(target_ids), length)):
             transfer[min(len(source_ids) + n, length - 1), j] = 1
@@ -53,11 +69,15 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
     found = find_phrase(prompt, word)
     if not found:
         raise ValueError(f"the word {word!r} does not occur in the prompt {prompt!r}")
-    ranges = list(enumerate(_offsets(tokenizer, prompt)))
-    span = sorted({n for match in found for n, (start, stop) in ranges if start < match.end() and stop > match.start()})
+    offsets = _offsets(tokenizer, prompt)
+    span = sorted({index for match in found for index in _overlapping(offsets, match)})
     if not span:
         raise ValueError(f"the word {word!r} has no token in the prompt {prompt!r}")
     return span
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], match: re.Match[str]) -> list[int]:
+    return [n for n, (start, stop) in enumerate(offsets) if start < match.end() and stop > match.start()]
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:

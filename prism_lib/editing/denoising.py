@@ -62,7 +62,7 @@ class EditTask:
             self.pair,
             config.correct_drift,
             (self.guidance_scale, config.negative) if step in self.guided_steps(steps) else None,
-            (config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
+            (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
             step < round(config.self_replace_steps * steps),
             config.local_blend_threshold if self.blends(step / steps) else None,
             (config.confine, config.mask.attention_weight) if self.confines(step / steps) else None,
@@ -173,7 +173,7 @@ def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], in
     tokenizer, length, device = pipe.tokenizer, pipe.tokenizer.model_max_length, pipe.device
     steps = inversion.schedule.num_steps
     pairs = [task.pair for task in tasks]
-    transfer = torch.stack([align(tokenizer, t.pair.source, t.pair.target, length) for t in tasks])
+    transfer = torch.stack([align(tokenizer, t.pair.source, t.pair.target, length, t.config.alignment) for t in tasks])
     source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
     target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
     weights = 1 + torch.tensor([task.config.word_weight - 1 for task in tasks])[:, None] * target

@@ -52,6 +52,7 @@ class EditConfig:
     guidance_end: Share = 1.0
     cross_replace_steps: Share = 0.8
     self_replace_steps: Share = 0.4
+    alignment: Literal["refine", "replace"] = "refine"
     word_weight: Scale = 1.0
     word_windows: Mapping[str, Share] = field(default_factory=dict, hash=False)
     negative: Literal["source", "empty"] = "source"

@@ -203,6 +203,7 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
         {"correct_drift": False},
         {"local_blend": True, "local_blend_threshold": 0.9},
         {"confine": 0.9},
+        {"alignment": "replace"},
     ],
 )
 def test_every_setting_of_the_latent_edit_has_an_effect(change):
@@ -478,6 +479,7 @@ def test_a_cancelled_edit_restores_the_processors():
         ("guidance_start", -0.1),
         ("guidance_start", float("nan")),
         ("guidance_end", 1.5),
+        ("alignment", "merge"),
         ("negative", "none"),
         ("batch_size", 0),
     ],

@@ -1,13 +1,20 @@
-"""How long a person waits: `python -m benchmarks.explorer` writes figures/phantom/explorer.json."""
+"""How long a person waits: `python -m benchmarks.explorer` writes figures/phantom/explorer.json.
+
+The times in a browser need Chromium and Playwright (`pip install '.[browser]'`).
+"""
 
 import argparse
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from prism_lib import records
 from prism_lib.apps import Session
@@ -31,7 +38,7 @@ def main() -> None:
     parser.add_argument("--judge", default="phantom-judge")
     options = parser.parse_args()
     with records.Timer() as timer:
-        metrics = _waiting(options.model, options.judge)
+        metrics = _waiting(options.model, options.judge) | _in_a_browser(options.model, options.judge)
     records.record(
         "explorer",
         dataset="phantom",
@@ -90,6 +97,71 @@ def _cancelling(session: Session) -> float:
     session.cancel()
     session.wait()
     return time.perf_counter() - start
+
+
+def _in_a_browser(model: str, judge: str) -> dict[str, float]:
+    """Seconds from the command `prism explore` to the first counterfactual on screen; of a further edit; to stop one."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    command = [
+        sys.executable,
+        "-m",
+        "prism_lib.apps.cli",
+        "explore",
+        "--no-browser",
+        "--model",
+        model,
+        "--judge",
+        judge,
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.set_default_timeout(600_000)
+        begun = time.perf_counter()
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            page.goto(server.stdout.readline().split()[4])
+            explorer = page.locator(".prism").first
+            _button(explorer, "remove support devices").click()
+            _button(explorer, "Run").click()
+            explorer.get_by_text("result 1 of 1").wait_for()
+            first = time.perf_counter() - begun
+            explorer.locator("select").filter(has_text="automatic").select_option("off")
+            start = time.perf_counter()
+            _drawn(page, lambda: _button(explorer, "Run").click())
+            preview = time.perf_counter() - start
+            explorer.get_by_text("result 2 of 2").wait_for()
+            further = time.perf_counter() - start
+            explorer.locator("select").filter(has_text="off").first.select_option("automatic")
+            _drawn(page, lambda: _button(explorer, "Run").click())
+            start = time.perf_counter()
+            _button(explorer, "Cancel").click()
+            explorer.get_by_text("Cancelled.").wait_for()
+            cancel = time.perf_counter() - start
+        finally:
+            server.terminate()
+            server.wait(60)
+            browser.close()
+    return {
+        "browser_seconds_to_first_counterfactual": first,
+        "browser_seconds_per_edit": further,
+        "browser_seconds_to_preview": preview,
+        "browser_seconds_to_cancel": cancel,
+    }
+
+
+def _button(explorer: Locator, words: str) -> Locator:
+    return explorer.locator("button", has_text=re.compile(rf"^\s*{words}\s*$")).first
+
+
+def _drawn(page: Page, act: Callable[[], None]) -> None:
+    """Act, and wait until the large picture is another."""
+    canvas = page.locator(".prism-large canvas")
+    before = canvas.evaluate("canvas => canvas.toDataURL()")
+    act()
+    while canvas.evaluate("canvas => canvas.toDataURL()") == before:
+        page.wait_for_timeout(20)
 
 
 if __name__ == "__main__":

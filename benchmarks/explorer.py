@@ -100,7 +100,7 @@ def _cancelling(session: Session) -> float:
 
 
 def _in_a_browser(model: str, judge: str) -> dict[str, float]:
-    """Seconds from the command `prism explore` to the first counterfactual on screen; of a further edit; to stop one."""
+    """Seconds from `prism explore` to the first counterfactual on screen; of a further edit; until it is cancelled."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     command = [
         sys.executable,

@@ -84,7 +84,6 @@ class Session:
         self._masks: dict[str, Tensor] = {}  # that were uploaded
         self._inversions: dict[tuple[str, str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread()
 
     @classmethod
     def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> "Session":
@@ -237,18 +236,11 @@ class Session:
             self.running = False
             done(made, said)
 
-        self._thread = threading.Thread(target=work, name="prism-explorer", daemon=True)
-        self._thread.start()
+        threading.Thread(target=work, name="prism-explorer", daemon=True).start()
 
     def cancel(self) -> None:
         """Ask the run to stop; it does so after the step it is in."""
         self._stop.set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait for the run to end; whether it has."""
-        if self.running:
-            self._thread.join(seconds)
-        return not self.running
 
     def run(
         self,

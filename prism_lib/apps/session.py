@@ -72,7 +72,6 @@ class Session:
     vocab: Vocabulary = PHANTOM
     references: Mapping[str, novelty.Reference | None] = field(default_factory=dict)  # of every model that is offered
     mode: str = "L"
-    judge_name: str = ""
 
     def __post_init__(self) -> None:
         self.references, self.pipes = self.references or {self.model: None}, {self.model: self.pipe}
@@ -97,7 +96,7 @@ class Session:
         shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
         offered = dict.fromkeys([first, *(shipped if (words.name, mode) == ("phantom", "L") else [])])
         references = {name: novelty.load(name) for name in offered}
-        made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode, judge)
+        made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode)
         made.chosen = model if len(references) > 1 else first
         return made
 
@@ -178,7 +177,7 @@ class Session:
 
     def _readings(self, image: Tensor, model: str) -> dict[str, float]:
         judge = self.judge
-        if judge is None or (model, self.judge_name) == OTHER_IMAGES:
+        if judge is None or (model, judge.name) == OTHER_IMAGES:
             return {}
         return dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 

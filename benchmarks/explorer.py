@@ -87,15 +87,15 @@ def _cancelling(session: Session) -> float:
     """Seconds from a cancel in mid-run until the session is free."""
     case = session.open_phantom(PATIENTS, 0)
     edit = session.edit(text="add cardiomegaly" if not case.state("Cardiomegaly") else "remove cardiomegaly")
-    under_way = threading.Event()
+    under_way, ended = threading.Event(), threading.Event()
     session.start(
         [session.recipe(edit, steps=20)], edit,
-        progress=lambda share: under_way.set(), preview=lambda _: None, done=lambda *_: None,
+        progress=lambda share: under_way.set(), preview=lambda _: None, done=lambda *_: ended.set(),
     )  # fmt: skip
     under_way.wait()
     start = time.perf_counter()
     session.cancel()
-    session.wait()
+    ended.wait()
     return time.perf_counter() - start
 
 

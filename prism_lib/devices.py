@@ -100,9 +100,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def copies_for(pipe: "DiffusionPipeline", asked: int, jobs: int) -> int:
+def copies_for(pipe: "DiffusionPipeline", jobs: int) -> int:
     """`processes_for`, but one for a pipeline that is not copied, and no more than there are jobs."""
-    return 1 if _stays(pipe) else min(processes_for(asked), max(1, jobs))
+    return 1 if _stays(pipe) else min(processes_for(), max(1, jobs))
 
 
 def batch_for(pipe: "DiffusionPipeline") -> int:

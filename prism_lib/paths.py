@@ -42,11 +42,6 @@ def notebooks() -> Path:
     return root() / "notebooks"
 
 
-def profiles() -> Path:
-    """Where the profiles of `prism run` lie, one YAML file each."""
-    return notebooks() / "profiles"
-
-
 def figures(dataset: str, figures_dir: str | os.PathLike[str] = "") -> Path:
     """Where figures and records go: `figures_dir` where given, else `figures/<dataset>/`."""
     if figures_dir:

@@ -115,10 +115,9 @@ def _torchvision() -> Check:
 
 def _codecs() -> Check:
     """The one decoder whose licence keeps it out of the dependencies."""
-    if importlib.util.find_spec("libjpeg") is None:
-        detail = "no decoder for DICOMs in JPEG Lossless or 12-bit JPEG"
-        return Check("codecs", False, detail, dicom.INSTALL, required=False)
-    return Check("codecs", True, "DICOMs in JPEG Lossless and 12-bit JPEG are decoded")
+    there = importlib.util.find_spec("libjpeg") is not None
+    detail = f"DICOMs in JPEG Lossless or 12-bit JPEG {'are' if there else 'cannot be'} decoded"
+    return Check("codecs", there, detail, "" if there else dicom.INSTALL, required=False)
 
 
 def _versions() -> Check:

@@ -19,7 +19,7 @@ from IPython.core.pylabtools import print_figure
 from IPython.display import HTML, display
 
 from prism_lib import records
-from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button, heading
+from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button
 from prism_lib.apps.recipe import Case, Outcome
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
@@ -89,9 +89,9 @@ class Explorer(widgets.VBox):
         shown = [self.result, widgets.HBox([self.save, self.show_code]), self.files]
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"{records.device()}; for research, not for clinical use"
-        title = widgets.HTML(f'<span class="prism-note">{html.escape(about)}</span>')
+        title = widgets.HTML(f'<h4>Counterfactual explorer</h4><span class="prism-note">{html.escape(about)}</span>')
         body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
-        super().__init__([heading("Counterfactual explorer"), title, body])
+        super().__init__([title, body])
         self.add_class("prism")
         self._enable()
         self.source.guarded(self.source.begin)()

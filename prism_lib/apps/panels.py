@@ -40,17 +40,12 @@ class Line(widgets.HTML):
         self.value = f'<div class="prism-{kind}" role="{role}">{html.escape(text)}</div>' if text else ""
 
 
-def heading(text: str) -> widgets.HTML:
-    """The title of a panel."""
-    return widgets.HTML(f"<h4>{html.escape(text)}</h4>")
-
-
 class Panel(widgets.VBox):
     """A titled column that ends in the line for what went wrong in it."""
 
     def __init__(self, title: str, children: Sequence[widgets.Widget]) -> None:
         self.line = Line()
-        super().__init__([heading(title), *children, self.line])
+        super().__init__([widgets.HTML(f"<h4>{title}</h4>"), *children, self.line])
         self.add_class("prism-panel")
 
     def guarded(self, act: Callable[..., None]) -> Callable[..., None]:

@@ -46,12 +46,12 @@ class Job:
 
 def available_profiles() -> list[str]:
     """Names of the profiles beside the notebooks."""
-    return sorted(path.stem for path in paths.profiles().glob("*.yaml"))
+    return sorted(path.stem for path in (paths.notebooks() / "profiles").glob("*.yaml"))
 
 
 def load_profile(name: str) -> Profile:
     """Read and check a profile's form; `plan` checks it against the notebooks."""
-    path = paths.profiles() / f"{name}.yaml"
+    path = paths.notebooks() / "profiles" / f"{name}.yaml"
     if name not in available_profiles():
         raise UsageError(f"no profile {name!r}; there are: {', '.join(available_profiles()) or 'none'}")
     try:

@@ -103,17 +103,6 @@ class Recipe:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if (name, value) not in usual)
         return f"from prism_lib.apps import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 
-    def save(self, path: Path, more: Mapping[str, Any]) -> Path:
-        """Write the recipe as JSON, with `more` beside it; `Recipe.load` reads it back."""
-        return write_text(path, json.dumps({"recipe": asdict(self), **more}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no recipe: {one_line(error)}") from None
-
 
 @plain_dataclass(frozen=True)
 class Case:
@@ -170,7 +159,8 @@ class Outcome:
         about = {"model": Path(recipe.model).name, "method": recipe.method, "steps": recipe.steps, **recipe.settings}
         capture = exporter(result, about)
         write_bytes(folder / "image.dcm", capture(levels(result.image, 16 if len(result.image) == 1 else 8)))
-        about = {
+        record = {
+            "recipe": asdict(recipe),
             "scores": {name: float(f"{value:.6g}") for name, value in self.scores.items()},
             "settings": asdict(self.used),
             "notice": self.notice,
@@ -181,7 +171,7 @@ class Outcome:
             "device": records.device(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        recipe.save(folder / "record.json", about)  # last: a folder with a record is complete
+        write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")  # last: then the folder is complete
         return folder
 
     def _keep_uploads(self) -> None:

@@ -72,7 +72,6 @@ class Session:
     vocab: Vocabulary = PHANTOM
     references: Mapping[str, novelty.Reference | None] = field(default_factory=dict)  # of every model that is offered
     mode: str = "L"
-    judge_name: str = ""
 
     def __post_init__(self) -> None:
         self.references, self.pipes = self.references or {self.model: None}, {self.model: self.pipe}
@@ -84,7 +83,6 @@ class Session:
         self._masks: dict[str, Tensor] = {}  # that were uploaded
         self._inversions: dict[tuple[str, str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread()
 
     @classmethod
     def load(cls, model: str = "", judge: str = "", vocab: str = "", mode: str = "L") -> "Session":
@@ -98,7 +96,7 @@ class Session:
         shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
         offered = dict.fromkeys([first, *(shipped if (words.name, mode) == ("phantom", "L") else [])])
         references = {name: novelty.load(name) for name in offered}
-        made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode, judge)
+        made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode)
         made.chosen = model if len(references) > 1 else first
         return made
 
@@ -179,7 +177,7 @@ class Session:
 
     def _readings(self, image: Tensor, model: str) -> dict[str, float]:
         judge = self.judge
-        if judge is None or (model, self.judge_name) == OTHER_IMAGES:
+        if judge is None or (model, judge.name) == OTHER_IMAGES:
             return {}
         return dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
 
@@ -237,18 +235,11 @@ class Session:
             self.running = False
             done(made, said)
 
-        self._thread = threading.Thread(target=work, name="prism-explorer", daemon=True)
-        self._thread.start()
+        threading.Thread(target=work, name="prism-explorer", daemon=True).start()
 
     def cancel(self) -> None:
         """Ask the run to stop; it does so after the step it is in."""
         self._stop.set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait for the run to end; whether it has."""
-        if self.running:
-            self._thread.join(seconds)
-        return not self.running
 
     def run(
         self,

@@ -63,7 +63,7 @@ class EditConfig:
     confine: Share = 0.0
     protect_text: bool = True
     mask: MaskConfig = field(default_factory=MaskConfig)
-    batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Annotated[int, Field(ge=1)] = 8
 
     def __post_init__(self) -> None:
         if self.guidance_start > self.guidance_end:

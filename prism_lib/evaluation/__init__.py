@@ -15,7 +15,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "own_classifier", "reread",
             "reversibility", "summarise", "summarise_rows", "train_judge", "trusted",
         ],
-        "second_reader": ["load_reader"],
         "selection": [
             "Criteria", "GuideScorer", "IdentityScorer", "Selection", "SimilarityScorer", "load_guide", "select",
         ],

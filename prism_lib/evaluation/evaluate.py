@@ -5,7 +5,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -42,10 +42,6 @@ class Editor:
     def edit(self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Pairs, change: Edit) -> Results:
         """A result per image, from what `invert` gave and the edit that the pairs stand for."""
         raise NotImplementedError
-
-    def within(self, size: int) -> Self:
-        """The editor for batches of at most ``size`` images."""
-        return self
 
     def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         """A description of all that decides the results; editors with equal ones are measured once."""
@@ -170,13 +166,11 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
-def edit_jobs(
-    pipe: StableDiffusionPipeline, jobs: Sequence[Job], processes: int = 0, size: int = 0
-) -> list[list[Made]]:
+def edit_jobs(pipe: StableDiffusionPipeline, jobs: Sequence[Job], size: int = 0) -> list[list[Made]]:
     """What the editors of each job make of its images, on all cores; of a job, the first inverts for all.
 
-    Jobs are cut into batches of ``size`` (by default `devices.batch_for`) that ``processes`` of one thread share, so
-    results do not depend on their number; 0 is as many as suit.
+    Jobs are cut into batches of ``size`` (by default `devices.batch_for`) that processes of one thread share, so
+    results do not depend on their number.
     """
     size = size or devices.batch_for(pipe)
     numbers, batches = [], []
@@ -185,8 +179,8 @@ def edit_jobs(
             editor.effect(pipe, pairs)  # settings that do not suit an edit are refused before any work
         for part in (slice(first, first + size) for first in range(0, len(images), size)):
             numbers.append(number)
-            batches.append((images[part], pairs[part], change, [editor.within(size) for editor in editors]))
-    count = devices.copies_for(pipe, processes, len(batches))
+            batches.append((images[part], pairs[part], change, editors))
+    count = devices.copies_for(pipe, len(batches))
     made = [[Made([], 0.0, 0) for _ in editors] for *_, editors in jobs]
     worked = tqdm(devices.with_copies(pipe, _edit_batch, batches, count), "edit batches", len(batches), leave=False)
     for number, batch in zip(numbers, worked, strict=True):
@@ -219,7 +213,6 @@ def evaluate_edits(
     editor: Editor,
     *,
     judge: Classifier | None = None,
-    processes: int = 0,
 ) -> list[Evaluation]:
     """Edit and measure the images of every edit's ``cases`` (rows of a prepared table), on all cores."""
     jobs = [
@@ -228,7 +221,7 @@ def evaluate_edits(
     ]
     return [
         evaluate_results(folder, rows, change, made.results, judge, made.seconds)
-        for (change, rows), (made,) in zip(cases.items(), edit_jobs(pipe, jobs, processes), strict=True)
+        for (change, rows), (made,) in zip(cases.items(), edit_jobs(pipe, jobs), strict=True)
     ]
 
 

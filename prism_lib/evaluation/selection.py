@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,26 +140,23 @@ class Selection:
 def select(
     groups: "Sequence[Sequence[Counterfactual]]", scorers: Sequence[Scorer], criteria: Criteria
 ) -> list[Selection]:
-    """The best candidate of every image under ``criteria``, of equals the first; all are scored together."""
+    """The best candidate of every image under ``criteria``, of equals the first."""
     if empty := [row for row, group in enumerate(groups) if not group]:
         raise ValueError(f"images {empty} have no candidates to select from")
-    flat = [candidate for group in groups for candidate in group]
-    if not flat:
-        return []
-    merged: list[Scores] = [dict(candidate.scores) for candidate in flat]
+    return [_best_of(group, scorers, criteria) for group in groups]
+
+
+def _best_of(candidates: "Sequence[Counterfactual]", scorers: Sequence[Scorer], criteria: Criteria) -> Selection:
+    merged: list[Scores] = [dict(candidate.scores) for candidate in candidates]
     for scorer in scorers:
-        for scores, more in zip(merged, scorer.scores(flat), strict=True):
+        for scores, more in zip(merged, scorer.scores(candidates), strict=True):
             if twice := scores.keys() & more.keys():
                 raise ValueError(f"two scorers give {', '.join(sorted(twice))}")
             scores |= more
-    selections, remaining = [], iter(merged)
-    for group in groups:
-        own = tuple(islice(remaining, len(group)))
-        failures = tuple(criteria.failures(values) for values in own)
-        passed = [place for place, reasons in enumerate(failures) if not reasons]
-        winner = max(passed, key=lambda place: own[place][criteria.best], default=None)
-        selections.append(Selection(own, failures, winner, None if winner is None else group[winner]))
-    return selections
+    failures = tuple(criteria.failures(scores) for scores in merged)
+    passed = [place for place, reasons in enumerate(failures) if not reasons]
+    winner = max(passed, key=lambda place: merged[place][criteria.best], default=None)
+    return Selection(tuple(merged), failures, winner, None if winner is None else candidates[winner])
 
 
 def _rows(columns: Mapping[str, Tensor]) -> list[Scores]:

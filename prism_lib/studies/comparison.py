@@ -104,11 +104,10 @@ def measure(
     judge: Classifier | None = None,
     *,
     share: bool = False,
-    processes: int = 0,
 ) -> dict[str, Measurement]:
     """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
 
-    With ``share`` editors share what they invert; their seconds then say nothing. ``processes`` change no result.
+    With ``share`` editors share what they invert; their seconds then say nothing.
     """
     if not cases or not editors:
         raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
@@ -122,7 +121,7 @@ def measure(
             shared = (change, type(editor), editor.inverts) if share else place
             groups.setdefault(shared, {}).setdefault(place, editor)
     jobs = [(*inputs[change], change, list(group.values())) for (change, *_), group in groups.items()]
-    edited = evaluate.edit_jobs(pipe, jobs, processes)
+    edited = evaluate.edit_jobs(pipe, jobs)
     made: dict[Place, Made] = {}
     for group, own in zip(groups.values(), edited, strict=True):
         made |= zip(group, own, strict=True)
@@ -171,7 +170,6 @@ def compare_methods(
     config: ComparisonConfig,
     output: Path,
     judge: Classifier | None = None,
-    processes: int = 0,
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
     """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
     require_truth(folder)
@@ -189,9 +187,9 @@ def compare_methods(
         guide = named_network("densenet-tiny", guide)
         gan = GanConfig(config.gan_steps, filters=config.gan_filters, seed=config.seed, mixed_precision=precision)
         tried[GAN] = [train_for(folder, edits, output, gan, guide, config.guide_images)]
-    tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted}, processes)
+    tuned = tune(pipe, folder, validation, {name: tried[name] for name in wanted})
     editors = {name: result.editor for name, result in tuned.items()}
-    return tuned, measure(pipe, folder, test, editors, judge, processes=processes)
+    return tuned, measure(pipe, folder, test, editors, judge)
 
 
 def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Editor]]:
@@ -220,11 +218,7 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
 
 
 def tune(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: Cases,
-    candidates: Mapping[str, Sequence[Editor]],
-    processes: int = 0,
+    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, candidates: Mapping[str, Sequence[Editor]]
 ) -> dict[str, Tuned]:
     """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
     require_truth(folder)
@@ -232,7 +226,7 @@ def tune(
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")
     tried = {f"{name} {n}": editor for name, editors in candidates.items() for n, editor in enumerate(editors)}
-    found = measure(pipe, folder, cases, tried, share=True, processes=processes)
+    found = measure(pipe, folder, cases, tried, share=True)
     tuned = {}
     for name, editors in candidates.items():
         measured = [found[f"{name} {n}"].evaluations for n in range(len(editors))]

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import (
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
-from prism_lib.editing.settings import EditConfig, grid, resolved
+from prism_lib.editing.settings import EditConfig, resolved
 from prism_lib.evaluation.evaluate import Editor, Pairs, Results
 from prism_lib.files import image_hash, stable_seed
 from prism_lib.language.edits import Edit
@@ -75,9 +75,6 @@ class PromptToPrompt(Editor):
 
     def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
-
-    def within(self, size: int) -> Self:
-        return replace(self, settings=grid(self.settings, batch_size=[size])[0])
 
     def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])

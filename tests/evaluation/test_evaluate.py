@@ -55,13 +55,15 @@ def evaluated(phantom_folder):
     return evaluate_edits(tiny_pipeline(), phantom_folder, {REMOVE: chosen}, EDITOR, judge=judge)[0]
 
 
-def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated):
+def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, evaluated, monkeypatch):
     """Judge and truth read the same pixels, to the bit."""
     cases = {REMOVE: choose_cases(phantom_folder, REMOVE, 3), Edit(): choose_cases(phantom_folder, Edit(), 3)}
     judge = Classifier(Oracle(), LABELS)
-    one, two = (
-        evaluate_edits(tiny_pipeline(), phantom_folder, cases, EDITOR, judge=judge, processes=count) for count in (1, 2)
-    )
+    found = []
+    for count in (1, 2):
+        monkeypatch.setattr(evaluate.devices, "processes_for", lambda asked=0, count=count: count)
+        found.append(evaluate_edits(tiny_pipeline(), phantom_folder, cases, EDITOR, judge=judge))
+    one, two = found
     for alone, shared in zip(one, two, strict=True):
         assert alone.edit == shared.edit and alone.table.equals(shared.table)
         for name in ("factual", "edited", "raw", "reconstruction", "mask"):
@@ -105,7 +107,7 @@ def test_an_edit_is_measured_per_image(evaluated):
     assert expected <= set(evaluated.table.columns)
     assert len(evaluated.table) == 3 and evaluated.table.notna().all(axis=None)
     assert (evaluated.table["changed_outside_mask"] == 0).all()
-    assert evaluated.settings == (EditConfig(batch_size=2),), "one for all images"
+    assert evaluated.settings == (EditConfig(),), "one for all images"
 
 
 def test_the_truth_itself_would_be_perfect(evaluated):

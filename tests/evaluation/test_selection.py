@@ -212,7 +212,7 @@ def test_that_nothing_passes_is_reported():
 
 def test_images_are_selected_one_by_one():
     tried = candidates(3)
-    chosen = select([tried[:1], tried[1:]], [Fixed((0.9, 0.1, 0.2))], Criteria())
+    chosen = select([tried[:1], tried[1:]], [Fixed((0.1, 0.2))], Criteria())
     assert [s.winner for s in chosen] == [0, 1]
     assert [len(s.scores) for s in chosen] == [1, 2]
     assert select([], [], Criteria()) == []

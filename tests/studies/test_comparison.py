@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from prism_lib import devices
 from prism_lib.data import folder
 from prism_lib.data.folder import load_info
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
@@ -46,7 +47,7 @@ def truth(phantom_folder, cases):
 
 
 def measured_here(phantom_folder, cases, editors, **how):
-    return measure(tiny_pipeline(), phantom_folder, cases, editors, processes=1, **how)
+    return measure(tiny_pipeline(), phantom_folder, cases, editors, **how)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_an_unknown_setting_or_a_bad_value_is_named():
 
 def test_a_variant_is_its_own_evaluation(phantom_folder, cases, measured):
     editor = PromptToPrompt("ddim", 2)
-    (alone,) = evaluate_edits(tiny_pipeline(), phantom_folder, {ADD: cases[ADD]}, editor, processes=1)
+    (alone,) = evaluate_edits(tiny_pipeline(), phantom_folder, {ADD: cases[ADD]}, editor)
     (_, found) = measured["method ddim"].evaluations
     assert torch.equal(found.edited, alone.edited)
     assert found.table.equals(alone.table)
@@ -138,10 +139,11 @@ def test_what_an_edit_has_anyway_or_does_not_use_is_measured_once(phantom_folder
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, cases):
+def test_results_do_not_depend_on_the_number_of_processes(phantom_folder, cases, monkeypatch):
     editors = {"ours": PromptToPrompt(num_inference_steps=2), "sdedit": SDEdit(num_inference_steps=4)}
     alone = measured_here(phantom_folder, cases, editors)
-    together = measure(tiny_pipeline(), phantom_folder, cases, editors, processes=2)
+    monkeypatch.setattr(devices, "processes_for", lambda asked=0: 2)
+    together = measured_here(phantom_folder, cases, editors)
     for name in editors:
         assert alone[name].unet_evaluations == together[name].unet_evaluations
         for mine, theirs in zip(alone[name].evaluations, together[name].evaluations, strict=True):
@@ -161,7 +163,7 @@ def test_the_front_is_what_nothing_beats():
 
 def test_the_least_error_to_the_truth_is_chosen(phantom_folder, cases, truth):
     tried = {"oracle": [Oracle(truth, share) for share in (0.2, 0.9, 0.5)]}
-    tuned = comparison.tune(tiny_pipeline(), phantom_folder, cases, tried, processes=1)["oracle"]
+    tuned = comparison.tune(tiny_pipeline(), phantom_folder, cases, tried)["oracle"]
     assert tuned.editor.share == 0.9
     assert [entry["true_error_ratio"] for entry in tuned.tried] == pytest.approx([0.8, 0.1, 0.5], abs=1e-5)
     assert [entry["settings"]["editor"] for entry in tuned.tried] == ["Oracle"] * 3
@@ -171,10 +173,10 @@ def test_tuning_inverts_once_and_finds_what_each_setting_gives_alone(phantom_fol
     calls, original = [], PromptToPrompt.invert
     monkeypatch.setattr(PromptToPrompt, "invert", lambda *given: calls.append(1) or original(*given))
     pipe, tried = tiny_pipeline(), list(vary(BASE, guidance_scale=[2.0, 5.0]).values())
-    tuned = comparison.tune(pipe, phantom_folder, cases, {"ours": tried}, processes=1)["ours"]
+    tuned = comparison.tune(pipe, phantom_folder, cases, {"ours": tried})["ours"]
     assert len(calls) == len(cases)
     for editor, found in zip(tried, tuned.tried, strict=True):
-        (alone,) = comparison.tune(pipe, phantom_folder, cases, {"ours": [editor]}, processes=1)["ours"].tried
+        (alone,) = comparison.tune(pipe, phantom_folder, cases, {"ours": [editor]})["ours"].tried
         assert alone["true_error_ratio"] == pytest.approx(found["true_error_ratio"], abs=1e-6)
 
 
@@ -216,7 +218,7 @@ def small(**changes):
 
 
 def compared(phantom_folder, output, config):
-    return comparison.compare_methods(tiny_pipeline(), phantom_folder, [REMOVE], config, output, processes=1)
+    return comparison.compare_methods(tiny_pipeline(), phantom_folder, [REMOVE], config, output)
 
 
 def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, tmp_path, monkeypatch):

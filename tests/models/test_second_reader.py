@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from prism_lib.editing.settings import EditConfig
-from prism_lib.evaluation import second_reader
 from prism_lib.evaluation.evaluate import choose_cases, evaluate_edits, judge_auc, reread, summarise
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import vocabulary
+from prism_lib.models import image_text as second_reader
 from prism_lib.studies.editors import PromptToPrompt
 from tests.tiny import tiny_images, tiny_pipeline
 

@@ -20,14 +20,14 @@ from prism_lib import records
 from prism_lib.apps import Session
 from prism_lib.paths import SHIPPED
 
-ROUNDS, PATIENTS = 5, 4001
+ROUNDS, PATIENTS, STEPS = 5, 4001, 12
 
 # What `00_quickstart` does until its first counterfactual, in a fresh interpreter.
 FIRST = """
 from prism_lib.apps import explore
 panel = explore({model!r}, {judge!r})
 edit = panel.session.edit(remove=["Support Devices"])
-panel.session.run([panel.session.recipe(edit, steps=20)], edit)
+panel.session.run([panel.session.recipe(edit, steps={steps})], edit)
 """
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         "explorer",
         dataset="phantom",
         notebook="benchmarks/explorer.py",
-        parameters={"rounds": ROUNDS, "steps": 20, "judge": options.judge},
+        parameters={"rounds": ROUNDS, "steps": STEPS, "judge": options.judge},
         seed=PATIENTS,
         metrics=metrics,
         model=options.model,
@@ -55,7 +55,7 @@ def _waiting(model: str, judge: str) -> dict[str, float]:
     """Seconds to the first counterfactual in a fresh interpreter, per edit, to its preview, and to stop."""
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FIRST.format(model=model, judge=judge)],
+        [sys.executable, "-W", "ignore", "-c", FIRST.format(model=model, judge=judge, steps=STEPS)],
         check=True, env=os.environ | {"TQDM_DISABLE": "1"}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     first = time.perf_counter() - start
@@ -66,7 +66,7 @@ def _waiting(model: str, judge: str) -> dict[str, float]:
         case = session.open_phantom(PATIENTS, index)
         present = ["Support Devices"] if case.state("Support Devices") else []
         edit = session.edit(remove=present, add=[] if present else ["Support Devices"])
-        planned = session.recipe(edit, steps=20)
+        planned = session.recipe(edit, steps=STEPS)
         start = time.perf_counter()
         session.run([planned], edit, preview=_stopwatch(previews, start))
         edits.append(time.perf_counter() - start)
@@ -89,7 +89,7 @@ def _cancelling(session: Session) -> float:
     edit = session.edit(text="add cardiomegaly" if not case.state("Cardiomegaly") else "remove cardiomegaly")
     under_way, ended = threading.Event(), threading.Event()
     session.start(
-        [session.recipe(edit, steps=20)], edit,
+        [session.recipe(edit, steps=STEPS)], edit,
         progress=lambda share: under_way.set(), preview=lambda _: None, done=lambda *_: ended.set(),
     )  # fmt: skip
     under_way.wait()

@@ -121,7 +121,6 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
     info, suffix = load_info(config.data), "png" if config.out_format == "PNG" else "dcm"
     common = {"data": info["content_hash"], "bits": config.bits, "model": digest}
-    common["inversion"] = asdict(recommended_inversion(pipe))
     common |= {"full_size": True} if config.full_size else {}
     common |= {"header": config.header} if config.out_format == "DICOM" else {}
     scored = {choice: _weights(choice) for choice in {task.settings.choice for task in tasks}}
@@ -129,13 +128,15 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
     for task in tasks:
         pair, settings = task.pair, task.settings
         try:
-            used = [_record(recommended(pipe, pair, **candidate)) for candidate in settings.candidates]
+            steps = settings.num_inference_steps
+            used = [_record(recommended(pipe, pair, steps, **candidate)) for candidate in settings.candidates]
         except ValueError as error:
             raise ValueError(f"{config.edits}, row {task.row}: {one_line(error)}") from None
         content = common | {
             "image": task.file_name,
             "prompts": [pair.source, pair.target, pair.source_words, pair.target_words],
             "settings": [settings.text, used],
+            "inversion": asdict(recommended_inversion(pipe, steps)),
             "scored": scored[settings.choice],
         }
         for name, area in task.areas.items():
@@ -245,7 +246,8 @@ def _edit_batch(
     batch = batch[rows]
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)
     images, sources = _images(config, batch), [pair.source for pair in pairs]
-    steps, how = settings.num_inference_steps, recommended_inversion(pipe, seed=settings.seed or 0)
+    steps = settings.num_inference_steps
+    how = recommended_inversion(pipe, steps, seed=settings.seed or 0)
     inversion = invert(pipe, images, sources, settings.method, steps, config=how, batch_size=size)
     drawn = {name: [region(task.areas[name], images.shape[-1]) for task in batch] for name in batch[0].areas}
     areas = {name: torch.from_numpy(np.stack(pixels))[:, None] for name, pixels in drawn.items()}

@@ -20,6 +20,7 @@ from prism_lib.language.edits import NO_EDIT
 from prism_lib.reporting.plots import difference, overlay, png, view
 
 MAX_CHOICES = 500  # of images in one list
+FEW_STEPS = 12  # of an edit, where the model has settings for few steps
 STRENGTH = "guidance scale; where the edit adds something, times the model's factor. The result states the product"
 SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
 LAYOUT = "share of steps with the original's cross-attention: more keeps things where they are"
@@ -215,7 +216,7 @@ class SettingsPanel(Panel):
         }
         methods = list(METHODS)
         self.method = _control(choice, "method", "how the image is inverted", options=methods, value=RECOMMENDED)
-        self.steps = _control(widgets.IntSlider, "steps", "20 is quick, the figures take 50", min=2, max=100)
+        self.steps = _control(widgets.IntSlider, "steps", "12 or 20 are quick, the figures take 50", min=2, max=100)
         about = "run the edit at several values of a setting and choose by eye"
         self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
         about = "where the edit may show; all other pixels stay the input's own, bit for bit"
@@ -225,8 +226,10 @@ class SettingsPanel(Panel):
         self.mask_file = _upload("upload mask", "an image, white where the edit may show")
         forms = _forms(self.mask, [], [], [self.rows, self.columns], [self.mask_file])
         super().__init__("How", [*self.sliders.values(), self.method, self.steps, self.sweep, self.mask, forms])
-        self.on_change(self._read_mask, self.mask_file)
+        self._usual: dict[str, Any] = {}
         self.show_model()
+        self.on_change(self._read_mask, self.mask_file)
+        self.on_change(self._show_usual, self.steps)
 
     def show_model(self) -> None:
         """What the model recommends, and its size, if it is another than before."""
@@ -234,14 +237,21 @@ class SettingsPanel(Panel):
         if session.model == self._model:
             return
         self._file, self._model = "", session.model
-        self._usual = vars(recommended(session.pipe, NO_EDIT))
-        for field, slider in self.sliders.items():
-            slider.max = max(SLIDERS[field][1], self._usual[field])
-            slider.value = self._usual[field]
-        self.steps.value = 50 if recommended_inversion(session.pipe).skip else 20  # many are left out
+        few, usual = (recommended_inversion(session.pipe, steps) for steps in (FEW_STEPS, 50))
+        self.steps.value = 50 if usual.skip else FEW_STEPS if few != usual else 20  # `skip` leaves most of them out
+        self._usual = {}
+        self._show_usual()
         for control in (self.rows, self.columns):
             control.max = size = image_size(session.pipe)
             control.value = size // 4, 3 * size // 4
+
+    def _show_usual(self, change: Any = None) -> None:
+        """What the model recommends for the number of steps, in sliders that were not moved."""
+        before, self._usual = self._usual, vars(recommended(self._session.pipe, NO_EDIT, self.steps.value))
+        for field, slider in self.sliders.items():
+            slider.max = max(SLIDERS[field][1], self._usual[field])
+            if slider.value == before.get(field, slider.value):
+                slider.value = self._usual[field]
 
     def _read_mask(self, change: Any) -> None:
         self._file = ""

@@ -252,7 +252,7 @@ class Session:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case
         assert case is not None, "a recipe has been made, so there is an image"
-        first, drawn = recipes[0], recommended_inversion(self.pipes[recipes[0].model])
+        first, drawn = recipes[0], recommended_inversion(self.pipes[recipes[0].model], recipes[0].steps)
         taken = edit_steps(first.method, drawn, first.steps)
         if preview is not None and taken >= 2 * PREVIEW_STEPS:
             quick = self._outcome(case, replace(first, steps=PREVIEW_STEPS), edit, self._callback(lambda _: None, 1))

@@ -96,7 +96,9 @@ def sweep(
     if not settings:
         raise ValueError("a sweep needs at least one setting")
     count = len(settings)
-    tasks = [EditTask(image, pair, resolved(pipe, pair, one)) for image, pair in enumerate(pairs) for one in settings]
+    steps = inversion.schedule.num_steps
+    wanted = [(n, pair, resolved(pipe, pair, steps, one)) for n, pair in enumerate(pairs) for one in settings]
+    tasks = [EditTask(*one) for one in wanted]
     for task in tasks:
         if task.pair.source != (prompt := inversion.prompts[task.image]):
             started = f"image {task.image} was inverted as {prompt!r}"

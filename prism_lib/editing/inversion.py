@@ -71,7 +71,7 @@ def invert(
     Without a `config` the model's own is used (`settings.recommended_inversion`).
     `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
     """
-    how, config = method_of(method), config or recommended_inversion(pipe)
+    how, config = method_of(method), config or recommended_inversion(pipe, num_inference_steps)
     if len(images) == 0:
         raise ValueError("there is no image to invert")
     check_images(images, image_factor(pipe.vae))
@@ -79,7 +79,8 @@ def invert(
         raise ValueError(f"{len(images)} images need as many prompts, got {prompts!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    schedule = Schedule.from_config(pipe.scheduler.config, num_inference_steps)
+    spacing = config.spacing if method == "edit_friendly" else None
+    schedule = Schedule.from_config(pipe.scheduler.config, num_inference_steps, spacing)
     embeds, (empty,) = encode_prompts(pipe, prompts), encode_prompts(pipe, [""])
 
     def predict(latents: Tensor, level: int, prompt_embeds: Tensor) -> Tensor:

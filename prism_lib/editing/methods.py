@@ -39,7 +39,7 @@ class InversionConfig:
 
     Null-text: the `guidance_scale` of the source, at most `inner_steps` of Adam per step, its first `learning_rate`,
     and the loss (`threshold`) below which the first step ends early. Edit-friendly: `skip`, the share of the noisiest
-    steps that an edit leaves out, and the `seed` of the noise.
+    steps that an edit leaves out, the `seed` of the noise, and the `spacing` of the timesteps (`Schedule.from_config`).
     """
 
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 7.5
@@ -48,6 +48,7 @@ class InversionConfig:
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     skip: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: int = 0
+    spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 @plain_dataclass(frozen=True)

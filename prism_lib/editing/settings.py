@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -72,6 +72,7 @@ class EditConfig:
 
 Overrides = Mapping[str, Any]  # fields of `EditConfig` that replace what the model recommends
 Settings = EditConfig | Overrides
+Model = Union["StableDiffusionPipeline", str, Path]  # a pipeline or the folder of its weights
 AnySettings = TypeVar("AnySettings", bound=EditConfig | Mapping[str, Any])
 
 
@@ -82,6 +83,15 @@ class Rule:
     when: Literal["remove", "add"]
     settings: dict[str, Any]
     phrases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class FewSteps:
+    """What replaces some `defaults` and the `inversion` of a `Recommendation` in runs of at most `steps` steps."""
+
+    steps: int
+    defaults: dict[str, Any] = field(default_factory=dict)
+    inversion: InversionConfig = field(default_factory=InversionConfig)
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -96,10 +106,18 @@ class Recommendation:
     rules: tuple[Rule, ...] = ()
     measured: str = ""
     inversion: InversionConfig = field(default_factory=InversionConfig)
+    few_steps: FewSteps = field(default_factory=lambda: FewSteps(0))
 
     def __post_init__(self) -> None:
-        for settings in (self.defaults, *(rule.settings for rule in self.rules)):
+        for settings in (self.defaults, self.few_steps.defaults, *(rule.settings for rule in self.rules)):
             EditConfig(**settings)
+
+    def at(self, num_inference_steps: int) -> "Recommendation":
+        """What applies to runs of so many steps."""
+        few = self.few_steps
+        if num_inference_steps > few.steps:
+            return self
+        return replace(self, defaults=self.defaults | few.defaults, inversion=few.inversion)
 
     def settings(self, pair: PromptPair) -> dict[str, Any]:
         """The settings for an edit by a pair of prompts."""
@@ -118,21 +136,21 @@ class Recommendation:
         return EditConfig(**settings)
 
 
-def recommended(model: "StableDiffusionPipeline | str | Path", pair: PromptPair, **overrides: Any) -> EditConfig:
-    """What a model recommends for an edit; `overrides` (fields of `EditConfig`) replace its values.
+def recommended(model: Model, pair: PromptPair, num_inference_steps: int = 50, **overrides: Any) -> EditConfig:
+    """What a model recommends for an edit in so many steps; `overrides` (fields of `EditConfig`) replace its values.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
     recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.
     """
-    settings = {**_recommendation(_folder(model)).settings(pair), **overrides}
+    settings = {**_recommendation(_folder(model)).at(num_inference_steps).settings(pair), **overrides}
     if "guidance_start" not in overrides and "guidance_end" in overrides:
         settings["guidance_start"] = min(settings["guidance_start"], overrides["guidance_end"])
     return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))
 
 
-def recommended_inversion(model: "StableDiffusionPipeline | str | Path", **overrides: Any) -> InversionConfig:
-    """What a model recommends for the inversion; `overrides` (fields of `InversionConfig`) replace its values."""
-    return replace(_recommendation(_folder(model)).inversion, **overrides)
+def recommended_inversion(model: Model, num_inference_steps: int = 50, **overrides: Any) -> InversionConfig:
+    """What it recommends for the inversion in so many steps; `overrides` (of `InversionConfig`) replace its values."""
+    return replace(_recommendation(_folder(model)).at(num_inference_steps).inversion, **overrides)
 
 
 def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
@@ -143,9 +161,11 @@ def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
     return made
 
 
-def resolved(pipe: "StableDiffusionPipeline", pair: PromptPair, settings: Settings) -> EditConfig:
-    """An `EditConfig` as it is; a mapping as overrides of what the model recommends."""
-    return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, **settings)
+def resolved(
+    pipe: "StableDiffusionPipeline", pair: PromptPair, num_inference_steps: int, settings: Settings
+) -> EditConfig:
+    """An `EditConfig` as it is; a mapping as overrides of what the model recommends for so many steps."""
+    return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, num_inference_steps, **settings)
 
 
 def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
@@ -157,7 +177,7 @@ def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
     return [cast(AnySettings, one) for one in made]
 
 
-def _folder(model: "StableDiffusionPipeline | str | Path") -> str:
+def _folder(model: Model) -> str:
     """Where a pipeline was loaded from; "" for one that was built in memory."""
     return str(model if isinstance(model, str | Path) else model.config.get("_name_or_path") or "")
 

@@ -77,7 +77,9 @@ class PromptToPrompt(Editor):
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
     def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
-        return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])
+        return repr(
+            [replace(self, settings=resolved(pipe, pair, self.num_inference_steps, self.settings)) for pair in pairs]
+        )
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def attention_maps(
     """
     if len(pairs) != len(inversion):
         raise ValueError(f"{len(inversion)} inverted images need as many prompt pairs, got {len(pairs)}")
-    tasks = [EditTask(n, pair, resolved(pipe, pair, settings)) for n, pair in enumerate(pairs)]
+    steps = inversion.schedule.num_steps
+    tasks = [EditTask(n, pair, resolved(pipe, pair, steps, settings)) for n, pair in enumerate(pairs)]
     with tqdm(total=inversion.start * len(tasks), desc="attention", leave=False) as progress:
         outcome = denoise(pipe, inversion, tasks, Areas(), progress)
     maps = outcome.word_maps[list(outcome.row_of)].float().cpu()

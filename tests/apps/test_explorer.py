@@ -19,14 +19,14 @@ from PIL import Image
 
 from benchmarks.unusual_inputs import reference_of
 from prism_lib import paths
-from prism_lib.apps import session
+from prism_lib.apps import panels, session
 from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.data.uploads import UploadError
 from prism_lib.editing import settings
 from prism_lib.editing.methods import InversionConfig
-from prism_lib.editing.settings import Recommendation
+from prism_lib.editing.settings import EditConfig, Recommendation
 from prism_lib.evaluation import novelty
 from prism_lib.files import image_hash
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier
@@ -558,6 +558,19 @@ def explorer(study):
     explorer.source.patient.value = patient(True)
     explorer.settings.steps.value = 10
     return explorer
+
+
+def test_sliders_follow_the_number_of_steps_until_they_are_moved(explorer, monkeypatch):
+    usual = {"guidance_scale": 3.0, "self_replace_steps": 0.1, "cross_replace_steps": 0.2}
+    few = usual | {"self_replace_steps": 0.6, "cross_replace_steps": 0.5}
+    monkeypatch.setattr(panels, "recommended", lambda _, pair, steps: EditConfig(**(usual if steps > 15 else few)))
+    panel = explorer.settings
+    panel.steps.value = 20
+    assert {name: panel.sliders[name].value for name in usual} == usual and not panel.values()["settings"]
+    panel.sliders["cross_replace_steps"].value = 0.9
+    panel.steps.value = 12
+    assert panel.sliders["self_replace_steps"].value == 0.6
+    assert panel.values()["settings"] == {"cross_replace_steps": 0.9}
 
 
 def test_click_remove_and_run(explorer):

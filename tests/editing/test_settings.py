@@ -6,6 +6,7 @@ import pytest
 
 from prism_lib import paths
 from prism_lib.editing import settings
+from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, grid, recommended, recommended_inversion, resolved
@@ -71,8 +72,8 @@ def test_a_model_without_settings_gets_the_published_ones_and_says_so_once(caplo
 
 
 def test_an_edit_config_is_taken_as_it_is_and_overrides_are_not_alone():
-    assert resolved(SHIPPED, REMOVE, EditConfig()) == EditConfig()
-    assert resolved(SHIPPED, REMOVE, {"confine": 0.1}) == recommended(SHIPPED, REMOVE, confine=0.1)
+    assert resolved(SHIPPED, REMOVE, 50, EditConfig()) == EditConfig()
+    assert resolved(SHIPPED, REMOVE, 50, {"confine": 0.1}) == recommended(SHIPPED, REMOVE, confine=0.1)
 
 
 def test_a_grid_keeps_what_it_is_given():
@@ -94,6 +95,31 @@ def test_a_file_that_is_wrong_is_named_with_what_is_wrong(tmp_path, content):
     folder = model(tmp_path / "model", **content)
     with pytest.raises(ValueError, match=r"(?s)editing.json holds.*(default|guidance|confine|when)"):
         recommended(folder, REMOVE)
+
+
+def test_few_steps_have_settings_of_their_own_below_the_rules_of_an_edit(tmp_path):
+    few = {"steps": 3, "defaults": {"guidance_scale": 2.0, "confine": 0.5}, "inversion": {"spacing": 2.0}}
+    rules = [{"when": "remove", "settings": {"confine": 0.1}}]
+    pipe = tiny_pipeline.__wrapped__()
+    content = {"defaults": {"guidance_scale": 5.0}, "rules": rules, "inversion": {"skip": 0.5}, "few_steps": few}
+    pipe.register_to_config(_name_or_path=str(model(tmp_path / "few", **content)))
+    for steps, scale, how in ((3, 2.0, InversionConfig(spacing=2.0)), (4, 5.0, InversionConfig(skip=0.5))):
+        used = recommended(pipe, REMOVE, steps)
+        assert (used.guidance_scale, used.confine) == (scale, 0.1)
+        assert resolved(pipe, REMOVE, steps, {"confine": 0.3}) == recommended(pipe, REMOVE, steps, confine=0.3)
+        assert (
+            recommended_inversion(pipe, steps) == invert(pipe, tiny_images(1), [""], num_inference_steps=steps).config
+        )
+        assert recommended_inversion(pipe, steps) == how
+    assert invert(pipe, tiny_images(1), [""], num_inference_steps=3).schedule.timesteps == (-1, 20, 250, 940)
+    assert invert(pipe, tiny_images(1), [""], "direct", 3).schedule.timesteps[1] != 20, "only edit-friendly is spaced"
+    inversion, pair = invert(pipe, tiny_images(1), [REMOVE.source], num_inference_steps=3), [REMOVE]
+    (own,), (same,) = (edit(pipe, inversion, pair, one) for one in ({}, recommended(pipe, REMOVE, 3)))
+    assert (own.image == same.image).all()
+    with pytest.raises(ValueError, match=r"spacing=9.0 repeats timesteps in 5 steps"):
+        invert(pipe, tiny_images(1), [""], num_inference_steps=5, config=InversionConfig(spacing=9))
+    with pytest.raises(ValueError, match=r"(?s)editing.json holds.*guidance_scale"):
+        recommended(model(tmp_path / "wrong", few_steps={"steps": 3, "defaults": {"guidance_scale": -1}}), REMOVE)
 
 
 def test_a_model_recommends_its_inversion_and_a_given_one_replaces_it(tmp_path):

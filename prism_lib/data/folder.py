@@ -54,12 +54,6 @@ def truth_is_known(folder: Folder) -> bool:
     return bool(load_info(folder)["source"] == "phantom")
 
 
-def require_truth(folder: Folder) -> None:
-    """ValueError for a prepared folder of real images: their true counterfactuals are unknown."""
-    if not truth_is_known(folder):
-        raise ValueError(f"{folder} holds real images, whose true counterfactuals are unknown; this needs phantoms")
-
-
 def load_table(folder: Folder, split: str | None = None) -> pd.DataFrame:
     """The metadata of a prepared folder, all of it or one split; labels are 1, 0, -1 or NaN."""
     if split is not None and split not in SPLITS:

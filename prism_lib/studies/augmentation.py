@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs, true_counterfactual
+from prism_lib.data.folder import Folder, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.evaluation.evaluate import Editor
 from prism_lib.files import atomic
@@ -52,10 +52,7 @@ def synthetic(
 
 def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
     """The phantom's true counterfactuals: the upper bound that real images do not have."""
-    require_truth(folder)
-    known = true_counterfactual(folder, rows, change)
-    assert known is not None
-    return known.images
+    return known_truth(folder, rows, change).images
 
 
 class Files:

@@ -12,8 +12,8 @@ from pydantic import PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs
+from prism_lib.data.folder import load_info, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import evaluate
@@ -172,11 +172,12 @@ def compare_methods(
     judge: Classifier | None = None,
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
     """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
-    require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}
         for split, count in (("val", config.tuning_images), ("test", config.images))
     )
+    for change, rows in validation.items():
+        known_truth(folder, rows.head(1), change)  # ValueError before anything is trained
     tried: dict[str, Sequence[Editor]] = {
         name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
     }
@@ -221,7 +222,6 @@ def tune(
     pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, candidates: Mapping[str, Sequence[Editor]]
 ) -> dict[str, Tuned]:
     """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
-    require_truth(folder)
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")

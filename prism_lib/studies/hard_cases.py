@@ -8,8 +8,8 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, load_vocabulary, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs, true_counterfactual
+from prism_lib.data.folder import load_info, load_vocabulary, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
@@ -31,10 +31,8 @@ def entanglement(
     seed: int = 0,
 ) -> Numbers:
     """How much of another finding an edit carries along, by the folder's confounding, the prompts' wording and mask."""
-    require_truth(folder)
     cases = choose_cases(folder, change, count, having=other)
-    removed, wanted = (true_counterfactual(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
-    assert removed is not None and wanted is not None
+    removed, wanted = (known_truth(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
     images, confounding = read_images(folder, cases), load_info(folder)["config"]["confounding"]
     numbers = {}
     for wording, prompts in {"negated": prompt_pairs, "prism": prism_pairs}.items():
@@ -43,7 +41,7 @@ def entanglement(
         for mask in ("auto", "off"):
             results = replace(editor, mask=mask).edit(pipe, inverted, pairs, change)
             found = evaluate.evaluate_results(folder, cases, change, results)
-            share = carried_along(found.edited, images, removed[0], ~wanted[1])
+            share = carried_along(found.edited, images, removed.images, ~wanted.changed)
             columns = ["file_name", "patient_id", "carried_along", CRITERION]
             values = summarise_rows(found.table.assign(carried_along=share.tolist())[columns], seed)
             numbers[f"confounding {confounding:g}, {wording}, mask {mask}"] = {"confounding": confounding, **values}
@@ -76,11 +74,9 @@ def study(
     pipe: StableDiffusionPipeline, folder: str | Path, change: Edit, count: int, editor: Editor, seed: int = 0
 ) -> dict[str, Numbers]:
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}."""
-    require_truth(folder)
     cases = choose_cases(folder, change, count)
+    truth = known_truth(folder, cases, change)
     (evaluation,) = evaluate.evaluate_edits(pipe, folder, {change: cases}, editor)
-    truth = true_counterfactual(folder, cases, change)
-    assert truth is not None  # of a phantom it is always known
     labels = [label for label in load_info(folder)["labels"] if label != "No Finding"]
     return {
         "hard_cases": by_stratum(evaluation, strata(evaluation, cases, labels), seed),

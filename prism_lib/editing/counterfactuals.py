@@ -20,7 +20,7 @@ from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_control
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import Settings, resolved
-from prism_lib.language.edits import PromptPair
+from prism_lib.language.edits import Pairs, PromptPair
 from prism_lib.models.pipeline import decode_latents
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
 def edit(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     settings: Settings = _RECOMMENDED,
     *,
     mask: Tensor | str = "auto",
@@ -79,7 +79,7 @@ def edit(
 def sweep(
     pipe: StableDiffusionPipeline,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     settings: Sequence[Settings],
     *,
     mask: Tensor | str = "auto",
@@ -144,13 +144,7 @@ def in_parts(count: int, size: int, work: Callable[[slice], list[Result]]) -> li
 
 
 def scored(
-    factual: Tensor,
-    image: Tensor,
-    raw: Tensor,
-    reconstruction: Tensor,
-    mask: Tensor,
-    pairs: Sequence[PromptPair],
-    settings: object,
+    factual: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor, pairs: Pairs, settings: object
 ) -> list[Counterfactual]:
     """Batches (N, ...) as N results of equal settings.
 

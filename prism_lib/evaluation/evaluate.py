@@ -18,13 +18,14 @@ from prism_lib.data.folder import Folder, image_batches, load_info, load_table, 
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit, Pairs, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network, save_classifier, train_classifier
 from prism_lib.records import Timer
 
-Pairs = Sequence[PromptPair]
 Results = list[Counterfactual]
+Judge = Classifier | None  # it only reads; None where there is none
+Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 
 
 class Editor:
@@ -64,7 +65,7 @@ Job = tuple[Tensor, Pairs, Edit, Sequence[Editor]]  # images (N, C, H, W), a pai
 
 def load_judge(
     name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
-) -> Classifier | None:
+) -> Judge:
     """What `Classifier.load` takes, checked on the folder; "" is None; "train" the folder's `own_classifier`.
 
     Settings are those of `Classifier.load`, or of a `ClassifierConfig` to train.
@@ -107,9 +108,7 @@ def gray_bytes(folder: Folder, table: pd.DataFrame) -> Tensor:
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
 
-def judge_auc(
-    judge: Classifier | None, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0
-) -> pd.DataFrame:
+def judge_auc(judge: Judge, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0) -> pd.DataFrame:
     """A row per label: known `images`, `auc` (NaN without both classes), its interval, `judged`: >= ``minimum``."""
     rows: dict[str, dict[str, float]] = {}
     table = load_table(folder, split).reindex(columns=["patient_id", "file_name", *(judge.labels if judge else ())])
@@ -125,7 +124,7 @@ def judge_auc(
     return pd.DataFrame.from_dict(rows, orient="index", columns=["images", "auc", "auc_low", "auc_high", "judged"])
 
 
-def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | None:
+def trusted(judge: Judge, reading: pd.DataFrame) -> Judge:
     """The judge of the labels that are `judged` in what `judge_auc` found; None where there is none."""
     labels = list(reading.index[reading["judged"].astype(bool)])
     return judge.only(labels) if judge and labels else None
@@ -207,14 +206,9 @@ def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
 
 
 def evaluate_edits(
-    pipe: StableDiffusionPipeline,
-    folder: Folder,
-    cases: Mapping[Edit, pd.DataFrame],
-    editor: Editor,
-    *,
-    judge: Classifier | None = None,
+    pipe: StableDiffusionPipeline, folder: Folder, cases: Cases, editor: Editor, *, judge: Judge = None
 ) -> list[Evaluation]:
-    """Edit and measure the images of every edit's ``cases`` (rows of a prepared table), on all cores."""
+    """Edit and measure the images of all ``cases``, on all cores."""
     jobs = [
         (read_images(folder, rows), prompt_pairs(folder, rows, change), change, [editor])
         for change, rows in cases.items()
@@ -226,12 +220,7 @@ def evaluate_edits(
 
 
 def evaluate_results(
-    folder: Folder,
-    cases: pd.DataFrame,
-    change: Edit,
-    edited: Sequence[Counterfactual],
-    judge: Classifier | None = None,
-    seconds: float = 0.0,
+    folder: Folder, cases: pd.DataFrame, change: Edit, edited: Results, judge: Judge = None, seconds: float = 0.0
 ) -> Evaluation:
     """Measure what any method made of the images of ``cases``, one result a row and in their order."""
     if len(edited) != len(cases):

@@ -142,6 +142,7 @@ def auc(readings: Tensor) -> float:
 
 
 LEVEL, RESAMPLES = 0.95, 2000
+Statistic = Callable[[Tensor], float | Tensor]
 
 
 class Interval(NamedTuple):
@@ -157,11 +158,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_ci(
-    values: Tensor,
-    patients: Sequence[Hashable] | None = None,
-    statistic: Callable[[Tensor], float | Tensor] = torch.mean,
-    *,
-    seed: int = 0,
+    values: Tensor, patients: Sequence[Hashable] | None = None, statistic: Statistic = torch.mean, *, seed: int = 0
 ) -> Interval:
     """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 

@@ -41,6 +41,7 @@ class PromptPair:
         return _affirmed(self.source) - _affirmed(self.target)
 
 
+Pairs = Sequence[PromptPair]  # one for each image of a batch
 NO_EDIT = PromptPair("", "", (), ())
 
 

@@ -17,9 +17,9 @@ from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import evaluate
-from prism_lib.evaluation.evaluate import Editor, Evaluation, Made, choose_cases
+from prism_lib.evaluation.evaluate import Cases, Editor, Evaluation, Judge, Made, choose_cases
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
+from prism_lib.models.classifier import ClassifierConfig, named_network
 from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 
@@ -33,7 +33,6 @@ COLUMNS = (
     *("identity_l1", "reconstruction_l1", "mask_recall", "latent_outside_l1_ratio"),
 )
 
-Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 Place = tuple[Edit, str]  # an edit and an editor's effect
 
 
@@ -101,7 +100,7 @@ def measure(
     folder: str | Path,
     cases: Cases,
     editors: Mapping[str, Editor],
-    judge: Classifier | None = None,
+    judge: Judge = None,
     *,
     share: bool = False,
 ) -> dict[str, Measurement]:
@@ -169,7 +168,7 @@ def compare_methods(
     edits: Sequence[Edit],
     config: ComparisonConfig,
     output: Path,
-    judge: Classifier | None = None,
+    judge: Judge = None,
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
     """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
     validation, test = (

@@ -23,9 +23,9 @@ from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
 from prism_lib.editing.settings import EditConfig, resolved
-from prism_lib.evaluation.evaluate import Editor, Pairs, Results
+from prism_lib.evaluation.evaluate import Editor, Results
 from prism_lib.files import image_hash, stable_seed
-from prism_lib.language.edits import Edit
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.models.pipeline import (
     decode_latents,
     encode_images,

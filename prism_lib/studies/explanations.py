@@ -23,7 +23,7 @@ from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig, Settings, resolved
-from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
+from prism_lib.evaluation.evaluate import Evaluation, Judge, interval, summarise_rows
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.models.classifier import Classifier
@@ -126,18 +126,14 @@ def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
 
 
 def responses(
-    folder: Folder,
-    evaluation: Evaluation,
-    classifiers: Mapping[str, Classifier],
-    label: str,
-    groups: Sequence[str] = (),
+    folder: Folder, result: Evaluation, classifiers: Mapping[str, Classifier], label: str, groups: Sequence[str] = ()
 ) -> pd.DataFrame:
     """A row per classifier and image: logits of ``label`` `before` and `after` the edit, `change`, `flipped` (0 or 1).
 
     `true_change` and `true_flipped` are those of the true counterfactual, where it is known. ``groups`` are columns of
     the folder's table; numbers of more than six values are cut into thirds.
     """
-    e, tables = evaluation, []
+    e, tables = result, []
     about = e.table[["file_name", "patient_id"]].assign(edit=e.edit.key)
     own = load_table(folder).set_index("file_name")
     for column in groups:
@@ -208,7 +204,7 @@ def sweep_edits(
 
 
 def smallest_flips(
-    rows: pd.DataFrame, swept: Sequence[Swept], classifier: Classifier, label: str, judge: Classifier | None = None
+    rows: pd.DataFrame, swept: Sequence[Swept], classifier: Classifier, label: str, judge: Judge = None
 ) -> pd.DataFrame:
     """The result of least mean absolute change that flips a classifier's answer for ``label``, for each image.
 

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
-from prism_lib.evaluation.evaluate import Editor, Pairs, Results, gray_bytes, own_classifier
+from prism_lib.evaluation.evaluate import Editor, Results, gray_bytes, own_classifier
 from prism_lib.files import stable_seed, write_text
-from prism_lib.language.edits import Edit
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig
 from prism_lib.studies.editors import unmasked

@@ -216,7 +216,7 @@ class Session:
         said = [label for label in self.vocab.phrases if label in case.labels or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
-    def start(self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
+    def start(self, recipes: list[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
         """Run in the background. `done` gets the outcomes, or none and a sentence; all calls come from the thread."""
         if self.running:
             raise Fault("run", "An edit is running: wait for it or cancel it.")
@@ -242,12 +242,7 @@ class Session:
         self._stop.set()
 
     def run(
-        self,
-        recipes: Sequence[Recipe],
-        edit: Edit,
-        *,
-        progress: Progress = lambda _: None,
-        preview: Preview | None = None,
+        self, recipes: list[Recipe], edit: Edit, *, progress: Progress = lambda _: None, preview: Preview | None = None
     ) -> list[Outcome]:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case

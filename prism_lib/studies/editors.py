@@ -330,19 +330,11 @@ def _fit(
         adam.step()
 
 
-def unmasked(
-    pipe: StableDiffusionPipeline,
-    images: Tensor,
-    pairs: Pairs,
-    edited: Tensor,
-    settings: object,
-    reconstruction: Tensor | None = None,
-) -> Results:
-    """Results of a method without a mask; the reconstruction is the autoencoder's by default."""
-    if reconstruction is None:
-        reconstruction = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
-    edited, reconstruction = edited.to(images), reconstruction.to(images)
-    return scored(images, edited, edited, reconstruction, torch.ones_like(images[:, :1]), pairs, settings)
+def unmasked(pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, edited: Tensor, settings: object) -> Results:
+    """Results of a method without a mask; the reconstruction is the autoencoder's."""
+    decoded = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
+    edited, everywhere = edited.to(images), torch.ones_like(images[:, :1])
+    return scored(images, edited, edited, decoded.to(images), everywhere, pairs, settings)
 
 
 def _seed_of(image: Tensor, seed: int) -> int:

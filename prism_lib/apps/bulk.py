@@ -196,7 +196,6 @@ class Chooser:
             best, tried = found.best, {"winner": found.winner, "candidates": json.dumps(rows)}
             status, scores = (REJECTED, {}) if found.winner is None else (SELECTED, found.scores[found.winner])
         used = (candidates[0] if best is None else best).settings
-        assert isinstance(used, EditConfig)
         unknown = choice.sweep if choice is not None and best is None else {}
         settings["edit"] = {name: value for name, value in _record(used).items() if name not in unknown}
         columns = {"settings": json.dumps(settings, sort_keys=True), "status": status}

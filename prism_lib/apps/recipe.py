@@ -138,8 +138,7 @@ class Outcome:
 
     @property
     def used(self) -> EditConfig:
-        assert isinstance(self.result.settings, EditConfig)
-        return self.result.settings
+        return self.result.settings  # of our own editor
 
     def code(self) -> str:
         """`Recipe.code`; what was uploaded is written where it finds it."""

@@ -46,7 +46,7 @@ class Counterfactual:
     mask: Tensor
     pair: PromptPair
     scores: Mapping[str, float]
-    settings: object
+    settings: Any
 
 
 def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib import paths
@@ -31,7 +30,7 @@ from prism_lib.files import check_images
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.pipeline import Pipe, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.published import locate
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
@@ -66,7 +65,7 @@ Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sente
 class Session:
     """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 
-    pipe: StableDiffusionPipeline
+    pipe: Pipe
     model: str = SHIPPED
     judge: Classifier | None = None
     vocab: Vocabulary = PHANTOM

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +20,7 @@ from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import Settings, resolved
 from prism_lib.language.edits import Pairs, PromptPair
-from prism_lib.models.pipeline import decode_latents
+from prism_lib.models.pipeline import Pipe, decode_latents
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
 
 
 def edit(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     inversion: Inversion,
     pairs: Pairs,
     settings: Settings = _RECOMMENDED,
@@ -77,7 +76,7 @@ def edit(
 
 @torch.no_grad()
 def sweep(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     inversion: Inversion,
     pairs: Pairs,
     settings: Sequence[Settings],
@@ -165,7 +164,7 @@ def scored(
 
 
 def _finish(
-    pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask], outcome: Outcome, areas: Areas
+    pipe: Pipe, inversion: Inversion, tasks: Sequence[EditTask], outcome: Outcome, areas: Areas
 ) -> list[Counterfactual]:
     """Decode every row once, then find masks and composite for all edits of equal settings together."""
     images, channels = inversion.images, inversion.images.shape[1]

@@ -22,7 +22,7 @@ from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
 
 if TYPE_CHECKING:  # plans check settings without loading a model
-    from diffusers import StableDiffusionPipeline
+    from prism_lib.models.pipeline import Pipe
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Recommendation:
         return EditConfig(**settings)
 
 
-def recommended(model: "StableDiffusionPipeline | str | Path", pair: PromptPair, **overrides: Any) -> EditConfig:
+def recommended(model: "Pipe | str | Path", pair: PromptPair, **overrides: Any) -> EditConfig:
     """What a model recommends for an edit; `overrides` (fields of `EditConfig`) replace its values.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
@@ -130,7 +130,7 @@ def recommended(model: "StableDiffusionPipeline | str | Path", pair: PromptPair,
     return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))
 
 
-def recommended_inversion(model: "StableDiffusionPipeline | str | Path", **overrides: Any) -> InversionConfig:
+def recommended_inversion(model: "Pipe | str | Path", **overrides: Any) -> InversionConfig:
     """What a model recommends for the inversion; `overrides` (fields of `InversionConfig`) replace its values."""
     return replace(_recommendation(_folder(model)).inversion, **overrides)
 
@@ -143,7 +143,7 @@ def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
     return made
 
 
-def resolved(pipe: "StableDiffusionPipeline", pair: PromptPair, settings: Settings) -> EditConfig:
+def resolved(pipe: "Pipe", pair: PromptPair, settings: Settings) -> EditConfig:
     """An `EditConfig` as it is; a mapping as overrides of what the model recommends."""
     return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, **settings)
 
@@ -157,7 +157,7 @@ def grid(settings: AnySettings, **values: Sequence[Any]) -> list[AnySettings]:
     return [cast(AnySettings, one) for one in made]
 
 
-def _folder(model: "StableDiffusionPipeline | str | Path") -> str:
+def _folder(model: "Pipe | str | Path") -> str:
     """Where a pipeline was loaded from; "" for one that was built in memory."""
     return str(model if isinstance(model, str | Path) else model.config.get("_name_or_path") or "")
 

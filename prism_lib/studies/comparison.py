@@ -7,12 +7,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, read_images
+from prism_lib.data.folder import Folder, load_info, read_images
 from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
@@ -20,6 +19,7 @@ from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Cases, Editor, Evaluation, Judge, Made, choose_cases
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import ClassifierConfig, named_network
+from prism_lib.models.pipeline import Pipe
 from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 
@@ -93,13 +93,7 @@ def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPro
 
 
 def measure(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: Cases,
-    editors: Mapping[str, Editor],
-    judge: Judge = None,
-    *,
-    share: bool = False,
+    pipe: Pipe, folder: Folder, cases: Cases, editors: Mapping[str, Editor], judge: Judge = None, *, share: bool = False
 ) -> dict[str, Measurement]:
     """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
 
@@ -160,12 +154,7 @@ def sheet(measured: Mapping[str, Measurement], edit: int = 0) -> tuple[Tensor, l
 
 
 def compare_methods(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    edits: Sequence[Edit],
-    config: ComparisonConfig,
-    output: Path,
-    judge: Judge = None,
+    pipe: Pipe, folder: Folder, edits: Sequence[Edit], config: ComparisonConfig, output: Path, judge: Judge = None
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
     """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
     validation, test = (
@@ -214,9 +203,7 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
     }
 
 
-def tune(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, candidates: Mapping[str, Sequence[Editor]]
-) -> dict[str, Tuned]:
+def tune(pipe: Pipe, folder: Folder, cases: Cases, candidates: Mapping[str, Sequence[Editor]]) -> dict[str, Tuned]:
     """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,8 +24,9 @@ from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig, Settings, resolved
 from prism_lib.evaluation.evaluate import Evaluation, Judge, interval, summarise_rows
 from prism_lib.files import atomic
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.models.classifier import Classifier
+from prism_lib.models.pipeline import Pipe
 from prism_lib.models.schedule import Schedule
 from prism_lib.studies.comparison import vary
 from prism_lib.studies.editors import PromptToPrompt
@@ -76,9 +76,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def attention_maps(
-    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
-) -> tuple[Tensor, Tensor]:
+def attention_maps(pipe: Pipe, inversion: Inversion, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
     Cross-attention to the edit's words, averaged over heads, coarse layers and the steps of `editing.edit`
@@ -95,7 +93,7 @@ def attention_maps(
     return source, target
 
 
-def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
+def schedule(config: EditConfig, pipe: Pipe, num_inference_steps: int) -> pd.DataFrame:
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
@@ -184,7 +182,7 @@ def _bands(values: pd.Series) -> pd.Series:
 
 
 def sweep_edits(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     folder: Folder,
     rows: pd.DataFrame,
     edits: Sequence[Edit],

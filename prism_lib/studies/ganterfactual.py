@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from monai.networks.nets import PatchDiscriminator, UNet
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -29,6 +28,7 @@ from prism_lib.files import stable_seed, write_text
 from prism_lib.language.edits import Edit, Pairs
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig
+from prism_lib.models.pipeline import Pipe
 from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 
 DIRECTIONS = ("remove", "add")
@@ -54,7 +54,7 @@ class Ganterfactual(Editor):
 
     folder: Path
 
-    def edit(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, images: Tensor, pairs: Pairs, change: Edit) -> Results:
         """Translate; the reconstruction is the way back. ValueError for an edit of other than one label."""
         changed = [*change.remove, *change.add]
         if len(changed) != 1:

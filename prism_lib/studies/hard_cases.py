@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, load_vocabulary, read_images
+from prism_lib.data.folder import Folder, load_info, load_vocabulary, read_images
 from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.models.pipeline import Pipe
 from prism_lib.studies.comparison import CRITERION
 from prism_lib.studies.editors import PromptToPrompt
 
@@ -22,13 +21,7 @@ Numbers = dict[str, dict[str, float]]
 
 
 def entanglement(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    change: Edit,
-    other: str,
-    count: int,
-    editor: PromptToPrompt,
-    seed: int = 0,
+    pipe: Pipe, folder: Folder, change: Edit, other: str, count: int, editor: PromptToPrompt, seed: int = 0
 ) -> Numbers:
     """How much of another finding an edit carries along, by the folder's confounding, the prompts' wording and mask."""
     cases = choose_cases(folder, change, count, having=other)
@@ -60,7 +53,7 @@ def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tens
     return ((edited - factual) * removal).sum((1, 2, 3)) / size
 
 
-def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
+def prism_pairs(folder: Folder, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
     """Prompts as PRISM's captions: what is absent is not mentioned."""
     info, vocab, pairs = load_info(folder), load_vocabulary(folder), []
     for row in cases.to_dict("records"):
@@ -70,9 +63,7 @@ def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[P
     return pairs
 
 
-def study(
-    pipe: StableDiffusionPipeline, folder: str | Path, change: Edit, count: int, editor: Editor, seed: int = 0
-) -> dict[str, Numbers]:
+def study(pipe: Pipe, folder: Folder, change: Edit, count: int, editor: Editor, seed: int = 0) -> dict[str, Numbers]:
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}."""
     cases = choose_cases(folder, change, count)
     truth = known_truth(folder, cases, change)

@@ -188,9 +188,9 @@ def load_pipeline(
     return compile_blocks(pipeline) if compile else pipeline
 
 
-def predict_noise(pipe: Pipe, latents: Tensor, timestep: int | Tensor, embeds: Tensor) -> Tensor:
-    """One U-Net evaluation per row in the U-Net's arithmetic; latents and the answer keep their own precision."""
-    dtype, arithmetic = pipe.unet.dtype, getattr(pipe.unet, _ARITHMETIC, None)
+def predict_noise(pipe: Pipe, latents: Tensor, timestep: int | Tensor, embeds: Tensor, exact: bool = False) -> Tensor:
+    """One U-Net evaluation per row, in its arithmetic or, if ``exact``, that of its weights; latents keep their own."""
+    dtype, arithmetic = pipe.unet.dtype, None if exact else getattr(pipe.unet, _ARITHMETIC, None)
     with torch.autocast(latents.device.type, arithmetic) if arithmetic else nullcontext():
         prediction = pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=embeds.to(dtype)).sample
     return prediction.to(latents)
@@ -207,17 +207,6 @@ def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
         yield
     finally:
         del unet.forward
-
-
-@contextmanager
-def full_precision(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, a U-Net of mixed precision computes in the precision of its weights."""
-    mixed = getattr(unet, _ARITHMETIC, None)
-    setattr(unet, _ARITHMETIC, None)
-    try:
-        yield
-    finally:
-        setattr(unet, _ARITHMETIC, mixed)
 
 
 def compile_blocks(pipeline: Pipe, backend: str = "inductor") -> Pipe:

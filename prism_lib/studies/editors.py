@@ -26,7 +26,6 @@ from prism_lib.models.pipeline import (
     decode_latents,
     encode_images,
     encode_prompts,
-    full_precision,
     mixed_calls,
     predict_noise,
     sample_images,
@@ -205,9 +204,8 @@ class Edict(Editor):
     @torch.no_grad()
     def edit(self, pipe: Pipe, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         clean = encode_images(pipe.vae, inverted)
-        with full_precision(pipe.unet):  # what is rounded on the way up is amplified on the way down
-            noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
-            edited, _ = self.walk(pipe, noised, [pair.target for pair in pairs], up=False)
+        noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
+        edited, _ = self.walk(pipe, noised, [pair.target for pair in pairs], up=False)
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, edited.to(clean), inverted.shape[1]), self)
 
     def walk(self, pipe: Pipe, pair: tuple[Tensor, Tensor], prompts: Sequence[str], up: bool) -> tuple[Tensor, Tensor]:
@@ -216,7 +214,8 @@ class Edict(Editor):
         embeds = encode_prompts(pipe, [*[""] * len(prompts), *prompts])
 
         def noise(latents: Tensor, level: int) -> Tensor:
-            prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
+            # What is rounded on the way up is amplified on the way down.
+            prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds, exact=True)
             unconditional, conditional = prediction.chunk(2)
             prediction = guided(unconditional, conditional, self.guidance_scale)
             return clean_and_noise(schedule, latents, prediction, level)[1]

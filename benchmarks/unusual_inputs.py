@@ -33,7 +33,7 @@ from torch.nn.functional import interpolate, pad
 
 from prism_lib import paths, records
 from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.data.uploads import UploadError, read_file
+from prism_lib.data.uploads import read_file
 from prism_lib.evaluation import novelty
 from prism_lib.files import write_text
 from prism_lib.phantom import patients
@@ -164,7 +164,7 @@ def files(folder: Path, size: int) -> Tensor:
     for path in sorted(path for path in folder.rglob("*.*") if path.is_file()):
         try:
             found.append(read_file(path, size))
-        except UploadError:
+        except ValueError:
             continue
     if not found:
         raise ValueError(f"{folder} holds no image that can be read at {size} pixels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
-from prism_lib.data.folder import content_hash, load_info, load_table
+from prism_lib.data.folder import load_info, load_table
 from prism_lib.files import file_hash
 
 CHEXPERT_HEADER = (
@@ -269,5 +270,7 @@ def table(root: Path, name: str, **columns: list[object]) -> Path:
 
 def verify(folder: Path) -> None:
     """The hash in dataset.json is that of the folder's table and image files."""
-    hashes = {name: file_hash(folder / name) for name in load_table(folder)["file_name"]}
-    assert content_hash(folder, hashes) == load_info(folder)["content_hash"]
+    content = hashlib.sha256((folder / "metadata.csv").read_bytes())
+    for name in load_table(folder)["file_name"]:
+        content.update(name.encode() + bytes.fromhex(file_hash(folder / name)))
+    assert content.hexdigest() == load_info(folder)["content_hash"]

@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,7 +36,7 @@ from prism_lib.files import Stopped, exclusive, file_hash, stop_asked, write_byt
 from prism_lib.language.edits import Edit
 from prism_lib.models.classifier import find_classifier
 from prism_lib.models.image_text import load_image_text_model, weight_files
-from prism_lib.models.pipeline import fingerprint, load_pipeline, too_long
+from prism_lib.models.pipeline import Pipe, fingerprint, load_pipeline, too_long
 from prism_lib.reporting.plots import levels, png
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ MADE, SELECTED, REJECTED = "made", "selected", "no candidate passed"  # status o
 _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 
 
-def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) -> int:
+def generate(config: BulkConfig, pipe: Pipe | None = None) -> int:
     """Make every counterfactual of the plan that `config.out` lacks; returns how many, by all processes (`cli.launch`).
 
     Everything is checked before the first image; `pipe` replaces `config.model`. SIGTERM and SIGUSR1 end it after the
@@ -108,7 +107,7 @@ def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
         raise OSError(f"output {out} has {free / 1e9:.2f} GB free; {len(tasks)} images may take {needed / 1e9:.2f} GB")
 
 
-def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeline) -> list[Task]:
+def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
     """The tasks with their outputs: the image's own path, the edit's key and a digest of all that decides the content.
 
     ValueError names the image whose prompt, or the row whose settings, the model does not take.
@@ -197,16 +196,13 @@ class Chooser:
             best, tried = found.best, {"winner": found.winner, "candidates": json.dumps(rows)}
             status, scores = (REJECTED, {}) if found.winner is None else (SELECTED, found.scores[found.winner])
         used = (candidates[0] if best is None else best).settings
-        assert isinstance(used, EditConfig)
         unknown = choice.sweep if choice is not None and best is None else {}
         settings["edit"] = {name: value for name, value in _record(used).items() if name not in unknown}
         columns = {"settings": json.dumps(settings, sort_keys=True), "status": status}
         return best, columns | {f"score_{name}": value for name, value in scores.items()} | tried
 
 
-def _work(
-    config: BulkConfig, pipe: StableDiffusionPipeline, chooser: Chooser, own: list[list[Task]], part: Path, show: bool
-) -> bool:
+def _work(config: BulkConfig, pipe: Pipe, chooser: Chooser, own: list[list[Task]], part: Path, show: bool) -> bool:
     """Edit batch after batch: each file, then its row in this process's part of the manifest; whether a signal came."""
     out, hidden = part.parents[1], None if show else True
     bar = tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=hidden)
@@ -239,9 +235,7 @@ def _images(config: BulkConfig, tasks: Sequence[Task]) -> Tensor:
     return read_images(config.data, pd.DataFrame({"file_name": [task.file_name for task in tasks]}))
 
 
-def _edit_batch(
-    pipe: StableDiffusionPipeline, config: BulkConfig, batch: Sequence[Task], rows: slice
-) -> list[list[Counterfactual]]:
+def _edit_batch(pipe: Pipe, config: BulkConfig, batch: Sequence[Task], rows: slice) -> list[list[Counterfactual]]:
     """Every candidate of some rows of a batch."""
     batch = batch[rows]
     settings, pairs, size = batch[0].settings, [task.pair for task in batch], len(batch)

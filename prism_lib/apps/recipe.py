@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -30,7 +29,7 @@ from prism_lib.editing.settings import EditConfig
 from prism_lib.files import image_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import Labels, label_state
-from prism_lib.models.pipeline import image_factor, load_pipeline
+from prism_lib.models.pipeline import Pipe, image_factor, load_pipeline
 from prism_lib.paths import SHIPPED
 from prism_lib.phantom import patients
 from prism_lib.reporting.plots import difference, levels, png
@@ -66,7 +65,7 @@ class Recipe:
 
     def run(
         self,
-        pipe: StableDiffusionPipeline | None = None,
+        pipe: Pipe | None = None,
         inversion: Inversion | None = None,
         mask: Tensor | None = None,
         callback: Callback | None = None,
@@ -79,7 +78,7 @@ class Recipe:
         pair = PromptPair(self.source, self.target, self.source_words, self.target_words)
         return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
 
-    def invert(self, pipe: StableDiffusionPipeline, image: Tensor, callback: Callback | None = None) -> Inversion:
+    def invert(self, pipe: Pipe, image: Tensor, callback: Callback | None = None) -> Inversion:
         return invert(pipe, image, [self.source], method=self.method, num_inference_steps=self.steps, callback=callback)
 
     def own_mask(self, images: Tensor) -> Tensor | str:
@@ -138,8 +137,7 @@ class Outcome:
 
     @property
     def used(self) -> EditConfig:
-        assert isinstance(self.result.settings, EditConfig)
-        return self.result.settings
+        return self.result.settings  # of our own editor
 
     def code(self) -> str:
         """`Recipe.code`; what was uploaded is written where it finds it."""
@@ -211,7 +209,7 @@ def exporter(result: Counterfactual, told: Mapping[str, Any], film: str = "", he
     return partial(secondary_capture, recipe=text, source=source, header=header)
 
 
-def image_size(pipe: StableDiffusionPipeline) -> int:
+def image_size(pipe: Pipe) -> int:
     """The side of the images that a model was made for, in pixels."""
     return int(pipe.unet.config.sample_size) * image_factor(pipe.vae)
 

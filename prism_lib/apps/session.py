@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from prism_lib import paths
@@ -31,7 +30,7 @@ from prism_lib.files import check_images
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.pipeline import Pipe, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.published import locate
 from prism_lib.models.schedule import Schedule
 from prism_lib.paths import SHIPPED
@@ -66,7 +65,7 @@ Done = Callable[[list[Outcome], str], None]  # the outcomes, or none and a sente
 class Session:
     """A model, the image at hand, and every counterfactual made so far; one edit runs at a time, in a thread."""
 
-    pipe: StableDiffusionPipeline
+    pipe: Pipe
     model: str = SHIPPED
     judge: Classifier | None = None
     vocab: Vocabulary = PHANTOM
@@ -216,7 +215,7 @@ class Session:
         said = [label for label in self.vocab.phrases if label in case.labels or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
-    def start(self, recipes: Sequence[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
+    def start(self, recipes: list[Recipe], edit: Edit, *, progress: Progress, preview: Preview, done: Done) -> None:
         """Run in the background. `done` gets the outcomes, or none and a sentence; all calls come from the thread."""
         if self.running:
             raise Fault("run", "An edit is running: wait for it or cancel it.")
@@ -242,12 +241,7 @@ class Session:
         self._stop.set()
 
     def run(
-        self,
-        recipes: Sequence[Recipe],
-        edit: Edit,
-        *,
-        progress: Progress = lambda _: None,
-        preview: Preview | None = None,
+        self, recipes: list[Recipe], edit: Edit, *, progress: Progress = lambda _: None, preview: Preview | None = None
     ) -> list[Outcome]:
         """Run recipes of the image at hand one by one and remember them; a quick look at the first comes before."""
         case = self.case

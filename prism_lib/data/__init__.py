@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "preparation": ["PrepareConfig", "prepare"],
         "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "true_counterfactual"],
         "tables": ["Columns"],
-        "uploads": ["UploadError", "read_file", "read_upload"],
+        "uploads": ["read_file", "read_upload"],
     },
 )

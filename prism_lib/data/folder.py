@@ -54,12 +54,6 @@ def truth_is_known(folder: Folder) -> bool:
     return bool(load_info(folder)["source"] == "phantom")
 
 
-def require_truth(folder: Folder) -> None:
-    """ValueError for a prepared folder of real images: their true counterfactuals are unknown."""
-    if not truth_is_known(folder):
-        raise ValueError(f"{folder} holds real images, whose true counterfactuals are unknown; this needs phantoms")
-
-
 def load_table(folder: Folder, split: str | None = None) -> pd.DataFrame:
     """The metadata of a prepared folder, all of it or one split; labels are 1, 0, -1 or NaN."""
     if split is not None and split not in SPLITS:
@@ -103,16 +97,11 @@ def image_batches(folder: Folder, table: pd.DataFrame) -> Iterator[Tensor]:
     return (read_images(folder, table.iloc[first : first + 64]) for first in range(0, len(table), 64))
 
 
-def content_hash(folder: Path, hashes: Mapping[str, str]) -> str:
-    """SHA-256 over metadata.csv and the images, given the SHA-256 of each file by name in the order of the table."""
-    content = hashlib.sha256((folder / "metadata.csv").read_bytes())
-    for name, digest in hashes.items():
-        content.update(name.encode() + bytes.fromhex(digest))
-    return content.hexdigest()
-
-
 def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, str], info: Mapping[str, Any]) -> None:
-    """Write the tables and dataset.json of a folder in the making, and remove images that `metadata` does not name."""
+    """Write the tables and dataset.json of a folder in the making, and remove images that `metadata` does not name.
+
+    `hashes` has the SHA-256 of each file by name, in the order of the table; with the table's it is the content's hash.
+    """
     kept = set(metadata["file_name"])
     for split in SPLITS:
         for path in (folder / split).iterdir():
@@ -122,7 +111,10 @@ def write_metadata(folder: Path, metadata: pd.DataFrame, hashes: Mapping[str, st
     for name, rows in metadata.groupby("split"):
         own = rows.assign(file_name=rows["file_name"].str.removeprefix(f"{name}/"))
         own.to_csv(folder / str(name) / "metadata.csv", index=False)
-    text = json.dumps({"format": FORMAT, **info, "content_hash": content_hash(folder, hashes)}, indent=2)
+    content = hashlib.sha256((folder / "metadata.csv").read_bytes())
+    for name, digest in hashes.items():
+        content.update(name.encode() + bytes.fromhex(digest))
+    text = json.dumps({"format": FORMAT, **info, "content_hash": content.hexdigest()}, indent=2)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
 
 

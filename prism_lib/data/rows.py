@@ -117,6 +117,13 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
     return Truth(*counterfactual(patients, config["size"], **edit.attributes), marker_mask(patients, config["size"]))
 
 
+def known_truth(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth:
+    """What `true_counterfactual` gives; ValueError where the truth is not known."""
+    if (truth := true_counterfactual(folder, table, edit)) is None:
+        raise ValueError(f"{folder} holds real images, whose true counterfactuals are unknown; this needs phantoms")
+    return truth
+
+
 def label_counts(folder: Folder, when: str = "after") -> pd.DataFrame:
     """How often labels in train, else in the first split, are present, absent, uncertain and not mentioned.
 

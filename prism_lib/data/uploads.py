@@ -18,12 +18,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 ACCEPT = ".png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm,.dicom"
 
 
-class UploadError(ValueError):
-    """A file that cannot be used; the message is a sentence for the person who chose it."""
-
-
 def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor:
-    """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 3 in mode "RGB". Raises UploadError."""
+    """The image of an uploaded file, (1, C, size, size) in [0, 1]; C is 3 in mode "RGB". ValueError says why not."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
@@ -31,11 +27,11 @@ def read_upload(name: str, content: bytes, size: int, mode: str = "L") -> Tensor
 
 
 def check_length(name: str, length: int) -> None:
-    """UploadError for a file that is empty or too long, in bytes."""
+    """ValueError for a file that is empty or too long, in bytes."""
     if length == 0:
-        raise UploadError(f"{name} is empty (0 bytes).")
+        raise ValueError(f"{name} is empty (0 bytes).")
     if length > MAX_BYTES:
-        raise UploadError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+        raise ValueError(f"{name} has {length / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read.")
 
 
 def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
@@ -49,8 +45,8 @@ def read_file(path: Path, size: int, mode: str = "L", name: str = "") -> Tensor:
                 raise ValueError("a deflated DICOM, which is not unpacked; save it without compression")
             levels = ImageFiles(size, mode=mode, formats=FORMATS, max_pixels=MAX_PIXELS).read(path).pixels
         except MemoryError:
-            raise UploadError(f"{name} needs more memory than there is.") from None
+            raise ValueError(f"{name} needs more memory than there is.") from None
         except Exception as error:  # decoders raise any exception when a file is damaged
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-            raise UploadError(f"{name} cannot be used: {reason}.") from None
+            raise ValueError(f"{name} cannot be used: {reason}.") from None
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255

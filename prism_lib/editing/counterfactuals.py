@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,8 +19,8 @@ from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_control
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import Settings, resolved
-from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import decode_latents
+from prism_lib.language.edits import Pairs, PromptPair
+from prism_lib.models.pipeline import Pipe, decode_latents
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Counterfactual:
     mask: Tensor
     pair: PromptPair
     scores: Mapping[str, float]
-    settings: object
+    settings: Any
 
 
 def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
@@ -55,9 +54,9 @@ def stack(results: Sequence[Counterfactual], name: str = "image") -> Tensor:
 
 
 def edit(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     settings: Settings = _RECOMMENDED,
     *,
     mask: Tensor | str = "auto",
@@ -77,9 +76,9 @@ def edit(
 
 @torch.no_grad()
 def sweep(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     inversion: Inversion,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     settings: Sequence[Settings],
     *,
     mask: Tensor | str = "auto",
@@ -146,13 +145,7 @@ def in_parts(count: int, size: int, work: Callable[[slice], list[Result]]) -> li
 
 
 def scored(
-    factual: Tensor,
-    image: Tensor,
-    raw: Tensor,
-    reconstruction: Tensor,
-    mask: Tensor,
-    pairs: Sequence[PromptPair],
-    settings: object,
+    factual: Tensor, image: Tensor, raw: Tensor, reconstruction: Tensor, mask: Tensor, pairs: Pairs, settings: object
 ) -> list[Counterfactual]:
     """Batches (N, ...) as N results of equal settings.
 
@@ -173,7 +166,7 @@ def scored(
 
 
 def _finish(
-    pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask], outcome: Outcome, areas: Areas
+    pipe: Pipe, inversion: Inversion, tasks: Sequence[EditTask], outcome: Outcome, areas: Areas
 ) -> list[Counterfactual]:
     """Decode every row once, then find masks and composite for all edits of equal settings together."""
     images, channels = inversion.images, inversion.images.shape[1]

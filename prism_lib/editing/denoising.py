@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from prism_lib.editing.inversion import Callback, Inversion, check_finite
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig
 from prism_lib.language.edits import PromptPair
-from prism_lib.models.pipeline import encode_prompts, predict_noise
+from prism_lib.models.pipeline import Pipe, encode_prompts, predict_noise
 
 CONFINE_START = 0.3  # share of the steps without confinement: before it, evidence is mostly noise
 
@@ -97,7 +96,7 @@ class Outcome:
 
 
 def denoise(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     inversion: Inversion,
     tasks: Sequence[EditTask],
     areas: Areas,
@@ -168,7 +167,7 @@ def denoise(
     return Outcome(source, target, noise_change / len(walk), word_maps, walk[-1])
 
 
-def edit_controller(pipe: StableDiffusionPipeline, tasks: Sequence[EditTask], inversion: Inversion) -> Controller:
+def edit_controller(pipe: Pipe, tasks: Sequence[EditTask], inversion: Inversion) -> Controller:
     """Token alignment, weights and windows of some edits; ValueError for a word that its prompt lacks."""
     tokenizer, length, device = pipe.tokenizer, pipe.tokenizer.model_max_length, pipe.device
     steps = inversion.schedule.num_steps
@@ -203,7 +202,7 @@ def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int
     return windows
 
 
-def _embed(pipe: StableDiffusionPipeline, inversion: Inversion, tasks: Sequence[EditTask]) -> tuple[Tensor, ...]:
+def _embed(pipe: Pipe, inversion: Inversion, tasks: Sequence[EditTask]) -> tuple[Tensor, ...]:
     """Text embeddings of the sources (N, L, D), and of negative and target prompts by task, each (K, L, D)."""
     away = inversion.how.negative
     from_source = [away == "source" or (away == "edit" and task.config.negative == "source") for task in tasks]

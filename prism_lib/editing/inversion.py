@@ -5,14 +5,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig, Method, Source, edit_steps, method_of
 from prism_lib.editing.settings import recommended_inversion
 from prism_lib.files import check_images
-from prism_lib.models.pipeline import encode_images, encode_prompts, image_factor, predict_noise
+from prism_lib.models.pipeline import Pipe, encode_images, encode_prompts, image_factor, predict_noise
 from prism_lib.models.schedule import Schedule
 
 Callback = Callable[[int, int, Tensor], None]
@@ -56,7 +55,7 @@ class Inversion:
 
 @torch.no_grad()
 def invert(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     images: Tensor,
     prompts: Sequence[str],
     method: str = RECOMMENDED,

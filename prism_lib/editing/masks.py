@@ -47,9 +47,6 @@ class MaskConfig:
     replaced: Positive = 0.12
 
 
-_USUAL = MaskConfig()
-
-
 def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
     """Where the edit acts, (N, 1, h, w), with maximum 1 per image; 0 everywhere if nothing changed.
 
@@ -69,7 +66,7 @@ def pixel_change(edited: Tensor, reference: Tensor, smooth: int = 1) -> Tensor:
     return _box((edited - reference).abs().mean(1, keepdim=True), smooth)
 
 
-def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig = _USUAL) -> Tensor:
+def automatic_mask(change: Tensor, coarse: Tensor, config: MaskConfig) -> Tensor:
     """The soft mask (N, 1, H, W) of a pixel change (N, 1, H, W), given coarse evidence (N, 1, h, w)."""
     where = F.interpolate(coarse, size=change.shape[2:], mode="bilinear", align_corners=False)
     noise = change.flatten(1).median(1).values[:, None, None, None]
@@ -196,12 +193,10 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
     return torch.from_numpy(found)[:, None].to(images.device)
 
 
-def composite(
-    images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, replaced: float = _USUAL.replaced
-) -> Tensor:
+def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, replaced: float) -> Tensor:
     """Put an edit into the input image; where the mask is 0 the result is the input, bit for bit.
 
-    The detail that the autoencoder loses (images - reconstruction) is kept where the edit changes little.
+    The detail that the autoencoder loses (images - reconstruction) is kept where the edit changes less than `replaced`.
     """
     change = edited - reconstruction
     # Where an edit removes a lead, the lost detail is the lead's own and would leave a ghost of it.

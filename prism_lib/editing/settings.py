@@ -22,7 +22,7 @@ from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
 
 if TYPE_CHECKING:  # plans check settings without loading a model
-    from diffusers import StableDiffusionPipeline
+    from prism_lib.models.pipeline import Pipe
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class EditConfig:
 
 Overrides = Mapping[str, Any]  # fields of `EditConfig` that replace what the model recommends
 Settings = EditConfig | Overrides
-Model = Union["StableDiffusionPipeline", str, Path]  # a pipeline or the folder of its weights
+Model = Union["Pipe", str, Path]  # a pipeline or the folder of its weights
 AnySettings = TypeVar("AnySettings", bound=EditConfig | Mapping[str, Any])
 
 
@@ -161,9 +161,7 @@ def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
     return made
 
 
-def resolved(
-    pipe: "StableDiffusionPipeline", pair: PromptPair, num_inference_steps: int, settings: Settings
-) -> EditConfig:
+def resolved(pipe: "Pipe", pair: PromptPair, num_inference_steps: int, settings: Settings) -> EditConfig:
     """An `EditConfig` as it is; a mapping as overrides of what the model recommends for so many steps."""
     return settings if isinstance(settings, EditConfig) else recommended(pipe, pair, num_inference_steps, **settings)
 

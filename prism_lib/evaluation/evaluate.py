@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,13 +17,15 @@ from prism_lib.data.folder import Folder, image_batches, load_info, load_table, 
 from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit, Pairs, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network, save_classifier, train_classifier
+from prism_lib.models.pipeline import Pipe
 from prism_lib.records import Timer
 
-Pairs = Sequence[PromptPair]
 Results = list[Counterfactual]
+Judge = Classifier | None  # it only reads; None where there is none
+Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 
 
 class Editor:
@@ -35,19 +36,19 @@ class Editor:
         """The settings that `invert` depends on; editors with equal ones may share what it gives."""
         return None
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Any:
+    def invert(self, pipe: Pipe, images: Tensor, pairs: Pairs) -> Any:
         """What follows from images (N, C, H, W) in [0, 1] and prompts before any edit; by default the images."""
         return images
 
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Any, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: Any, pairs: Pairs, change: Edit) -> Results:
         """A result per image, from what `invert` gave and the edit that the pairs stand for."""
         raise NotImplementedError
 
-    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
+    def effect(self, pipe: Pipe, pairs: Pairs) -> str:
         """A description of all that decides the results; editors with equal ones are measured once."""
         return repr(self)
 
-    def __call__(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def __call__(self, pipe: Pipe, images: Tensor, pairs: Pairs, change: Edit) -> Results:
         return self.edit(pipe, self.invert(pipe, images, pairs), pairs, change)
 
 
@@ -64,7 +65,7 @@ Job = tuple[Tensor, Pairs, Edit, Sequence[Editor]]  # images (N, C, H, W), a pai
 
 def load_judge(
     name: str, folder: Folder = "", *, network: str = "densenet-small", images: int = 20_000, **settings: Any
-) -> Classifier | None:
+) -> Judge:
     """What `Classifier.load` takes, checked on the folder; "" is None; "train" the folder's `own_classifier`.
 
     Settings are those of `Classifier.load`, or of a `ClassifierConfig` to train.
@@ -107,9 +108,7 @@ def gray_bytes(folder: Folder, table: pd.DataFrame) -> Tensor:
     return torch.cat([(part.mean(1, keepdim=True) * 255).round().byte() for part in image_batches(folder, table)])
 
 
-def judge_auc(
-    judge: Classifier | None, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0
-) -> pd.DataFrame:
+def judge_auc(judge: Judge, folder: Folder, split: str = "test", minimum: float = 0.0, seed: int = 0) -> pd.DataFrame:
     """A row per label: known `images`, `auc` (NaN without both classes), its interval, `judged`: >= ``minimum``."""
     rows: dict[str, dict[str, float]] = {}
     table = load_table(folder, split).reindex(columns=["patient_id", "file_name", *(judge.labels if judge else ())])
@@ -125,7 +124,7 @@ def judge_auc(
     return pd.DataFrame.from_dict(rows, orient="index", columns=["images", "auc", "auc_low", "auc_high", "judged"])
 
 
-def trusted(judge: Classifier | None, reading: pd.DataFrame) -> Classifier | None:
+def trusted(judge: Judge, reading: pd.DataFrame) -> Judge:
     """The judge of the labels that are `judged` in what `judge_auc` found; None where there is none."""
     labels = list(reading.index[reading["judged"].astype(bool)])
     return judge.only(labels) if judge and labels else None
@@ -154,7 +153,7 @@ class Evaluation:
         return self.factual[:count], self.edited[:count], None if self.truth is None else self.truth[:count]
 
 
-def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test", having: str = "") -> pd.DataFrame:
+def choose_cases(folder: Folder, edit: Edit, count: int, split: str = "test", having: str = "") -> pd.DataFrame:
     """The first ``count`` images of a split that the edit applies to (``having`` another label), one per patient."""
     rows = editable(load_table(folder, split), edit, load_vocabulary(folder))
     if having and (having not in rows or having in (*edit.remove, *edit.add)):
@@ -166,7 +165,7 @@ def choose_cases(folder: str | Path, edit: Edit, count: int, split: str = "test"
     return rows.head(count).reset_index(drop=True)
 
 
-def edit_jobs(pipe: StableDiffusionPipeline, jobs: Sequence[Job], size: int = 0) -> list[list[Made]]:
+def edit_jobs(pipe: Pipe, jobs: Sequence[Job], size: int = 0) -> list[list[Made]]:
     """What the editors of each job make of its images, on all cores; of a job, the first inverts for all.
 
     Jobs are cut into batches of ``size`` (by default `devices.batch_for`) that processes of one thread share, so
@@ -190,7 +189,7 @@ def edit_jobs(pipe: StableDiffusionPipeline, jobs: Sequence[Job], size: int = 0)
     return made
 
 
-def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
+def _edit_batch(pipe: Pipe, batch: Job) -> Sequence[Made]:
     """What each editor makes of a batch; the inversion counts for the first."""
     images, pairs, change, editors = batch
     made: list[Made] = []
@@ -206,15 +205,8 @@ def _edit_batch(pipe: StableDiffusionPipeline, batch: Job) -> Sequence[Made]:
     return made
 
 
-def evaluate_edits(
-    pipe: StableDiffusionPipeline,
-    folder: Folder,
-    cases: Mapping[Edit, pd.DataFrame],
-    editor: Editor,
-    *,
-    judge: Classifier | None = None,
-) -> list[Evaluation]:
-    """Edit and measure the images of every edit's ``cases`` (rows of a prepared table), on all cores."""
+def evaluate_edits(pipe: Pipe, folder: Folder, cases: Cases, editor: Editor, judge: Judge = None) -> list[Evaluation]:
+    """Edit and measure the images of all ``cases``, on all cores."""
     jobs = [
         (read_images(folder, rows), prompt_pairs(folder, rows, change), change, [editor])
         for change, rows in cases.items()
@@ -226,12 +218,7 @@ def evaluate_edits(
 
 
 def evaluate_results(
-    folder: Folder,
-    cases: pd.DataFrame,
-    change: Edit,
-    edited: Sequence[Counterfactual],
-    judge: Classifier | None = None,
-    seconds: float = 0.0,
+    folder: Folder, cases: pd.DataFrame, change: Edit, edited: Results, judge: Judge = None, seconds: float = 0.0
 ) -> Evaluation:
     """Measure what any method made of the images of ``cases``, one result a row and in their order."""
     if len(edited) != len(cases):
@@ -256,21 +243,21 @@ def reread(evaluation: Evaluation, judge: Classifier) -> Evaluation:
     return replace(evaluation, table=table.assign(**_by_judge(evaluation, judge)))
 
 
-def batch_difference(pipe: StableDiffusionPipeline, evaluation: Evaluation, editor: Editor) -> float:
+def batch_difference(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> float:
     """Largest difference of any pixel between up to four evaluated images and the same edited one by one."""
     e = evaluation
     (alone,) = edit_jobs(pipe, [(e.factual[:4], e.pairs[:4], e.edit, [editor])], size=1)[0]
     return float((stack(alone.results) - e.edited[:4]).abs().max())
 
 
-def composition(pipe: StableDiffusionPipeline, folder: Folder, cases: pd.DataFrame, editor: Editor) -> pd.DataFrame:
+def composition(pipe: Pipe, folder: Folder, cases: pd.DataFrame, editor: Editor) -> pd.DataFrame:
     """Edit nothing: per image `metrics.relative_l1` of the composite (`image`) and of the decoded latents (`raw`)."""
     (e,) = evaluate_edits(pipe, folder, {Edit(): cases}, editor)
     image, raw = (metrics.relative_l1(images, e.factual, e.reconstruction).tolist() for images in (e.edited, e.raw))
     return cases[["file_name", "patient_id"]].assign(image=image, raw=raw)
 
 
-def reversibility(pipe: StableDiffusionPipeline, evaluation: Evaluation, editor: Editor) -> pd.DataFrame:
+def reversibility(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> pd.DataFrame:
     """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
     e = evaluation
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in e.pairs]

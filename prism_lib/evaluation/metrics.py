@@ -98,11 +98,9 @@ def side_effect_rate(before: Tensor, after: Tensor) -> Tensor:
     return ((before >= 0.5) != (after >= 0.5)).float().mean(1)
 
 
-def directional_similarity(
-    image_before: Tensor, image_after: Tensor, text_before: Tensor, text_after: Tensor
-) -> Tensor:
-    """cos(I_after - I_before, T_after - T_before) of unit vectors, (N,) (Gal et al., 2022); 0 if one stands still."""
-    embeddings = (image_before, image_after, text_before, text_after)
+def directional_similarity(before: Tensor, after: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """cos(I_after - I_before, T_target - T_source) of unit vectors, (N,) (Gal et al., 2022); 0 if one stands still."""
+    embeddings = (before, after, source, target)
     if bad := (~torch.cat(embeddings, 1).isfinite()).any(1).nonzero().flatten().tolist():
         raise ValueError(f"embeddings of images {bad} are not finite")
     before, after, source, target = (embedding / embedding.norm(dim=-1, keepdim=True) for embedding in embeddings)
@@ -142,6 +140,7 @@ def auc(readings: Tensor) -> float:
 
 
 LEVEL, RESAMPLES = 0.95, 2000
+Statistic = Callable[[Tensor], float | Tensor]
 
 
 class Interval(NamedTuple):
@@ -157,11 +156,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_ci(
-    values: Tensor,
-    patients: Sequence[Hashable] | None = None,
-    statistic: Callable[[Tensor], float | Tensor] = torch.mean,
-    *,
-    seed: int = 0,
+    values: Tensor, patients: Sequence[Hashable] | None = None, statistic: Statistic = torch.mean, *, seed: int = 0
 ) -> Interval:
     """95 % percentile bootstrap over patients (Efron 1979) of a statistic of ``values`` (N,) or (N, K), N images.
 

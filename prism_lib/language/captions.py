@@ -78,18 +78,14 @@ def caption(labels: Labels, template: str = "explicit", vocab: Vocabulary = CHES
 
 
 def sample_caption(
-    labels: Labels,
-    rng: random.Random,
-    vocab: Vocabulary = CHEST,
-    explicit_share: float = 0.5,
-    details: Mapping[str, str] | None = None,
+    labels: Labels, rng: random.Random, vocab: Vocabulary, explicit_share: float, details: Mapping[str, str]
 ) -> str:
     """A training caption: the explicit one with probability `explicit_share`, else any other template.
 
     The others shuffle their clauses, leave out absences beyond `MOST_CLAUSES`, and may say a synonym, or for a present
     label its entry in `details`: {"Pleural Effusion": "left pleural effusion", "Support Devices": "pacemaker"}.
     """
-    said, details = statement(labels, vocab), details or {}
+    said = statement(labels, vocab)
     detailed = [replace(c, phrase=details.get(c.label, c.phrase)) if c.present else c for c in said.clauses]
     if rng.random() < explicit_share:
         return explicit(replace(said, clauses=tuple(detailed)) if details and rng.random() < DETAILED_SHARE else said)

@@ -41,6 +41,7 @@ class PromptPair:
         return _affirmed(self.source) - _affirmed(self.target)
 
 
+Pairs = Sequence[PromptPair]  # one for each image of a batch
 NO_EDIT = PromptPair("", "", (), ())
 
 
@@ -155,7 +156,9 @@ class Edit:
         edited = dict(labels) | {owners.get(name, name): None if name in owners else 0 for name in self.remove}
         edited |= dict.fromkeys((owners.get(name, name) for name in (*self.add, *self.keep)), 1)
         if NO_FINDING in labels and (self.remove or self.add):
-            edited[NO_FINDING] = _no_finding(edited, vocab)
+            states = [label_state(n, edited[n]) for n in vocab.phrases if n in edited and n not in vocab.foreign]
+            all_absent = 1 if states and None not in states else None  # None where one is not known
+            edited[NO_FINDING] = 0 if any(states) else all_absent
         return edited
 
     def prompts(self, labels: Labels, vocab: Vocabulary = CHEST) -> PromptPair:
@@ -176,14 +179,6 @@ class Edit:
         target = explicit(statement(after, vocab, (*changed, *self.keep)))
         words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
         return PromptPair(source, target, *words)
-
-
-def _no_finding(labels: Labels, vocab: Vocabulary) -> float | None:
-    """0 if a finding among `labels` is present, 1 if all are known to be absent, else None."""
-    states = [label_state(n, labels[n]) for n in vocab.phrases if n in labels and n not in vocab.foreign]
-    if any(states):
-        return 0
-    return 1 if states and None not in states else None
 
 
 def _differing_phrases(source: str, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -27,6 +27,7 @@ from prism_lib.files import check_images, model_hash
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
 
+Pipe = StableDiffusionPipeline  # what `load_pipeline` gives; SDXL's is of another class and is used in the same way
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
 _SIZES = 6  # numbers that SDXL's U-Net reads: height and width before cropping, the crop's corner, height and width
 
@@ -48,7 +49,7 @@ class PipelineConfig:
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
 
-def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> StableDiffusionPipeline:
+def build_pipeline(config: PipelineConfig, seed: int, captions: Iterable[str] = ()) -> Pipe:
     """An untrained pipeline, weights drawn from ``seed``, tokenizer trained on ``captions`` (or the chest corpus)."""
     tokenizer = train_tokenizer(list(captions) or corpus(), config.vocab_size)
     depth = len(config.vae_channels)
@@ -101,7 +102,7 @@ def assembled(
     tokenizer: CLIPTokenizer | None,
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
-) -> StableDiffusionPipeline:
+) -> Pipe:
     """A pipeline of these parts, without a safety checker; without text parts it is called with embeddings."""
     parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
     pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
@@ -151,7 +152,7 @@ def load_pipeline(
     compile: bool = False,
     device: str | torch.device | None = None,
     mixed_precision: str = "no",
-) -> StableDiffusionPipeline:
+) -> Pipe:
     """Load the shipped ``phantom-sd``, a diffusers folder (also below PRISM_RUNS), or a hub id; see `load_whole`.
 
     Args:
@@ -187,9 +188,9 @@ def load_pipeline(
     return compile_blocks(pipeline) if compile else pipeline
 
 
-def predict_noise(pipe: StableDiffusionPipeline, latents: Tensor, timestep: int | Tensor, embeds: Tensor) -> Tensor:
-    """One U-Net evaluation per row in the U-Net's arithmetic; latents and the answer keep their own precision."""
-    dtype, arithmetic = pipe.unet.dtype, getattr(pipe.unet, _ARITHMETIC, None)
+def predict_noise(pipe: Pipe, latents: Tensor, timestep: int | Tensor, embeds: Tensor, exact: bool = False) -> Tensor:
+    """One U-Net evaluation per row, in its arithmetic or, if ``exact``, that of its weights; latents keep their own."""
+    dtype, arithmetic = pipe.unet.dtype, None if exact else getattr(pipe.unet, _ARITHMETIC, None)
     with torch.autocast(latents.device.type, arithmetic) if arithmetic else nullcontext():
         prediction = pipe.unet(latents.to(dtype), timestep, encoder_hidden_states=embeds.to(dtype)).sample
     return prediction.to(latents)
@@ -208,18 +209,7 @@ def mixed_calls(unet: UNet2DConditionModel) -> Iterator[None]:
         del unet.forward
 
 
-@contextmanager
-def full_precision(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, a U-Net of mixed precision computes in the precision of its weights."""
-    mixed = getattr(unet, _ARITHMETIC, None)
-    setattr(unet, _ARITHMETIC, None)
-    try:
-        yield
-    finally:
-        setattr(unet, _ARITHMETIC, mixed)
-
-
-def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor") -> StableDiffusionPipeline:
+def compile_blocks(pipeline: Pipe, backend: str = "inductor") -> Pipe:
     """Compile residual blocks and feed-forwards of the U-Net; attention's processors change with every edit."""
     blocks = [part for part in pipeline.unet.modules() if isinstance(part, ResnetBlock2D | FeedForward)]
     # Blocks share their code, and torch.compile stops at 8 versions of one piece of code.
@@ -230,7 +220,7 @@ def compile_blocks(pipeline: StableDiffusionPipeline, backend: str = "inductor")
     return pipeline
 
 
-def fingerprint(pipeline: StableDiffusionPipeline) -> str:
+def fingerprint(pipeline: Pipe) -> str:
     """A hash of all weights and of the U-Net's mixed precision."""
     hashes = [model_hash(part) for part in (pipeline.unet, pipeline.vae, *text_encoders(pipeline))]
     return hashlib.sha256(repr((getattr(pipeline.unet, _ARITHMETIC, None), hashes)).encode()).hexdigest()[:16]
@@ -267,7 +257,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, channels: int = 1) -> Te
 
 @torch.no_grad()
 def sample_images(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     prompt_embeds: Tensor,
     negative_prompt_embeds: Tensor,
     *,
@@ -301,7 +291,7 @@ def too_long(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> dict[str, int]:
     return {text: length for text, length in lengths.items() if length > tokenizer.model_max_length}
 
 
-def text_encoders(pipeline: StableDiffusionPipeline) -> list[PreTrainedModel]:
+def text_encoders(pipeline: Pipe) -> list[PreTrainedModel]:
     """The text encoder of Stable Diffusion 1 and 2, or the two of SDXL."""
     second = getattr(pipeline, "text_encoder_2", None)
     return [pipeline.text_encoder] if second is None else [pipeline.text_encoder, second]
@@ -318,7 +308,7 @@ def _beside_tokens(unet: UNet2DConditionModel, args: tuple[Any, ...], given: dic
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+def encode_prompts(pipeline: Pipe, texts: Sequence[str]) -> Tensor:
     """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut.
 
     SDXL's have one more row: the pooled text, and the sizes of an uncropped image of the model's own size.
@@ -346,7 +336,7 @@ def encode_prompts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> T
     return embeddings[[row[text] for text in texts]]
 
 
-def told_apart(pipeline: StableDiffusionPipeline, phrase: str, other: str, subject: str) -> float:
+def told_apart(pipeline: Pipe, phrase: str, other: str, subject: str) -> float:
     """Distance of two phrases to the text encoder, in units of "with" to "without" the first; near 0 edits mix them."""
     texts = (f"{subject} with {phrase}", f"{subject} with {other}", f"{subject} without {phrase}")
     one, two, without = encode_prompts(pipeline, texts).mean(1)

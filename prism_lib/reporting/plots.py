@@ -14,7 +14,6 @@ import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
@@ -85,7 +84,8 @@ def counterfactual_sheet(
             for axis, images in zip(axes[row], columns.values(), strict=False):
                 _show(axis, images[row])
             last = axes[row, -1]
-            drawn = difference_map(last, edited[row], original[row])
+            look: dict[str, Any] = {"cmap": DIFFERENCE_COLORS, "vmin": -DIFFERENCE_LIMIT, "vmax": DIFFERENCE_LIMIT}
+            drawn = last.imshow(_change(edited[row], original[row]), **look)
             if notes:
                 last.text(1.06, 0.5, notes[row], transform=last.transAxes, va="center", linespacing=1.5, size="small")
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8 / axes.shape[1], anchor=(1, 0.5), aspect=15)
@@ -95,12 +95,8 @@ def counterfactual_sheet(
     return figure
 
 
-def difference_map(axis: Axes, edited: Tensor, original: Tensor) -> AxesImage:
-    """Draw edited minus original, (C, H, W) each, averaged over channels; red is brighter, blue is darker."""
-    return axis.imshow(_change(edited, original), cmap=DIFFERENCE_COLORS, vmin=-DIFFERENCE_LIMIT, vmax=DIFFERENCE_LIMIT)
-
-
 def _change(after: Tensor, before: Tensor) -> np.ndarray:
+    """After minus before, (C, H, W) each, averaged over channels: (H, W)."""
     return (after.float() - before.float()).mean(0).detach().cpu().numpy()
 
 

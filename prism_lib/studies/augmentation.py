@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs, true_counterfactual
+from prism_lib.data.folder import Folder, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.evaluation.evaluate import Editor
 from prism_lib.files import atomic
 from prism_lib.language.edits import Edit
-from prism_lib.models.pipeline import encode_prompts, sample_images
+from prism_lib.models.pipeline import Pipe, encode_prompts, sample_images
 
 CHUNK = 8  # images that a cached source makes at a time
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
@@ -28,17 +27,13 @@ CHUNK = 8  # images that a cached source makes at a time
 Source = Callable[[pd.DataFrame, Edit], Tensor]
 
 
-def counterfactuals(
-    pipe: StableDiffusionPipeline, folder: Folder, editor: Editor, rows: pd.DataFrame, change: Edit
-) -> Tensor:
+def counterfactuals(pipe: Pipe, folder: Folder, editor: Editor, rows: pd.DataFrame, change: Edit) -> Tensor:
     """An editor's counterfactuals of the rows' own images."""
     pairs, images = prompt_pairs(folder, rows, change), read_images(folder, rows)
     return stack(editor(pipe, images, pairs, change)).mean(1, keepdim=True)
 
 
-def synthetic(
-    pipe: StableDiffusionPipeline, folder: Folder, rows: pd.DataFrame, change: Edit, *, seed: int = 0, **how: Any
-) -> Tensor:
+def synthetic(pipe: Pipe, folder: Folder, rows: pd.DataFrame, change: Edit, *, seed: int = 0, **how: Any) -> Tensor:
     """Samples from the same target prompts, without the image; ``how`` are settings of `sample_images`."""
     embeds = encode_prompts(pipe, [*(pair.target for pair in prompt_pairs(folder, rows, change)), ""])
     # The noise follows from the image's name, so a sample does not depend on the rows beside it.
@@ -52,10 +47,7 @@ def synthetic(
 
 def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
     """The phantom's true counterfactuals: the upper bound that real images do not have."""
-    require_truth(folder)
-    known = true_counterfactual(folder, rows, change)
-    assert known is not None
-    return known.images
+    return known_truth(folder, rows, change).images
 
 
 class Files:

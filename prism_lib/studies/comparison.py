@@ -7,19 +7,19 @@ from typing import Any, Literal, NamedTuple, cast
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs
+from prism_lib.data.folder import Folder, load_info, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
 from prism_lib.editing.settings import EditConfig, grid
 from prism_lib.evaluation import evaluate
-from prism_lib.evaluation.evaluate import Editor, Evaluation, Made, choose_cases
+from prism_lib.evaluation.evaluate import Cases, Editor, Evaluation, Judge, Made, choose_cases
 from prism_lib.language.edits import Edit
-from prism_lib.models.classifier import Classifier, ClassifierConfig, named_network
+from prism_lib.models.classifier import ClassifierConfig, named_network
+from prism_lib.models.pipeline import Pipe
 from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
 from prism_lib.studies.ganterfactual import GanConfig, train_for
 
@@ -33,7 +33,6 @@ COLUMNS = (
     *("identity_l1", "reconstruction_l1", "mask_recall", "latent_outside_l1_ratio"),
 )
 
-Cases = Mapping[Edit, pd.DataFrame]  # rows of a prepared table that the edit suits
 Place = tuple[Edit, str]  # an edit and an editor's effect
 
 
@@ -73,13 +72,10 @@ class ComparisonConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"  # of GAN and guide; the editors use that of the pipeline
 
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+    def __post_init__(self) -> None:
         known = [*candidates(), GAN]
-        if unknown := [name for name in methods if name not in known]:
+        if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
-        return methods
 
 
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:
@@ -97,13 +93,7 @@ def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPro
 
 
 def measure(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    cases: Cases,
-    editors: Mapping[str, Editor],
-    judge: Classifier | None = None,
-    *,
-    share: bool = False,
+    pipe: Pipe, folder: Folder, cases: Cases, editors: Mapping[str, Editor], judge: Judge = None, *, share: bool = False
 ) -> dict[str, Measurement]:
     """Edit the images of ``cases`` with every editor, on all cores; editors of equal `effect` are measured once.
 
@@ -164,19 +154,15 @@ def sheet(measured: Mapping[str, Measurement], edit: int = 0) -> tuple[Tensor, l
 
 
 def compare_methods(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    edits: Sequence[Edit],
-    config: ComparisonConfig,
-    output: Path,
-    judge: Classifier | None = None,
+    pipe: Pipe, folder: Folder, edits: Sequence[Edit], config: ComparisonConfig, output: Path, judge: Judge = None
 ) -> tuple[dict[str, Tuned], dict[str, Measurement]]:
     """Train the GAN, kept below ``output``; tune every method on validation patients; measure all on test patients."""
-    require_truth(folder)
     validation, test = (
         {change: choose_cases(folder, change, count, split) for change in edits}
         for split, count in (("val", config.tuning_images), ("test", config.images))
     )
+    for change, rows in validation.items():
+        known_truth(folder, rows.head(1), change)  # ValueError before anything is trained
     tried: dict[str, Sequence[Editor]] = {
         name: editors[: config.budget] for name, editors in candidates(config.steps, config.imagic_steps).items()
     }
@@ -217,11 +203,8 @@ def candidates(steps: int = 25, imagic_steps: int = 200) -> dict[str, list[Edito
     }
 
 
-def tune(
-    pipe: StableDiffusionPipeline, folder: str | Path, cases: Cases, candidates: Mapping[str, Sequence[Editor]]
-) -> dict[str, Tuned]:
+def tune(pipe: Pipe, folder: Folder, cases: Cases, candidates: Mapping[str, Sequence[Editor]]) -> dict[str, Tuned]:
     """The best settings of each method, by `CRITERION` on ``cases`` of no test patient."""
-    require_truth(folder)
     for change, rows in cases.items():
         if tested := rows.loc[rows["split"] == "test", "patient_id"].tolist():
             raise ValueError(f"tuning must not see test patients; {change.key} has {tested[0]}")

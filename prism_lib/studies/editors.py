@@ -6,12 +6,7 @@ from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    LEditsPPPipelineStableDiffusion,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion, StableDiffusionImg2ImgPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -23,14 +18,14 @@ from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
 from prism_lib.editing.settings import EditConfig, resolved
-from prism_lib.evaluation.evaluate import Editor, Pairs, Results
+from prism_lib.evaluation.evaluate import Editor, Results
 from prism_lib.files import image_hash, stable_seed
-from prism_lib.language.edits import Edit
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.models.pipeline import (
+    Pipe,
     decode_latents,
     encode_images,
     encode_prompts,
-    full_precision,
     mixed_calls,
     predict_noise,
     sample_images,
@@ -69,14 +64,14 @@ class PromptToPrompt(Editor):
     def inverts(self) -> Hashable:
         return self.method, self.num_inference_steps, self.inversion
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> Inversion:
+    def invert(self, pipe: Pipe, images: Tensor, pairs: Pairs) -> Inversion:
         sources, config = [pair.source for pair in pairs], self.inversion
         return invert(pipe, images, sources, self.method, self.num_inference_steps, config=config)
 
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: Inversion, pairs: Pairs, change: Edit) -> Results:
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
-    def effect(self, pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
+    def effect(self, pipe: Pipe, pairs: Pairs) -> str:
         return repr(
             [replace(self, settings=resolved(pipe, pair, self.num_inference_steps, self.settings)) for pair in pairs]
         )
@@ -98,15 +93,13 @@ class TwoMasks(Editor):
     def inverts(self) -> Hashable:
         return self.num_inference_steps
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> tuple[Inversion, Tensor]:
+    def invert(self, pipe: Pipe, images: Tensor, pairs: Pairs) -> tuple[Inversion, Tensor]:
         """The inversion, and the masks (N, 1, H, W) that our editor finds on it."""
         sources = [pair.source for pair in pairs]
         inversion = invert(pipe, images, sources, "edit_friendly", self.num_inference_steps)
         return inversion, stack(edit(pipe, inversion, pairs), "mask")
 
-    def edit(
-        self, pipe: StableDiffusionPipeline, inverted: tuple[Inversion, Tensor], pairs: Pairs, change: Edit
-    ) -> Results:
+    def edit(self, pipe: Pipe, inverted: tuple[Inversion, Tensor], pairs: Pairs, change: Edit) -> Results:
         inversion, found = inverted
         # Soft, not cut off at a threshold: a rounding error must not move the mask's border.
         wide = nn.functional.max_pool2d(found, 2 * self.margin + 1, 1, self.margin)
@@ -133,7 +126,7 @@ class SDEdit(Editor):
     _has_steps = model_validator(mode="after")(_checked_steps)
 
     @torch.no_grad()
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         image_to_image = _sharing(pipe, StableDiffusionImg2ImgPipeline, scheduler)
         with mixed_calls(pipe.unet):
@@ -165,7 +158,7 @@ class LEdits(Editor):
     seed: int = 0
 
     @torch.no_grad()
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         how = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
         scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **how)
         ledits = _sharing(pipe, LEditsPPPipelineStableDiffusion, scheduler)
@@ -211,22 +204,20 @@ class Edict(Editor):
     _has_steps = model_validator(mode="after")(_checked_steps)
 
     @torch.no_grad()
-    def edit(self, pipe: StableDiffusionPipeline, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
         clean = encode_images(pipe.vae, inverted)
-        with full_precision(pipe.unet):  # what is rounded on the way up is amplified on the way down
-            noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
-            edited, _ = self.walk(pipe, noised, [pair.target for pair in pairs], up=False)
+        noised = self.walk(pipe, (clean, clean), [pair.source for pair in pairs], up=True)
+        edited, _ = self.walk(pipe, noised, [pair.target for pair in pairs], up=False)
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, edited.to(clean), inverted.shape[1]), self)
 
-    def walk(
-        self, pipe: StableDiffusionPipeline, pair: tuple[Tensor, Tensor], prompts: Sequence[str], up: bool
-    ) -> tuple[Tensor, Tensor]:
+    def walk(self, pipe: Pipe, pair: tuple[Tensor, Tensor], prompts: Sequence[str], up: bool) -> tuple[Tensor, Tensor]:
         """The two latents (N, c, h, w) from clean to noised or back; under the same prompts each undoes the other."""
         schedule, p = Schedule.from_config(pipe.scheduler.config, self.num_inference_steps), self.mixing
         embeds = encode_prompts(pipe, [*[""] * len(prompts), *prompts])
 
         def noise(latents: Tensor, level: int) -> Tensor:
-            prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds)
+            # What is rounded on the way up is amplified on the way down.
+            prediction = predict_noise(pipe, torch.cat([latents] * 2), schedule.timesteps[level], embeds, exact=True)
             unconditional, conditional = prediction.chunk(2)
             prediction = guided(unconditional, conditional, self.guidance_scale)
             return clean_and_noise(schedule, latents, prediction, level)[1]
@@ -275,7 +266,7 @@ class Imagic(Editor):
     def inverts(self) -> Hashable:
         return replace(self, eta=0.0, guidance_scale=0.0, num_inference_steps=1)
 
-    def invert(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs) -> list[Fit]:
+    def invert(self, pipe: Pipe, images: Tensor, pairs: Pairs) -> list[Fit]:
         fits = []
         for image, pair in zip(tqdm(images, desc="imagic", leave=False), pairs, strict=True):
             seed = _seed_of(image, self.seed)
@@ -292,7 +283,7 @@ class Imagic(Editor):
         return fits
 
     @torch.no_grad()
-    def edit(self, pipe: StableDiffusionPipeline, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, inverted: list[Fit], pairs: Pairs, change: Edit) -> Results:
         edited = []
         for (image, embedding, adapters), pair in zip(inverted, pairs, strict=True):
             seed = _seed_of(image, self.seed)
@@ -306,7 +297,7 @@ class Imagic(Editor):
         return unmasked(pipe, torch.stack([image for image, *_ in inverted]), pairs, torch.cat(edited), self)
 
     @contextmanager
-    def _adapted(self, pipe: StableDiffusionPipeline, seed: int) -> Iterator[None]:
+    def _adapted(self, pipe: Pipe, seed: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapters = LoraConfig(r=self.rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian")
@@ -317,9 +308,7 @@ class Imagic(Editor):
             pipe.unet.unload_lora()
 
 
-def _fit(
-    pipe: StableDiffusionPipeline, clean: Tensor, embedding: Tensor, adam: Adam, steps: int, noise: torch.Generator
-) -> None:
+def _fit(pipe: Pipe, clean: Tensor, embedding: Tensor, adam: Adam, steps: int, noise: torch.Generator) -> None:
     count = pipe.scheduler.config.num_train_timesteps
     for _ in range(steps):
         eps = torch.randn(clean.shape, generator=noise).to(clean)
@@ -332,19 +321,11 @@ def _fit(
         adam.step()
 
 
-def unmasked(
-    pipe: StableDiffusionPipeline,
-    images: Tensor,
-    pairs: Pairs,
-    edited: Tensor,
-    settings: object,
-    reconstruction: Tensor | None = None,
-) -> Results:
-    """Results of a method without a mask; the reconstruction is the autoencoder's by default."""
-    if reconstruction is None:
-        reconstruction = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
-    edited, reconstruction = edited.to(images), reconstruction.to(images)
-    return scored(images, edited, edited, reconstruction, torch.ones_like(images[:, :1]), pairs, settings)
+def unmasked(pipe: Pipe, images: Tensor, pairs: Pairs, edited: Tensor, settings: object) -> Results:
+    """Results of a method without a mask; the reconstruction is the autoencoder's."""
+    decoded = decode_latents(pipe.vae, encode_images(pipe.vae, images), images.shape[1])
+    edited, everywhere = edited.to(images), torch.ones_like(images[:, :1])
+    return scored(images, edited, edited, decoded.to(images), everywhere, pairs, settings)
 
 
 def _seed_of(image: Tensor, seed: int) -> int:
@@ -352,7 +333,7 @@ def _seed_of(image: Tensor, seed: int) -> int:
     return stable_seed(seed, image_hash(image))
 
 
-def _sharing(pipe: StableDiffusionPipeline, kind: Any, scheduler: object) -> Any:
+def _sharing(pipe: Pipe, kind: Any, scheduler: object) -> Any:
     """Another of diffusers' pipelines with the same networks and a scheduler of its own; ValueError for SDXL."""
     if len(text_encoders(pipe)) > 1:
         raise ValueError(f"{pipe.name_or_path} is SDXL; this editor runs Stable Diffusion 1 and 2 only")

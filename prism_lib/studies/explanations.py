@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,10 +22,11 @@ from prism_lib.editing.denoising import EditTask, denoise
 from prism_lib.editing.inversion import Inversion
 from prism_lib.editing.masks import Areas
 from prism_lib.editing.settings import EditConfig, Settings, resolved
-from prism_lib.evaluation.evaluate import Evaluation, interval, summarise_rows
+from prism_lib.evaluation.evaluate import Evaluation, Judge, interval, summarise_rows
 from prism_lib.files import atomic
-from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.models.classifier import Classifier
+from prism_lib.models.pipeline import Pipe
 from prism_lib.models.schedule import Schedule
 from prism_lib.studies.comparison import vary
 from prism_lib.studies.editors import PromptToPrompt
@@ -76,9 +76,7 @@ def mask_regions(mask: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def attention_maps(
-    pipe: StableDiffusionPipeline, inversion: Inversion, pairs: Sequence[PromptPair], settings: Settings
-) -> tuple[Tensor, Tensor]:
+def attention_maps(pipe: Pipe, inversion: Inversion, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Where the words of each edit looked, in source and in target: two times (N, 1, H, W), each map's maximum 1.
 
     Cross-attention to the edit's words, averaged over heads, coarse layers and the steps of `editing.edit`
@@ -96,7 +94,7 @@ def attention_maps(
     return source, target
 
 
-def schedule(config: EditConfig, pipe: StableDiffusionPipeline, num_inference_steps: int) -> pd.DataFrame:
+def schedule(config: EditConfig, pipe: Pipe, num_inference_steps: int) -> pd.DataFrame:
     """Whose attention the edited image uses, a row per step in the order they run (the noisiest first).
 
     Columns: `timestep`; `cross` (which word each place looks at) and `self` (which places belong together), each
@@ -127,18 +125,14 @@ def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
 
 
 def responses(
-    folder: Folder,
-    evaluation: Evaluation,
-    classifiers: Mapping[str, Classifier],
-    label: str,
-    groups: Sequence[str] = (),
+    folder: Folder, result: Evaluation, classifiers: Mapping[str, Classifier], label: str, groups: Sequence[str] = ()
 ) -> pd.DataFrame:
     """A row per classifier and image: logits of ``label`` `before` and `after` the edit, `change`, `flipped` (0 or 1).
 
     `true_change` and `true_flipped` are those of the true counterfactual, where it is known. ``groups`` are columns of
     the folder's table; numbers of more than six values are cut into thirds.
     """
-    e, tables = evaluation, []
+    e, tables = result, []
     about = e.table[["file_name", "patient_id"]].assign(edit=e.edit.key)
     own = load_table(folder).set_index("file_name")
     for column in groups:
@@ -189,7 +183,7 @@ def _bands(values: pd.Series) -> pd.Series:
 
 
 def sweep_edits(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipe,
     folder: Folder,
     rows: pd.DataFrame,
     edits: Sequence[Edit],
@@ -209,7 +203,7 @@ def sweep_edits(
 
 
 def smallest_flips(
-    rows: pd.DataFrame, swept: Sequence[Swept], classifier: Classifier, label: str, judge: Classifier | None = None
+    rows: pd.DataFrame, swept: Sequence[Swept], classifier: Classifier, label: str, judge: Judge = None
 ) -> pd.DataFrame:
     """The result of least mean absolute change that flips a classifier's answer for ``label``, for each image.
 

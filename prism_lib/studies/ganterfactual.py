@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from monai.networks.nets import PatchDiscriminator, UNet
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -23,12 +22,13 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
-from prism_lib.evaluation.evaluate import Editor, Pairs, Results, gray_bytes, own_classifier
+from prism_lib.editing.counterfactuals import scored
+from prism_lib.evaluation.evaluate import Editor, Results, gray_bytes, own_classifier
 from prism_lib.files import stable_seed, write_text
-from prism_lib.language.edits import Edit
+from prism_lib.language.edits import Edit, Pairs
 from prism_lib.language.labels import snake_case
 from prism_lib.models.classifier import Classifier, ClassifierConfig
-from prism_lib.studies.editors import unmasked
+from prism_lib.models.pipeline import Pipe
 from prism_lib.training.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 
 DIRECTIONS = ("remove", "add")
@@ -54,7 +54,7 @@ class Ganterfactual(Editor):
 
     folder: Path
 
-    def edit(self, pipe: StableDiffusionPipeline, images: Tensor, pairs: Pairs, change: Edit) -> Results:
+    def edit(self, pipe: Pipe, images: Tensor, pairs: Pairs, change: Edit) -> Results:
         """Translate; the reconstruction is the way back. ValueError for an edit of other than one label."""
         changed = [*change.remove, *change.add]
         if len(changed) != 1:
@@ -64,8 +64,8 @@ class Ganterfactual(Editor):
         with torch.no_grad():
             translated = _translate(networks[there], images.mean(1, keepdim=True))
             returned = _translate(networks[back], translated)
-        shape = images.shape
-        return unmasked(pipe, images, pairs, translated.expand(shape), self, returned.expand(shape))
+        edited, decoded = (part.expand(images.shape).to(images) for part in (translated, returned))
+        return scored(images, edited, edited, decoded, torch.ones_like(images[:, :1]), pairs, self)
 
 
 def train_gan(folder: Folder, label: str, classifier: Classifier, output: Path, config: GanConfig) -> Path:

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from prism_lib.data.folder import load_info, load_vocabulary, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs, true_counterfactual
+from prism_lib.data.folder import Folder, load_info, load_vocabulary, read_images
+from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.evaluation import evaluate
 from prism_lib.evaluation.evaluate import Editor, Evaluation, choose_cases, interval, summarise_rows
 from prism_lib.evaluation.metrics import masked_l1
 from prism_lib.language.captions import caption
 from prism_lib.language.edits import Edit, PromptPair
+from prism_lib.models.pipeline import Pipe
 from prism_lib.studies.comparison import CRITERION
 from prism_lib.studies.editors import PromptToPrompt
 
@@ -22,19 +21,11 @@ Numbers = dict[str, dict[str, float]]
 
 
 def entanglement(
-    pipe: StableDiffusionPipeline,
-    folder: str | Path,
-    change: Edit,
-    other: str,
-    count: int,
-    editor: PromptToPrompt,
-    seed: int = 0,
+    pipe: Pipe, folder: Folder, change: Edit, other: str, count: int, editor: PromptToPrompt, seed: int = 0
 ) -> Numbers:
     """How much of another finding an edit carries along, by the folder's confounding, the prompts' wording and mask."""
-    require_truth(folder)
     cases = choose_cases(folder, change, count, having=other)
-    removed, wanted = (true_counterfactual(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
-    assert removed is not None and wanted is not None
+    removed, wanted = (known_truth(folder, cases, edit) for edit in (Edit(remove=(other,)), change))
     images, confounding = read_images(folder, cases), load_info(folder)["config"]["confounding"]
     numbers = {}
     for wording, prompts in {"negated": prompt_pairs, "prism": prism_pairs}.items():
@@ -43,7 +34,7 @@ def entanglement(
         for mask in ("auto", "off"):
             results = replace(editor, mask=mask).edit(pipe, inverted, pairs, change)
             found = evaluate.evaluate_results(folder, cases, change, results)
-            share = carried_along(found.edited, images, removed[0], ~wanted[1])
+            share = carried_along(found.edited, images, removed.images, ~wanted.changed)
             columns = ["file_name", "patient_id", "carried_along", CRITERION]
             values = summarise_rows(found.table.assign(carried_along=share.tolist())[columns], seed)
             numbers[f"confounding {confounding:g}, {wording}, mask {mask}"] = {"confounding": confounding, **values}
@@ -62,7 +53,7 @@ def carried_along(edited: Tensor, factual: Tensor, without: Tensor, region: Tens
     return ((edited - factual) * removal).sum((1, 2, 3)) / size
 
 
-def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
+def prism_pairs(folder: Folder, cases: pd.DataFrame, change: Edit) -> list[PromptPair]:
     """Prompts as PRISM's captions: what is absent is not mentioned."""
     info, vocab, pairs = load_info(folder), load_vocabulary(folder), []
     for row in cases.to_dict("records"):
@@ -72,15 +63,11 @@ def prism_pairs(folder: str | Path, cases: pd.DataFrame, change: Edit) -> list[P
     return pairs
 
 
-def study(
-    pipe: StableDiffusionPipeline, folder: str | Path, change: Edit, count: int, editor: Editor, seed: int = 0
-) -> dict[str, Numbers]:
+def study(pipe: Pipe, folder: Folder, change: Edit, count: int, editor: Editor, seed: int = 0) -> dict[str, Numbers]:
     """Edit ``count`` test patients: {"hard_cases": `by_stratum`, "corner_text": `corner_text`}."""
-    require_truth(folder)
     cases = choose_cases(folder, change, count)
+    truth = known_truth(folder, cases, change)
     (evaluation,) = evaluate.evaluate_edits(pipe, folder, {change: cases}, editor)
-    truth = true_counterfactual(folder, cases, change)
-    assert truth is not None  # of a phantom it is always known
     labels = [label for label in load_info(folder)["labels"] if label != "No Finding"]
     return {
         "hard_cases": by_stratum(evaluation, strata(evaluation, cases, labels), seed),

@@ -16,7 +16,6 @@ from typing import Annotated, Any, NamedTuple
 
 import optuna
 import pandas as pd
-from diffusers import StableDiffusionPipeline
 from optuna.distributions import FloatDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -35,7 +34,7 @@ from prism_lib.files import exclusive, stable_seed
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import NO_FINDING
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import load_pipeline
+from prism_lib.models.pipeline import Pipe, load_pipeline
 from prism_lib.models.published import locate
 from prism_lib.studies.comparison import CRITERION, Cases, measure
 from prism_lib.studies.editors import PromptToPrompt
@@ -144,7 +143,7 @@ class _Search:
     """What the searches of a run share; `label` tells the journal's searches of other configurations apart."""
 
     config: TuningConfig
-    pipe: StableDiffusionPipeline
+    pipe: Pipe
     guide: Classifier | None
     storage: optuna.storages.BaseStorage
     label: str

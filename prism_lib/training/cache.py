@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.rows import training_pairs
 from prism_lib.files import model_hash
-from prism_lib.models.pipeline import encode_moments, encode_prompts, text_encoders, too_long
+from prism_lib.models.pipeline import Pipe, encode_moments, encode_prompts, text_encoders, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Cache:
 
 
 def build_cache(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipe,
     dataset: str | Path,
     split: str,
     folder: Path,

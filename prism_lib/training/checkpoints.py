@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from prism_lib.files import atomic, file_hash
 
@@ -20,12 +21,7 @@ State = Mapping[str, Tensor]
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    states: Mapping[str, State],
-    optimizer: torch.optim.Optimizer,
-    info: Mapping[str, Any],
-    keep: int = 2,
+    folder: Path, step: int, states: Mapping[str, State], optimizer: Optimizer, info: Mapping[str, Any], keep: int = 2
 ) -> Path:
     """Write ``folder/step-XXXXXXXX`` and drop all but the newest ``keep`` checkpoints.
 
@@ -49,7 +45,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: Optimizer) -> dict[str, Any]:
     """Copy the newest checkpoint below ``folder`` into ``states`` and optimizer; returns its info, {} without one.
 
     Raises ValueError naming the file when one is missing, was altered, or is of another model.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -25,6 +24,7 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.devices import default_device
 from prism_lib.language.captions import Clause, Statement, corpus, explicit
 from prism_lib.language.labels import Vocabulary
+from prism_lib.models.pipeline import Pipe
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ClipConfig:
     seed: int = 0
 
 
-def train_clip(pipeline: StableDiffusionPipeline, dataset: str | Path, config: ClipConfig) -> CLIPModel:
+def train_clip(pipeline: Pipe, dataset: str | Path, config: ClipConfig) -> CLIPModel:
     """Contrastive training on a prepared folder (Radford et al. 2021); the pipeline's text encoder takes the result.
 
     The target spreads over all pairs of a batch with equal captions. Contrast alone is slow to tell "with" from
@@ -136,7 +136,7 @@ def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     return sorted(set().union(*fresh.values()))
 
 
-def teach_details(pipeline: StableDiffusionPipeline, vocab: Vocabulary, steps: int = 300, rate: float = 1e-2) -> None:
+def teach_details(pipeline: Pipe, vocab: Vocabulary, steps: int = 300, rate: float = 1e-2) -> None:
     """Train the embeddings of `detail_tokens` in place: details come `APART`, centred on their label."""
     encoder = pipeline.text_encoder.requires_grad_(False).eval()
     rows = torch.tensor(detail_tokens(pipeline.tokenizer, vocab), device=encoder.device)

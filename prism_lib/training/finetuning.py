@@ -12,12 +12,11 @@ from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import InitProcessGroupKwargs, is_cuda_available, parse_flag_from_env, patch_environment
-from diffusers import StableDiffusionPipeline
 
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.devices import default_device
 from prism_lib.files import Stopped, exclusive, stop_asked, stop_children, stop_now
-from prism_lib.models.pipeline import load_pipeline
+from prism_lib.models.pipeline import Pipe, load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.loop import Run, bitsandbytes
 
@@ -30,7 +29,7 @@ SHARDING = {
 }
 
 
-def finetune(config: FinetuneConfig, pipeline: StableDiffusionPipeline | None = None) -> Path:
+def finetune(config: FinetuneConfig, pipeline: Pipe | None = None) -> Path:
     """Train, from the newest checkpoint on, and return the folder of the final pipeline (averaged weights).
 
     Adapters are merged into the pipeline's U-Net, and kept beside it in ``output/lora``. Raises ValueError when the run

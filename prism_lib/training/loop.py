@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -30,7 +29,7 @@ from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_i
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
-from prism_lib.models.pipeline import assembled, image_factor, sample_images, text_encoders
+from prism_lib.models.pipeline import Pipe, assembled, image_factor, sample_images, text_encoders
 from prism_lib.training.batches import Draw, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
 from prism_lib.training.checkpoints import (
@@ -50,7 +49,7 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention projections,
 class Run:
     """One run as its newest checkpoint left it: its steps, and what follows a step."""
 
-    def __init__(self, config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> None:
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator, pipeline: Pipe) -> None:
         """Cache, models and optimizer; ValueError if the checkpoint is of another number of processes."""
         self.config, self.accelerator, self.pipeline = config, accelerator, pipeline
         self.output = Path(config.output)
@@ -233,7 +232,7 @@ class Run:
                 shutil.copy(settings, partial)
 
 
-def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> list[Cache]:
+def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: Pipe) -> list[Cache]:
     """The encoded splits "train" and "val"; the frozen parts move to the device, the text encoder back again."""
     folder, dtype = Path(config.cache or Path(config.output) / "cache"), PRECISIONS[config.mixed_precision]
     captions, drawn = {}, (config.seed, config.captions_per_image, config.explicit_share)
@@ -253,7 +252,7 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDi
     return caches
 
 
-def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> Any:
+def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: Pipe) -> Any:
     """The U-Net in float32 on the device; with adapters, where `lora_rank` is not 0, that alone learn."""
     unet = pipeline.unet.float().train().requires_grad_(config.lora_rank == 0).to(accelerator.device)
     # On a GPU without compiled code a small U-Net was a fifth slower in this layout; on a CPU it is a tenth faster.

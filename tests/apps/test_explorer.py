@@ -23,7 +23,6 @@ from prism_lib.apps import panels, session
 from prism_lib.apps.explorer import Explorer
 from prism_lib.apps.recipe import SWEEPS, Recipe, load_image
 from prism_lib.apps.session import Fault, Session, sentence
-from prism_lib.data.uploads import UploadError
 from prism_lib.editing import settings
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, Recommendation
@@ -398,7 +397,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(study, tmp_path, m
     (tmp_path / "film.png").write_bytes(content)
     before = study.open_upload("before.png", png(LEVELS))
     monkeypatch.setattr(Path, "read_bytes", lambda _: content[:left])  # after its length was looked up
-    with pytest.raises(UploadError, match=rf"film\.png {said}"):
+    with pytest.raises(ValueError, match=rf"film\.png {said}"):
         study.open_file(tmp_path / "film.png")
     assert study.case is before
 

@@ -12,7 +12,7 @@ from prism_lib.editing import masks
 from prism_lib.editing.masks import MaskConfig
 from prism_lib.phantom.patients import marker_mask, render, sample_patients
 
-SIZE, CELLS = 128, 16
+SIZE, CELLS, USUAL = 128, 16, MaskConfig()
 
 
 def scene():
@@ -29,7 +29,7 @@ def scene():
 
 def test_a_thin_wire_is_found_whole_and_what_is_elsewhere_is_not():
     change, wire, evidence = scene()
-    mask = masks.automatic_mask(change, evidence)
+    mask = masks.automatic_mask(change, evidence, USUAL)
     assert mask[wire].min() > 0.9
     config = MaskConfig()
     reach = config.dilate + config.feather
@@ -50,7 +50,7 @@ def test_weak_pixels_count_only_where_strong_ones_touch_them():
 
 def test_no_change_gives_no_mask():
     nothing = torch.zeros(1, 1, SIZE, SIZE)
-    assert not masks.automatic_mask(nothing, torch.ones(1, 1, CELLS, CELLS)).any()
+    assert not masks.automatic_mask(nothing, torch.ones(1, 1, CELLS, CELLS), USUAL).any()
     assert not masks.evidence(torch.rand(1, 2, CELLS, CELLS), torch.zeros(1, 1, CELLS, CELLS), 0.5).any()
 
 
@@ -64,9 +64,9 @@ def test_rounding_differences_do_not_move_the_mask():
 
 def test_each_image_has_its_own_thresholds():
     change, _, evidence = scene()
-    both = masks.automatic_mask(torch.cat([change, 0.1 * change]), evidence.repeat(2, 1, 1, 1))
-    torch.testing.assert_close(both[:1], masks.automatic_mask(change, evidence))
-    torch.testing.assert_close(both[1:], masks.automatic_mask(0.1 * change, evidence))
+    both = masks.automatic_mask(torch.cat([change, 0.1 * change]), evidence.repeat(2, 1, 1, 1), USUAL)
+    torch.testing.assert_close(both[:1], masks.automatic_mask(change, evidence, USUAL))
+    torch.testing.assert_close(both[1:], masks.automatic_mask(0.1 * change, evidence, USUAL))
 
 
 @pytest.mark.parametrize(("dilate", "feather"), [(0, 0), (1, 0), (1, 1), (2, 1), (2, 3), (3, 2)])
@@ -125,10 +125,10 @@ def test_a_composite_is_the_input_where_the_mask_is_zero_and_the_edit_where_it_i
     mask[..., :4, :] = 1
     # Far from the reconstruction the edit replaces the input; without an edit the input stays.
     edited = (reconstruction + 0.5) % 1
-    result = masks.composite(images, edited, reconstruction, mask)
+    result = masks.composite(images, edited, reconstruction, mask, 0.12)
     assert torch.equal(result[..., 4:, :], images[..., 4:, :])
     torch.testing.assert_close(result[..., :4, :], edited[..., :4, :])
-    torch.testing.assert_close(masks.composite(images, reconstruction, reconstruction, mask), images)
+    torch.testing.assert_close(masks.composite(images, reconstruction, reconstruction, mask, 0.12), images)
 
 
 def test_letters_in_the_corners_are_found_and_devices_are_not():

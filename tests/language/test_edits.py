@@ -29,7 +29,7 @@ def possible(key: str) -> list[dict[str, float | None]]:
 
 def sampled_captions(explicit_share: float, labels: dict[str, float | None] = SICK) -> list[str]:
     rng = random.Random(0)
-    return [sample_caption(labels, rng, PHANTOM, explicit_share) for _ in range(200)]
+    return [sample_caption(labels, rng, PHANTOM, explicit_share, {}) for _ in range(200)]
 
 
 # --- captions
@@ -151,7 +151,7 @@ def test_some_explicit_captions_say_the_details_as_the_prompts_of_an_edit_do():
 
 def test_words_of_edit_prompts_occur_in_sampled_captions():
     rng = random.Random(0)
-    captions = [sample_caption(labels, rng, PHANTOM) for labels in EVERY_STATE]
+    captions = [sample_caption(labels, rng, PHANTOM, 0.5, {}) for labels in EVERY_STATE]
     pairs = [Edit.from_key(key).prompts(labels, PHANTOM) for key in PHANTOM_EDITS for labels in possible(key)]
     texts = [text for pair in pairs for text in (pair.source, pair.target)]
     assert unseen_words(texts, captions) == ()
@@ -330,7 +330,7 @@ def test_free_text_keys_do_not_collide():
 def test_free_captions_of_many_labels_stay_short_and_keep_what_is_present():
     labels = dict.fromkeys(CHEST.stated, 0) | {"Fracture": 1, "Lung Lesion": 1, "Edema": 1}
     for seed in range(60):
-        text = sample_caption(labels, random.Random(seed), CHEST, 0.0).lower()
+        text = sample_caption(labels, random.Random(seed), CHEST, 0.0, {}).lower()
         said = [phrase for phrase in CHEST.phrases.values() if phrase in text]
         assert len(said) <= 7
         # Only the template of absences leaves out what is present.

@@ -40,12 +40,11 @@ def test_sheet_shows_original_edit_truth_and_difference():
 def test_brighter_is_red_darker_is_blue_unchanged_is_white():
     image = torch.full((1, 2, 2), 0.5)
     edited = image + torch.tensor([[[0.5, -0.5], [0.0, 0.0]]])
-    _, axis = plt.subplots()
-    red, blue, white = plots.difference_map(axis, edited, image).to_rgba(torch.tensor([0.5, -0.5, 0.0]).numpy())
+    shown = plots.counterfactual_sheet(image[None], edited[None]).axes[2].images[0]
+    red, blue, white = shown.to_rgba(torch.tensor([0.5, -0.5, 0.0]).numpy())
     assert red[0] > 2 * red[2]
     assert blue[2] > 2 * blue[0]
     assert min(white[:3]) > 0.95
-    shown = axis.images[0]
     assert shown.get_clim() == (-0.5, 0.5)
     assert shown.get_array().tolist() == [[0.5, -0.5], [0.0, 0.0]]
 

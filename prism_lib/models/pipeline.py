@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from prism_lib.files import check_images, model_hash
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
 
-Pipe = StableDiffusionPipeline  # what `load_pipeline` gives; SDXL's is of another class and is used in the same way
+Pipe: TypeAlias = StableDiffusionPipeline  # what `load_pipeline` gives, or SDXL's, used in the same way
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
 _SIZES = 6  # numbers that SDXL's U-Net reads: height and width before cropping, the crop's corner, height and width
 

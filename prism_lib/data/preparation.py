@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
@@ -76,8 +76,8 @@ class PrepareConfig:
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
-    # For "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out.
-    screened: Path | None = None
+    # For "films", below PRISM_DATA: "file_name" and "Support Devices": 0 clean; 1 and films not named are left out.
+    screened: Annotated[Path, AfterValidator(lambda path: paths.data() / path)] | None = None
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:

@@ -110,12 +110,7 @@ def coerce(name: str, value: Any, default: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; of pydantic's many lines the field, its value and what is expected."""
-    if isinstance(error, ValueError) and hasattr(error, "errors"):
-        first = error.errors()[0]
-        said = first["msg"].removeprefix("Value error, ")
-        where = ".".join(map(str, first["loc"]))
-        return f"{where} is {first['input']!r}: {said[:1].lower()}{said[1:]}" if where else said
+    """What an error says, on one line."""
     return " ".join(str(error).split())
 
 

@@ -5,8 +5,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields, replace
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, Self
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from prism_lib import paths, records
 from prism_lib.apps.profiles import one_line
+from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom, secondary_capture
 from prism_lib.data.full_size import Content, put_back_file
 from prism_lib.data.uploads import read_file
@@ -42,7 +41,7 @@ SWEEPS: Mapping[str, tuple[float, ...]] = {
 }
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class Recipe:
     """One counterfactual: the prompts, the phrases that the edit is about, the model's name and how it is edited."""
 
@@ -115,7 +114,7 @@ class Recipe:
             raise ValueError(f"{path} is no recipe: {one_line(error)}") from None
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
     """An image (1, C, H, W) to edit, what is known of it, and a warning where it is unlike the training images."""
 
@@ -134,7 +133,7 @@ class Case:
         return self.readings[label] >= 0.5 if known is None and label in self.readings else known
 
 
-@plain_dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
 

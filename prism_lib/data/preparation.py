@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import AfterValidator, ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, Field
 from tqdm.auto import tqdm
 
 from prism_lib import paths
+from prism_lib.configs import Share, checked
 from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
@@ -32,10 +32,9 @@ DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscal
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class PrepareConfig:
     """What to prepare and how. The dataset "table" is any images with a table, "dicom" the same with DICOM files.
 

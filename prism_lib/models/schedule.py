@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from prism_lib.configs import checked
 
-@dataclass(frozen=True)
+
+@checked()
 class Schedule:
     """The U-Net's timestep (-1 at level 0, which it never sees) and the cumulative product abar of each level."""
 

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from pydantic import PositiveInt, field_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from prism_lib.configs import checked
 from prism_lib.data.folder import load_info, read_images, require_truth
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
@@ -56,7 +56,7 @@ class Tuned(NamedTuple):
     tried: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@checked()
 class ComparisonConfig:
     """What `compare_methods` compares, and how much work goes into it. The guide of the GAN is never the judge."""
 

@@ -14,11 +14,11 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
+from prism_lib.configs import checked
 from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
@@ -51,7 +51,7 @@ _ADAPTER = "imagic"
 Fit = tuple[Tensor, Tensor, dict[str, Tensor]]  # an image (C, H, W), its embedding (1, L, D), weights of its adapters
 
 
-@dataclass(frozen=True)
+@checked()
 class PromptToPrompt(Editor):
     """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
 
@@ -83,7 +83,7 @@ class PromptToPrompt(Editor):
         return repr([replace(self, settings=resolved(pipe, pair, self.settings)) for pair in pairs])
 
 
-@dataclass(frozen=True)
+@checked()
 class TwoMasks(Editor):
     """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
 
@@ -122,7 +122,7 @@ def _checked_steps(editor: Any) -> Any:
     return editor
 
 
-@dataclass(frozen=True)
+@checked()
 class SDEdit(Editor):
     """Noise the image to `strength` and denoise it under the target prompt (Meng et al., ICLR 2022)."""
 
@@ -150,7 +150,7 @@ class SDEdit(Editor):
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, latents, inverted.shape[1]), self)
 
 
-@dataclass(frozen=True)
+@checked()
 class LEdits(Editor):
     """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
 
@@ -195,7 +195,7 @@ class LEdits(Editor):
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, torch.cat(latents), inverted.shape[1]), self)
 
 
-@dataclass(frozen=True)
+@checked()
 class Edict(Editor):
     """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
 
@@ -253,7 +253,7 @@ class Edict(Editor):
         return pair
 
 
-@dataclass(frozen=True)
+@checked()
 class Imagic(Editor):
     """Imagic (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
 

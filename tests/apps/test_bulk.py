@@ -934,7 +934,7 @@ def test_a_foreign_manifest_is_not_overwritten(config, tmp_path):
         ({"method": "magic"}, "unknown inversion method"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0: input"),
         ({"edit": {"guidance_scale": -1}}, "guidance_scale is -1"),
-        ({"edit": {"mask": {"fether": 1}}}, "fether is 1: unexpected keyword"),
+        ({"edit": {"mask": {"fether": 1}}}, "unknown setting 'mask.fether'"),
     ],
 )
 def test_bad_settings_are_named(config, change, message):

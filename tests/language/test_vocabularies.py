@@ -95,12 +95,18 @@ def test_a_tables_own_names_are_a_vocabulary():
     [
         ("subject: [", r"own\.yaml is not YAML"),
         ("- subject", r"own\.yaml is no mapping"),
-        ("subject: knee", r"own\.yaml: phrases: Field required"),
-        ("phrases: {A: a}", r"own\.yaml: subject: Field required"),
-        ("subject: knee\nphrases: {A: a}\nsynonym: {A: [b]}", r"own\.yaml: synonym: Unexpected"),
-        ("subject: knee\nphrases: {A: }", r"own\.yaml: phrases: A: Input should be a valid string"),
-        ("subject: knee\nphrases: {A: '-'}", r"own\.yaml: phrases: A: String should match"),
-        ("subject: knee\nphrases: {A: a}\nsynonyms: {A: b}", r"own\.yaml: synonyms: A: Input should be a valid tuple"),
+        ("subject: knee", r"own\.yaml: phrases is missing$"),
+        ("phrases: {A: a}", r"own\.yaml: subject is missing$"),
+        (
+            "subject: knee\nphrases: {A: a}\nsynonym: {A: [b]}",
+            "unknown setting 'synonym'; did you mean 'synonyms'",
+        ),
+        ("subject: knee\nphrases: {A: }", r"own\.yaml: phrases\.A is None: input should be a valid string$"),
+        ("subject: knee\nphrases: {A: '-'}", r"own\.yaml: phrases\.A is '-': string should match"),
+        (
+            "subject: knee\nphrases: {A: a}\nsynonyms: {A: b}",
+            r"own\.yaml: synonyms\.A is 'b': input should be a valid tu",
+        ),
         (
             "subject: knee\nphrases: {A: a}\nstated: [B]",
             r"own\.yaml: stated names 'B', which is no label of phrases: A",

@@ -72,7 +72,7 @@ def test_variants_are_all_combinations_by_name():
 
 
 def test_an_unknown_setting_or_a_bad_value_is_named():
-    with pytest.raises(ValueError, match=r"gidance\n.*Unexpected keyword"):
+    with pytest.raises(ValueError, match="unknown setting 'gidance'"):
         vary(BASE, gidance=[1])
     with pytest.raises(ValueError, match=r"self_replace_steps\n.*input_value=2.0"):
         vary(BASE, self_replace_steps=[2.0])

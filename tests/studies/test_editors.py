@@ -130,8 +130,8 @@ def test_a_first_half_step_of_edict_is_ddim():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixing": 0.0}, r"mixing\n.*greater than 0"),
-        ({"strength": 1.5}, r"strength\n.*less than or equal to 1"),
+        ({"mixing": 0.0}, r"mixing is 0\.0: .*greater than 0"),
+        ({"strength": 1.5}, r"strength is 1\.5: .*less than or equal to 1"),
         ({"strength": 0.1, "num_inference_steps": 5}, "strength 0.1 of 5 steps leaves none"),
     ],
 )

@@ -465,7 +465,11 @@ def test_the_cluster_entry_point_reads_the_written_configuration(config, capsys)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"), ('{"dataset": "a"}', "output"), ("{", "Invalid JSON")],
+    [
+        ('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"),
+        ('{"dataset": "a"}', "output"),
+        ("{", "Expecting property name"),
+    ],
 )
 def test_a_configuration_that_is_none_is_named(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -13,7 +13,7 @@ import sys
 import nbformat
 import pytest
 
-from prism_lib import data, paths, training
+from prism_lib import data, evaluation, paths, training
 from prism_lib.apps.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
 from prism_lib.records import load_record
 
@@ -217,6 +217,18 @@ def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_
     chosen = {"MODEL": "scratch", "DATA": str(phantom_folder), "OPTIONS": options}
     with pytest.raises((TypeError, ValueError), match="|".join(map(str, (*options, *options.values())))):
         execute(nbformat.read(notebook, as_version=4), chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [({"SUBGROUPS": ["scanner"]}, "no column 'scanner'"), ({"PLANTED": {}, "CLASSIFIERS": {}}, "are both empty")],
+    ids=["subgroups", "classifiers"],
+)
+def test_what_07_cannot_study_is_found_before_a_classifier_is_trained(chosen, message, phantom_folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_judge", lambda *_, **__: pytest.fail("hours of work had begun"))
+    small = {"DATA": str(phantom_folder), "IMAGES_PER_EDIT": 1, "SMALLEST_IMAGES": 1, "SPLIT": "train"}
+    with pytest.raises((AssertionError, ValueError), match=message):
+        execute(nbformat.read(NOTEBOOKS[7], as_version=4), small | chosen)
 
 
 def execute(notebook, chosen):

@@ -59,7 +59,7 @@ def generate(config: BulkConfig, pipe: StableDiffusionPipeline | None = None) ->
     out = Path(config.out).expanduser().resolve()
     tasks = plan(config)
     if state.is_main_process:
-        _check_place(out, config, tasks)
+        check_place(config, tasks)
     if pipe is None:
         pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
     pipe.to(device)
@@ -93,8 +93,9 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
     return found
 
 
-def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
+def check_place(config: BulkConfig, tasks: Sequence[Task]) -> None:
     """The output can be written and has room for everything, and 16 bits suit the images, which are all alike."""
+    out = Path(config.out).expanduser().resolve()
     channels, height, width = _images(config, tasks[:1]).shape[1:]
     if channels != 1 and (config.bits == 16 or config.full_size):
         raise ValueError(f"16 bits and full_size are for gray images; those of {config.data} have {channels} channels")

@@ -183,14 +183,19 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from prism_lib.apps import bulk_plan  # it imports torch
+    from prism_lib.apps import bulk, bulk_plan  # they import torch
 
     try:
         config = bulk_plan.configured(bulk_plan.BulkConfig(options.data, options.edits, options.out), options.overrides)
-        planned = len(bulk_plan.plan(config))
+        tasks = bulk_plan.plan(config)
+        if options.check:
+            bulk.Chooser(tasks)
+            bulk.named(config, tasks, bulk.load_pipeline(config.model, device="cpu"))
+        else:
+            bulk.check_place(config, tasks)
     except ValueError as error:
         raise UsageError(one_line(error)) from None
-    print(f"{planned} counterfactuals into {options.out}", flush=True)
+    print(f"{len(tasks)} counterfactuals into {options.out}", flush=True)
     if options.check:
         return 0
     try:

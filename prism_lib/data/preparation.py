@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from prism_lib import paths
 from prism_lib.configs import Share, checked
 from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
-from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
+from prism_lib.data.folder import REPORT, SPLITS, Folder, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
-from prism_lib.data.rows import draw_captions
+from prism_lib.data.rows import draw_captions, sample_captions
 from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
@@ -115,7 +115,8 @@ def _own_mode(config: PrepareConfig) -> Mode:
 def settings(config: PrepareConfig) -> dict[str, Any]:
     """The values that decide the content, as JSON: all but the output folder and the number of processes."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    del values["output"], values["processes"]
+    for name in ("output", "processes", *(() if config.columns.caption else ("long_captions", "caption_model"))):
+        del values[name]
     if config.vocabulary not in (*VOCABULARIES, "labels"):  # a file, which may change or go
         values["vocabulary"] = json.loads(json.dumps(asdict(vocabulary(config.vocabulary))))
     root = None if config.dataset == "phantom" else config.data_root
@@ -204,6 +205,8 @@ def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
 def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFrame:
     """The source's table with split, file name and caption of every image."""
     labels = list(source.labels)
+    if config.caption_model != paths.SHIPPED:
+        _tokenizer(config.caption_model)  # it must be there
     if wordless := {*(config.extra_labels.labels.values() if config.extra_labels else ())} - {*vocab.phrases}:
         raise ValueError(f"vocabulary {vocab.name!r} has no words for the extra label {min(wordless)!r}")
     if config.columns.caption and REPORT not in source.table:
@@ -227,13 +230,32 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     return table.assign(text=[texts[0] for texts in captions])
 
 
-def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
-    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
+def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer  # seconds
 
-    places = [place / config.caption_model for place in (Path(), paths.runs(), paths.weights())]
-    folder = next((str(place) for place in places if (place / "tokenizer").is_dir()), config.caption_model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    places = [place / model for place in (Path(), paths.runs(), paths.weights())]
+    folder = next((place for place in places if (place / "tokenizer").is_dir()), model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError):
+        raise ValueError(
+            f"caption_model {model!r} has no tokenizer: it is neither a model's folder nor a hub id"
+        ) from None
+
+
+def long_captions(folder: Folder, model: str) -> pd.DataFrame:
+    """`text` and `tokens` of images with a caption, its own or in the wording of edits, too long for a model."""
+    table, tokenizer = load_table(folder), _tokenizer(model)
+    explicit = [texts[0] for texts in sample_captions(folder, table, 0, 1, 1.0)]
+    both = pd.concat([table, table.assign(text=explicit)])[["file_name", "text"]]
+    both["tokens"] = [len(ids) for ids in tokenizer(both["text"].tolist(), verbose=False).input_ids]
+    long = both[both["tokens"] > tokenizer.model_max_length].sort_values("tokens", ascending=False)
+    return long.drop_duplicates("file_name").reset_index(drop=True)
+
+
+def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
+    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
+    tokenizer = _tokenizer(config.caption_model)
     most, cut = tokenizer.model_max_length, config.long_captions == "sentences"
 
     def shortened(text: str) -> str:
@@ -244,7 +266,9 @@ def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
     if (long := texts == "").any():
         said = "in the first sentence alone " if cut else ""
         files = ", ".join(table["source_file"][long].head())
-        raise ValueError(f"{long.sum()} captions have {said}more than the {most} tokens of {folder}: {files}")
+        raise ValueError(
+            f"{long.sum()} captions have {said}more than the {most} tokens of {config.caption_model}: {files}"
+        )
     return texts
 
 
@@ -320,8 +344,8 @@ def _already_prepared(config: PrepareConfig) -> bool:
     # Folders lack the settings that are newer than they are.
     there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]
     there["columns"] = asdict(Columns()) | there["columns"]
-    if differing := [name for name in asked if there[name] != asked[name]]:
-        changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)
+    if differing := [name for name in asked if there.get(name) != asked[name]]:
+        changes = ", ".join(f"{name} is {there.get(name)!r} and not {asked[name]!r}" for name in differing)
         raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")
     if gone := [name for name in load_table(output)["file_name"] if not (output / name).is_file()]:
         raise FileNotFoundError(f"prepared data set {output} is incomplete: {gone[0]} is missing. Delete it")

@@ -43,6 +43,11 @@ class Vocabulary:
             known = {*self.phrases, *(self.owners if key == "aliases" else ())}
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
+        owner: dict[str, str] = {}
+        for label, phrase in self.phrases.items():
+            for word in (phrase, *self.synonyms.get(label, ()), *self.details.get(label, ())):
+                if (other := owner.setdefault(word.lower(), label)) != label:
+                    raise ValueError(f"{word!r} stands for two labels, {other!r} and {label!r}")
         names = (*self.labels, *self.owners)
         keys = [snake_case(name) for name in names]
         if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:

@@ -963,6 +963,8 @@ def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
     ("more", "message"),
     [
         (["-p", "gidance", "3"], "unknown setting 'gidance'"),
+        (["-p", "model", "./nope", "--check"], "nope is no diffusers pipeline"),
+        (["-p", "similarity", "./nope", "-p", "sweep", "{guidance_scale: [1, 2]}", "--check"], "nope"),
         (["-p", "bits", "9"], "bits is 9: input should be 8 or 16"),
         (["-p", "split", "holdout"], "unknown split 'holdout'"),
     ],
@@ -972,6 +974,13 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(config, tmp_path, capsys
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_told_before_processes_start(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("processes had started"))
+    (tmp_path / "out").write_text("thesis")
+    assert command(config, "--processes", "2") == 2
+    assert "out cannot be written: " in capsys.readouterr().err
 
 
 def test_settings_are_text_in_the_type_of_their_default(config):

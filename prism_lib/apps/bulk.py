@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan, region
-from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import exporter, put_back
 from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device, threads
@@ -132,7 +131,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: StableDiffusionPipeli
         try:
             used = [_record(recommended(pipe, pair, **candidate)) for candidate in settings.candidates]
         except ValueError as error:
-            raise ValueError(f"{config.edits}, row {task.row}: {one_line(error)}") from None
+            raise ValueError(f"{config.edits}, row {task.row}: {error}") from None
         content = common | {
             "image": task.file_name,
             "prompts": [pair.source, pair.target, pair.source_words, pair.target_words],

@@ -16,7 +16,7 @@ from pydantic import Field
 from pydicom.datadict import tag_for_keyword
 
 from prism_lib import paths
-from prism_lib.apps.profiles import coerce, one_line
+from prism_lib.apps.profiles import coerce
 from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
@@ -167,7 +167,7 @@ def plan(config: BulkConfig) -> list[Task]:
             for task in _tasks(number, row, config, images, info, vocab):
                 tasks.setdefault((task.file_name, task.pair, task.settings.text, *task.areas.items()), task)
         except ValueError as error:
-            raise ValueError(f"{config.edits}, row {number}: {one_line(error)}") from None
+            raise ValueError(f"{config.edits}, row {number}: {error}") from None
     idle = [name for name in _CHOICE if getattr(config, name)]
     if idle and not any(task.settings.choice for task in tasks.values()):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")

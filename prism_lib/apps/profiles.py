@@ -109,11 +109,6 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split())
-
-
 def plan(
     profile: Profile,
     overrides: Sequence[tuple[str, str]] = (),

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from prism_lib import paths, records
-from prism_lib.apps.profiles import one_line
 from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom, secondary_capture
 from prism_lib.data.full_size import Content, put_back_file
@@ -111,7 +110,7 @@ class Recipe:
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["recipe"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no recipe: {one_line(error)}") from None
+            raise ValueError(f"{path} is no recipe: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def put_back(film: Path, target: Path, result: Counterfactual, content: Content 
     try:
         put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
     except (ValueError, KeyError) as error:
-        return f"not written: {one_line(error)}"
+        return f"not written: {error}"
     return str(target)
 
 

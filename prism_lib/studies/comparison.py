@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 from torch import Tensor
 
 from prism_lib.configs import checked
@@ -73,13 +73,10 @@ class ComparisonConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"  # of GAN and guide; the editors use that of the pipeline
 
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+    def __post_init__(self) -> None:
         known = [*candidates(), GAN]
-        if unknown := [name for name in methods if name not in known]:
+        if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(known)}")
-        return methods
 
 
 def vary(base: PromptToPrompt, **values: Sequence[Any]) -> dict[str, PromptToPrompt]:

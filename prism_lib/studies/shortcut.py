@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, cast
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -55,8 +55,7 @@ class ShortcutConfig:
     draw_seed: int = 0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ShortcutConfig":
+    def __post_init__(self) -> None:
         if self.target == self.shortcut:
             raise ValueError(f"target and shortcut are both {self.target!r}")
         for label in (self.target, self.shortcut):
@@ -66,7 +65,6 @@ class ShortcutConfig:
             raise ValueError(f"seeds must differ, got {self.seeds}")
         if not self.classifier.steps:
             raise ValueError("the classifier needs a number of optimizer steps, the same for every training set")
-        return self
 
 
 class TrainingSet(NamedTuple):

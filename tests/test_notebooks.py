@@ -16,6 +16,7 @@ import pytest
 from prism_lib import data, evaluation, paths, training
 from prism_lib.apps.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
 from prism_lib.records import load_record
+from tests import formats
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 MAX_LINES = 25
@@ -207,6 +208,24 @@ def test_options_of_01_in_the_profiles_are_settings_that_exist(name):
     section = load_profile(name).sections["01_data"]
     config = data.PrepareConfig(section.get("DATASET", "phantom"), "out", "in", **section.get("OPTIONS", {}))
     assert config.screened in (None, paths.data() / "nih_devices.csv")
+
+
+def test_01_counts_captions_that_02_would_refuse(tmp_path, monkeypatch, capsys):
+    """Of a table with very many labels, of which all that are present are named."""
+    monkeypatch.setenv("PRISM_DATA", str(tmp_path))
+    named = {f"A finding of the left lower lobe, number {n}": [n % 2] * 10 for n in range(30)}
+    for number in range(10):
+        formats.save(formats.noise(number), tmp_path / "own" / f"{number}.png")
+    formats.table(
+        tmp_path / "own", "metadata.csv", file_name=[f"{n}.png" for n in range(10)], patient_id=range(10), **named
+    )
+    chosen = {"DATASET": "table", "DATA_ROOT": "own", "MODE": "L", "SIZE": 32, "VOCABULARY": "labels", "OUTPUT": "out"}
+    chosen |= {"EDITS": ["remove_a_finding_of_the_left_lower_lobe_number_1"], "FIGURES_DIR": str(tmp_path / "figures")}
+    execute(nbformat.read(NOTEBOOKS[1], as_version=4), chosen)
+    (count,) = re.findall(
+        r"^(\d+) captions and prompts have more tokens than phantom-sd reads$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert int(count) >= 2
 
 
 @pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)

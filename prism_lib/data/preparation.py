@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from prism_lib import paths
 from prism_lib.configs import Share, checked
 from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
-from prism_lib.data.folder import REPORT, SPLITS, Folder, building, load_info, load_table, write_metadata
+from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
-from prism_lib.data.rows import draw_captions, sample_captions
+from prism_lib.data.rows import draw_captions
 from prism_lib.data.tables import Columns, ExtraLabels, Source, split_patients, table_source, with_labels
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
@@ -206,7 +206,7 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     """The source's table with split, file name and caption of every image."""
     labels = list(source.labels)
     if config.caption_model != paths.SHIPPED:
-        _tokenizer(config.caption_model)  # it must be there
+        caption_tokenizer(config.caption_model)  # it must be there
     if wordless := {*(config.extra_labels.labels.values() if config.extra_labels else ())} - {*vocab.phrases}:
         raise ValueError(f"vocabulary {vocab.name!r} has no words for the extra label {min(wordless)!r}")
     if config.columns.caption and REPORT not in source.table:
@@ -230,7 +230,8 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     return table.assign(text=[texts[0] for texts in captions])
 
 
-def _tokenizer(model: str) -> Any:
+def caption_tokenizer(model: str) -> Any:
+    """The tokenizer of a model's folder, also below PRISM_RUNS or PRISM_WEIGHTS, or of a hub id; ValueError if none."""
     from transformers import AutoTokenizer  # seconds
 
     places = [place / model for place in (Path(), paths.runs(), paths.weights())]
@@ -243,19 +244,9 @@ def _tokenizer(model: str) -> Any:
         ) from None
 
 
-def long_captions(folder: Folder, model: str) -> pd.DataFrame:
-    """`text` and `tokens` of images with a caption, its own or in the wording of edits, too long for a model."""
-    table, tokenizer = load_table(folder), _tokenizer(model)
-    explicit = [texts[0] for texts in sample_captions(folder, table, 0, 1, 1.0)]
-    both = pd.concat([table, table.assign(text=explicit)])[["file_name", "text"]]
-    both["tokens"] = [len(ids) for ids in tokenizer(both["text"].tolist(), verbose=False).input_ids]
-    long = both[both["tokens"] > tokenizer.model_max_length].sort_values("tokens", ascending=False)
-    return long.drop_duplicates("file_name").reset_index(drop=True)
-
-
 def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
     """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
-    tokenizer = _tokenizer(config.caption_model)
+    tokenizer = caption_tokenizer(config.caption_model)
     most, cut = tokenizer.model_max_length, config.long_captions == "sentences"
 
     def shortened(text: str) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
-from prism_lib.data.preparation import PrepareConfig, long_captions, prepare
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import editable, prompt_pairs, sample_captions
 from prism_lib.data.tables import Columns
 from prism_lib.language.captions import caption
@@ -303,17 +303,6 @@ def test_long_captions_are_refused_or_keep_their_first_sentences(tmp_path):
     tokenizer = load_pipeline().tokenizer
     assert len(tokenizer(text).input_ids) <= 77 < len(tokenizer(f"{text} {LONG[23:74]}").input_ids)
     assert load_info(folder)["captions_shortened"] == 1
-
-
-def test_captions_that_a_model_cannot_read_are_told_in_01(tmp_path):
-    root = tmp_path / "own"
-    named = {f"A finding of the left lower lobe, number {n}": [n % 2 for _ in range(COUNT)] for n in range(30)}
-    folder = prepare(config_for(images(root, **named), vocabulary="labels"))
-    found = long_captions(folder, "phantom-sd")
-    assert len(found) == COUNT and found["tokens"].min() > 77
-    assert set(found["text"].str.count("left lower lobe")) == {18}  # 15 are present, and 3 of the 15 absences are said
-    few = prepare(config_for(images(tmp_path / "few" / "own")))
-    assert long_captions(few, "phantom-sd").empty
 
 
 def test_a_model_of_captions_that_is_not_there_is_told_before_any_work(tmp_path):

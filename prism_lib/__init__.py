@@ -13,8 +13,6 @@ import sys
 # variable when torch is loaded, so it is set too late where that has happened; `prism doctor` reports it.
 SET_TOO_LATE = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# An error of a configuration names field and value; a link to pydantic's manual beside it helps nobody here.
-os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 # Images are prepared here, so the lack of torchvision is no news; transformers warns about it in every notebook.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())

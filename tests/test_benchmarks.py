@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, identifiability, real_devices
+from benchmarks import bulk, editing, full_size, identifiability, own_judge, real_devices
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
@@ -170,3 +170,20 @@ def test_shares_of_real_devices_are_of_all_films_and_of_those_that_were_read():
     assert found["flip_rate"] == pytest.approx(2 / 3)
     assert found["flip_rate_low"] <= found["flip_rate"] <= found["flip_rate_high"]
     assert "flip_rate" not in real_devices.summarise(read.assign(p_before=0.1), seed=0)
+
+
+def test_a_judge_of_own_data_is_trained_from_nothing_and_gated(phantom_folder, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
+    monkeypatch.setattr(records, "record", lambda name, **content: written.append((name, content)))
+    small = [str(phantom_folder), "--network", "densenet-tiny", "--size", "32", "--steps", "1"]
+    for minimum in ("0", "1.1"):
+        own_judge.main([*small, "--labels", "Cardiomegaly", "--minimum", minimum])
+    (name, first), (_, second) = written
+    assert name == "own_judge" and first["dataset"] == "phantom" and first["seconds"] > 0
+    assert {"images", "judged", "auc", "auc_low", "auc_high"} == first["metrics"]["Cardiomegaly"].keys()
+    assert first["metrics"]["Cardiomegaly"]["judged"] and not second["metrics"]["Cardiomegaly"]["judged"]
+    assert not list(tmp_path.iterdir()), "nothing that an earlier run kept is used, and nothing is kept"
+    monkeypatch.setattr(own_judge, "trusted", lambda judge, _: judge)
+    with pytest.raises(SystemExit, match=r"the gate at 1\.1 kept"):
+        own_judge.main([*small, "--labels", "Cardiomegaly", "--minimum", "1.1"])

@@ -13,9 +13,10 @@ import sys
 import nbformat
 import pytest
 
-from prism_lib import paths, training
+from prism_lib import data, evaluation, paths, training
 from prism_lib.apps.profiles import FIGURES_PARAMETER, available_profiles, declared_parameters, load_profile, plan
 from prism_lib.records import load_record
+from tests import formats
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 MAX_LINES = 25
@@ -73,8 +74,7 @@ def parameters(notebook):
 def thin(notebook):
     for cell in code_cells(notebook):
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
-        settings = "parameters" in cell.metadata.get("tags", [])  # a line per setting, and no logic
-        if len(lines) > MAX_LINES and not settings:
+        if len(lines) > MAX_LINES:
             yield f"{len(lines)} lines of code: {head(cell)}"
         for node in ast.walk(parsed(cell)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -140,6 +140,7 @@ def test_a_good_notebook_breaks_no_rule(rule):
         (parameters, build("", "size: int = 256  # pixels"), "not UPPER_SNAKE"),
         (parameters, build("", "import os  # system"), "no parameter"),
         (thin, build("a = 1\n" * 26, "A = 1  # one"), "26 lines of code"),
+        (thin, build("a = 1", "A: int = 1  # one\n" * 26), "26 lines of code"),
         (thin, build("def f():\n    pass", "A = 1  # one"), "defines f"),
         (no_absolute_paths, build('open("/home/me/x.png")', "A = 1  # one"), "absolute path /home/"),
         (no_absolute_paths, build("", 'A = "~/data"  # images'), "absolute path ~/"),
@@ -190,6 +191,43 @@ def test_smoke_profile_runs_every_notebook_and_writes_no_figures():
     assert profile.figures == "runs"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"subjct": "knee"}, "subjct"), ({"copies": 0}, "copies"), ({"size": 3}, "size"), ({"copies": 2}, "films")],
+    ids=str,
+)
+def test_a_wrong_option_is_found_before_01_prepares(options, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRISM_DATA", str(tmp_path))
+    monkeypatch.setattr(data, "prepare", lambda *_: pytest.fail("the work had begun"))
+    with pytest.raises((TypeError, ValueError), match=message):
+        execute(nbformat.read(NOTEBOOKS[1], as_version=4), {"OPTIONS": options})
+
+
+@pytest.mark.parametrize("name", available_profiles())
+def test_options_of_01_in_the_profiles_are_settings_that_exist(name):
+    section = load_profile(name).sections["01_data"]
+    config = data.PrepareConfig(section.get("DATASET", "phantom"), "out", "in", **section.get("OPTIONS", {}))
+    assert config.screened in (None, paths.data() / "nih_devices.csv")
+
+
+def test_01_counts_captions_that_02_would_refuse(tmp_path, monkeypatch, capsys):
+    """Of a table with very many labels, of which all that are present are named."""
+    monkeypatch.setenv("PRISM_DATA", str(tmp_path))
+    named = {f"A finding of the left lower lobe, number {n}": [n % 2] * 10 for n in range(30)}
+    for number in range(10):
+        formats.save(formats.noise(number), tmp_path / "own" / f"{number}.png")
+    formats.table(
+        tmp_path / "own", "metadata.csv", file_name=[f"{n}.png" for n in range(10)], patient_id=range(10), **named
+    )
+    chosen = {"DATASET": "table", "DATA_ROOT": "own", "MODE": "L", "SIZE": 32, "VOCABULARY": "labels", "OUTPUT": "out"}
+    chosen |= {"EDITS": ["remove_a_finding_of_the_left_lower_lobe_number_1"], "FIGURES_DIR": str(tmp_path / "figures")}
+    execute(nbformat.read(NOTEBOOKS[1], as_version=4), chosen)
+    (count,) = re.findall(
+        r"^(\d+) captions and prompts have more tokens than phantom-sd reads$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert int(count) >= 2
+
+
 @pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)
 def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
@@ -198,6 +236,18 @@ def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_
     chosen = {"MODEL": "scratch", "DATA": str(phantom_folder), "OPTIONS": options}
     with pytest.raises((TypeError, ValueError), match="|".join(map(str, (*options, *options.values())))):
         execute(nbformat.read(notebook, as_version=4), chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [({"SUBGROUPS": ["scanner"]}, "no column 'scanner'"), ({"PLANTED": {}, "CLASSIFIERS": {}}, "are both empty")],
+    ids=["subgroups", "classifiers"],
+)
+def test_what_07_cannot_study_is_found_before_a_classifier_is_trained(chosen, message, phantom_folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_judge", lambda *_, **__: pytest.fail("hours of work had begun"))
+    small = {"DATA": str(phantom_folder), "IMAGES_PER_EDIT": 1, "SMALLEST_IMAGES": 1, "SPLIT": "train"}
+    with pytest.raises((AssertionError, ValueError), match=message):
+        execute(nbformat.read(NOTEBOOKS[7], as_version=4), small | chosen)
 
 
 def execute(notebook, chosen):
@@ -226,11 +276,11 @@ def smoke(tmp_path_factory):
     """The folder of one run of the profile `smoke`, by the command a user types."""
     if not NOTEBOOKS:
         pytest.skip("there are no notebooks yet")
-    runs, data = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
+    runs, prepared = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
     before = committed_figures()
     finished = subprocess.run(
         [sys.executable, "-m", "prism_lib.apps.cli", "run", "smoke"],
-        env=os.environ | {"PRISM_RUNS": str(runs), "PRISM_DATA": str(data), "PYTHONPATH": str(paths.root())},
+        env=os.environ | {"PRISM_RUNS": str(runs), "PRISM_DATA": str(prepared), "PYTHONPATH": str(paths.root())},
         capture_output=True,
         text=True,
         timeout=SMOKE_SECONDS,

@@ -122,7 +122,12 @@ def test_labels_of_any_body_part_go_through_the_notebooks(tmp_path):
     words = vocabulary("labels", ["Scoliosis", "tuberculosis"], "spine x-ray")
     build_pipeline(tiny_config(), seed=0, captions=corpus(words)).save_pretrained(tmp_path / "tiny")
     small = SMALL | {"MODEL": tmp_path / "tiny", "DATASET": "table", "DATA_ROOT": "spine", "MODE": "L"}
-    small |= {"OUTPUT": "prepared/spine", "DATA": "prepared/spine", "VOCABULARY": "labels", "SUBJECT": "spine x-ray"}
+    small |= {
+        "OUTPUT": "prepared/spine",
+        "DATA": "prepared/spine",
+        "VOCABULARY": "labels",
+        "01.OPTIONS": {"subject": "spine x-ray"},
+    }
     small |= {"EDITS": ["remove_scoliosis", "add tuberculosis"]}
     finished = run("nih", ["01", "02", "03"], small, tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.apps.bulk_plan import MANIFEST, REJECTS, BulkConfig, Choice, Task, batches, plan, region
-from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import exporter, put_back
 from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device, threads
@@ -58,7 +57,7 @@ def generate(config: BulkConfig, pipe: Pipe | None = None) -> int:
     out = Path(config.out).expanduser().resolve()
     tasks = plan(config)
     if state.is_main_process:
-        _check_place(out, config, tasks)
+        check_place(config, tasks)
     if pipe is None:
         pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
     pipe.to(device)
@@ -92,8 +91,9 @@ def files(out: str | Path) -> dict[tuple[str, str], Path]:
     return found
 
 
-def _check_place(out: Path, config: BulkConfig, tasks: Sequence[Task]) -> None:
+def check_place(config: BulkConfig, tasks: Sequence[Task]) -> None:
     """The output can be written and has room for everything, and 16 bits suit the images, which are all alike."""
+    out = Path(config.out).expanduser().resolve()
     channels, height, width = _images(config, tasks[:1]).shape[1:]
     if channels != 1 and (config.bits == 16 or config.full_size):
         raise ValueError(f"16 bits and full_size are for gray images; those of {config.data} have {channels} channels")
@@ -130,7 +130,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
             steps = settings.num_inference_steps
             used = [_record(recommended(pipe, pair, steps, **candidate)) for candidate in settings.candidates]
         except ValueError as error:
-            raise ValueError(f"{config.edits}, row {task.row}: {one_line(error)}") from None
+            raise ValueError(f"{config.edits}, row {task.row}: {error}") from None
         content = common | {
             "image": task.file_name,
             "prompts": [pair.source, pair.target, pair.source_words, pair.target_words],

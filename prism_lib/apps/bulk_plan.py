@@ -3,8 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, field, fields, replace
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -14,11 +13,11 @@ import pandas as pd
 import yaml
 from PIL import Image
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from pydicom.datadict import tag_for_keyword
 
 from prism_lib import paths
-from prism_lib.apps.profiles import coerce, one_line
+from prism_lib.apps.profiles import coerce
+from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.tables import found, images_below
@@ -43,7 +42,7 @@ Values = Annotated[list[Any], Field(min_length=1)]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@checked(kw_only=True)
 class Choice:
     """How the result of a row is chosen among candidates: the best of those that pass. The judge never scores."""
 
@@ -77,7 +76,7 @@ _CHOICE = tuple(item.name for item in fields(Choice))
 _ROW = ("method", "num_inference_steps", "seed", *_CHOICE)  # settings of a run that a row may replace
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class BulkConfig(Choice):
     """A bulk run: every task of `edits` on the images in `data`, into `out`; rows may have settings of their own."""
 
@@ -108,7 +107,7 @@ class BulkConfig(Choice):
             raise ValueError(f"header field {wrong[0]!r} is no keyword of DICOM's dictionary (one is 'PatientAge')")
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Settings:
     """How a task is edited; tasks share a batch only with equal settings."""
 
@@ -127,7 +126,7 @@ class Settings:
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Task:
     """One counterfactual to make: an image, its edit and prompts, and what the result's labels are."""
 
@@ -168,7 +167,7 @@ def plan(config: BulkConfig) -> list[Task]:
             for task in _tasks(number, row, config, images, info, vocab):
                 tasks.setdefault((task.file_name, task.pair, task.settings.text, *task.areas.items()), task)
         except ValueError as error:
-            raise ValueError(f"{config.edits}, row {number}: {one_line(error)}") from None
+            raise ValueError(f"{config.edits}, row {number}: {error}") from None
     idle = [name for name in _CHOICE if getattr(config, name)]
     if idle and not any(task.settings.choice for task in tasks.values()):
         raise ValueError(f"{idle[0]} is given, but no sweep of candidates to choose from")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_lib import paths
-from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, one_line, plan
+from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, plan
 from prism_lib.files import Stopped, stop_asked, stop_children, stop_now, write_text
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _tune(options: argparse.Namespace) -> int:
     try:
         found = tuning.find_settings(tuning.TuningConfig(**given), partial(print, flush=True))
     except (ValueError, RuntimeError, KeyboardInterrupt) as error:
-        raise UsageError(one_line(error) or "interrupted; the same command goes on where it stopped") from None
+        raise UsageError(str(error) or "interrupted; the same command goes on where it stopped") from None
     figure = plots.curves(found.progress(), xlabel="trial", ylabel="least loss so far")
     plots.save_figure(figure, "tuning", found.folder)
     print(f"{found.folder}: editing.json, tuning.json, .csv and .png\nloss on images that the search did not see:")
@@ -183,14 +183,19 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from prism_lib.apps import bulk_plan  # it imports torch
+    from prism_lib.apps import bulk, bulk_plan  # they import torch
 
     try:
         config = bulk_plan.configured(bulk_plan.BulkConfig(options.data, options.edits, options.out), options.overrides)
-        planned = len(bulk_plan.plan(config))
+        tasks = bulk_plan.plan(config)
+        if options.check:
+            bulk.Chooser(tasks)
+            bulk.named(config, tasks, bulk.load_pipeline(config.model, device="cpu"))
+        else:
+            bulk.check_place(config, tasks)
     except ValueError as error:
-        raise UsageError(one_line(error)) from None
-    print(f"{planned} counterfactuals into {options.out}", flush=True)
+        raise UsageError(str(error)) from None
+    print(f"{len(tasks)} counterfactuals into {options.out}", flush=True)
     if options.check:
         return 0
     try:

@@ -109,16 +109,6 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line; of pydantic's many lines the field, its value and what is expected."""
-    if isinstance(error, ValueError) and hasattr(error, "errors"):
-        first = error.errors()[0]
-        said = first["msg"].removeprefix("Value error, ")
-        where = ".".join(map(str, first["loc"]))
-        return f"{where} is {first['input']!r}: {said[:1].lower()}{said[1:]}" if where else said
-    return " ".join(str(error).split())
-
-
 def plan(
     profile: Profile,
     overrides: Sequence[tuple[str, str]] = (),
@@ -129,20 +119,23 @@ def plan(
 ) -> list[Job]:
     """The notebooks to run, in order, with every parameter checked; `start` and `only` are numbers or names.
 
-    `overrides` (`-p`) go to every selected notebook that has the name; `figures_dir` replaces `figures/<dataset>/`.
+    `overrides` (`-p`) go to every selected notebook that has the name, or as "01.NAME" to that one; `figures_dir`
+    replaces `figures/<dataset>/`.
     """
     if not profile.sections:
         raise UsageError(f"profile {profile.name!r} has no notebooks yet")
     chosen = _select(list(profile.sections), start, only)
     declared = {name: _declared(name, profile) for name in profile.sections}
     known = sorted({parameter for name in chosen for parameter in declared[name]})
-    if unknown := [name for name, _ in overrides if name not in known]:
+    numbered = {f"{name.split('_')[0]}.{parameter}" for name in chosen for parameter in declared[name]}
+    if unknown := [name for name, _ in overrides if name not in numbered.union(known)]:
         raise UsageError(f"no selected notebook has a parameter {unknown[0]!r}{_did_you_mean(unknown[0], known)}")
 
     jobs, key = [], ""
     for name, section in profile.sections.items():
         defaults = declared[name]
-        given = {**section, **{parameter: value for parameter, value in overrides if parameter in defaults}}
+        own = {parameter.removeprefix(f"{name.split('_')[0]}."): value for parameter, value in overrides}
+        given = {**section, **{parameter: value for parameter, value in own.items() if parameter in defaults}}
         values = {parameter: coerce(parameter, value, defaults[parameter]) for parameter, value in given.items()}
         if figures_dir is not None and FIGURES_PARAMETER not in values:
             if FIGURES_PARAMETER not in defaults:

@@ -5,8 +5,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields, replace
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from prism_lib import paths, records
-from prism_lib.apps.profiles import one_line
+from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom, secondary_capture
 from prism_lib.data.full_size import Content, put_back_file
 from prism_lib.data.uploads import read_file
@@ -41,7 +39,7 @@ SWEEPS: Mapping[str, tuple[float, ...]] = {
 }
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class Recipe:
     """One counterfactual: the prompts, the phrases that the edit is about, the model's name and how it is edited."""
 
@@ -103,7 +101,7 @@ class Recipe:
         return f"from prism_lib.apps import Recipe\nrecipe = Recipe({arguments})\nimage = recipe.run().image"
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
     """An image (1, C, H, W) to edit, what is known of it, and a warning where it is unlike the training images."""
 
@@ -122,7 +120,7 @@ class Case:
         return self.readings[label] >= 0.5 if known is None and label in self.readings else known
 
 
-@plain_dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """A counterfactual, what it was made from and what was measured on it; `notice` is a warning to show with it."""
 
@@ -198,7 +196,7 @@ def put_back(film: Path, target: Path, result: Counterfactual, content: Content 
     try:
         put_back_file(film, target, result.factual.cpu(), result.image.cpu(), result.mask.cpu(), content)
     except (ValueError, KeyError) as error:
-        return f"not written: {one_line(error)}"
+        return f"not written: {error}"
     return str(target)
 
 

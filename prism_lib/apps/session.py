@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from prism_lib import paths
-from prism_lib.apps.profiles import one_line
 from prism_lib.apps.recipe import Case, Outcome, Recipe, image_size, load_image, phantom_patient, upload_name
 from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT, check_length, read_upload
@@ -326,7 +325,7 @@ def sentence(error: BaseException) -> str:
     """An exception as one sentence for a person: its first line, without a traceback."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "There is not enough memory for this: close other notebooks or take a smaller model."
-    lines = (one_line(error) if hasattr(error, "errors") else str(error).strip()).splitlines()
+    lines = str(error).strip().splitlines()
     said = (lines or [type(error).__name__])[0].strip()
     if said.endswith((".", "!", "?")):
         return said  # it was written as a sentence, and may begin with the name of a file

@@ -11,8 +11,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "folder": ["load_info", "load_table", "load_vocabulary", "read_images", "truth_is_known"],
         "full_size": ["put_back", "put_back_file"],
-        "preparation": ["PrepareConfig", "prepare"],
-        "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "true_counterfactual"],
+        "preparation": ["PrepareConfig", "caption_tokenizer", "prepare"],
+        "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "sample_captions", "true_counterfactual"],
         "tables": ["Columns"],
         "uploads": ["read_file", "read_upload"],
     },

@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import pydantic
 import yaml
 from PIL import Image
 from scipy import ndimage
 
+from prism_lib.configs import checked, read
 from prism_lib.data import tables
 from prism_lib.data.images import ImageFiles, Mode, Picture, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
@@ -27,10 +27,9 @@ from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS, snake_case
 DEVICES = "Support Devices"
 LeftOut = defaultdict[str, Counter[Hashable]]  # what a source has and is not taken, and how often
 View = Literal["frontal", "lateral", "frontal or unknown", "all"]
-_strict = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 
 
-@_strict
+@checked()
 class Table:
     """A table of an archive. Columns whose name here begins with "_" are read and not carried along."""
 
@@ -42,7 +41,7 @@ class Table:
     every: bool = False  # whether it has a row for every row of the tables before it
 
 
-@_strict
+@checked()
 class Archive:
     """A published data set: its tables, where its images are, and what its views, splits and labels mean."""
 
@@ -68,8 +67,7 @@ class Archive:
 
 
 _TEXTS = [Path(__file__).with_name(f"{kind}.yaml").read_text(encoding="utf-8") for kind in ("chest", "skin")]
-_RAW = {name: archive for text in _TEXTS for name, archive in yaml.safe_load(text)["archives"].items()}
-ARCHIVES = pydantic.TypeAdapter(dict[str, Archive]).validate_python(_RAW)
+ARCHIVES = {name: read(Archive, raw, name) for text in _TEXTS for name, raw in yaml.safe_load(text)["archives"].items()}
 _WANTED = {"frontal": ("frontal",), "lateral": ("lateral",), "frontal or unknown": ("frontal", "unknown")}
 # What readers agree on, from the share of them who see a label.
 _AGREED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {

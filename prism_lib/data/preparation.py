@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, Field
 from tqdm.auto import tqdm
 
 from prism_lib import paths
+from prism_lib.configs import Share, checked
 from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
@@ -32,10 +32,9 @@ DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscal
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class PrepareConfig:
     """What to prepare and how. The dataset "table" is any images with a table, "dicom" the same with DICOM files.
 
@@ -76,8 +75,8 @@ class PrepareConfig:
     # An image with the pixels of one in another split: "reject" keeps the one in test, else in val; "keep" keeps both.
     duplicates: Literal["reject", "keep"] = "reject"
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
-    # For "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out.
-    screened: Path | None = None
+    # For "films", below PRISM_DATA: "file_name" and "Support Devices": 0 clean; 1 and films not named are left out.
+    screened: Annotated[Path, AfterValidator(lambda path: paths.data() / path)] | None = None
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
@@ -116,7 +115,8 @@ def _own_mode(config: PrepareConfig) -> Mode:
 def settings(config: PrepareConfig) -> dict[str, Any]:
     """The values that decide the content, as JSON: all but the output folder and the number of processes."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    del values["output"], values["processes"]
+    for name in ("output", "processes", *(() if config.columns.caption else ("long_captions", "caption_model"))):
+        del values[name]
     if config.vocabulary not in (*VOCABULARIES, "labels"):  # a file, which may change or go
         values["vocabulary"] = json.loads(json.dumps(asdict(vocabulary(config.vocabulary))))
     root = None if config.dataset == "phantom" else config.data_root
@@ -205,6 +205,8 @@ def prepare(config: PrepareConfig, edits: Sequence[str] = ()) -> Path:
 def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFrame:
     """The source's table with split, file name and caption of every image."""
     labels = list(source.labels)
+    if config.caption_model != paths.SHIPPED:
+        caption_tokenizer(config.caption_model)  # it must be there
     if wordless := {*(config.extra_labels.labels.values() if config.extra_labels else ())} - {*vocab.phrases}:
         raise ValueError(f"vocabulary {vocab.name!r} has no words for the extra label {min(wordless)!r}")
     if config.columns.caption and REPORT not in source.table:
@@ -228,13 +230,23 @@ def _plan(source: Source, config: PrepareConfig, vocab: Vocabulary) -> pd.DataFr
     return table.assign(text=[texts[0] for texts in captions])
 
 
-def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
-    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
+def caption_tokenizer(model: str) -> Any:
+    """The tokenizer of a model's folder, also below PRISM_RUNS or PRISM_WEIGHTS, or of a hub id; ValueError if none."""
     from transformers import AutoTokenizer  # seconds
 
-    places = [place / config.caption_model for place in (Path(), paths.runs(), paths.weights())]
-    folder = next((str(place) for place in places if (place / "tokenizer").is_dir()), config.caption_model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    places = [place / model for place in (Path(), paths.runs(), paths.weights())]
+    folder = next((place for place in places if (place / "tokenizer").is_dir()), model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError):
+        raise ValueError(
+            f"caption_model {model!r} has no tokenizer: it is neither a model's folder nor a hub id"
+        ) from None
+
+
+def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
+    """The free captions, or of long ones the first sentences that `caption_model` reads; ValueError names the rest."""
+    tokenizer = caption_tokenizer(config.caption_model)
     most, cut = tokenizer.model_max_length, config.long_captions == "sentences"
 
     def shortened(text: str) -> str:
@@ -245,7 +257,9 @@ def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
     if (long := texts == "").any():
         said = "in the first sentence alone " if cut else ""
         files = ", ".join(table["source_file"][long].head())
-        raise ValueError(f"{long.sum()} captions have {said}more than the {most} tokens of {folder}: {files}")
+        raise ValueError(
+            f"{long.sum()} captions have {said}more than the {most} tokens of {config.caption_model}: {files}"
+        )
     return texts
 
 
@@ -321,8 +335,8 @@ def _already_prepared(config: PrepareConfig) -> bool:
     # Folders lack the settings that are newer than they are.
     there = settings(PrepareConfig("phantom", output)) | load_info(output)["config"]
     there["columns"] = asdict(Columns()) | there["columns"]
-    if differing := [name for name in asked if there[name] != asked[name]]:
-        changes = ", ".join(f"{name} is {there[name]!r} and not {asked[name]!r}" for name in differing)
+    if differing := [name for name in asked if there.get(name) != asked[name]]:
+        changes = ", ".join(f"{name} is {there.get(name)!r} and not {asked[name]!r}" for name in differing)
         raise FileExistsError(f"output {output} was prepared otherwise: {changes}. Delete it or choose another")
     if gone := [name for name in load_table(output)["file_name"] if not (output / name).is_file()]:
         raise FileNotFoundError(f"prepared data set {output} is incomplete: {gone[0]} is missing. Delete it")

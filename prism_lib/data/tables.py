@@ -16,10 +16,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated
 
 import pandas as pd
-import pydantic
+from pydantic import Field
 from pydicom.datadict import tag_for_keyword
 
 from prism_lib import paths
+from prism_lib.configs import checked
 from prism_lib.data.folder import REPORT, SPLITS
 from prism_lib.data.images import IMAGE_SUFFIXES, ImageFiles, Reader, Rejection
 from prism_lib.language.labels import vocabulary
@@ -203,12 +204,12 @@ def found(
     return table, rejected
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+@checked()
 class ExtraLabels:
     """A table of labels that another table of the images lacks, such as FastDiME's of devices."""
 
     table: Path  # absolute or below PRISM_DATA
-    labels: Annotated[Mapping[str, str], pydantic.Field(min_length=1)]  # its columns, and the label that each is
+    labels: Annotated[Mapping[str, str], Field(min_length=1)]  # its columns, and the label that each is
     name: str = "file_name"  # its column of file names
     encoding: str = UTF8
 
@@ -262,7 +263,7 @@ POLICY = "1 present, 0 absent, -1 uncertain, blank not mentioned, as in the tabl
 RESERVED = frozenset({"name", "text", "path", "source_file", "pixel_spacing_mm", REPORT, *REQUIRED, "split"})
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+@checked()
 class Columns:
     """Which of a table's columns are read; no other column and no other header field is copied."""
 

@@ -5,24 +5,20 @@ the decoded image gives the pixels: strong pixels inside the evidence are seeds 
 touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import NonNegativeInt, PositiveFloat
 from scipy import ndimage
 from skimage.morphology import reconstruction
 from torch import Tensor
 
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Pixels = Annotated[int, Field(ge=0)]
+from prism_lib.configs import Share, checked
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class MaskConfig:
     """Settings of the automatic mask; lengths in pixels, changes in units of the [0, 1] gray range.
 
@@ -33,18 +29,18 @@ class MaskConfig:
     of `replaced` on, no detail of the input is kept.
     """
 
-    min_change: Positive = 0.015
-    weak: Positive = 3.0
-    strong: Positive = 4.0
+    min_change: PositiveFloat = 0.015
+    weak: PositiveFloat = 3.0
+    strong: PositiveFloat = 4.0
     attention_weight: Share = 0.25
     seed_evidence: Share = 0.2
     grow_evidence: Share = 0.1
-    smooth: Pixels = 1
-    close: Pixels = 2
-    dilate: Pixels = 1
-    feather: Pixels = 1
-    softness: Positive = 0.2
-    replaced: Positive = 0.12
+    smooth: NonNegativeInt = 1
+    close: NonNegativeInt = 2
+    dilate: NonNegativeInt = 1
+    feather: NonNegativeInt = 1
+    softness: PositiveFloat = 0.2
+    replaced: PositiveFloat = 0.12
 
 
 def evidence(word_maps: Tensor, noise_change: Tensor, attention_weight: float) -> Tensor:
@@ -91,7 +87,7 @@ def soften(mask: Tensor, dilate: int, feather: int) -> Tensor:
     return _box(_maximum(mask, dilate + feather // 2), feather // 2 + feather % 2)
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Areas:
     """Where a user allows an edit of N images.
 

@@ -12,14 +12,14 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from prism_lib.configs import checked
 from prism_lib.models import schedule as ddim
 from prism_lib.models.schedule import Schedule, clean_and_noise
 
@@ -33,7 +33,7 @@ Report = Callable[[int, int, Tensor], None]
 Step = Callable[[Schedule, Tensor, Tensor, int], Tensor]
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class InversionConfig:
     """Settings of null-text and edit-friendly inversion.
 
@@ -51,7 +51,7 @@ class InversionConfig:
     spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Source:
     """A batch to invert: images (N, C, H, W), clean latents (N, c, h, w), embeddings (N, L, D) of prompts and of ""."""
 
@@ -159,7 +159,7 @@ def ddpm_mean(schedule: Schedule, sample: Tensor, prediction: Tensor, level: int
     return below**0.5 * clean + max(0.0, 1 - below - variance) ** 0.5 * noise
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Method:
     """An inversion: `abduce` finds the trajectory, `step` and the flags say how an edit follows it back.
 

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast
 
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from prism_lib.editing.masks import MaskConfig, Share
+from prism_lib.configs import Share, checked, read
+from prism_lib.editing.masks import MaskConfig
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.files import write_text
 from prism_lib.language.edits import PromptPair
@@ -30,7 +30,7 @@ FILE = "editing.json"
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class EditConfig:
     """Settings of one edit. Windows are shares of the steps in [0, 1], counted from the noisiest.
 
@@ -76,7 +76,7 @@ Model = Union["Pipe", str, Path]  # a pipeline or the folder of its weights
 AnySettings = TypeVar("AnySettings", bound=EditConfig | Mapping[str, Any])
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class Rule:
     """Settings of edits that remove or add (`when`) one of the `phrases`; without phrases, any phrase."""
 
@@ -85,7 +85,7 @@ class Rule:
     phrases: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class FewSteps:
     """What replaces some `defaults` and the `inversion` of a `Recommendation` in runs of at most `steps` steps."""
 
@@ -94,7 +94,7 @@ class FewSteps:
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class Recommendation:
     """The content of `editing.json`: `defaults`, `rules` in the order of their application, and where `measured`.
 
@@ -155,7 +155,7 @@ def recommended_inversion(model: Model, num_inference_steps: int = 50, **overrid
 
 def write_settings(folder: Path, content: Mapping[str, Any]) -> Recommendation:
     """Write the fields of a `Recommendation` as ``editing.json`` into a folder; ValueError if one is wrong."""
-    made = TypeAdapter(Recommendation).validate_python(content)
+    made = read(Recommendation, content, FILE)
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
     _recommendation.cache_clear()
     return made
@@ -187,7 +187,4 @@ def _recommendation(folder: str) -> Recommendation:
     if not folder or not path.is_file():
         logger.warning("%s has no %s: edits take the published settings", folder or "this pipeline", FILE)
         return Recommendation()
-    try:
-        return TypeAdapter(Recommendation).validate_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} holds no settings of edits: {error}") from None
+    return read(Recommendation, path.read_bytes(), f"{path} holds no settings of edits")

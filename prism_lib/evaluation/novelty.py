@@ -9,19 +9,18 @@ how far the finest detail falls short of the next coarser. The reference is `nov
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
 from prism_lib import paths
+from prism_lib.configs import checked, read
 
 FILE = "novelty.json"
 GRID = 16
 FLAT = 1e-4  # contrast below which an image is blank
 
 
-@dataclass(frozen=True)
+@checked()
 class Reference:
     """What is usual in images (C, H, W) of one `shape`; `share` of known images have both parts below their limit."""
 
@@ -79,7 +78,4 @@ def load(model: str) -> Reference | None:
     path = next((place / FILE for place in places if (place / FILE).is_file()), None)
     if path is None:
         return None
-    try:
-        return TypeAdapter(Reference).validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no reference of `evaluation.novelty`: {error}") from None
+    return read(Reference, path.read_bytes(), f"{path} is no reference of `evaluation.novelty`")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import FiniteFloat
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from prism_lib.configs import checked
 from prism_lib.evaluation import metrics
 from prism_lib.files import file_hash, image_hash
 from prism_lib.language.edits import Edit
@@ -27,7 +27,7 @@ GUIDE = ("guide", "guide_gain")
 Scores = dict[str, float]
 
 
-@checked(frozen=True)
+@checked()
 class Criteria:
     """The score to maximise, and bounds (inclusive) that a candidate has to keep; they depend on the scoring model."""
 

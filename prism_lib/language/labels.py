@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from prism_lib import paths
+from prism_lib.configs import checked, read
 
 Labels = Mapping[str, float | None]
 
@@ -24,7 +24,7 @@ MOST_STATED = 7  # absences that captions state where a vocabulary does not say 
 Words = Annotated[str, Field(pattern=r"\w")]
 
 
-@dataclass(frozen=True, eq=False, config=ConfigDict(extra="forbid"))
+@checked(eq=False)
 class Vocabulary:
     """The words for a set of labels."""
 
@@ -43,6 +43,11 @@ class Vocabulary:
             known = {*self.phrases, *(self.owners if key == "aliases" else ())}
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
+        owner: dict[str, str] = {}
+        for label, phrase in self.phrases.items():
+            for word in (phrase, *self.synonyms.get(label, ()), *self.details.get(label, ())):
+                if (other := owner.setdefault(word.lower(), label)) != label:
+                    raise ValueError(f"{word!r} stands for two labels, {other!r} and {label!r}")
         names = (*self.labels, *self.owners)
         keys = [snake_case(name) for name in names]
         if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:
@@ -113,13 +118,8 @@ def _of_text(text: str, source: str = "vocabulary") -> Vocabulary:
     content = json.loads(text)
     labels = list(content["phrases"]) if isinstance(content.get("phrases"), dict) else []
     title = str(content.get("subject", ""))
-    try:
-        defaults = {"stated": labels[:MOST_STATED], "title": title[:1].upper() + title[1:]}
-        return TypeAdapter(Vocabulary).validate_python(defaults | content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"] if part != "[key]")
-        raise ValueError(f"{source}: {where}{first['msg'].removeprefix('Value error, ')}") from None
+    defaults = {"stated": labels[:MOST_STATED], "title": title[:1].upper() + title[1:]}
+    return read(Vocabulary, defaults | content, source)
 
 
 def snake_case(label: str) -> str:

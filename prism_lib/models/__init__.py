@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "image_text": ["load_image_text_model", "load_reader"],
         "pipeline": [
             "PipelineConfig", "build_pipeline", "compile_blocks", "decode_latents", "encode_images", "encode_prompts",
-            "fingerprint", "image_factor", "load_pipeline", "predict_noise", "sample_images",
+            "fingerprint", "image_factor", "load_pipeline", "predict_noise", "sample_images", "too_long",
         ],
     },
 )  # fmt: skip

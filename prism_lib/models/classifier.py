@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prism_lib import paths
+from prism_lib.configs import checked, read
 from prism_lib.devices import autocast, default_device
 from prism_lib.files import atomic
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Objective = Literal["erm", "reweighted", "group_dro"]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class ClassifierConfig:
     """Architecture and recipe.
 
@@ -193,7 +193,7 @@ def _augment(images: Tensor, generator: torch.Generator, contrast: float) -> Ten
     return (moved + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+@checked(arbitrary_types_allowed=True)
 class Classifier:
     """A network and its contract: which images it takes, and what its outputs are."""
 
@@ -389,7 +389,7 @@ def load_classifier(folder: Path) -> tuple[nn.Module, ClassifierConfig]:
     """Load what `save_classifier` wrote, in float32 and evaluation mode, onto `devices.default_device`."""
     if not (path := folder / "config.json").is_file():
         raise FileNotFoundError(f"no classifier at {folder}: {path.name} is missing")
-    config = TypeAdapter(ClassifierConfig).validate_json(path.read_bytes())
+    config = read(ClassifierConfig, path.read_bytes(), f"{path} is no classifier's")
     model = build_classifier(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))  # copied into the model's float32
     return model.eval().to(default_device()), config

@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffus
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from pydantic import PositiveInt
-from pydantic.dataclasses import dataclass
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from prism_lib import devices, paths
+from prism_lib.configs import checked
 from prism_lib.devices import default_device, dtype_of
 from prism_lib.files import check_images, model_hash
 from prism_lib.language.captions import corpus
@@ -32,7 +32,7 @@ _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arith
 _SIZES = 6  # numbers that SDXL's U-Net reads: height and width before cropping, the crop's corner, height and width
 
 
-@dataclass(frozen=True)
+@checked()
 class PipelineConfig:
     """Sizes of a complete small Stable Diffusion; the defaults are the shipped `phantom-sd`."""
 

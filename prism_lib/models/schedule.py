@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from prism_lib.configs import checked
 
-@dataclass(frozen=True)
+
+@checked()
 class Schedule:
     """The U-Net's timestep (-1 at level 0, which it never sees) and the cumulative product abar of each level."""
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, cast
 import pandas as pd
 import torch
 from pydantic import PositiveInt
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from prism_lib.configs import checked
 from prism_lib.data.folder import Folder, load_info, read_images
 from prism_lib.data.rows import known_truth, prompt_pairs
 from prism_lib.editing.methods import RECOMMENDED
@@ -55,7 +55,7 @@ class Tuned(NamedTuple):
     tried: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@checked()
 class ComparisonConfig:
     """What `compare_methods` compares, and how much work goes into it. The guide of the GAN is never the judge."""
 

@@ -9,11 +9,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion, StableDiffusionImg2ImgPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
+from prism_lib.configs import checked
 from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
@@ -46,7 +46,7 @@ _ADAPTER = "imagic"
 Fit = tuple[Tensor, Tensor, dict[str, Tensor]]  # an image (C, H, W), its embedding (1, L, D), weights of its adapters
 
 
-@dataclass(frozen=True)
+@checked()
 class PromptToPrompt(Editor):
     """Prompt-to-prompt on an inversion (Hertz et al., ICLR 2023), ours with the defaults.
 
@@ -77,7 +77,7 @@ class PromptToPrompt(Editor):
         )
 
 
-@dataclass(frozen=True)
+@checked()
 class TwoMasks(Editor):
     """Editing between two masks on edit-friendly inversion, after RadEdit (Perez-Garcia et al., ECCV 2024).
 
@@ -114,7 +114,7 @@ def _checked_steps(editor: Any) -> Any:
     return editor
 
 
-@dataclass(frozen=True)
+@checked()
 class SDEdit(Editor):
     """Noise the image to `strength` and denoise it under the target prompt (Meng et al., ICLR 2022)."""
 
@@ -142,7 +142,7 @@ class SDEdit(Editor):
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, latents, inverted.shape[1]), self)
 
 
-@dataclass(frozen=True)
+@checked()
 class LEdits(Editor):
     """LEDITS++ (Brack et al., CVPR 2024): the target prompt is a concept to add, the source prompt one to remove.
 
@@ -187,7 +187,7 @@ class LEdits(Editor):
         return unmasked(pipe, inverted, pairs, decode_latents(pipe.vae, torch.cat(latents), inverted.shape[1]), self)
 
 
-@dataclass(frozen=True)
+@checked()
 class Edict(Editor):
     """EDICT: two latents that denoise each other, so every step can be undone (Wallace, Gokul & Naik, CVPR 2023).
 
@@ -243,7 +243,7 @@ class Edict(Editor):
         return pair
 
 
-@dataclass(frozen=True)
+@checked()
 class Imagic(Editor):
     """Imagic (Kawar et al., CVPR 2023): tune an embedding, then the U-Net, to one image; interpolate.
 

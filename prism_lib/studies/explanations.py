@@ -124,22 +124,26 @@ def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
     return path
 
 
+def subgroups(folder: Folder, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of a folder's table as text, by file name; numbers of more than six values are cut into thirds."""
+    table = load_table(folder).set_index("file_name")
+    if absent := [column for column in columns if column not in table]:
+        has = ", ".join(table.columns.map(str))
+        raise ValueError(f"{folder} has no column {absent[0]!r} for subgroups; it has {has}")
+    return table[[*columns]].apply(_bands)
+
+
 def responses(
-    folder: Folder, result: Evaluation, classifiers: Mapping[str, Classifier], label: str, groups: Sequence[str] = ()
+    result: Evaluation, classifiers: Mapping[str, Classifier], label: str, groups: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     """A row per classifier and image: logits of ``label`` `before` and `after` the edit, `change`, `flipped` (0 or 1).
 
-    `true_change` and `true_flipped` are those of the true counterfactual, where it is known. ``groups`` are columns of
-    the folder's table; numbers of more than six values are cut into thirds.
+    `true_change` and `true_flipped` are those of the true counterfactual, where known; ``groups`` are `subgroups`.
     """
     e, tables = result, []
     about = e.table[["file_name", "patient_id"]].assign(edit=e.edit.key)
-    own = load_table(folder).set_index("file_name")
-    for column in groups:
-        if column not in own:
-            has = ", ".join(own.columns.map(str))
-            raise ValueError(f"{folder} has no column {column!r} for subgroups; it has {has}")
-        about[column] = _bands(own[column])[e.table["file_name"]].tolist()
+    if groups is not None:
+        about = about.join(groups, "file_name")
     for name, classifier in classifiers.items():
         one = classifier.only([label])
         before, after, *truth = (one.logits(i)[:, 0] for i in (e.factual, e.edited, e.truth) if i is not None)

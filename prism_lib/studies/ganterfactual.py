@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import PatchDiscriminator, UNet
 from pydantic import PositiveInt
-from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prism_lib.configs import checked
 from prism_lib.data.folder import Folder, load_info, load_table
 from prism_lib.devices import autocast, default_device
 from prism_lib.editing.counterfactuals import scored
@@ -35,7 +35,7 @@ DIRECTIONS = ("remove", "add")
 Images = dict[str, Tensor]  # by direction
 
 
-@dataclass(frozen=True)
+@checked()
 class GanConfig:
     """Recipe; the learning rate is the paper's."""
 
@@ -48,7 +48,7 @@ class GanConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
 
 
-@dataclass(frozen=True)
+@checked()
 class Ganterfactual(Editor):
     """The trained generators below `folder` as an editor: one folder per label, named by it in snake case."""
 

@@ -18,12 +18,12 @@ from typing import Annotated, Any, NamedTuple, cast
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from prism_lib.configs import Share, checked
 from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
 from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
@@ -38,10 +38,9 @@ OBJECTIVES: dict[str, Objective] = {"as_is": "erm", "reweighted": "reweighted", 
 Key = tuple[float, str, int]  # strength, training set, seed
 Sources = Mapping[str, Source]
 Statistic = Callable[[Tensor], Tensor]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@checked()
 class ShortcutConfig:
     """What is compared: the label that classifiers are judged by, and the one that goes with it in training."""
 
@@ -56,8 +55,7 @@ class ShortcutConfig:
     draw_seed: int = 0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ShortcutConfig":
+    def __post_init__(self) -> None:
         if self.target == self.shortcut:
             raise ValueError(f"target and shortcut are both {self.target!r}")
         for label in (self.target, self.shortcut):
@@ -67,7 +65,6 @@ class ShortcutConfig:
             raise ValueError(f"seeds must differ, got {self.seeds}")
         if not self.classifier.steps:
             raise ValueError("the classifier needs a number of optimizer steps, the same for every training set")
-        return self
 
 
 class TrainingSet(NamedTuple):

@@ -8,8 +8,7 @@ kept in a journal, and trial n is drawn with seed + n, so that a search goes on 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,9 +19,9 @@ from optuna.distributions import FloatDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from pydantic import Field, NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass
 
 from prism_lib import paths, records
+from prism_lib.configs import checked
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
 from prism_lib.data.rows import prompt_pairs, true_counterfactual
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
@@ -57,7 +56,7 @@ NEUTRAL = {name: getattr(EditConfig(), name, 0.0) for name in SPACE} | {"min_cha
 Parameters = Mapping[str, float]  # values by name of `SPACE`
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@checked()
 class TuningConfig:
     """A model, a prepared folder and a budget: `minutes`, or `evaluations` of the U-Net for one image where given.
 
@@ -138,7 +137,7 @@ def edit_fields(values: Parameters) -> dict[str, Any]:
     return made | ({"mask": {"min_change": made.pop("min_change")}} if "min_change" in made else {})
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Search:
     """What the searches of a run share; `label` tells the journal's searches of other configurations apart."""
 

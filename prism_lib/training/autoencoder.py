@@ -10,16 +10,15 @@ import math
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from prism_lib.configs import Share, checked
 from prism_lib.data.folder import load_table, load_vocabulary, truth_is_known
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import default_device
@@ -35,7 +34,7 @@ from prism_lib.training.clip import ClipConfig, teach_details, train_clip
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class VaeConfig:
     """Recipe of the autoencoder; patients of ``patient_seed`` must not be used for evaluation."""
 
@@ -45,7 +44,7 @@ class VaeConfig:
     image_size: PositiveInt = 256
     phantoms: PositiveInt = 1600
     textures: PositiveInt = 1000
-    corner_share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the phantom crops: the side marker is small and rare
+    corner_share: Share = 0.25  # of the phantom crops: the side marker is small and rare
     learning_rate: PositiveFloat = 2e-3
     warmup: NonNegativeInt = 100
     square_weight: NonNegativeFloat = 4.0
@@ -250,7 +249,7 @@ def glyphs(count: int, size: int, generator: torch.Generator, number: int = 4) -
     return (chord / (1.6 * radius[..., None])).clamp(0, 1)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class PretrainConfig:
     """Everything before the U-Net, from scratch: tokenizer, autoencoder, CLIP."""
 

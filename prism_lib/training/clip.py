@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
+from prism_lib.configs import checked
 from prism_lib.data.folder import image_batches, load_info, load_table
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import default_device
@@ -29,7 +29,7 @@ from prism_lib.models.pipeline import Pipe
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class ClipConfig:
     """Recipe of the small CLIP whose text encoder conditions the U-Net."""
 

@@ -6,19 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from prism_lib.configs import Share, checked, read
 from prism_lib.data.folder import load_info
 from prism_lib.files import write_text
 from prism_lib.models.published import weights_hash
 from prism_lib.paths import SHIPPED
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked()
 class FinetuneConfig:
     """One fine-tuning run. Defaults follow the paper (AdamW, lr 1e-5, clip 1), else Stable Diffusion's practice."""
 
@@ -64,10 +63,7 @@ class FinetuneConfig:
 
 def load_config(path: str | Path) -> FinetuneConfig:
     """The configuration in a JSON file; ValueError names the file and every unknown, missing or wrong field."""
-    try:
-        return TypeAdapter(FinetuneConfig).validate_json(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no configuration of a fine-tuning run: {error}") from None
+    return read(FinetuneConfig, Path(path).read_bytes(), f"{path} is no configuration of a fine-tuning run")
 
 
 def save_config(config: FinetuneConfig) -> Path:

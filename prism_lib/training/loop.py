@@ -160,9 +160,11 @@ class Run:
             self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.1f}")
             self.accelerator.log({"loss": mean, "images_per_second": speed}, step=done)
         stop = (done % config.validation_every == 0 or last) and self._validate(done)
-        if asked:
-            self.accelerator.set_trigger()
-        self.asked = self.accelerator.check_trigger() and not last  # the same in every process
+        if self.accelerator.num_processes > 1:  # they ask each other, so that all stop at one step
+            if asked:
+                self.accelerator.set_trigger()
+            asked = self.accelerator.check_trigger()
+        self.asked = asked and not (last or stop)  # a run that ends anyway ends whole
         stop |= self.asked
         if not self.accelerator.is_main_process:
             return stop

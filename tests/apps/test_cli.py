@@ -73,6 +73,7 @@ def ran(folder):
     [
         (["nowhere"], "no profile 'nowhere'; there are: tiny"),
         (["tiny", "-p", "RATES", "1"], "no selected notebook has a parameter 'RATES'; did you mean 'RATE'?"),
+        (["tiny", "-p", "02.RATE", "1"], "no selected notebook has a parameter '02.RATE'"),
         (["tiny", "-p", "COUNT", "four"], "COUNT takes int (such as 1), not 'four'"),
         (["tiny", "-p", "COUNT", "1.5"], "COUNT takes int"),
         (["tiny", "--from", "7"], "no notebook '7' in this profile; it has 00_first, 01_second"),
@@ -147,6 +148,12 @@ def test_a_trial_never_writes_committed_figures(checkout):
     path.write_text(path.read_text().replace("FIGURES_DIR = ", "ELSEWHERE = "))
     with pytest.raises(UsageError, match="FIGURES_DIR"):
         plan(load_profile("full"), figures_dir=checkout)
+
+
+def test_a_parameter_may_be_given_to_one_notebook(checkout):
+    given = [("COUNT", "2"), ("01.COUNT", "3"), ("00.LABEL", "c")]
+    first, second = (job.parameters for job in plan(load_profile("tiny"), given))
+    assert first == {"COUNT": 2, "LABEL": "c"} and second == {"COUNT": 3, "LABEL": "b", "RATE": 1e-4}
 
 
 def test_keys_follow_parameters_notebook_and_what_comes_before(checkout):

@@ -305,6 +305,18 @@ def test_long_captions_are_refused_or_keep_their_first_sentences(tmp_path):
     assert load_info(folder)["captions_shortened"] == 1
 
 
+def test_a_model_of_captions_that_is_not_there_is_told_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="caption_model 'nowhere/model' has no tokenizer: it is neither a model's"):
+        prepare(config_for(images(tmp_path / "own"), caption_model="nowhere/model"))
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_who_counts_tokens_does_not_decide_what_is_prepared_without_reports(tmp_path):
+    root = images(tmp_path / "own")
+    folder = prepare(config_for(root))
+    assert prepare(config_for(root, long_captions="sentences", caption_model="other")) == folder
+
+
 def test_blank_captions_are_refused_by_their_line(tmp_path):
     root = reports(tmp_path / "own", row0=None, row3=" ", row5="nan")
     with pytest.raises(ValueError, match=r"line 2: no impression: 'site0/00\.png' \(3 such rows\)"):

@@ -150,7 +150,7 @@ def test_latents_that_are_not_finite_stop_with_step_and_image():
 
 @pytest.mark.parametrize(("name", "value"), [("inner_steps", 0), ("skip", 1.0), ("learning_rate", float("nan"))])
 def test_a_setting_of_a_method_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"(?s){name}.*input_value"):
+    with pytest.raises(ValueError, match=rf"^{name}\S* is .*: "):
         InversionConfig(**{name: value})
 
 

@@ -153,5 +153,5 @@ def test_a_gan_takes_the_same_step_but_for_rounding():
         trained[name] = torch.cat([value.flatten() for value in training.generators.parameters()])
     assert trained["bf16"].dtype == torch.float32 and not torch.equal(trained["no"], trained["bf16"])
     assert losses["bf16"] == pytest.approx(losses["no"], rel=2 * EPS)
-    with pytest.raises(ValueError, match=r"mixed_precision\n.*input_value='auto'"):
+    with pytest.raises(ValueError, match="mixed_precision is 'auto': "):
         ganterfactual.GanConfig(mixed_precision="auto")

@@ -73,9 +73,9 @@ def test_variants_are_all_combinations_by_name():
 
 
 def test_an_unknown_setting_or_a_bad_value_is_named():
-    with pytest.raises(ValueError, match=r"gidance\n.*Unexpected keyword"):
+    with pytest.raises(ValueError, match="unknown setting 'gidance'"):
         vary(BASE, gidance=[1])
-    with pytest.raises(ValueError, match=r"self_replace_steps\n.*input_value=2.0"):
+    with pytest.raises(ValueError, match=r"self_replace_steps is 2\.0: "):
         vary(BASE, self_replace_steps=[2.0])
 
 
@@ -244,9 +244,9 @@ def test_real_images_have_no_truth_to_tune_by(phantom_folder, tmp_path, monkeypa
 def test_wrong_settings_of_a_study_are_named():
     with pytest.raises(ValueError, match="unknown method 'Photoshop'; known: PRISM"):
         ComparisonConfig(("Photoshop",))
-    with pytest.raises(ValueError, match=r"budget\n.*input_value=0"):
+    with pytest.raises(ValueError, match="budget is 0: "):
         small(budget=0)
-    with pytest.raises(ValueError, match=r"mixed_precision\n.*input_value='fp16'"):
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16': "):
         small(mixed_precision="fp16")
 
 

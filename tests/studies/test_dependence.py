@@ -45,7 +45,8 @@ def evaluation(phantom_folder):
 
 
 def test_effects_by_hand(phantom_folder, evaluation):
-    table = explanations.responses(phantom_folder, evaluation, {"mine": CLASSIFIER}, DEVICES, ["sex"])
+    groups = explanations.subgroups(phantom_folder, ["sex"])
+    table = explanations.responses(evaluation, {"mine": CLASSIFIER}, DEVICES, groups)
     assert table["before"].tolist() == pytest.approx([10] * 4, abs=1e-4)
     assert table["change"].tolist() == pytest.approx([-5, -10, -20, -30], abs=1e-4)
     assert table["flipped"].tolist() == [0, 0, 1, 1] and table["true_flipped"].tolist() == [0, 1, 1, 1]
@@ -63,9 +64,9 @@ def test_effects_by_hand(phantom_folder, evaluation):
     assert sum(values["images"] for values in parts.values()) == 4
 
 
-def test_without_a_truth_there_is_nothing_to_compare_with(phantom_folder, evaluation):
+def test_without_a_truth_there_is_nothing_to_compare_with(evaluation):
     real = replace(evaluation, truth=None, truth_mask=None)
-    table = explanations.responses(phantom_folder, real, {"a": CLASSIFIER, "b": CLASSIFIER}, FLUID)
+    table = explanations.responses(real, {"a": CLASSIFIER, "b": CLASSIFIER}, FLUID)
     assert len(table) == 8 and not [column for column in table if column.startswith("true_")]
     summary = explanations.effects(table)
     assert list(summary) == ["a", "b"] and list(summary["a"]) == ["remove_pleural_effusion"]
@@ -75,9 +76,9 @@ def test_without_a_truth_there_is_nothing_to_compare_with(phantom_folder, evalua
 
 def test_what_a_classifier_or_a_table_lacks_is_named(phantom_folder, evaluation):
     with pytest.raises(ValueError, match="does not read 'Edema'; it reads Support Devices, Pleural Effusion"):
-        explanations.responses(phantom_folder, evaluation, {"mine": CLASSIFIER}, "Edema")
+        explanations.responses(evaluation, {"mine": CLASSIFIER}, "Edema")
     with pytest.raises(ValueError, match="no column 'scanner' for subgroups; it has patient_id"):
-        explanations.responses(phantom_folder, evaluation, {"mine": CLASSIFIER}, DEVICES, ["scanner"])
+        explanations.subgroups(phantom_folder, ["scanner"])
 
 
 def test_numbers_are_cut_into_thirds_and_missing_values_are_a_group():

@@ -88,7 +88,7 @@ def test_bad_input_is_named(phantom_folder, guide, trained, tmp_path):
         train_gan(phantom_folder, LABEL, guide, trained.parent, replace(CONFIG, seed=1))
     with pytest.raises(FileNotFoundError, match=r"absent.config\.json"):
         load_generators(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"steps\n.*input_value=0"):
+    with pytest.raises(ValueError, match="steps is 0: "):
         replace(CONFIG, steps=0)
     both = Edit(remove=("Support Devices",), add=("Cardiomegaly",))
     with pytest.raises(ValueError, match="changes one label; remove_support_devices_and_add_cardiomegaly asks for 2"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from prism_lib import paths
 from prism_lib.apps.profiles import available_profiles, load_profile
 from prism_lib.data.folder import load_table, load_vocabulary
 from prism_lib.data.rows import sample_captions
-from prism_lib.files import exclusive
+from prism_lib.files import Stopped, exclusive
 from prism_lib.language.labels import vocabulary
 from prism_lib.models.pipeline import build_pipeline, load_pipeline
 from prism_lib.training import finetuning, loop
@@ -298,6 +299,39 @@ def test_early_stop_keeps_the_weights_that_validated_best(config, monkeypatch):
     assert next(losses) == 1.0
 
 
+def test_a_signal_at_the_step_of_an_early_stop_ends_the_run_whole(config, monkeypatch):
+    losses = iter([3.0, 4.0])
+    step = Run.train_step
+
+    def signalled(self, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, index)
+
+    monkeypatch.setattr(Run, "validation_loss", lambda self: {"validation_loss": next(losses)})
+    monkeypatch.setattr(Run, "train_step", signalled)
+    folder = finetune(replace(config, validation_every=1, early_stop=1))
+    assert (folder / "model_index.json").is_file()
+    assert finetune(replace(config, validation_every=1, early_stop=1)) == folder
+
+
+def test_one_process_asks_no_other_whether_to_stop(config, monkeypatch):
+    monkeypatch.setattr(Accelerator, "check_trigger", lambda _: pytest.fail("it waits for the device at every step"))
+    step, kept = Run.train_step, config.output
+
+    def signalled(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, index)
+
+    monkeypatch.setattr(Run, "train_step", signalled)
+    with pytest.raises(Stopped) as stopped:
+        finetune(config)
+    assert stopped.value.code == 0 and sorted(path.name for path in Path(kept).glob("step-*"))[-1] == "step-00000003"
+    monkeypatch.setattr(Run, "train_step", step)
+    assert finetune(config).is_dir()
+
+
 def test_a_shared_cache_is_where_it_was_asked_for(config, tmp_path):
     finetune(replace(config, steps=1, cache=str(tmp_path / "shared")))
     assert len(list((tmp_path / "shared").iterdir())) == 4
@@ -465,7 +499,11 @@ def test_the_cluster_entry_point_reads_the_written_configuration(config, capsys)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"), ('{"dataset": "a"}', "output"), ("{", "Invalid JSON")],
+    [
+        ('{"dataset": "a", "output": "b", "stepps": 3}', "stepps"),
+        ('{"dataset": "a"}', "output"),
+        ("{", "Expecting property name"),
+    ],
 )
 def test_a_configuration_that_is_none_is_named(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -19,12 +19,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -77,15 +78,18 @@ def main() -> None:
 
 
 def write_model(folder: Path, size: str) -> None:
-    """A pipeline with random weights in diffusers' layout; "full" has the parts of SD 1.5."""
-    captions = corpus(vocabulary("chest"))
+    """A pipeline with random weights in diffusers' layout; "full" is `sd_pipeline`."""
     torch.manual_seed(SEED)
-    if size == "tiny":
-        build_pipeline(TINY, SEED, captions).save_pretrained(folder)
-        return
+    captions = corpus(vocabulary("chest"))
+    pipeline = sd_pipeline(captions) if size == "full" else build_pipeline(TINY, SEED, captions)
+    pipeline.save_pretrained(folder)
+
+
+def sd_pipeline(captions: Sequence[str]) -> StableDiffusionPipeline:
+    """The parts of Stable Diffusion 1.5 with random weights; the tokenizer's unlearnt words are filled up."""
     tokenizer = train_tokenizer(captions, TOKENS)
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    unused = {f"<|unused{number}|>": number for number in range(len(tokenizer), TOKENS)}  # words the captions lack
+    unused = {f"<|unused{number}|>": number for number in range(len(tokenizer), TOKENS)}
     merges = [tuple(pair) for pair in learned["merges"]]
     tokenizer = CLIPTokenizer(vocab=learned["vocab"] | unused, merges=merges, model_max_length=77)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -103,7 +107,7 @@ def write_model(folder: Path, size: str) -> None:
     )
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=TOKENS, **width, **depth, **special))
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # its other defaults are those of SD 1.5
-    assembled(vae, text_encoder, tokenizer, unet, scheduler).save_pretrained(folder)
+    return assembled(vae, text_encoder, tokenizer, unet, scheduler)
 
 
 def write_films(root: Path, size: int) -> None:

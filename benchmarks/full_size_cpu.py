@@ -2,11 +2,11 @@
 
 It writes figures/phantom/full_size_cpu.json: seconds and peak memory of the notebooks 01 to 05, each run by
 `prism run` with two steps of everything. The pipeline has the sizes of SD 1.5 and random weights. 01 to 03 take the
-profile `chexpert` and a folder in CheXpert's format, whose films are phantoms of 512 pixels; 02 trains adapters (`lora`)
-and then the whole U-Net with gradient checkpointing (`full`), an image a step. 04 and 05 compare with the truth, which
-a film does not have: they take prepared phantoms of the same size (`01_phantoms`) and the profile `smoke`. The peak is
-the resident memory of the largest process of a notebook; `02_full` needs a machine with 24 GiB. Pictures of random
-weights mean nothing, but cost what others cost.
+profile `chexpert` and a folder in CheXpert's format, whose films are phantoms of 512 pixels; 02 trains adapters
+(`02_lora`) and then the whole U-Net with gradient checkpointing (`02_full`), an image a step. 04 and 05 compare with
+the truth, which a film does not have: they take prepared phantoms of the same size (`01_phantoms`) and the profile
+`smoke`. The peak is the resident memory of the largest process of a notebook; `02_full` needs a machine with 24 GiB.
+Pictures of random weights mean nothing, but cost what others cost.
 
 `--only` makes some of the rows, in a folder that `--folder` keeps; `--size tiny` is a trial of minutes. Both write
 their record below runs/.
@@ -68,7 +68,7 @@ def main() -> None:
         "full_size_cpu",
         dataset="phantom",
         notebook="benchmarks/full_size_cpu.py",
-        parameters={"settings": {row: settings(row, folder.name, given.size)[1] for row in given.only}},
+        parameters={"settings": {row: settings(row, "FOLDER", given.size)[1] for row in given.only}},
         seed=SEED,
         metrics=metrics,
         figures_dir="" if whole else paths.runs() / "benchmarks",
@@ -165,7 +165,8 @@ def measured(row: str, folder: Path, size: str) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{row} ended with {process.returncode}")
-    print(f"{row}: {timer.seconds:.0f} s, {usage.ru_maxrss / 2**20:.2f} GiB", flush=True)
+    sys.stdout.write(f"{row}: {timer.seconds:.0f} s, {usage.ru_maxrss / 2**20:.2f} GiB\n")
+    sys.stdout.flush()
     return {"seconds": timer.seconds, "peak_memory_gib": usage.ru_maxrss / 2**20}
 
 

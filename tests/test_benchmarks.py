@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, identifiability, own_judge, real_devices
+from benchmarks import bulk, editing, full_size, full_size_cpu, identifiability, own_judge, real_devices
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
+from prism_lib.apps.profiles import load_profile, plan
 from prism_lib.editing.counterfactuals import sweep
 from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
@@ -114,6 +115,39 @@ def test_a_trial_of_full_size_measures_edits_and_training_and_leaves_the_weights
     assert trained["speedup_cached"] == pytest.approx(expected, rel=1e-3)
     fresh = build(*[full_size.TINY, full_size.SEED]).unet.bfloat16().state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in pipes[0].unet.state_dict().items())
+
+
+def test_the_model_of_full_size_has_the_sizes_of_stable_diffusion():
+    with torch.device("meta"):
+        pipe = full_size_cpu.sd_pipeline([SOURCE])
+    sizes = {name: part.num_parameters() for name, part in pipe.components.items() if hasattr(part, "num_parameters")}
+    assert sizes == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+    assert len(pipe.tokenizer) == pipe.text_encoder.config.vocab_size == 49_408
+    assert pipe.tokenizer(SOURCE).input_ids == pipe.tokenizer(SOURCE.upper()).input_ids
+    assert (
+        pipe.tokenizer.decode(pipe.tokenizer(SOURCE).input_ids, skip_special_tokens=True).replace(" ,", ",") == SOURCE
+    )
+
+
+@pytest.mark.parametrize("size", ["full", "tiny"])
+@pytest.mark.parametrize("row", full_size_cpu.ROWS)
+def test_a_row_of_full_size_on_a_cpu_is_one_notebook_with_parameters_that_exist(row, size):
+    (profile, number), given = full_size_cpu.settings(row, "folder", size)
+    (job,) = plan(load_profile(profile), [(name, str(value)) for name, value in given.items()], only=[number])
+    assert job.name.startswith(row[:2])
+    assert {name: job.parameters[name] for name in given} == given
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_a_trial_of_full_size_on_a_cpu_measures_notebooks(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["full_size_cpu", "--size", "tiny", "--only", "01_data", "02_lora"])
+    full_size_cpu.main()
+    metrics = records.load_record("full_size_cpu", "phantom", tmp_path / "benchmarks")["metrics"]
+    assert list(metrics) == ["01_data", "02_lora"]
+    for row in metrics.values():
+        assert row["seconds"] > 1 and 0.1 < row["peak_memory_gib"] < 4
 
 
 def test_two_separate_runs_share_the_edits_of_one(tmp_path):

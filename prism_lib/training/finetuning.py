@@ -1,6 +1,7 @@
 """Fine-tune the U-Net on a prepared folder, with accelerate. As in the paper all other parts stay frozen."""
 
 import argparse
+import gc
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -104,7 +105,9 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     if processes == 1:
-        return finetune(config)
+        final = finetune(config)
+        gc.collect()  # what accelerate wraps refers to itself: until then all weights and moments stay in memory
+        return final
     # Without a GPU the launcher would start processes that each train alone.
     with nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true"):
         how = {"num_processes": processes, "mixed_precision": config.mixed_precision}

@@ -65,7 +65,9 @@ def summary(log: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def text_samples(folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0) -> tuple[Tensor, list[str]]:
+def text_samples(
+    folder: str | Path, dataset: str | Path, count: int = 8, seed: int = 0, num_inference_steps: int = 25
+) -> tuple[Tensor, list[str]]:
     """Text-to-image samples (N, C, H, W) for the first ``count`` distinct captions of validation, gray or colour."""
     pipeline = load_pipeline(folder)
     table = load_table(dataset, "val")
@@ -73,4 +75,5 @@ def text_samples(folder: str | Path, dataset: str | Path, count: int = 8, seed: 
     embeddings = encode_prompts(pipeline, [*texts, ""])
     empty = embeddings[-1:].expand(len(texts), -1, -1)
     channels = read_images(dataset, table.head(1)).shape[1]
-    return sample_images(pipeline, embeddings[:-1], empty, channels=channels, seed=seed).cpu(), texts
+    how = {"channels": channels, "num_inference_steps": num_inference_steps, "seed": seed}
+    return sample_images(pipeline, embeddings[:-1], empty, **how).cpu(), texts

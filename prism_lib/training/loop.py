@@ -56,7 +56,8 @@ class Run:
         train, self.validation = _caches(config, accelerator, pipeline)
         self.names = train.names
         unet = _trainable(config, accelerator, pipeline)
-        self.averaged = copy.deepcopy(unet).eval()
+        frozen = {id(value): value for value in unet.parameters() if not value.requires_grad}  # no second copy of these
+        self.averaged = copy.deepcopy(unet, frozen).eval()
         self.trained, self.shadow = (
             {name: value for name, value in model.named_parameters() if value.requires_grad}
             for model in (unet, self.averaged)

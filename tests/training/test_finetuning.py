@@ -1,6 +1,7 @@
 """Fine-tuning: a resumed run that equals an uninterrupted one to the bit, and errors that say what to do."""
 
 import copy
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -247,6 +249,26 @@ def test_adapters_are_merged_and_also_load_by_themselves(config):
     start = load_pipeline(config.pipeline).unet.state_dict()
     changed = {key for key, value in merged.state_dict().items() if not torch.equal(value, start[key])}
     assert changed and all(re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", key) for key in changed)
+
+
+def test_frozen_weights_are_in_memory_once_and_after_a_run_not_at_all(config, monkeypatch):
+    once, left = [], []
+
+    def watched(*given):
+        run = Run(*given)
+        own, averaged = (dict(model.named_parameters()) for model in (run.unet, run.averaged))
+        once.append({name for name in own if own[name] is averaged[name]} == own.keys() - run.trained.keys() != set())
+        left.append(weakref.ref(run.unet))
+        return run
+
+    monkeypatch.setattr(finetuning, "Run", watched)
+    gc.disable()
+    try:
+        finetuning.launch(replace(config, steps=1, lora_rank=2, sample_every=0))
+    finally:
+        gc.enable()
+    assert once == [True]
+    assert left[0]() is None
 
 
 def test_the_averaged_weights_follow_the_formula(config):

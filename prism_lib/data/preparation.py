@@ -28,7 +28,7 @@ from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
 logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
-DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")  # settings that do too
+DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns", "kinds")  # settings that do too
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -78,6 +78,7 @@ class PrepareConfig:
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
     # For "films": "file_name" and "Support Devices" by film: 0 clean; 1 and films not named are left out.
     screened: Path | None = None
+    kinds: tuple[str, ...] = ()  # of devices that are rendered into "films", of `phantom.films.KINDS`; () is all
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
@@ -100,8 +101,8 @@ class PrepareConfig:
         if self.columns.header and self.dataset != "dicom":
             raise ValueError("header fields can be copied from the dataset 'dicom' only")
         if self.dataset != "films":
-            if self.copies > 1 or self.screened:
-                raise ValueError("copies and screened are settings of the dataset 'films' only")
+            if self.copies > 1 or self.screened or self.kinds:
+                raise ValueError("copies, screened and kinds are settings of the dataset 'films' only")
         elif self.size < 128:
             raise ValueError(f"devices need films of 128 pixels or more; size is {self.size}")
         elif self.screened and self.blank.get(DEVICES, self.blank.get("*")) == "zeros":
@@ -126,7 +127,7 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
 SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
-    "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
+    "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened, c.kinds),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 

@@ -17,7 +17,7 @@ from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
-NO_DEVICES = Edit(remove=(DEVICES,))
+NO_DEVICES, WITH_DEVICES = Edit(remove=(DEVICES,)), Edit(add=(DEVICES,))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 
@@ -74,6 +74,12 @@ def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int,
             for either in (row, places[twin]):
                 couples[either], prompts[either] = (row, places[twin]), pair.target
     return couples, prompts
+
+
+def films(table: pd.DataFrame) -> pd.Series:
+    """The file of every row's film: a film with rendered devices and its twin without are one."""
+    names = table["file_name"]
+    return table["twin"].where(table["twin"].ne(NOT_THERE), names) if "twin" in table else names
 
 
 def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.DataFrame:

@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, read_images, require_truth
-from prism_lib.data.rows import prompt_pairs, true_counterfactual
+from prism_lib.data.folder import Folder, load_table, read_images
+from prism_lib.data.rows import WITH_DEVICES, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.evaluation.evaluate import Editor
-from prism_lib.files import atomic
+from prism_lib.files import atomic, stable_seed
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
 
 CHUNK = 8  # images that a cached source makes at a time
+LIGHT = 1 / 255  # least share of light, which keeps ratios of it finite
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
 # sources when their first arguments are bound: `partial(truth, folder)`.
 Source = Callable[[pd.DataFrame, Edit], Tensor]
@@ -51,11 +52,36 @@ def synthetic(
 
 
 def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
-    """The phantom's true counterfactuals: the upper bound that real images do not have."""
-    require_truth(folder)
+    """The true counterfactuals of phantoms, and the twins of films with and without rendered devices."""
+    if change == WITH_DEVICES and "twin" in rows:
+        table = load_table(folder).query("rendered").set_index("twin")
+        return read_images(folder, rows.assign(file_name=table["file_name"].reindex(rows["file_name"]).to_list()))
     known = true_counterfactual(folder, rows, change)
-    assert known is not None
+    if known is None:
+        raise ValueError(f"the truth about {change.key} of {folder} is not known: it needs phantoms or rendered films")
     return known.images
+
+
+class Transplants:
+    """A source for models that remove what they cannot add: what it removes from a donor is added to another image.
+
+    ``donors`` are rows that show it. It goes to the same place, as the share of light that it lets through; images are
+    X-rays, bright where dense.
+    """
+
+    def __init__(self, source: Source, folder: Folder, donors: pd.DataFrame) -> None:
+        self.source, self.folder, self.donors = source, folder, donors
+        names = "\0".join(donors["file_name"])
+        self.settings = f"{getattr(source, 'settings', source)} {hashlib.sha256(names.encode()).hexdigest()}"
+
+    def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
+        if not change.add:
+            return self.source(rows, change)
+        places = [stable_seed(name) % len(self.donors) for name in rows["file_name"]]
+        donors = self.donors.iloc[places]
+        images, before = (1 - read_images(self.folder, some).mean(1, keepdim=True) for some in (rows, donors))
+        passed = (before + LIGHT) / (1 - self.source(donors, Edit(remove=change.add)) + LIGHT)
+        return 1 - images * passed.clamp(max=1)
 
 
 class Files:

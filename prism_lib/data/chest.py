@@ -358,13 +358,7 @@ def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def film_source(
-    films: Source,
-    reader: ImageFiles,
-    shares: Sequence[float],
-    seed: int,
-    copies: int,
-    screened: Path | None,
-    kinds: Sequence[str] = (),
+    films: Source, reader: RenderedFilms, shares: Sequence[float], seed: int, copies: int, screened: Path | None
 ) -> Source:
     """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
@@ -398,4 +392,4 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader, kinds), films.rejected)
+    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, reader, films.rejected)

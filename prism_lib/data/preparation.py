@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from prism_lib import paths
-from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
+from prism_lib.data.chest import ARCHIVES, DEVICES, RenderedFilms, View, chest_source, film_source, phantom_source
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
@@ -27,8 +27,9 @@ from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
 
 logger = logging.getLogger(__name__)
 
-FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
-DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns", "kinds")  # settings that do too
+# What decides a file: columns of a plan, and settings.
+FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")
+DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns", "kinds")
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -127,7 +128,9 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
 SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
-    "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened, c.kinds),
+    "films": lambda c: film_source(
+        _chest(c, "nih"), RenderedFilms(_files(c)[-1], c.kinds), c.split, c.seed, c.copies, c.screened
+    ),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 

@@ -76,12 +76,6 @@ def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int,
     return couples, prompts
 
 
-def films(table: pd.DataFrame) -> pd.Series:
-    """The file of every row's film: a film with rendered devices and its twin without are one."""
-    names = table["file_name"]
-    return table["twin"].where(table["twin"].ne(NOT_THERE), names) if "twin" in table else names
-
-
 def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.DataFrame:
     """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 

@@ -23,7 +23,7 @@ from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import encode_prompts, sample_images
 
 CHUNK = 8  # images that a cached source makes at a time
-LIGHT = 1 / 255  # least share of light, which keeps ratios of it finite
+DARK = 1 / 255  # keeps ratios of light finite
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
 # sources when their first arguments are bound: `partial(truth, folder)`.
 Source = Callable[[pd.DataFrame, Edit], Tensor]
@@ -54,34 +54,24 @@ def synthetic(
 def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
     """The true counterfactuals of phantoms, and the twins of films with and without rendered devices."""
     if change == WITH_DEVICES and "twin" in rows:
-        table = load_table(folder).query("rendered").set_index("twin")
-        return read_images(folder, rows.assign(file_name=table["file_name"].reindex(rows["file_name"]).to_list()))
-    known = true_counterfactual(folder, rows, change)
-    if known is None:
+        twins = load_table(folder).query("rendered").set_index("twin")["file_name"]
+        return read_images(folder, rows.assign(file_name=twins[rows["file_name"]].to_list()))
+    if (known := true_counterfactual(folder, rows, change)) is None:
         raise ValueError(f"the truth about {change.key} of {folder} is not known: it needs phantoms or rendered films")
     return known.images
 
 
-class Transplants:
-    """A source for models that remove what they cannot add: what it removes from a donor is added to another image.
+def transplants(source: Source, folder: Folder, donors: pd.DataFrame, rows: pd.DataFrame, change: Edit) -> Tensor:
+    """For models that remove what they cannot add: what ``source`` removes from rows of ``donors`` is added to others.
 
-    ``donors`` are rows that show it. It goes to the same place, as the share of light that it lets through; images are
-    X-rays, bright where dense.
+    It goes to the same place, as the share of light that it lets through; images are X-rays, bright where dense.
     """
-
-    def __init__(self, source: Source, folder: Folder, donors: pd.DataFrame) -> None:
-        self.source, self.folder, self.donors = source, folder, donors
-        names = "\0".join(donors["file_name"])
-        self.settings = f"{getattr(source, 'settings', source)} {hashlib.sha256(names.encode()).hexdigest()}"
-
-    def __call__(self, rows: pd.DataFrame, change: Edit) -> Tensor:
-        if not change.add:
-            return self.source(rows, change)
-        places = [stable_seed(name) % len(self.donors) for name in rows["file_name"]]
-        donors = self.donors.iloc[places]
-        images, before = (1 - read_images(self.folder, some).mean(1, keepdim=True) for some in (rows, donors))
-        passed = (before + LIGHT) / (1 - self.source(donors, Edit(remove=change.add)) + LIGHT)
-        return 1 - images * passed.clamp(max=1)
+    if not change.add:
+        return source(rows, change)
+    donors = donors.iloc[[stable_seed(name) % len(donors) for name in rows["file_name"]]]
+    light, before = (1 - read_images(folder, some).mean(1, keepdim=True) for some in (rows, donors))
+    passed = (before + DARK) / (1 - source(donors, Edit(remove=change.add)) + DARK)
+    return 1 - light * passed.clamp(max=1)
 
 
 class Files:

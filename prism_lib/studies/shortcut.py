@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import Folder, image_batches, load_info, load_table, read_images
-from prism_lib.data.rows import films
 from prism_lib.devices import processes_for, side_by_side
 from prism_lib.evaluation import metrics
 from prism_lib.files import atomic
@@ -44,12 +43,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """What is compared: the label that classifiers are judged by, and the one that goes with it in training.
+    """What is compared: the label that classifiers are judged by, and the one that goes with it in training."""
 
-    A label is one of the data set, or a column and a value: "sex=F".
-    """
-
-    target: str
+    target: str  # a label of the data set, or a column and its value: "sex=F"
     shortcut: str
     strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0, 0.75, 0.5)  # k as a fraction; 0.5 is balanced
     images: Annotated[int, Field(ge=4, multiple_of=2)] = 240  # of the training set, half of them with the target
@@ -118,17 +114,15 @@ def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
 
 
 def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) -> pd.DataFrame:
-    """The rows of D_k, drawn from a split; a smaller k keeps the larger one's rows as far as it has them.
-
-    A film with rendered devices and the same film without are never both drawn.
-    """
+    """The rows of D_k, drawn from a split, no film with its twin; a smaller k keeps the larger one's rows if it can."""
     half, what = config.images // 2, f"{config.images} images at strength {strength:g}"
     together = round(half * strength)
     wanted = {0: together, 3: together, 1: half - together, 2: half - together}
-    left, parts = _with_values(table, config).sample(frac=1, random_state=config.draw_seed), {}
+    left, parts = _with_values(table, config).sample(frac=1, random_state=config.draw_seed, ignore_index=True), {}
+    film = left["twin"].where(left["rendered"], left["file_name"]) if "twin" in left else left["file_name"]
     for group, count in wanted.items():
         parts[group] = _first(left, config, group, count, what)
-        left = left[~films(left).isin(films(parts[group]))]
+        left = left[~film[left.index].isin(film[parts[group].index])]
     return pd.concat([parts[group] for group in range(4)], ignore_index=True)
 
 
@@ -143,8 +137,8 @@ def _first(rows: pd.DataFrame, config: ShortcutConfig, group: int, count: int, w
 
 def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
     """The balanced test set: as many rows of each group as the smallest has."""
-    table = pd.concat([load_table(folder, split) for split in config.test_splits], ignore_index=True)
-    table = _with_values(table, config)
+    parts = [load_table(folder, split) for split in config.test_splits]
+    table = _with_values(pd.concat(parts, ignore_index=True), config)
     member, counts = groups(table, config.target, config.shortcut), group_counts(table, config)
     fewest = min(counts, key=counts.__getitem__)
     if not counts[fewest]:

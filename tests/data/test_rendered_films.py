@@ -75,14 +75,14 @@ def test_the_twins_are_the_truth_of_a_training_set_in_both_directions(films):
     plain = table.set_index("file_name").loc[devices["twin"]].reset_index()
     assert torch.equal(augmentation.truth(films, devices, REMOVE), read_images(films, plain))
     assert torch.equal(augmentation.truth(films, plain, Edit(add=("Support Devices",))), read_images(films, devices))
-    with pytest.raises(ValueError, match="the truth about remove_edema of .* is not known"):
+    with pytest.raises(ValueError, match=r"the truth about remove_edema of .* is not known"):
         augmentation.truth(films, plain, Edit(remove=("Edema",)))
 
 
 def test_one_kind_of_device_is_rendered_if_asked(root, tmp_path):
     table = load_table(prepare(config(root, tmp_path / "films", kinds=("pacemaker",))))
     assert set(table.loc[table["rendered"], "kinds"]) == {"pacemaker"}
-    with pytest.raises(ValueError, match="kinds must be one or more of pacemaker, .*got .*'stent'"):
+    with pytest.raises(ValueError, match=r"kinds must be one or more of pacemaker, .*got .*'stent'"):
         prepare(config(root, tmp_path / "other", kinds=("stent",)))
     with pytest.raises(ValueError, match="copies, screened and kinds are settings of the dataset 'films' only"):
         PrepareConfig("phantom", tmp_path / "phantom", kinds=("pacemaker",))

@@ -301,11 +301,12 @@ class RenderedFilms:
     """A `Reader` of films: "copy" above 0 is moved, "rendered" gets devices by "film_seed", their kinds in "kinds"."""
 
     films: ImageFiles
+    kinds: Sequence[str] = ()  # that are rendered; () is all
 
     def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
         import torch  # only in a process that renders
 
-        from prism_lib.phantom.films import with_devices
+        from prism_lib.phantom.films import KINDS, with_devices
 
         columns = ("source_file", "path", "film_seed", "copy", "rendered")
         for name, path, seed, copy, devices in zip(*(rows[column] for column in columns), strict=True):
@@ -316,7 +317,7 @@ class RenderedFilms:
                 continue
             kinds: Sequence[str] = ()
             if devices:
-                rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed])
+                rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed], self.kinds or KINDS)
                 pixels, (kinds,) = (rendered.images[0, 0] * 255).round().byte().numpy(), rendered.kinds
             if copy:
                 pixels = acquired(pixels, seed)
@@ -355,7 +356,7 @@ def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def film_source(
-    films: Source, reader: ImageFiles, shares: Sequence[float], seed: int, copies: int, screened: Path | None
+    films: Source, reader: RenderedFilms, shares: Sequence[float], seed: int, copies: int, screened: Path | None
 ) -> Source:
     """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
@@ -389,4 +390,4 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, RenderedFilms(reader), films.rejected)
+    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, reader, films.rejected)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from prism_lib import paths
 from prism_lib.configs import Share, checked
-from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source
+from prism_lib.data.chest import ARCHIVES, DEVICES, RenderedFilms, View, chest_source, film_source, phantom_source
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
@@ -27,8 +27,9 @@ from prism_lib.language.labels import VOCABULARIES, Vocabulary, vocabulary
 
 logger = logging.getLogger(__name__)
 
-FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")  # of a plan: what decides a file
-DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns")  # settings that do too
+# What decides a file: columns of a plan, and settings.
+FILE_COLUMNS = ("file_name", "path", "phantom_index", "film_seed")
+DECISIVE = ("dataset", "size", "seed", "confounding", "fit", "mode", "max_upscale", "columns", "kinds")
 LOOK_AHEAD = 20  # unusable files collected after the error is certain, so that its message shows several
 LABEL_STATES = {"present": 1, "absent": 0, "uncertain": -1, "not mentioned": float("nan")}
 POLICIES = {"zeros": 0.0, "ones": 1.0}  # "ignore" leaves a label as it is
@@ -77,6 +78,7 @@ class PrepareConfig:
     copies: Annotated[int, Field(ge=1)] = 1  # of each film of the data set "films" in the train split
     # For "films", below PRISM_DATA: "file_name" and "Support Devices": 0 clean; 1 and films not named are left out.
     screened: Annotated[Path, AfterValidator(lambda path: paths.data() / path)] | None = None
+    kinds: tuple[str, ...] = ()  # of devices that are rendered into "films", of `phantom.films.KINDS`; () is all
     processes: Annotated[int, Field(ge=1)] = 1  # that read and write; the result does not depend on it
 
     def __post_init__(self) -> None:
@@ -99,8 +101,8 @@ class PrepareConfig:
         if self.columns.header and self.dataset != "dicom":
             raise ValueError("header fields can be copied from the dataset 'dicom' only")
         if self.dataset != "films":
-            if self.copies > 1 or self.screened:
-                raise ValueError("copies and screened are settings of the dataset 'films' only")
+            if self.copies > 1 or self.screened or self.kinds:
+                raise ValueError("copies, screened and kinds are settings of the dataset 'films' only")
         elif self.size < 128:
             raise ValueError(f"devices need films of 128 pixels or more; size is {self.size}")
         elif self.screened and self.blank.get(DEVICES, self.blank.get("*")) == "zeros":
@@ -126,7 +128,9 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
 SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
-    "films": lambda c: film_source(_chest(c, "nih"), _files(c)[-1], c.split, c.seed, c.copies, c.screened),
+    "films": lambda c: film_source(
+        _chest(c, "nih"), RenderedFilms(_files(c)[-1], c.kinds), c.split, c.seed, c.copies, c.screened
+    ),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }
 

@@ -17,7 +17,7 @@ from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
 from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
-NO_DEVICES = Edit(remove=(DEVICES,))
+NO_DEVICES, WITH_DEVICES = Edit(remove=(DEVICES,)), Edit(add=(DEVICES,))
 DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
 
 

@@ -13,15 +13,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import Folder, read_images
-from prism_lib.data.rows import known_truth, prompt_pairs
+from prism_lib.data.folder import Folder, load_table, read_images
+from prism_lib.data.rows import WITH_DEVICES, known_truth, prompt_pairs
 from prism_lib.editing.counterfactuals import stack
 from prism_lib.evaluation.evaluate import Editor
-from prism_lib.files import atomic
+from prism_lib.files import atomic, stable_seed
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import Pipe, encode_prompts, sample_images
 
 CHUNK = 8  # images that a cached source makes at a time
+DARK = 1 / 255  # keeps ratios of light finite
 # Rows of a prepared table and an edit that suits them -> images (N, 1, H, W) in [0, 1]. The functions below become
 # sources when their first arguments are bound: `partial(truth, folder)`.
 Source = Callable[[pd.DataFrame, Edit], Tensor]
@@ -46,8 +47,24 @@ def synthetic(pipe: Pipe, folder: Folder, rows: pd.DataFrame, change: Edit, *, s
 
 
 def truth(folder: Folder, rows: pd.DataFrame, change: Edit) -> Tensor:
-    """The phantom's true counterfactuals: the upper bound that real images do not have."""
+    """The true counterfactuals of phantoms, and the twins of films with and without rendered devices."""
+    if change == WITH_DEVICES and "twin" in rows:
+        twins = load_table(folder).query("rendered").set_index("twin")["file_name"]
+        return read_images(folder, rows.assign(file_name=twins[rows["file_name"]].to_list()))
     return known_truth(folder, rows, change).images
+
+
+def transplants(source: Source, folder: Folder, donors: pd.DataFrame, rows: pd.DataFrame, change: Edit) -> Tensor:
+    """For models that remove what they cannot add: what ``source`` removes from rows of ``donors`` is added to others.
+
+    It goes to the same place, as the share of light that it lets through; images are X-rays, bright where dense.
+    """
+    if not change.add:
+        return source(rows, change)
+    donors = donors.iloc[[stable_seed(name) % len(donors) for name in rows["file_name"]]]
+    light, before = (1 - read_images(folder, some).mean(1, keepdim=True) for some in (rows, donors))
+    passed = (before + DARK) / (1 - source(donors, Edit(remove=change.add)) + DARK)
+    return 1 - light * passed.clamp(max=1)
 
 
 class Files:

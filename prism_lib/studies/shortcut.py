@@ -44,16 +44,17 @@ Statistic = Callable[[Tensor], Tensor]
 class ShortcutConfig:
     """What is compared: the label that classifiers are judged by, and the one that goes with it in training."""
 
-    target: str
+    target: str  # a label of the data set, or a column and its value: "sex=F"
     shortcut: str
     strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0, 0.75, 0.5)  # k as a fraction; 0.5 is balanced
     images: Annotated[int, Field(ge=4, multiple_of=2)] = 240  # of the training set, half of them with the target
-    added: Annotated[int, Field(ge=4, multiple_of=4)] = 120  # by a source, a quarter for each edit of `additions`
+    added: Annotated[int, Field(ge=4, multiple_of=4)] = 120  # by a source, the same number for each edit of `additions`
     size: Annotated[int, Field(ge=32)] = 128  # pixels a side that the classifiers read
     test_splits: tuple[str, ...] = ("val", "test")
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)  # initial weights and order of images
     draw_seed: int = 0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    edit_target: bool = True  # else only the shortcut is edited, for models that cannot change the target
 
     def __post_init__(self) -> None:
         if self.target == self.shortcut:
@@ -93,6 +94,16 @@ def groups(table: pd.DataFrame, target: str, shortcut: str) -> pd.Series:
     return (2 * table[target] + table[shortcut]).where(known, -1).astype(int)
 
 
+def _with_values(table: pd.DataFrame, config: ShortcutConfig) -> pd.DataFrame:
+    """The table with a column for every label "column=value": 1, 0, or NaN where the cell is unknown."""
+    for label in config.classifier.labels:
+        column, _, value = label.partition("=")
+        if label not in table and column in table:
+            known = table[column].notna() & table[column].ne("unknown")
+            table = table.assign(**{label: table[column].astype(str).eq(value).astype(float).where(known)})
+    return table
+
+
 def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
     """Rows of each group."""
     member = groups(rows, config.target, config.shortcut)
@@ -100,13 +111,16 @@ def group_counts(rows: pd.DataFrame, config: ShortcutConfig) -> dict[str, int]:
 
 
 def training_rows(table: pd.DataFrame, config: ShortcutConfig, strength: float) -> pd.DataFrame:
-    """The rows of D_k, drawn from a split; a smaller k keeps the larger one's rows as far as it has them."""
+    """The rows of D_k, drawn from a split, no film with its twin; a smaller k keeps the larger one's rows if it can."""
     half, what = config.images // 2, f"{config.images} images at strength {strength:g}"
     together = round(half * strength)
-    wanted = (together, half - together, half - together, together)
-    shuffled = table.sample(frac=1, random_state=config.draw_seed)
-    parts = [_first(shuffled, config, group, count, what) for group, count in enumerate(wanted)]
-    return pd.concat(parts, ignore_index=True)
+    wanted = {0: together, 3: together, 1: half - together, 2: half - together}
+    left, parts = _with_values(table, config).sample(frac=1, random_state=config.draw_seed, ignore_index=True), {}
+    film = left["twin"].where(left["rendered"], left["file_name"]) if "twin" in left else left["file_name"]
+    for group, count in wanted.items():
+        parts[group] = _first(left, config, group, count, what)
+        left = left[~film[left.index].isin(film[parts[group].index])]
+    return pd.concat([parts[group] for group in range(4)], ignore_index=True)
 
 
 def _first(rows: pd.DataFrame, config: ShortcutConfig, group: int, count: int, what: str) -> pd.DataFrame:
@@ -120,7 +134,8 @@ def _first(rows: pd.DataFrame, config: ShortcutConfig, group: int, count: int, w
 
 def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
     """The balanced test set: as many rows of each group as the smallest has."""
-    table = pd.concat([load_table(folder, split) for split in config.test_splits], ignore_index=True)
+    parts = [load_table(folder, split) for split in config.test_splits]
+    table = _with_values(pd.concat(parts, ignore_index=True), config)
     member, counts = groups(table, config.target, config.shortcut), group_counts(table, config)
     fewest = min(counts, key=counts.__getitem__)
     if not counts[fewest]:
@@ -130,8 +145,9 @@ def balanced_rows(folder: Folder, config: ShortcutConfig) -> pd.DataFrame:
 
 def additions(rows: pd.DataFrame, config: ShortcutConfig) -> list[tuple[pd.DataFrame, Edit]]:
     """The edits that a source makes: training rows in which the two go together, and edits that separate them."""
-    labels, what = (config.shortcut, config.target), f"{config.added} added images"
-    both, neither = (_first(rows, config, group, config.added // 4, what) for group in (3, 0))
+    labels, what = (config.shortcut, config.target)[: 1 + config.edit_target], f"{config.added} added images"
+    count = config.added // (2 * len(labels))
+    both, neither = (_first(rows, config, group, count, what) for group in (3, 0))
     return [(both, Edit(remove=(label,))) for label in labels] + [(neither, Edit(add=(label,))) for label in labels]
 
 

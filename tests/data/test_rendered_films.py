@@ -14,6 +14,7 @@ from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
 from prism_lib.language.edits import Edit
 from prism_lib.phantom.patients import render, sample_patients
+from prism_lib.studies import augmentation
 
 REMOVE = Edit(remove=("Support Devices",))
 SIZE = 128
@@ -66,6 +67,25 @@ def test_the_truth_about_removed_devices_is_the_twin(films):
     assert (factual[truth.changed] - truth.images[truth.changed]).mean() > 0.02, "devices are dense"
     assert true_counterfactual(films, cases, Edit(remove=("Pleural Effusion",))) is None
     assert true_counterfactual(films, cases, Edit(add=("Support Devices",))) is None
+
+
+def test_the_twins_are_the_truth_of_a_training_set_in_both_directions(films):
+    table = load_table(films, "train")
+    devices = table[table["rendered"]].head(3)
+    plain = table.set_index("file_name").loc[devices["twin"]].reset_index()
+    assert torch.equal(augmentation.truth(films, devices, REMOVE), read_images(films, plain))
+    assert torch.equal(augmentation.truth(films, plain, Edit(add=("Support Devices",))), read_images(films, devices))
+    with pytest.raises(ValueError, match=r"the truth about remove_edema of .* is not known"):
+        augmentation.truth(films, plain, Edit(remove=("Edema",)))
+
+
+def test_one_kind_of_device_is_rendered_if_asked(root, tmp_path):
+    table = load_table(prepare(config(root, tmp_path / "films", kinds=("pacemaker",))))
+    assert set(table.loc[table["rendered"], "kinds"]) == {"pacemaker"}
+    with pytest.raises(ValueError, match=r"kinds must be one or more of pacemaker, .*got .*'stent'"):
+        prepare(config(root, tmp_path / "other", kinds=("stent",)))
+    with pytest.raises(ValueError, match="copies, screened and kinds are settings of the dataset 'films' only"):
+        PrepareConfig("phantom", tmp_path / "phantom", kinds=("pacemaker",))
 
 
 def test_training_pairs_are_a_film_with_devices_and_without_and_the_prompt_of_the_edit(films):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_lib.data.folder import load_table
+from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.rows import editable, true_counterfactual
 from prism_lib.language.edits import Edit
 from prism_lib.studies import augmentation
@@ -24,6 +24,28 @@ def rows(phantom_folder):
 def test_the_truth_is_the_phantoms(phantom_folder, rows):
     expected = true_counterfactual(phantom_folder, rows, REMOVE)[0]
     assert torch.equal(augmentation.truth(phantom_folder, rows, REMOVE), expected)
+
+
+def test_what_is_removed_from_a_donor_is_added_to_another_image(phantom_folder, rows):
+    """A bar that lets a quarter of the light through is in the donor; the source removes it."""
+    donor = read_images(phantom_folder, rows[:1])
+    asked = []
+
+    def source(chosen, edit):
+        asked.append((list(chosen["file_name"]), edit.key))
+        without = read_images(phantom_folder, chosen)
+        without[..., :8] = 1 - (1 - without[..., :8]) * 4
+        return without
+
+    moved = partial(augmentation.transplants, source, phantom_folder, rows[:1])
+    other = rows[1:]
+    images, made = read_images(phantom_folder, other), moved(other, Edit(add=REMOVE.remove))
+    assert asked == [([rows["file_name"][0]] * 2, REMOVE.key)]
+    light = 1 - donor[..., :8]
+    expected = 1 - (1 - images[..., :8]) * (light + 1 / 255) / (4 * light + 1 / 255)
+    torch.testing.assert_close(made[..., :8], expected)
+    torch.testing.assert_close(made[..., 8:], images[..., 8:])
+    assert torch.equal(moved(other, REMOVE), source(other, REMOVE)), "removals are the source's own"
 
 
 def test_counterfactuals_are_gray_images_of_the_rows(phantom_folder, rows):

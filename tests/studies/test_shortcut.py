@@ -54,6 +54,30 @@ def test_a_weaker_shortcut_keeps_the_rows_it_can():
     assert len(names[0] & names[1]) == 6
 
 
+def test_a_film_and_its_twin_with_devices_are_never_both_drawn():
+    one = table(8)[lambda rows: rows[SHORTCUT] == 0]
+    twins = one.assign(**{SHORTCUT: 1.0}, file_name="d" + one["file_name"], twin=one["file_name"], rendered=True)
+    pairs = pd.concat([one.assign(twin="none", rendered=False), twins])
+    for strength in (1.0, 0.75, 0.5):
+        rows = training_rows(pairs, CONFIG, strength)
+        assert rows["file_name"].str.removeprefix("d").is_unique and len(rows) == 8
+    with pytest.raises(
+        ValueError, match=r"20 images at strength 0\.5 need 5 .* of group 'shortcut_only' .* there are 3"
+    ):
+        training_rows(pairs, replace(CONFIG, images=20), 0.5)
+
+
+def test_a_label_may_be_a_value_of_a_column():
+    women = "sex=F"
+    rows = pd.DataFrame({"sex": ["F", "M", "F", "M", "unknown", "F"], SHORTCUT: [0, 1, 1, 0, 0, -1]})
+    rows = rows.assign(file_name=list("abcdef"))
+    study = replace(CONFIG, target=women, images=4, classifier=replace(CLASSIFIER, labels=(women, SHORTCUT)))
+    with pytest.raises(ValueError, match=r"need 2 .* of group 'neither' .* there are 1"):
+        training_rows(rows, study, 1.0)
+    drawn = training_rows(pd.concat([rows, rows.assign(file_name=list("ghijkl"))]), study, 1.0)
+    assert sorted(drawn["file_name"]) == list("cdij") and drawn[women].tolist() == [0, 0, 1, 1]
+
+
 def test_too_few_images_of_a_group_are_named():
     short = table()[groups(table(), TARGET, SHORTCUT) != 2]
     training_rows(short, CONFIG, 1.0)
@@ -68,6 +92,10 @@ def test_additions_part_what_goes_together():
         "remove_pleural_effusion", "remove_support_devices", "add_pleural_effusion", "add_support_devices",
     ]  # fmt: skip
     assert [len(chosen) for chosen, _ in asked] == [1] * 4
+    asked = additions(rows, replace(CONFIG, edit_target=False))
+    assert [(edit.key, len(chosen)) for chosen, edit in asked] == [
+        ("remove_pleural_effusion", 2), ("add_pleural_effusion", 2),
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"40 added images need 10 .* of group 'both' .* there are 4"):
         additions(rows, ShortcutConfig(TARGET, SHORTCUT, images=8, added=40, classifier=CLASSIFIER))
 

@@ -1,7 +1,6 @@
 """Pacemakers asked for by name: `python -m benchmarks.sides` writes figures/phantom/sides.json.
 
-Validation phantoms without devices get a pacemaker in three ways: with no side kept free, as "add a pacemaker" is read,
-and as "add a pacemaker on the right". A device counts as there where the edit brightens the place of its generator on
+Validation phantoms without devices get a pacemaker with no side kept free, and as the model recommends. A device counts as there where the edit brightens the place of its generator on
 one side, which the renderer knows for every patient. Sheets to count by eye are left in PRISM_RUNS/sides/.
 """
 
@@ -26,7 +25,7 @@ from prism_lib.paths import SHIPPED
 from prism_lib.phantom.patients import Patients, render, sample_patients
 from prism_lib.reporting import plots
 
-REQUESTS = {"no side kept free": {"side": ""}, "a pacemaker": {}, "on the right": {"side": "right"}}
+REQUESTS = {"no side kept free": {"side": ""}, "as recommended": {}}  # what replaces the model's recommendation
 BRIGHTER = 0.15  # gray levels in [0, 1] by which a generator brightens a pixel
 SEEN = 0.5  # share of a generator's pixels from which it counts
 

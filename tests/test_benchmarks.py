@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, full_size_cpu, identifiability, own_judge, real_devices
+from benchmarks import bulk, editing, full_size, full_size_cpu, identifiability, own_judge, real_devices, sides
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
@@ -22,7 +22,7 @@ from prism_lib.editing.settings import grid
 from prism_lib.language.edits import Edit
 from prism_lib.models import classifier
 from prism_lib.models.pipeline import decode_latents
-from prism_lib.phantom.patients import counterfactual, sample_patients
+from prism_lib.phantom.patients import counterfactual, render, sample_patients
 from tests.tiny import REMOVE, SOURCE, tiny_images, tiny_pipeline
 
 STEPS = 4
@@ -159,6 +159,16 @@ def test_two_separate_runs_share_the_edits_of_one(tmp_path):
     assert sorted(len(table) for table in tables) == [2, 3]
     assert sorted(pd.concat(tables)["file_name"]) == names
     assert len({half.out for half in halves}) == 2
+
+
+def test_a_pacemaker_is_counted_on_its_own_side():
+    patients = sample_patients(6, 5).intervene(support_devices=0)
+    where, pixels = sides.places(patients)
+    assert where.shape == (6, 2, 256, 256) and not where.all(1).any() and (pixels > 0).all()
+    for row, change in enumerate(({"left_pacemaker": 1}, {"right_pacemaker": 1}, {"ecg_leads": 1}, {})):
+        image = counterfactual(patients, 256, **change)[0] if change else render(patients)
+        there = ((image - render(patients) > sides.BRIGHTER) & where).flatten(2).sum(2) > sides.SEEN * pixels
+        assert there.tolist() == [[row == 0, row == 1]] * 6
 
 
 def test_identifiability_asks_patients_that_an_edit_suits():

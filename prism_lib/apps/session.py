@@ -289,7 +289,7 @@ class Session:
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""
-        for name in (*edit.remove, *edit.add, *edit.keep):
+        for name in map(self.vocab.phrase, (*edit.remove, *edit.add, *edit.keep)):  # a side is no word of captions
             for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
                 if other != name and told_apart(self.pipes[model], name, other, self.vocab.subject) < HEARD:
                     return f"To {model}, {name} and {other} read almost the same: the image may show either."

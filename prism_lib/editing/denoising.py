@@ -65,6 +65,7 @@ class EditTask:
             step < round(config.self_replace_steps * steps),
             config.local_blend_threshold if self.blends(step / steps) else None,
             (config.confine, config.mask.attention_weight) if self.confines(step / steps) else None,
+            config.side,
         )
 
 
@@ -138,7 +139,11 @@ def denoise(
             text = torch.cat([source_text, negative, target_text[leads]])
             prediction = predict_noise(pipe, latents, timestep, text)
             of_source, of_negative, of_target = prediction.split([len(source), len(negatives), len(target)])
-            noise_change = noise_change + (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
+            # Where an edit may not act its prompt goes on asking for it, which is no evidence of a change.
+            sides = [masks.side_cells(source[0, :1], task.config.side) for task in rows]
+            allowed = torch.stack(sides) if cells is None else controller.of_parents(cells)
+            change = (of_target - controller.of_parents(of_source)).abs().mean(1, keepdim=True)
+            noise_change = noise_change + allowed * change
 
             # Classifier-free guidance of each row by its own scale.
             scales = _column([rows[row].guidance_scale for row in controller.guided], of_target)
@@ -149,13 +154,10 @@ def denoise(
             corrects = [task.config.correct_drift if how.corrects is None else how.corrects for task in rows]
             correction = controller.of_parents(source - stepped) * _column(corrects, source)
             target = how.step(schedule, target, guided, level) + correction
-            # Outside the bounds of an edit its latents are the source's.
-            base, bounds = controller.of_parents(source), None if cells is None else controller.of_parents(cells)
-            if any(task.blends(progressed) or task.confines(progressed) for task in rows):
-                region = _region(rows, progressed, controller.maps.mean(*source.shape[-2:]), noise_change)
-                bounds = region if bounds is None else bounds * region
-            if bounds is not None:
-                target = base + bounds * (target - base)
+            # Outside the region of an edit its latents are the source's.
+            if cells is not None or any(t.config.side or t.blends(progressed) or t.confines(progressed) for t in rows):
+                words, base = controller.maps.mean(*source.shape[-2:]), controller.of_parents(source)
+                target = base + allowed * _region(rows, progressed, words, noise_change) * (target - base)
 
             row_of = list(stage)
             finite.append(target.isfinite().flatten(1).all(1)[controller.index(row_of)])

@@ -153,6 +153,14 @@ def evidence_region(coarse: Tensor, threshold: float, softness: float = 0.3) -> 
     return _maximum(_ramp(_box(coarse, 1), threshold, softness), 1)
 
 
+def side_cells(like: Tensor, side: str) -> Tensor:
+    """1, and 0 in the outer third of the image opposite to a side of the patient ("left", "right"); as `like`."""
+    cells, third = torch.ones_like(like), round(0.36 * like.shape[-1])
+    if side:
+        cells[..., slice(third) if side == "left" else slice(-third, None)] = 0
+    return cells
+
+
 def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2) -> Tensor:
     """LocalBlend (Hertz et al., 2023): cells whose attention, 3x3 max-pooled, exceeds a share of the image's maximum.
 

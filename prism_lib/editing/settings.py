@@ -43,7 +43,9 @@ class EditConfig:
 
     `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
     limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
-    keeps letters burnt into the corners out of the automatic mask.
+    keeps letters burnt into the corners out of the automatic mask. With a `side` of the patient, the outer third of the
+    image at the other side stays the source's in latent space, so that what is added comes on one side. A user's own
+    areas take the place of a side.
     """
 
     guidance_scale: Scale = 7.5
@@ -61,6 +63,7 @@ class EditConfig:
     local_blend_threshold: Share = 0.3
     local_blend_start: Share = 0.2
     confine: Share = 0.0
+    side: Literal["", "left", "right"] = ""
     protect_text: bool = True
     mask: MaskConfig = field(default_factory=MaskConfig)
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -99,7 +102,8 @@ class Recommendation:
     """The content of `editing.json`: `defaults`, `rules` in the order of their application, and where `measured`.
 
     `inversion` holds settings of `InversionConfig`, such as the share of the steps that edits leave out.
-    An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them.
+    An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them,
+    and a side if all of them have one.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +126,7 @@ class Recommendation:
     def settings(self, pair: PromptPair) -> dict[str, Any]:
         """The settings for an edit by a pair of prompts."""
         found = [self._of(phrase.lower(), pair) for phrase in pair.target_words] or [self._of("", pair)]
-        merge = {"addition_factor": max, "guidance_start": min, "guidance_end": max, "confine": min}
+        merge = {"addition_factor": max, "guidance_start": min, "guidance_end": max, "confine": min, "side": min}
         merged = {name: choose(asdict(one)[name] for one in found) for name, choose in merge.items()}
         return {item.name: getattr(found[0], item.name) for item in fields(EditConfig)} | merged
 
@@ -142,7 +146,8 @@ def recommended(model: Model, pair: PromptPair, num_inference_steps: int = 50, *
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
     recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.
     """
-    settings = {**_recommendation(_folder(model)).at(num_inference_steps).settings(pair), **overrides}
+    settings = _recommendation(_folder(model)).at(num_inference_steps).settings(pair)
+    settings |= ({"side": pair.side} if pair.side else {}) | overrides
     if "guidance_start" not in overrides and "guidance_end" in overrides:
         settings["guidance_start"] = min(settings["guidance_start"], overrides["guidance_end"])
     return EditConfig(**settings | ({} if pair.adds else {"addition_factor": 1.0}))

@@ -125,7 +125,7 @@ def statement(labels: Labels, vocab: Vocabulary, also: Sequence[str] = ()) -> St
     """All that is present, and the known absences among `vocab.stated` and `also`; details in `also` replace labels."""
     clauses = []
     for label in vocab.phrases:
-        details = [detail for detail in vocab.details.get(label, ()) if detail in also]
+        details = [detail for detail, owner in vocab.owners.items() if owner == label and detail in also]
         for name in details or [label]:
             state = label_state(name, labels.get(name))
             if state or (state is False and (name in vocab.stated or name in also)):

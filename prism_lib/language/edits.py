@@ -29,6 +29,7 @@ class PromptPair:
     target: str
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
+    side: str = ""  # of the patient, on which alone the edit may act: "left", "right", or "" for both
 
     @cached_property
     def adds(self) -> bool:
@@ -178,7 +179,10 @@ class Edit:
         source = explicit(statement(before, vocab, (*said, *self.keep)))
         target = explicit(statement(after, vocab, (*changed, *self.keep)))
         words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
-        return PromptPair(source, target, *words)
+        side, *others = sorted({vocab.side(name) for name in changed}) or [""]
+        if others:
+            raise ValueError(f"{self.key} asks for {others[-1]} and for something else: make two edits of it")
+        return PromptPair(source, target, *words, side)
 
 
 def _differing_phrases(source: str, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -20,6 +20,7 @@ from prism_lib.configs import checked, read
 Labels = Mapping[str, float | None]
 
 NO_FINDING = "No Finding"
+SIDES = ("left", "right")  # of the patient, whose right is at the image's left
 MOST_STATED = 7  # absences that captions state where a vocabulary does not say which: more would overflow CLIP's tokens
 Words = Annotated[str, Field(pattern=r"\w")]
 
@@ -35,12 +36,13 @@ class Vocabulary:
     synonyms: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # of a label, for captions
     details: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # that say more than the label, for captions
     aliases: Mapping[str, tuple[Words, ...]] = field(default_factory=dict)  # of a label or detail, in users' sentences
+    sided: tuple[str, ...] = ()  # details that have a side, which captions do not say: an edit confines it (`side`)
     foreign: tuple[str, ...] = ()  # labels of what is no finding of the patient
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     def __post_init__(self) -> None:
-        for key in ("stated", "synonyms", "details", "aliases", "foreign"):
-            known = {*self.phrases, *(self.owners if key == "aliases" else ())}
+        for key in ("stated", "synonyms", "details", "aliases", "sided", "foreign"):
+            known = {*self.phrases, *(self.owners if key in ("aliases", "sided") else ())}
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
         owner: dict[str, str] = {}
@@ -60,8 +62,9 @@ class Vocabulary:
 
     @property
     def owners(self) -> dict[str, str]:
-        """Detail -> the label that it belongs to: {"pacemaker": "Support Devices"}."""
-        return {detail: label for label in self.phrases for detail in self.details.get(label, ())}
+        """Detail, also one of a side -> the label that it belongs to: {"left pacemaker": "Support Devices"}."""
+        found = {detail: label for label in self.phrases for detail in self.details.get(label, ())}
+        return found | {f"{side} {name}": found[name] for name in self.sided if name in found for side in SIDES}
 
     def label(self, key: str) -> str:
         """The label or detail whose snake-case form is `key`: "pleural_effusion" -> "Pleural Effusion"."""
@@ -70,9 +73,14 @@ class Vocabulary:
             raise ValueError(f"unknown label {key!r} in vocabulary {self.name!r}; it has {', '.join(keys)}")
         return keys[key]
 
+    def side(self, name: str) -> str:
+        """ "left" for "left pacemaker", "" for what has no side or says it in captions."""
+        side, _, detail = name.partition(" ")
+        return side if side in SIDES and detail in self.sided else ""
+
     def phrase(self, name: str) -> str:
-        """The words for a label, or a detail itself: it is its own phrase."""
-        return self.phrases.get(name, name)
+        """The words for a label, or a detail itself without its `side`: it is its own phrase."""
+        return self.phrases.get(name, name.removeprefix(self.side(name)).lstrip())
 
 
 def vocabulary(source: str | Mapping[str, Any], labels: Sequence[str] = (), subject: str = "") -> Vocabulary:

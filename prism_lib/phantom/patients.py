@@ -36,7 +36,8 @@ ATTRIBUTES = ("age", "female", "ap", "cardiomegaly", "pleural_effusion", "suppor
 _LUNGS = {"left": (False, True), "right": (True, False), "bilateral": (True, True)}
 _SIDES = {f"{side}_pleural_effusion": [lung for lung in (0, 1) if both[lung]] for side, both in _LUNGS.items()}
 _KINDS = {snake_case(kind): [column] for column, kind in enumerate(DEVICE_KINDS)}
-DETAILS = (*_SIDES, *_KINDS)
+_PACEMAKERS = {"left_pacemaker": 0.4, "right_pacemaker": 0.9}  # by side; values of the noise that puts them there
+DETAILS = (*_SIDES, *_KINDS, *_PACEMAKERS)
 SETTABLE = frozenset((*ATTRIBUTES, *DETAILS))  # what an intervention may name
 
 
@@ -75,12 +76,17 @@ class Patients(anatomy.Scene):
             drawn, there, finding = 0.5 + 0.3 * (left - right), sides.any(1), "pleural_effusion"
             noise = {"effusion_side": torch.where(there, drawn, self.noise["effusion_side"])}
         else:
-            kinds = self.device_kinds
-            kinds[:, _KINDS[name]] = present[:, None]
+            kinds, place = self.device_kinds, self.noise["pacemaker"].clone()
+            if name in _PACEMAKERS:  # one pacemaker a patient: that of the other side stays, or gives way
+                other = (place[:, 0] < 0.8) != (_PACEMAKERS[name] < 0.8)
+                place[present, 0] = torch.where(other, _PACEMAKERS[name], place[:, 0])[present]
+                present = present | (other & kinds[:, 0])
+            kinds[:, _KINDS.get(name, [0])] = present[:, None]
             likely = torch.tensor(anatomy.KIND_PROBABILITIES)
             drawn, there, finding = torch.where(kinds, likely / 2, (1 + likely) / 2), kinds.any(1), "support_devices"
             old = self.noise["kinds"]
             noise = {"kinds": torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)}
+            noise |= {"pacemaker": place}
         attributes = self.attributes | {finding: there.float()}
         return replace(self, noise=self.noise | noise, attributes=attributes)
 

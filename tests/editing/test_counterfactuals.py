@@ -391,6 +391,21 @@ def test_a_confined_edit_is_the_source_itself_outside_the_evidence(monkeypatch, 
         assert (latents[step] != source)[~outside].float().mean() > 0.9
 
 
+@pytest.mark.parametrize(("side", "other"), [("left", slice(0, 6)), ("right", slice(10, 16))])
+def test_an_edit_of_one_side_is_the_source_itself_at_the_other(side, other):
+    inversion = inverted()
+    latents = latents_of(inversion, replace(STRONG, side=side))
+    sources = inversion.latents[:STEPS].flip(0)
+    assert torch.equal(latents[..., other], sources[..., other]), "the patient's right is at the image's left"
+    assert (latents != sources)[..., 6:10].float().mean() > 0.9
+    assert not torch.equal(latents[..., 10:] if side == "left" else latents[..., :6], sources[..., :6])
+    # A user's own area takes the place of a side.
+    (own,), (same,) = (
+        edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, side=s), mask=box()) for s in ("", side)
+    )
+    assert torch.equal(own.raw, same.raw)
+
+
 def test_confining_starts_with_its_step():
     inversion, off = inverted(), latents_of(inverted(), replace(STRONG, confine=0.0))
     later = latents_of(inversion, replace(STRONG, confine=0.9))  # from 0.3 of five steps on: the third

@@ -1,6 +1,7 @@
 """Settings that a model recommends: by edit, with overrides on top, and neutral ones for a model without any."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,18 @@ def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():
     words = ("cardiomegaly", "support devices")
     both = taken("with cardiomegaly, without support devices", "without cardiomegaly, with support devices", words)
     assert both == (1.5, 0, 0.7, 0.23)
+
+
+def test_an_added_pacemaker_comes_on_one_side():
+    words, prompts = ("pacemaker",), ("without support devices", "with pacemaker")
+    plain = PromptPair(*prompts, ("support devices",), words)
+    assert recommended(SHIPPED, plain).side == "left"
+    asked = replace(plain, side="right")
+    assert recommended(SHIPPED, asked).side == recommended("", asked).side == "right"
+    assert recommended(SHIPPED, asked, side="").side == ""
+    both = replace(plain, target="with pacemaker, with ecg leads", target_words=(*words, "ecg leads"))
+    assert recommended(SHIPPED, both).side == "", "leads are on both sides"
+    assert recommended(SHIPPED, PromptPair("with pacemaker", "without pacemaker", words, words)).side == ""
 
 
 def test_overrides_replace_what_is_recommended():

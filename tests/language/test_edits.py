@@ -1,13 +1,14 @@
 """Captions say only what is known, and an edit's two prompts differ only in what the edit is about."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from prism_lib.data.chest import ARCHIVES
 from prism_lib.language.captions import DETAILED_SHARE, TEMPLATES, caption, corpus, sample_caption, unseen_words
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import CHEST, PHANTOM, SKIN, VOCABULARIES, snake_case, vocabulary
+from prism_lib.language.labels import CHEST, PHANTOM, SIDES, SKIN, VOCABULARIES, snake_case, vocabulary
 
 NAN = float("nan")
 SICK = {"No Finding": 0, "Cardiomegaly": 1, "Pleural Effusion": 0, "Support Devices": 1}
@@ -183,6 +184,20 @@ def test_where_a_label_is_absent_the_source_of_a_detail_says_the_label_as_captio
     assert (set(pair.source_words), pair.target_words) == ({"support devices"}, ("pacemaker", "ecg leads"))
     another = Edit(add=("pacemaker",)).prompts(SICK, PHANTOM)  # beside the devices that are there
     assert "without pacemaker" in another.source and "with pacemaker" in another.target
+
+
+def test_a_side_that_captions_do_not_say_is_no_word_of_the_prompts():
+    bare = SICK | {"Support Devices": 0}
+    plain = Edit(add=("pacemaker",)).prompts(bare, PHANTOM)
+    for side in SIDES:
+        edit = Edit.from_key(f"add_{side}_pacemaker", PHANTOM)
+        assert edit == Edit.parse(f"add a pacemaker on the {side}", PHANTOM)
+        assert edit.prompts(bare, PHANTOM) == replace(plain, side=side) != plain
+        assert edit.apply(bare, PHANTOM)["Support Devices"] == 1
+    assert Edit(add=("left pleural effusion",)).prompts({"Pleural Effusion": 0}, PHANTOM).side == ""
+    for other in ("Cardiomegaly", "right pacemaker"):
+        with pytest.raises(ValueError, match="for left.* and for something else|for right and for something else"):
+            Edit(add=(other, "left pacemaker")).prompts(bare | {"Cardiomegaly": 0}, PHANTOM)
 
 
 @pytest.mark.parametrize("key", PHANTOM_EDITS)

@@ -110,6 +110,23 @@ def test_fluid_is_put_on_the_side_that_is_named(patients):
     assert set(both.intervene(left_pleural_effusion=0).labels()["effusion_side"]) == {"right"}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pacemaker_is_put_on_the_side_that_is_named(patients, side):
+    bare = patients.intervene(support_devices=0)
+    own = (patients.noise["pacemaker"][:, 0] < 0.8) == (side == "left")
+    paced = bare.intervene(**{f"{side}_pacemaker": 1})
+    brighter = (render(paced, SIZE) - render(bare, SIZE) > 0.15).sum((1, 2))
+    left, right = brighter[:, : SIZE // 2].sum(1), brighter[:, SIZE // 2 :].sum(1)  # of the image
+    assert ((right > left) == (side == "left")).all()
+    assert torch.equal(
+        render(paced[own.nonzero()[:, 0].tolist()], SIZE), render(bare.intervene(pacemaker=1), SIZE)[own]
+    )
+    there = patients.intervene(pacemaker=1)
+    gone = there.intervene(**{f"{side}_pacemaker": 0})
+    assert torch.equal(gone.device_kinds[:, 0], ~own), "one on the other side stays"
+    assert torch.equal(gone.device_kinds[:, 1:], there.device_kinds[:, 1:])
+
+
 def test_confounding_is_what_ties_devices_to_disease():
     gaps = {}
     for confounding in (0.0, 1.0):

@@ -123,10 +123,7 @@ def test_the_model_of_full_size_has_the_sizes_of_stable_diffusion():
     sizes = {name: part.num_parameters() for name, part in pipe.components.items() if hasattr(part, "num_parameters")}
     assert sizes == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
     assert len(pipe.tokenizer) == pipe.text_encoder.config.vocab_size == 49_408
-    assert pipe.tokenizer(SOURCE).input_ids == pipe.tokenizer(SOURCE.upper()).input_ids
-    assert (
-        pipe.tokenizer.decode(pipe.tokenizer(SOURCE).input_ids, skip_special_tokens=True).replace(" ,", ",") == SOURCE
-    )
+    assert pipe.tokenizer(SOURCE).input_ids.count(pipe.tokenizer.eos_token_id) == 1  # which also stands for the unknown
 
 
 @pytest.mark.parametrize("size", ["full", "tiny"])

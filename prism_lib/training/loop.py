@@ -161,10 +161,8 @@ class Run:
             self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.1f}")
             self.accelerator.log({"loss": mean, "images_per_second": speed}, step=done)
         stop = (done % config.validation_every == 0 or last) and self._validate(done)
-        if self.accelerator.num_processes > 1:  # they ask each other, so that all stop at one step
-            if asked:
-                self.accelerator.set_trigger()
-            asked = self.accelerator.check_trigger()
+        if self.accelerator.num_processes > 1:  # all stop at the step at which one was asked
+            asked = bool(self.accelerator.gather(torch.tensor([int(asked)], device=self.accelerator.device)).any())
         self.asked = asked and not (last or stop)  # a run that ends anyway ends whole
         stop |= self.asked
         if not self.accelerator.is_main_process:

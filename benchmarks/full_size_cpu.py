@@ -139,7 +139,7 @@ def settings(row: str, folder: str, size: str) -> tuple[list[str], dict[str, Any
     training |= {"WARMUP": 1, "SAMPLES": {"count": 1, "num_inference_steps": 2}}
     options = {"sample_every": 0, "keep_checkpoints": 1}
     judge = {"JUDGE_TRAINING": network | {"steps": 2, "batch_size": 4}, "JUDGE_MIN_AUC": 0.0}
-    return {
+    rows: dict[str, tuple[list[str], dict[str, Any]]] = {
         "01_data": (["chexpert", "01"], pixels | {"EDITS": edits["EDITS"]}),
         "02_lora": (["chexpert", "02"], training | {"RUN": "lora", "OPTIONS": options | {"lora_rank": 8}}),
         "03_counterfactuals": (["chexpert", "03"], edits | judge | {"MODEL": "lora/pipeline", "SHEET_ROWS": 1}),
@@ -150,7 +150,8 @@ def settings(row: str, folder: str, size: str) -> tuple[list[str], dict[str, Any
             ["chexpert", "02"],
             training | {"RUN": "full", "OPTIONS": options | {"gradient_checkpointing": True}},
         ),
-    }[row]
+    }
+    return rows[row]
 
 
 def measured(row: str, folder: Path, size: str) -> dict[str, float]:

@@ -5,8 +5,9 @@ It writes figures/phantom/full_size_cpu.json: seconds and peak memory of the not
 profile `chexpert` and a folder in CheXpert's format, whose films are phantoms of 512 pixels; 02 trains adapters
 (`02_lora`) and then the whole U-Net with gradient checkpointing (`02_full`), an image a step. 04 and 05 compare with
 the truth, which a film does not have: they take prepared phantoms of the same size (`01_phantoms`) and the profile
-`smoke`. The peak is the resident memory of the largest process of a notebook; `02_full` needs a machine with 24 GiB.
-Pictures of random weights mean nothing, but cost what others cost.
+`smoke`. The peak is the resident memory of the largest process of a notebook, with up to 4 GiB of mapped weight files
+that the system may drop; `02_full` needs a machine with 24 GiB. Pictures of random weights mean nothing, but cost what
+others cost.
 
 `--only` makes some of the rows, in a folder that `--folder` keeps; `--size tiny` is a trial of minutes. Both write
 their record below runs/.

@@ -5,8 +5,9 @@ It writes figures/phantom/full_size_cpu.json: seconds and peak memory of the not
 profile `chexpert` and a folder in CheXpert's format, whose films are phantoms of 512 pixels; 02 trains adapters
 (`02_lora`) and then the whole U-Net with gradient checkpointing (`02_full`), an image a step. 04 and 05 compare with
 the truth, which a film does not have: they take prepared phantoms of the same size (`01_phantoms`) and the profile
-`smoke`. The peak is the resident memory of the largest process of a notebook; `02_full` needs a machine with 24 GiB.
-Pictures of random weights mean nothing, but cost what others cost.
+`smoke`. The peak is the resident memory of the largest process of a notebook, with up to 4 GiB of mapped weight files
+that the system may drop; `02_full` needs a machine with 24 GiB. Pictures of random weights mean nothing, but cost what
+others cost.
 
 `--only` makes some of the rows, in a folder that `--folder` keeps; `--size tiny` is a trial of minutes. Both write
 their record below runs/.
@@ -139,7 +140,7 @@ def settings(row: str, folder: str, size: str) -> tuple[list[str], dict[str, Any
     training |= {"WARMUP": 1, "SAMPLES": {"count": 1, "num_inference_steps": 2}}
     options = {"sample_every": 0, "keep_checkpoints": 1}
     judge = {"JUDGE_TRAINING": network | {"steps": 2, "batch_size": 4}, "JUDGE_MIN_AUC": 0.0}
-    found: dict[str, tuple[list[str], dict[str, Any]]] = {
+    rows: dict[str, tuple[list[str], dict[str, Any]]] = {
         "01_data": (["chexpert", "01"], pixels | {"EDITS": edits["EDITS"]}),
         "02_lora": (["chexpert", "02"], training | {"RUN": "lora", "OPTIONS": options | {"lora_rank": 8}}),
         "03_counterfactuals": (["chexpert", "03"], edits | judge | {"MODEL": "lora/pipeline", "SHEET_ROWS": 1}),
@@ -151,7 +152,7 @@ def settings(row: str, folder: str, size: str) -> tuple[list[str], dict[str, Any
             training | {"RUN": "full", "OPTIONS": options | {"gradient_checkpointing": True}},
         ),
     }
-    return found[row]
+    return rows[row]
 
 
 def measured(row: str, folder: Path, size: str) -> dict[str, float]:

@@ -219,7 +219,7 @@ def test_a_judge_of_own_data_is_trained_from_nothing_and_gated(phantom_folder, m
     monkeypatch.setattr(records, "record", lambda name, **content: written.append((name, content)))
     small = [str(phantom_folder), "--network", "densenet-tiny", "--size", "32", "--steps", "1"]
     for minimum in ("0", "1.1"):
-        own_judge.main([*small, "--labels", "Cardiomegaly", "--minimum", minimum])
+        own_judge.main([*small, "--labels", "Pleural Effusion", "Cardiomegaly", "--minimum", minimum])
     (name, first), (_, second) = written
     assert name == "own_judge" and first["dataset"] == "phantom" and first["seconds"] > 0
     assert {"images", "judged", "auc", "auc_low", "auc_high"} == first["metrics"]["Cardiomegaly"].keys()
@@ -227,4 +227,4 @@ def test_a_judge_of_own_data_is_trained_from_nothing_and_gated(phantom_folder, m
     assert not list(tmp_path.iterdir()), "nothing that an earlier run kept is used, and nothing is kept"
     monkeypatch.setattr(own_judge, "trusted", lambda judge, _: judge)
     with pytest.raises(SystemExit, match=r"the gate at 1\.1 kept"):
-        own_judge.main([*small, "--labels", "Cardiomegaly", "--minimum", "1.1"])
+        own_judge.main([*small, "--labels", "Pleural Effusion", "Cardiomegaly", "--minimum", "1.1"])

@@ -97,7 +97,7 @@ def train_judge(folder: Folder, output: Path, config: ClassifierConfig, images: 
     """Train a judge on the first ``images`` of a prepared folder's train split and save it to ``output``."""
     table = load_table(folder, "train").head(images)
     table = table[table[list(config.labels)].isin([0, 1]).any(axis=1)]
-    labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float))
+    labels = torch.tensor(table[list(config.labels)].to_numpy(dtype=float).tolist())
     model = train_classifier(gray_bytes(folder, table), labels, config)
     save_classifier(model, config, output)
     return Classifier(model, config.labels)

@@ -400,7 +400,9 @@ def test_an_edit_of_one_side_is_the_source_itself_at_the_other(side, other):
     assert (latents != sources)[..., 6:10].float().mean() > 0.9
     assert not torch.equal(latents[..., 10:] if side == "left" else latents[..., :6], sources[..., :6])
     # A user's own area takes the place of a side.
-    (own,), (same,) = (edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, side=s), mask=box()) for s in ("", side))
+    (own,), (same,) = (
+        edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, side=s), mask=box()) for s in ("", side)
+    )
     assert torch.equal(own.raw, same.raw)
 
 

@@ -118,7 +118,9 @@ def test_a_pacemaker_is_put_on_the_side_that_is_named(patients, side):
     brighter = (render(paced, SIZE) - render(bare, SIZE) > 0.15).sum((1, 2))
     left, right = brighter[:, : SIZE // 2].sum(1), brighter[:, SIZE // 2 :].sum(1)  # of the image
     assert ((right > left) == (side == "left")).all()
-    assert torch.equal(render(paced[own.nonzero()[:, 0].tolist()], SIZE), render(bare.intervene(pacemaker=1), SIZE)[own])
+    assert torch.equal(
+        render(paced[own.nonzero()[:, 0].tolist()], SIZE), render(bare.intervene(pacemaker=1), SIZE)[own]
+    )
     there = patients.intervene(pacemaker=1)
     gone = there.intervene(**{f"{side}_pacemaker": 0})
     assert torch.equal(gone.device_kinds[:, 0], ~own), "one on the other side stays"

@@ -1,8 +1,8 @@
 """Pacemakers asked for by name: `python -m benchmarks.sides` writes figures/phantom/sides.json.
 
-Validation phantoms without devices get a pacemaker without a side, as the model recommends, and on the right. A device counts
-as there where the edit brightens the place of its generator on one side, which the renderer knows for every patient.
-Sheets to count by eye are left in PRISM_RUNS/sides/.
+Validation phantoms without devices get a pacemaker without a side, as the model recommends, and on the right. A device
+counts as there where the edit brightens the place of its generator on one side, which the renderer knows for every
+patient. Sheets to count by eye are left in PRISM_RUNS/sides/.
 """
 
 import argparse

@@ -196,7 +196,7 @@ def test_a_side_that_captions_do_not_say_is_no_word_of_the_prompts():
         assert edit.apply(bare, PHANTOM)["Support Devices"] == 1
     assert Edit(add=("left pleural effusion",)).prompts({"Pleural Effusion": 0}, PHANTOM).side == ""
     for other in ("Cardiomegaly", "right pacemaker"):
-        with pytest.raises(ValueError, match="for left.* and for something else|for right and for something else"):
+        with pytest.raises(ValueError, match=r"for left.* and for something else|for right and for something else"):
             Edit(add=(other, "left pacemaker")).prompts(bare | {"Cardiomegaly": 0}, PHANTOM)
 
 

@@ -1,6 +1,6 @@
 """Settings of a model's edits, found on validation images by Optuna's TPE with successive halving (`prism tune`).
 
-A search over all edits comes first, then one for each edit, of its guidance and confinement. A trial varies three
+A search over all edits comes first, then one for each edit, of its guidance and confinement. A trial varies four
 values of the best one so far. It measures one image of each edit, then two, four and so on, while it is among the
 better half of the trials that came so far. Trials are kept in a journal, and trial n is drawn with seed + n, so that a
 search goes on where it stopped.
@@ -52,7 +52,7 @@ SPACE = {
     "min_change": FloatDistribution(0.005, 0.04, step=0.005),
 }
 OF_ONE_EDIT = ("guidance_scale", "guidance_start", "guidance_end", "confine")
-VARIED = 3  # values that a trial draws anew: most draws of all values at once edit nothing
+VARIED = 4  # values that a trial draws anew: most draws of all values at once edit nothing
 # The first trial: what is published for prompt-to-prompt.
 NEUTRAL = {name: getattr(EditConfig(), name, 0.0) for name in SPACE} | {"min_change": EditConfig().mask.min_change}
 

@@ -1,7 +1,8 @@
 """Pacemakers asked for by name: `python -m benchmarks.sides` writes figures/phantom/sides.json.
 
-Validation phantoms without devices get a pacemaker with no side kept free, and as the model recommends. A device counts as there where the edit brightens the place of its generator on
-one side, which the renderer knows for every patient. Sheets to count by eye are left in PRISM_RUNS/sides/.
+Validation phantoms without devices get a pacemaker without a side, as the model recommends, and on the right. A device
+counts as there where the edit brightens the place of its generator on one side, which the renderer knows for every
+patient. Sheets to count by eye are left in PRISM_RUNS/sides/.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from prism_lib.paths import SHIPPED
 from prism_lib.phantom.patients import Patients, render, sample_patients
 from prism_lib.reporting import plots
 
-REQUESTS = {"no side kept free": {"side": ""}, "as recommended": {}}  # what replaces the model's recommendation
+REQUESTS = {"no_side": {"side": ""}, "recommended": {}, "right": {"side": "right"}}  # replaces recommended settings
 BRIGHTER = 0.15  # gray levels in [0, 1] by which a generator brightens a pixel
 SEEN = 0.5  # share of a generator's pixels from which it counts
 
@@ -84,7 +85,7 @@ def main() -> None:
         for first in range(0, len(images), 12):
             labels = [f"{first + n}" for n in range(len(edited[first : first + 12]))]
             figure = plots.show_grid(edited[first : first + 12], labels, columns=4)
-            plots.save_figure(figure, f"{name.replace(' ', '_')}_{first}", paths.runs() / "sides")
+            plots.save_figure(figure, f"{name}_{first}", paths.runs() / "sides")
     records.record(
         "sides",
         dataset="phantom",

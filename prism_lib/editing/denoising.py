@@ -148,6 +148,8 @@ def denoise(
             # Classifier-free guidance of each row by its own scale.
             scales = _column([rows[row].guidance_scale for row in controller.guided], of_target)
             guided = of_target.index_copy(0, negatives, of_negative + scales * (of_target[negatives] - of_negative))
+            if cells is None and progressed < CONFINE_START:  # what comes on the other side is asked for on this one
+                guided = guided + ((1 - allowed) * (guided - controller.of_parents(of_source))).flip(-1)
             # The target takes over the correction that returns the source to its trajectory.
             stepped = how.step(schedule, source, of_source, level)
             source = inversion.latents[level - 1].to(source) if how.returns else stepped

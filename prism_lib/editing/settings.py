@@ -43,9 +43,9 @@ class EditConfig:
 
     `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
     limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
-    keeps letters burnt into the corners out of the automatic mask. With a `side` of the patient, the outer third of the
-    image at the other side stays the source's in latent space, so that what is added comes on one side. A user's own
-    areas take the place of a side.
+    keeps letters burnt into the corners out of the automatic mask. With a `side` of the patient and no area
+    of the user's own, the outer third of the image at the other side stays the source's in latent space, and in the
+    first steps what the target asks for there is asked for on this side, mirrored.
     """
 
     guidance_scale: Scale = 7.5
@@ -102,8 +102,7 @@ class Recommendation:
     """The content of `editing.json`: `defaults`, `rules` in the order of their application, and where `measured`.
 
     `inversion` holds settings of `InversionConfig`, such as the share of the steps that edits leave out.
-    An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them,
-    and a side if all of them have one.
+    An edit of several phrases takes the widest guidance window, the greatest factor and the least confinement of them.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)

@@ -77,16 +77,16 @@ class Patients(anatomy.Scene):
             noise = {"effusion_side": torch.where(there, drawn, self.noise["effusion_side"])}
         else:
             kinds, place = self.device_kinds, self.noise["pacemaker"].clone()
-            if name in _PACEMAKERS:  # one pacemaker a patient: that of the other side stays, or gives way
+            if name in _PACEMAKERS:  # a patient has one: that of the other side gives way, or stays
                 other = (place[:, 0] < 0.8) != (_PACEMAKERS[name] < 0.8)
-                place[present, 0] = torch.where(other, _PACEMAKERS[name], place[:, 0])[present]
+                place[present & other, 0] = _PACEMAKERS[name]
                 present = present | (other & kinds[:, 0])
             kinds[:, _KINDS.get(name, [0])] = present[:, None]
             likely = torch.tensor(anatomy.KIND_PROBABILITIES)
             drawn, there, finding = torch.where(kinds, likely / 2, (1 + likely) / 2), kinds.any(1), "support_devices"
             old = self.noise["kinds"]
-            noise = {"kinds": torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)}
-            noise |= {"pacemaker": place}
+            drawn = torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)
+            noise = {"kinds": drawn, "pacemaker": place}
         attributes = self.attributes | {finding: there.float()}
         return replace(self, noise=self.noise | noise, attributes=attributes)
 

@@ -1,15 +1,15 @@
 """Settings of a model's edits, found on validation images by Optuna's TPE with successive halving (`prism tune`).
 
-A search over all edits comes first, then one for each edit, of its guidance and confinement. A trial measures one image
-of each edit, then two, four and so on, while it is among the better half of the trials that came so far. Trials are
-kept in a journal, and trial n is drawn with seed + n, so that a search goes on where it stopped.
+A search over all edits comes first, then one for each edit, of its guidance and confinement. A trial varies four
+values of the best one so far. It measures one image of each edit, then two, four and so on, while it is among the
+better half of the trials that came so far. Trials are kept in a journal, and trial n is drawn with seed + n, so that a
+search goes on where it stopped.
 """
 
-import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -50,6 +50,7 @@ SPACE = {
     "min_change": FloatDistribution(0.005, 0.04, step=0.005),
 }
 OF_ONE_EDIT = ("guidance_scale", "guidance_start", "guidance_end", "confine")
+VARIED = 4  # values that a trial draws anew: most draws of all values at once edit nothing
 # The first trial: what is published for prompt-to-prompt.
 NEUTRAL = {name: getattr(EditConfig(), name, 0.0) for name in SPACE} | {"min_change": EditConfig().mask.min_change}
 
@@ -94,12 +95,9 @@ class Found(NamedTuple):
 
     def progress(self) -> dict[str, tuple[range, list[float]]]:
         """By search: the numbers of the trials, and the least loss until each (`plots.curves`)."""
-        lines = {}
-        for name, study in self.studies.items():
-            whole = [one.value if one.state == TrialState.COMPLETE else None for one in study.trials]
-            least = list(accumulate((math.inf if value is None else value for value in whole), min))
-            lines[name] = range(1, len(least) + 1), least
-        return lines
+        trials = {name: study.trials_dataframe(("value", "state")) for name, study in self.studies.items()}
+        whole = {name: one["value"].where(one["state"] == "COMPLETE") for name, one in trials.items()}
+        return {name: (range(1, len(one) + 1), one.cummin().ffill().tolist()) for name, one in whole.items()}
 
 
 def cases_of(config: TuningConfig, guide: Classifier | None) -> Cases:
@@ -165,8 +163,11 @@ class _Search:
                 return study
             if not done:
                 study.enqueue_trial({own: start[own] for own in names})
-            study.sampler = optuna.samplers.TPESampler(n_startup_trials=8, seed=config.seed + len(done))
-            trial = study.ask({own: SPACE[own] for own in names})
+            study.sampler = optuna.samplers.TPESampler(n_startup_trials=4, seed=config.seed + len(done))
+            best = study.best_params if done else start
+            free = random.Random(config.seed + len(done)).sample(names, min(VARIED, len(names))) if done else names
+            space = {own: SPACE[own] if own in free else FloatDistribution(best[own], best[own]) for own in names}
+            trial = study.ask(space)
             editor, begin = self.editor({**start, **trial.params}), time.perf_counter()
             losses: list[float] = []
             evaluations = images = 0

@@ -83,8 +83,8 @@ def removal(study, settings=None, **more):
 def test_the_difference_has_the_colours_of_the_figures():
     before = torch.full((1, 4, 4), 0.5)
     after = before + torch.tensor([-0.4, -0.1, 0.0, 0.3])
-    figure = plots.plt.figure()
-    drawn = plots.difference_map(figure.add_subplot(), after, before)
+    figure = plots.counterfactual_sheet(before[None], after[None])
+    drawn = figure.axes[2].images[0]
     expected = (drawn.to_rgba((after - before)[0].numpy())[..., :3] * 255).round().astype(int)
     plots.plt.close(figure)
     assert abs(plots.difference(after, before).astype(int) - expected).max() <= 1

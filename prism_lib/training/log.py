@@ -39,7 +39,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def read_log(output: str | Path) -> pd.DataFrame:
     """A run's log as one table, a row per step: loss, validation_loss, and validation_loss per bin of timesteps."""
-    return pd.DataFrame(_rows(Path(output) / "log.jsonl")).groupby("step", as_index=False).last()
+    path = Path(output) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: no run has logged there")
+    return pd.DataFrame(_rows(path)).groupby("step", as_index=False).last()
 
 
 def curve(log: pd.DataFrame, column: str) -> tuple[list[float], list[float]]:

@@ -133,7 +133,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
             raise ValueError(f"{config.edits}, row {task.row}: {error}") from None
         content = common | {
             "image": task.file_name,
-            "prompts": [pair.source, pair.target, pair.source_words, pair.target_words],
+            "prompts": [pair.source, pair.target, pair.source_words, pair.target_words, pair.side],
             "settings": [settings.text, used],
             "inversion": asdict(recommended_inversion(pipe, steps)),
             "scored": scored[settings.choice],

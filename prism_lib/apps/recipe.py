@@ -48,6 +48,7 @@ class Recipe:
     target: str
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
+    side: str = ""  # of the patient, on which alone the edit may act
     model: str = SHIPPED
     mode: str = "L"  # PIL's name of the image's colours, or "RGB"
     method: str = RECOMMENDED
@@ -73,7 +74,7 @@ class Recipe:
         if inversion is None:
             inversion = self.invert(pipe, load_image(self.image, image_size(pipe), self.mode), callback)
         chosen = self.own_mask(inversion.images) if mask is None else mask
-        pair = PromptPair(self.source, self.target, self.source_words, self.target_words)
+        pair = PromptPair(self.source, self.target, self.source_words, self.target_words, self.side)
         return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
 
     def invert(self, pipe: Pipe, image: Tensor, callback: Callback | None = None) -> Inversion:

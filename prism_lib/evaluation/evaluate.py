@@ -260,7 +260,7 @@ def composition(pipe: Pipe, folder: Folder, cases: pd.DataFrame, editor: Editor)
 def reversibility(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> pd.DataFrame:
     """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
     e = evaluation
-    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words) for pair in e.pairs]
+    back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words, pair.side) for pair in e.pairs]
     undone = Edit(remove=e.edit.add, add=e.edit.remove)
     (returned,) = edit_jobs(pipe, [(e.edited, back, undone, [editor])])[0]
     distances = metrics.relative_l1(stack(returned.results), e.factual, e.reconstruction)

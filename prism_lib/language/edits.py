@@ -179,7 +179,7 @@ class Edit:
         side, *others = sorted({vocab.side(name) for name in changed}) or [""]
         if others:
             raise ValueError(f"{self.key} asks for {others[-1]} and for something else: make two edits of it")
-        return PromptPair(source, target, *words, side)
+        return PromptPair(source, target, *words, side=side)
 
 
 def _no_finding(labels: Labels, vocab: Vocabulary) -> float | None:

@@ -175,11 +175,11 @@ class Edit:
         said = tuple(absent.get(name, name) for name in changed)
         source = explicit(statement(before, vocab, (*said, *self.keep)))
         target = explicit(statement(after, vocab, (*changed, *self.keep)))
-        words = (tuple(vocab.phrase(name) for name in names) for names in (said, changed))
+        before_words, after_words = (tuple(map(vocab.phrase, names)) for names in (said, changed))
         side, *others = sorted({vocab.side(name) for name in changed}) or [""]
         if others:
             raise ValueError(f"{self.key} asks for {others[-1]} and for something else: make two edits of it")
-        return PromptPair(source, target, *words, side=side)
+        return PromptPair(source, target, before_words, after_words, side)
 
 
 def _no_finding(labels: Labels, vocab: Vocabulary) -> float | None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -164,9 +164,10 @@ class _Search:
             if not done:
                 study.enqueue_trial({own: start[own] for own in names})
             study.sampler = optuna.samplers.TPESampler(n_startup_trials=4, seed=config.seed + len(done))
-            best = study.best_params if done else start
-            free = random.Random(config.seed + len(done)).sample(names, min(VARIED, len(names))) if done else names
-            space = {own: SPACE[own] if own in free else FloatDistribution(best[own], best[own]) for own in names}
+            space: dict[str, BaseDistribution] = {own: SPACE[own] for own in names}
+            kept = random.Random(config.seed + len(done)).sample(names, max(0, len(names) - VARIED)) if done else ()
+            for own in kept:
+                space[own] = FloatDistribution(study.best_params[own], study.best_params[own], log=SPACE[own].log)
             trial = study.ask(space)
             editor, begin = self.editor({**start, **trial.params}), time.perf_counter()
             losses: list[float] = []

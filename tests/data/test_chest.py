@@ -115,11 +115,11 @@ def test_policies_are_per_label_and_counted_before_and_after(chexpert):
     ("changes", "message"),
     [
         ({"uncertain": {"Edma": "ones"}}, "uncertain names 'Edma', which is no label"),
-        ({"blank": {"Edema": "ones"}}, r"blank\.Edema\s.*'ignore' or 'zeros'.*'ones'"),
+        ({"blank": {"Edema": "ones"}}, r"blank\.Edema is 'ones': .*'ignore' or 'zeros'"),
         ({"uncertain": {"Edema": "perhaps"}}, r"uncertain\.Edema\s.*'perhaps'"),
         ({"vocabulary": "skin"}, "vocabulary 'skin' has words for no label of 'chexpert'"),
         ({"mode": "RGB"}, "mode of dataset 'chexpert' is 'L', not 'RGB'"),
-        ({"view": "oblique"}, r"view\s.*'frontal', 'lateral', 'frontal or unknown' or 'all'.*'oblique'"),
+        ({"view": "oblique"}, r"view is 'oblique': .*'frontal', 'lateral', 'frontal or unknown' or 'all'"),
     ],
 )
 def test_bad_configuration(chexpert, changes, message):

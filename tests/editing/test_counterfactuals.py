@@ -391,19 +391,25 @@ def test_a_confined_edit_is_the_source_itself_outside_the_evidence(monkeypatch, 
         assert (latents[step] != source)[~outside].float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("side", "other"), [("left", slice(0, 6)), ("right", slice(10, 16))])
-def test_an_edit_of_one_side_is_the_source_itself_at_the_other(side, other):
+@pytest.mark.parametrize(
+    ("side", "own", "other"), [("left", slice(10, 16), slice(0, 6)), ("right", slice(0, 6), slice(10, 16))]
+)
+def test_an_edit_of_one_side_is_the_source_itself_at_the_other(monkeypatch, side, own, other):
     inversion = inverted()
     latents = latents_of(inversion, replace(STRONG, side=side))
     sources = inversion.latents[:STEPS].flip(0)
     assert torch.equal(latents[..., other], sources[..., other]), "the patient's right is at the image's left"
     assert (latents != sources)[..., 6:10].float().mean() > 0.9
-    assert not torch.equal(latents[..., 10:] if side == "left" else latents[..., :6], sources[..., :6])
+    assert (latents != sources)[..., own].float().mean() > 0.9
     # A user's own area takes the place of a side.
-    (own,), (same,) = (
+    (plain,), (same,) = (
         edit(tiny_pipeline(), inversion, [REMOVE], replace(STRONG, side=s), mask=box()) for s in ("", side)
     )
-    assert torch.equal(own.raw, same.raw)
+    assert torch.equal(plain.raw, same.raw)
+    monkeypatch.setattr(denoising, "CONFINE_START", 0.0)  # then nothing is asked for mirrored
+    unmirrored = latents_of(inversion, replace(STRONG, side=side))
+    assert (unmirrored != latents)[0][..., own].float().mean() > 0.9
+    assert torch.equal(unmirrored[0][..., 6:10], latents[0][..., 6:10]), "only what is asked for at the other side"
 
 
 def test_confining_starts_with_its_step():

@@ -42,7 +42,10 @@ def checked(*, eq: bool = True, kw_only: bool = False, **config: Any) -> Callabl
 def read(kind: Callable[..., Made], content: bytes | Mapping[str, Any], fault: str) -> Made:
     """A `checked` object from JSON or a mapping; ValueError begins with ``fault``."""
     try:
-        return kind(**(content if isinstance(content, Mapping) else json.loads(content)))
+        found = content if isinstance(content, Mapping) else json.loads(content)
+        if not isinstance(found, Mapping):
+            raise ValueError("it is no mapping of names to values")
+        return kind(**found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{fault}: {error}") from None
 

@@ -41,7 +41,7 @@ class Outer:
         (lambda: Outer("a", inner={"xyz": 1}), "unknown setting 'inner.xyz'"),
         (lambda: replace(Outer("a"), name="bad"), "name is bad"),
         (lambda: read(Outer, b'{"name": "bad"}', "file.json"), "file.json: name is bad"),
-        (lambda: read(Outer, b"[1]", "file.json"), "file.json: "),
+        (lambda: read(Outer, b"[1]", "file.json"), "file.json: it is no mapping"),
         (lambda: FinetuneConfig("data", "out", optimizer="sgd"), "optimizer is 'sgd': input should be 'adamw' or"),
         (lambda: PrepareConfig("phantm", "out"), "dataset is 'phantm': input should be 'phantom', 'films', "),
         (lambda: ClassifierConfig(contrast=0), "contrast is 0: input should be greater than 0"),

@@ -62,7 +62,7 @@ class FinetuneConfig:
 
 
 def load_config(path: str | Path) -> FinetuneConfig:
-    """The configuration in a JSON file; ValueError names the file and every unknown, missing or wrong field."""
+    """The configuration in a JSON file; ValueError names the file and the first unknown, missing or wrong field."""
     return read(FinetuneConfig, Path(path).read_bytes(), f"{path} is no configuration of a fine-tuning run")
 
 

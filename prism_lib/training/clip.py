@@ -129,7 +129,7 @@ APART = 0.6
 def detail_tokens(tokenizer: Any, vocab: Vocabulary) -> list[int]:
     """Tokens of the vocabulary's details that no plain caption has, sorted; ValueError for a detail without one."""
     plain = {token for text in corpus(vocab, details=False) for token in tokenizer(text).input_ids}
-    fresh = {detail: set(tokenizer(detail).input_ids) - plain for detail in sorted(vocab.owners)}
+    fresh = {word: set(tokenizer(word).input_ids) - plain for words in vocab.details.values() for word in words}
     for detail, tokens in fresh.items():
         if not tokens:
             raise ValueError(f"no word of {detail!r} is its own: plain captions have them all")

@@ -59,6 +59,6 @@ def test_details_come_apart_and_all_other_text_stays_to_the_bit():
 
 
 def test_a_detail_without_a_word_of_its_own_is_named():
-    vocab = replace(PHANTOM, details={"Pleural Effusion": ("pleural effusion with cardiomegaly",)})
+    vocab = replace(PHANTOM, details={"Pleural Effusion": ("pleural effusion with cardiomegaly",)}, sided=())
     with pytest.raises(ValueError, match="no word of 'pleural effusion with cardiomegaly' is its own"):
         clip.detail_tokens(pipeline().tokenizer, vocab)

@@ -202,7 +202,7 @@ class Session:
         about = asdict(pair) | {"model": self.model, "mode": self.mode, "settings": dict(settings or {})}
         with _faults_of("settings"):
             recipe = Recipe(self.case.name, **about, **more)
-            recommended(self.pipe, pair, **recipe.settings)  # do they go with what the model recommends?
+            recommended(self.pipe, pair, recipe.steps, **recipe.settings)  # do they go with what the model recommends?
             Schedule.from_config(self.pipe.scheduler.config, recipe.steps)
             if not isinstance(recipe.mask, str):
                 recipe.own_mask(self.case.image)

@@ -55,7 +55,7 @@ def _sentence(known: list[str], type: str, loc: tuple[Any, ...], msg: str, input
     where = ".".join(str(part) for part in (*named, *loc[1:]) if part != "[key]")
     said = msg.removeprefix("Value error, ")
     if type == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(where, known, n=1)
+        close = difflib.get_close_matches(where, known, n=1) if len(loc) == 1 else []  # `known` are those of the whole
         return f"unknown setting {where!r}; did you mean {close[0]!r}?" if close else f"unknown setting {where!r}"
     if type == "missing":
         return f"{where} is missing"

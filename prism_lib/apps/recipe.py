@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -48,7 +48,7 @@ class Recipe:
     target: str
     source_words: tuple[str, ...]
     target_words: tuple[str, ...]
-    side: str = ""  # of the patient, on which alone the edit may act
+    side: Literal["", "left", "right"] = ""  # of the patient, on which alone the edit may act
     model: str = SHIPPED
     mode: str = "L"  # PIL's name of the image's colours, or "RGB"
     method: str = RECOMMENDED

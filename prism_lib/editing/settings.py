@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from prism_lib.configs import Share, checked, read
 from prism_lib.editing.masks import MaskConfig
@@ -90,11 +90,11 @@ class Rule:
 
 @checked()
 class FewSteps:
-    """What replaces some `defaults` and the `inversion` of a `Recommendation` in runs of at most `steps` steps."""
+    """What replaces some `defaults` and, if given, the `inversion` of a `Recommendation` in at most `steps` steps."""
 
-    steps: int
+    steps: NonNegativeInt
     defaults: dict[str, Any] = field(default_factory=dict)
-    inversion: InversionConfig = field(default_factory=InversionConfig)
+    inversion: InversionConfig | None = None
 
 
 @checked()
@@ -112,7 +112,8 @@ class Recommendation:
     few_steps: FewSteps = field(default_factory=lambda: FewSteps(0))
 
     def __post_init__(self) -> None:
-        for settings in (self.defaults, self.few_steps.defaults, *(rule.settings for rule in self.rules)):
+        both = self.defaults | self.few_steps.defaults
+        for settings in (self.defaults, both, *(rule.settings for rule in self.rules)):
             EditConfig(**settings)
 
     def at(self, num_inference_steps: int) -> "Recommendation":
@@ -120,7 +121,7 @@ class Recommendation:
         few = self.few_steps
         if num_inference_steps > few.steps:
             return self
-        return replace(self, defaults=self.defaults | few.defaults, inversion=few.inversion)
+        return replace(self, defaults=self.defaults | few.defaults, inversion=few.inversion or self.inversion)
 
     def settings(self, pair: PromptPair) -> dict[str, Any]:
         """The settings for an edit by a pair of prompts."""

@@ -145,8 +145,9 @@ class Edit:
         for name in names:
             if name not in vocab.phrases and name not in owners:
                 raise ValueError(f"unknown label {name!r} in an edit; known: {', '.join((*vocab.phrases, *owners))}")
-        if both := [name for name in names if owners.get(name) in names]:
-            raise ValueError(f"contradictory edit {self.key}: {both[0]!r} is part of {owners[both[0]]!r}: name one")
+        wider = [(name, of) for name in names for of in (owners.get(name), vocab.phrase(name)) if of != name]
+        if both := [(name, of) for name, of in wider if of in names]:
+            raise ValueError(f"contradictory edit {self.key}: {both[0][0]!r} is part of {both[0][1]!r}: name one")
 
     def apply(self, labels: Labels, vocab: Vocabulary = CHEST) -> dict[str, float | None]:
         """The labels the counterfactual should have; "No Finding", where given, follows from the others.
@@ -176,12 +177,14 @@ class Edit:
         owners = {n: vocab.owners[n] for n in self.add if n in vocab.owners}
         absent = {n: owner for n, owner in owners.items() if label_state(owner, labels.get(owner)) is False}
         said = tuple(absent.get(name, name) for name in changed)
-        source = explicit(statement(before, vocab, (*said, *self.keep)))
-        target = explicit(statement(after, vocab, (*changed, *self.keep)))
         before_words, after_words = (tuple(map(vocab.phrase, names)) for names in (said, changed))
+        # The edit's own side keeps one of the other side: captions, which say no side, would contradict themselves.
+        keep = {vocab.phrase(name): name for name in self.keep if vocab.phrase(name) not in after_words}.values()
+        source = explicit(statement(before, vocab, (*said, *keep)))
+        target = explicit(statement(after, vocab, (*changed, *keep)))
         side, *others = sorted({vocab.side(name) for name in changed}) or [""]
         if others:
-            raise ValueError(f"{self.key} asks for {others[-1]} and for something else: make two edits of it")
+            raise ValueError(f"{self.key} asks for the {others[-1]} side and for something else: make two edits of it")
         return PromptPair(source, target, before_words, after_words, side)
 
 

@@ -41,8 +41,11 @@ class Vocabulary:
     title: str = "Chest X-ray"  # the subject in PRISM's own templates
 
     def __post_init__(self) -> None:
-        for key in ("stated", "synonyms", "details", "aliases", "sided", "foreign"):
-            known = {*self.phrases, *(self.owners if key in ("aliases", "sided") else ())}
+        details = dict.fromkeys(detail for own in self.details.values() for detail in own)
+        if unknown := [name for name in self.sided if name not in details]:
+            raise ValueError(f"sided names {unknown[0]!r}, which is no detail: {', '.join(details) or 'none'}")
+        for key in ("stated", "synonyms", "details", "aliases", "foreign"):
+            known = {*self.phrases, *(self.owners if key == "aliases" else ())}
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no label of phrases: {', '.join(self.phrases)}")
         owner: dict[str, str] = {}
@@ -50,7 +53,7 @@ class Vocabulary:
             for word in (phrase, *self.synonyms.get(label, ()), *self.details.get(label, ())):
                 if (other := owner.setdefault(word.lower(), label)) != label:
                     raise ValueError(f"{word!r} stands for two labels, {other!r} and {label!r}")
-        names = (*self.labels, *self.owners)
+        names = (*self.labels, *details, *(f"{side} {name}" for name in self.sided for side in SIDES))
         keys = [snake_case(name) for name in names]
         if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:
             raise ValueError(f"{names[bad[0]]!r} has the key {keys[bad[0]]!r}, which is empty or that of another name")

@@ -17,7 +17,7 @@ from prism_lib.configs import checked
 from prism_lib.editing.counterfactuals import edit, scored, stack
 from prism_lib.editing.inversion import Inversion, invert
 from prism_lib.editing.methods import RECOMMENDED, InversionConfig
-from prism_lib.editing.settings import EditConfig, resolved
+from prism_lib.editing.settings import EditConfig, recommended_inversion, resolved
 from prism_lib.evaluation.evaluate import Editor, Results
 from prism_lib.files import image_hash, stable_seed
 from prism_lib.language.edits import Edit, Pairs
@@ -72,9 +72,9 @@ class PromptToPrompt(Editor):
         return edit(pipe, inverted, pairs, self.settings, mask=self.mask)
 
     def effect(self, pipe: Pipe, pairs: Pairs) -> str:
-        return repr(
-            [replace(self, settings=resolved(pipe, pair, self.num_inference_steps, self.settings)) for pair in pairs]
-        )
+        steps, how = self.num_inference_steps, self.inversion or recommended_inversion(pipe, self.num_inference_steps)
+        used = [resolved(pipe, pair, steps, self.settings) for pair in pairs]
+        return repr([replace(self, settings=settings, inversion=how) for settings in used])
 
 
 @checked()

@@ -98,7 +98,9 @@ def _with_values(table: pd.DataFrame, config: ShortcutConfig) -> pd.DataFrame:
     """The table with a column for every label "column=value": 1, 0, or NaN where the cell is unknown."""
     for label in config.classifier.labels:
         column, _, value = label.partition("=")
-        if label not in table and column in table:
+        if label not in table:
+            if column not in table:
+                raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             known = table[column].notna() & table[column].ne("unknown")
             table = table.assign(**{label: table[column].astype(str).eq(value).astype(float).where(known)})
     return table

@@ -127,6 +127,7 @@ def test_a_recipe_survives_json_and_its_code(words):
         ({"settings": {"guidance_scale": -1.0}}, r"guidance_scale is -1\.0: .*greater than or equal to 0"),
         ({"settings": {"gidance": 1.0}}, "unknown setting 'gidance'"),
         ({"mask": (1, 2, 3)}, "mask"),
+        ({"side": "up"}, "side is 'up'"),
     ],
 )
 def test_a_recipe_refuses(change, reason):

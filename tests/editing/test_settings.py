@@ -133,6 +133,13 @@ def test_few_steps_have_settings_of_their_own_below_the_rules_of_an_edit(tmp_pat
         invert(pipe, tiny_images(1), [""], num_inference_steps=5, config=InversionConfig(spacing=9))
     with pytest.raises(ValueError, match=r"(?s)editing.json holds.*guidance_scale"):
         recommended(model(tmp_path / "wrong", few_steps={"steps": 3, "defaults": {"guidance_scale": -1}}), REMOVE)
+    late = {"defaults": {"guidance_end": 0.4}, "few_steps": {"steps": 3, "defaults": {"guidance_start": 0.5}}}
+    with pytest.raises(ValueError, match=r"editing.json holds no settings of edits: guidance_start is 0.5, after"):
+        recommended(model(tmp_path / "late", **late), REMOVE, 50)  # together they are wrong, whatever is asked for
+    with pytest.raises(ValueError, match=r"editing.json holds .* few_steps.steps is -1"):
+        recommended(model(tmp_path / "negative", few_steps={"steps": -1}), REMOVE)
+    kept = model(tmp_path / "kept", inversion={"skip": 0.5}, few_steps={"steps": 3})
+    assert recommended_inversion(kept, 3) == InversionConfig(skip=0.5), "few steps that say nothing of it"
 
 
 def test_a_model_recommends_its_inversion_and_a_given_one_replaces_it(tmp_path):

@@ -196,8 +196,18 @@ def test_a_side_that_captions_do_not_say_is_no_word_of_the_prompts():
         assert edit.apply(bare, PHANTOM)["Support Devices"] == 1
     assert Edit(add=("left pleural effusion",)).prompts({"Pleural Effusion": 0}, PHANTOM).side == ""
     for other in ("Cardiomegaly", "right pacemaker"):
-        with pytest.raises(ValueError, match=r"for left.* and for something else|for right and for something else"):
+        with pytest.raises(ValueError, match=r"for the (left|right) side and for something else"):
             Edit(add=(other, "left pacemaker")).prompts(bare | {"Cardiomegaly": 0}, PHANTOM)
+
+
+def test_a_side_that_is_kept_does_not_contradict_the_side_that_is_edited():
+    one = Edit.parse("remove the left pacemaker", PHANTOM).prompts(SICK, PHANTOM)
+    assert Edit.parse("remove the left pacemaker, keep the right pacemaker", PHANTOM).prompts(SICK, PHANTOM) == one
+    both = Edit.from_key("remove_cardiomegaly_and_keep_left_pacemaker_and_keep_right_pacemaker", PHANTOM)
+    assert both.prompts(SICK, PHANTOM).target.count("pacemaker") == 1
+    for text in ("remove the pacemaker, keep the left pacemaker", "remove the left pacemaker, keep the pacemaker"):
+        with pytest.raises(ValueError, match="'left pacemaker' is part of 'pacemaker': name one"):
+            Edit.parse(text, PHANTOM)
 
 
 @pytest.mark.parametrize("key", PHANTOM_EDITS)

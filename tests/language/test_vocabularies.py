@@ -116,6 +116,14 @@ def test_a_tables_own_names_are_a_vocabulary():
         ("subject: knee\nphrases: {A: a, B: A}", r"own\.yaml: 'A' stands for two labels, 'A' and 'B'$"),
         ("subject: knee\nphrases: {A: a, B: b}\nsynonyms: {B: [a]}", r"'a' stands for two labels, 'A' and 'B'$"),
         ("subject: knee\nphrases: {A: a, B: b}\ndetails: {A: [c], B: [c]}", r"'c' stands for two labels, 'A' and 'B'$"),
+        (
+            "subject: knee\nphrases: {A: a}\nsided: [A]",
+            r"own\.yaml: sided names 'A', which is no detail: none",
+        ),
+        (
+            "subject: knee\nphrases: {A: a}\ndetails: {A: [nail, left nail]}\nsided: [nail]",
+            r"own\.yaml: 'left nail' has the key 'left_nail', .* that of another name",
+        ),
         ("subject: knee\nphrases: {No Finding: a}", r"own\.yaml: 'No Finding' has the key 'no_finding'"),
         ("subject: knee\nphrases: {A: a}\ndetails: {A: [A]}", r"own\.yaml: 'A' has the key 'a'"),
         ("extends: knee\nphrases: {A: a}", r"own\.yaml: extends is 'knee', none of chest, phantom, skin"),

@@ -7,6 +7,8 @@ import torch
 
 from prism_lib.editing.counterfactuals import edit, stack
 from prism_lib.editing.inversion import invert
+from prism_lib.editing.methods import InversionConfig
+from prism_lib.editing.settings import write_settings
 from prism_lib.language.edits import Edit
 from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
 from prism_lib.models.schedule import Schedule, step
@@ -51,6 +53,18 @@ def test_ours_is_the_editor_itself():
     inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
     expected = edit(pipe, inversion, [REMOVE])
     assert torch.equal(stack(EDITORS["ours"](pipe, images, [REMOVE], CHANGE)), stack(expected))
+
+
+def test_the_effect_of_ours_has_the_inversion_that_the_model_recommends(tmp_path):
+    pipe, effects = tiny_pipeline.__wrapped__(), []
+    for number, skip in enumerate((0.0, 0.5)):
+        (tmp_path / str(number)).mkdir()
+        write_settings(tmp_path / str(number), {"inversion": {"skip": skip}})
+        pipe.register_to_config(_name_or_path=str(tmp_path / str(number)))
+        effects.append(EDITORS["ours"].effect(pipe, [REMOVE]))
+    assert (
+        effects[0] != effects[1] == replace(EDITORS["ours"], inversion=InversionConfig(skip=0.5)).effect(pipe, [REMOVE])
+    )
 
 
 @pytest.mark.parametrize("name", ["ours", "imagic", "two masks"])

@@ -75,6 +75,10 @@ def test_a_label_may_be_a_value_of_a_column():
     with pytest.raises(ValueError, match=r"need 2 .* of group 'neither' .* there are 1"):
         training_rows(rows, study, 1.0)
     drawn = training_rows(pd.concat([rows, rows.assign(file_name=list("ghijkl"))]), study, 1.0)
+    for absent in ("age=60", "Fracture"):
+        other = replace(study, classifier=replace(CLASSIFIER, labels=(women, SHORTCUT, absent)))
+        with pytest.raises(ValueError, match=f"the data set has no label '{absent}'; it has sex"):
+            training_rows(rows, other, 1.0)
     assert sorted(drawn["file_name"]) == list("cdij") and drawn[women].tolist() == [0, 0, 1, 1]
 
 

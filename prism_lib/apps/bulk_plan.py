@@ -228,7 +228,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines(), strict=True)
+    lines = text.splitlines()
+    separator = max(",;\t", key=lines[0].count) if lines else ","
+    reader = csv.DictReader(lines, strict=True, delimiter=separator)
     if twice := [name for name in reader.fieldnames or () if name and (reader.fieldnames or []).count(name) > 1]:
         raise ValueError(f"two columns are {twice[0]!r}")
     rows = list(reader)

@@ -118,6 +118,8 @@ def read_table(
 def read_header(path: Path, encoding: str = UTF8) -> list[str]:
     """The column names of a CSV file; a name that occurs twice is an error."""
     header = _read_csv(path, encoding, header=None, nrows=1, keep_default_na=False).iloc[0].str.strip().tolist()
+    while header and not header[-1]:  # of a spreadsheet: ";;" at the end of every line
+        header.pop()
     if repeated := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{path} has two columns {repeated[0]!r}")
     return header

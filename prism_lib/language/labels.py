@@ -58,6 +58,9 @@ class Vocabulary:
         if bad := [place for place, key in enumerate(keys) if not key or key in keys[:place]]:
             raise ValueError(f"{names[bad[0]]!r} has the key {keys[bad[0]]!r}, which is empty or that of another name")
 
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.name!r})"  # the default of `Edit.parse` in its help
+
     @property
     def labels(self) -> tuple[str, ...]:
         """All label names, "No Finding" included, in order."""

@@ -882,6 +882,14 @@ def test_commas_without_quotes_are_found(config, tmp_path):
         plan(with_edits(config, tmp_path, "edit,edit\nremove_support_devices,unchanged\n", "csv"))
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_what_a_spreadsheet_writes_is_read(tmp_path, separator):
+    path = tmp_path / "edits.csv"
+    lines = ["file_name,edit", "all,remove the pacemaker| keep the effusion"]
+    path.write_text("\r\n".join(line.replace(",", separator).replace("|", ",") for line in lines), encoding="utf-8-sig")
+    assert bulk_plan.read_rows(path) == [{"file_name": "all", "edit": "remove the pacemaker, keep the effusion"}]
+
+
 def test_files_that_are_missing_are_named(config, tmp_path, phantom_folder):
     with pytest.raises(FileNotFoundError, match=r"no file of edits .*none\.csv"):
         plan(replace(config, edits=str(tmp_path / "none.csv")))

@@ -192,6 +192,8 @@ def test_what_excel_writes_is_read(tmp_path, separator, encoding):
     table = pd.read_csv(root / "metadata.csv")
     table["file_name"] = table["file_name"].str.replace("/", "\\")  # of Windows
     table.to_csv(root / "metadata.csv", index=False, sep=separator, encoding=encoding, lineterminator="\r\n")
+    written = (root / "metadata.csv").read_bytes().decode(encoding)  # two empty columns at the end
+    (root / "metadata.csv").write_bytes(written.replace("\r\n", f"{separator * 2}\r\n").encode(encoding))
     columns = Columns(
         labels=("Cardiomegaly",), extra=("place",), encoding="cp1252" if encoding == "cp1252" else "utf-8"
     )

@@ -1,6 +1,7 @@
 """Vocabularies as YAML files: the words of the shipped ones, files of users, and a table's own label names."""
 
 import hashlib
+import inspect
 import random
 
 import pytest
@@ -141,3 +142,7 @@ def test_a_vocabulary_that_is_not_there(tmp_path):
         vocabulary(str(tmp_path / "own.yaml"))
     with pytest.raises(ValueError, match="unknown vocabulary 'brain'; known: chest, phantom, skin, labels, and YAML"):
         vocabulary("brain")
+
+
+def test_the_help_of_a_function_names_its_vocabulary():
+    assert str(inspect.signature(Edit.parse)).count("Vocabulary('chest')") == 1

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "evaluate": [
             "Editor", "Evaluation", "batch_difference", "choose_cases", "composition", "evaluate_edits",
-            "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "own_classifier", "reread",
+            "evaluate_results", "interval", "judge_auc", "load_judge", "notes", "own_classifier", "realism", "reread",
             "reversibility", "summarise", "summarise_rows", "train_judge", "trusted",
         ],
         "selection": [

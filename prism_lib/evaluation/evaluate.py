@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
 from prism_lib.data.folder import Folder, image_batches, load_info, load_table, load_vocabulary, read_images
-from prism_lib.data.rows import editable, prompt_pairs, true_counterfactual
+from prism_lib.data.rows import DETAIL_COLUMNS, editable, prompt_pairs, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, Pairs, PromptPair
@@ -265,6 +265,30 @@ def reversibility(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> pd.Data
     (returned,) = edit_jobs(pipe, [(e.edited, back, undone, [editor])])[0]
     distances = metrics.relative_l1(stack(returned.results), e.factual, e.reconstruction)
     return e.table[["file_name", "patient_id"]].assign(image=distances.tolist())
+
+
+def realism(
+    evaluations: Sequence[Evaluation], folder: Folder, features: Judge, split: str = "test", limit: int = 512
+) -> pd.DataFrame:
+    """A row per edit: `kid` and `fid` of the edited images, and of the same unedited, to real images of a split.
+
+    The real ones, up to ``limit``, are other patients' with the edit's target state. An edit has no row if either side
+    has fewer than two images, or if the table does not say which rows have a detail.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for e in evaluations if features else ():
+        table, undone = load_table(folder, split), Edit(remove=e.edit.add, add=e.edit.remove)
+        others = table[~table["patient_id"].isin(e.table["patient_id"])]
+        if not e.edit.attributes or (set(undone.remove) & set(e.vocab.owners) and not {*DETAIL_COLUMNS} <= {*table}):
+            continue
+        real = editable(others, undone, e.vocab).head(limit)
+        if min(len(real), len(e.table)) > 1:
+            read = torch.cat([features.features(part) for part in image_batches(folder, real)])
+            rows[e.edit.key] = {"images": float(len(e.table)), "real_images": float(len(real))}
+            for name, images in (("", e.edited), ("_unedited", e.factual)):
+                own = features.features(images)
+                rows[e.edit.key] |= {f"kid{name}": metrics.kid(own, read), f"fid{name}": metrics.fid(own, read)}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _of_pixels(e: Evaluation, marker: Tensor | None) -> dict[str, Any]:

@@ -107,6 +107,21 @@ def directional_similarity(before: Tensor, after: Tensor, source: Tensor, target
     return cosine_similarity(after - before, target - source, dim=-1)
 
 
+def kid(features: Tensor, others: Tensor) -> float:
+    """Kernel inception distance of (N, D) and (M, D), unbiased (Bińkowski et al., ICLR 2018); about 0 for equals."""
+    x, y = _check_features(features, others)
+    within = [((gram := _cubic(z, z)).sum() - gram.trace()) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return float(sum(within) - 2 * _cubic(x, y).mean())
+
+
+def fid(features: Tensor, others: Tensor) -> float:
+    """Fréchet inception distance of (N, D) and (M, D) (Heusel et al., NeurIPS 2017); the fewer images, the larger."""
+    x, y = _check_features(features, others)
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))  # covariances are a'a and b'b
+    root = torch.linalg.matrix_norm(a @ b.T, "nuc")  # the trace of (a'a b'b)^(1/2)
+    return float((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * root)
+
+
 def group_accuracy(
     probabilities: Tensor, labels: Tensor, groups: Tensor, expected: Sequence[int] = ()
 ) -> dict[int, float]:
@@ -189,6 +204,18 @@ def _check_images(**images: Tensor) -> None:
     shapes = {name: tuple(image.shape) for name, image in images.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"images differ in shape: {shapes}")
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _check_features(*features: Tensor) -> list[Tensor]:
+    """The same in double precision; ValueError unless they have one width and two rows each."""
+    shapes = [tuple(each.shape) for each in features]
+    if {len(shape) for shape in shapes} != {2} or len({shape[1] for shape in shapes}) > 1 or min(shapes)[0] < 2:
+        raise ValueError(f"features must be (N, D) and (M, D) of two images or more, got {shapes}")
+    return [each.double() for each in features]
 
 
 def _check_mask(mask: Tensor) -> None:

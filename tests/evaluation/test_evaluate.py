@@ -118,6 +118,23 @@ def test_the_truth_itself_would_be_perfect(evaluated):
     assert columns["marker_changed"] == [0] * 3
 
 
+def test_the_truth_is_nearer_to_real_images_than_what_it_was_made_from(phantom_folder, evaluated):
+    brightest = torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten(), torch.nn.Linear(1, 3))
+    net = Classifier(brightest.eval(), LABELS)
+    perfect, added = replace(evaluated, edited=evaluated.truth), Edit(add=("pacemaker",))
+    found = evaluate.realism([perfect, replace(perfect, edit=added)], phantom_folder, net)
+    row = found.loc["remove_support_devices"]
+    assert row["kid"] < row["kid_unedited"] and row["fid"] < row["fid_unedited"]
+    assert row["images"] == 3
+    table = load_table(phantom_folder, "test")
+    others = table[~table["patient_id"].isin(evaluated.table["patient_id"])]
+    assert row["real_images"] == others["Support Devices"].eq(0).sum()
+    pacemakers = others["devices"].fillna("").str.contains("pacemaker").sum()
+    assert found["real_images"].get("add_pacemaker", 0) <= pacemakers
+    assert evaluate.realism([perfect], phantom_folder, None).empty
+    assert evaluate.realism([replace(perfect, edit=Edit())], phantom_folder, net).empty, "there is no target state"
+
+
 def test_the_judge_counts_only_what_can_flip(evaluated):
     table = evaluated.table.assign(p_before=[0.9, 0.8, 0.1], flipped=[1.0, 0.0, 1.0])
     summary = summarise(Evaluation(**{**vars(evaluated), "table": table}))

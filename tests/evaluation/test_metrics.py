@@ -238,12 +238,29 @@ def test_calibration_error_by_hand():
         (lambda: metrics.group_accuracy(READ, LABELS - 1, GROUPS), r"labels must be 0 or 1, got \[-1\]"),
         (lambda: metrics.equalised_odds_difference(READ, LABELS, LABELS), r"no image in groups \[1, 2\]"),
         (lambda: metrics.calibration_error(READ, LABELS.float() / 2), "labels must be 0 or 1"),
+        (lambda: metrics.kid(HALF[:1].flatten(1), HALF.flatten(1)), "two images or more"),
+        (lambda: metrics.fid(BEFORE[:, None], BEFORE[:, None].expand(-1, 2)), r"\(N, D\) and \(M, D\)"),
         (lambda: metrics.directional_similarity(*[torch.full((1, 2), math.nan)] * 4), r"images \[0\] are not finite"),
     ],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_kid_and_fid_are_those_of_torchmetrics():
+    from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.kid import poly_mmd
+
+    generator = torch.Generator().manual_seed(0)
+    features, others = torch.randn(60, 5, generator=generator), 0.3 + 1.5 * torch.randn(60, 5, generator=generator)
+    x, y = features.double(), others.double()
+    assert metrics.kid(features, others) == pytest.approx(float(poly_mmd(x, y)), rel=1e-9)
+    expected = _compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert metrics.fid(features, others[:60]) == pytest.approx(float(expected), rel=1e-6)
+    assert metrics.fid(features, features) == pytest.approx(0, abs=1e-9)
+    few = metrics.fid(features[:3], features[:3])
+    assert few == pytest.approx(0, abs=1e-9), "fewer images than features"
 
 
 def test_auc_is_the_share_of_pairs_in_order():

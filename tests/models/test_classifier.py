@@ -263,6 +263,17 @@ def test_torchxrayvision_is_named_with_its_range_and_size(caplog):
     assert "gives NaN for Hernia, for which it was not trained" in caplog.text
 
 
+def test_features_are_what_the_last_linear_layer_reads():
+    linear = torch.nn.Linear(4, 2)
+    net = classifier.Classifier(torch.nn.Sequential(torch.nn.Flatten(), linear).eval(), ("a", "b"), batch_size=2)
+    images = torch.rand(3, 1, 2, 2)
+    features = net.features(images)
+    assert torch.equal(features, images.flatten(1))
+    assert torch.allclose(linear(features), net.logits(images))
+    with pytest.raises(ValueError, match="no linear layer"):
+        classifier.Classifier(torch.nn.Flatten().eval(), ("a",)).features(images)
+
+
 def test_a_factory_may_give_the_whole_contract():
     loaded = classifier.Classifier.load(f"{HERE}:contract", name="mine")
     assert (loaded.labels, loaded.size, loaded.name) == (("A", "B"), 8, "mine")

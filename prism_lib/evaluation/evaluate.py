@@ -275,8 +275,10 @@ def realism(
     The real ones, up to ``limit``, are other patients' with the edit's target state. An edit has no row if either side
     has fewer than two images, or if the table does not say which rows have a detail.
     """
+    if features is None:
+        return pd.DataFrame()
     rows: dict[str, dict[str, float]] = {}
-    for e in evaluations if features else ():
+    for e in evaluations:
         table, undone = load_table(folder, split), Edit(remove=e.edit.add, add=e.edit.remove)
         others = table[~table["patient_id"].isin(e.table["patient_id"])]
         if not e.edit.attributes or (set(undone.remove) & set(e.vocab.owners) and not {*DETAIL_COLUMNS} <= {*table}):

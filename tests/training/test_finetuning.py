@@ -307,6 +307,31 @@ def test_ways_to_compute_the_same_give_the_same(config, tmp_path, monkeypatch, s
         torch.testing.assert_close(found[key], expected[key], atol=2e-4, rtol=1e-3)
 
 
+class Doubled(torch.autograd.Function):
+    """The same value with twice the gradient: a compiler that is wrong without an error."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_compiler_that_computes_other_gradients_is_found_before_the_first_step(config, monkeypatch):
+    def backend(graph, inputs):
+        return lambda *given: tuple(
+            Doubled.apply(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+            for value in graph(*given)
+        )
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: torch.nn.Module.compile(unet, backend=backend))
+    with pytest.raises(RuntimeError, match=r"wrongly: its gradient is off by .*set compile to False"):
+        finetune(replace(config, compile=True, steps=2))
+    assert not list(Path(config.output).glob("step-*"))
+
+
 def test_early_stop_keeps_the_weights_that_validated_best(config, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
     monkeypatch.setattr(Run, "validation_loss", lambda self: {"validation_loss": next(losses)})

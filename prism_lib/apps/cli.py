@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--edits", **several | {"metavar": "EDIT"}, help=every)
     tune.add_argument("--minutes", type=float, default=20.0, help="budget of the whole search (default: 20)")
     tune.add_argument("--evaluations", type=int, default=0, help="budget in U-Net evaluations of one image, instead")
-    tune.add_argument("--images", type=int, default=4, help="validation patients of each edit (default: 4, and 4 more)")
+    tune.add_argument("--images", type=int, default=8, help="validation patients of each edit (default: 8, and 8 more)")
     tune.add_argument("--steps", type=int, default=25, help="steps of an edit (default: 25)")
     tune.add_argument("--guide", default="", help="a classifier for images whose truth is not known; never the judge")
     tune.add_argument("--seed", type=int, default=0)

@@ -104,10 +104,11 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xla
     """Lines by name, each ``(x, y)``."""
     with _subplots(figsize=(4.8, 3.2)) as (figure, axis):
         for name, (x, y) in series.items():
-            axis.plot(x, y, label=name, marker="o" if len(x) < 12 else "")
+            axis.plot(x, y, label=name.replace("_", " "), marker="o" if len(x) < 12 else "")
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if len(series) > 1:
-            figure.legend(frameon=False, loc="outside upper center", ncols=min(3, len(series)))
+            columns = 3 if max(map(len, series)) < 16 else 2  # as many as fit
+            figure.legend(frameon=False, loc="outside upper center", ncols=min(columns, len(series)))
     return figure
 
 

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from prism_lib import paths
 from prism_lib.apps.profiles import Job, UsageError, available_profiles, load_profile, plan
 from prism_lib.files import Stopped, stop_asked, stop_children, stop_now, write_text
@@ -88,50 +90,17 @@ def _kernel(cwd: Path) -> Iterator[Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of `prism`."""
+    """The command line of `prism`, as `commands.yaml` describes it."""
     parser = argparse.ArgumentParser("prism", description="Run PRISM's notebooks, or make counterfactuals in bulk.")
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "NN"}
-    pair = several | {"action": "append", "nargs": 2, "dest": "overrides", "metavar": ("NAME", "VALUE")}
     verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="run the notebooks of a profile in order")
-    run.add_argument("profile", metavar="PROFILE")
-    run.add_argument("--from", dest="start", metavar="NN", help="the first notebook to run")
-    run.add_argument("--only", **several, help="run these notebooks and no others")
-    run.add_argument("--resume", action="store_true", help="skip what finished and has not changed")
-    run.add_argument("-p", **pair, help="another value for a parameter; figures then go to the run's own folder")
-    generate = verbs.add_parser("generate", help="make counterfactuals in bulk; the same command goes on after a stop")
-    generate.add_argument("--data", required=True, metavar="FOLDER", help="a prepared folder of images")
-    generate.add_argument("--edits", required=True, metavar="FILE", help="CSV, JSON or YAML, a row per edit")
-    generate.add_argument("--out", required=True, metavar="FOLDER", help="where images and metadata.csv go")
-    generate.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per GPU, or per CPU core")
-    generate.add_argument("--check", action="store_true", help="check everything, say how many, and make nothing")
-    more = "another setting: split, model, method, num_inference_steps, bits, guidance_scale, ..."
-    generate.add_argument("-p", **pair, help=more)
-    tune = verbs.add_parser("tune", help="find the settings of a model's edits on validation images")
-    tune.add_argument("model", metavar="MODEL", help="a shipped model, a pipeline folder or a hub id")
-    tune.add_argument("data", metavar="DATA", help="a prepared folder of images")
-    tune.add_argument("--out", default="", metavar="FOLDER", help="for editing.json (default: beside the weights)")
-    every = "keys or sentences (default: the removal and addition of every label)"
-    tune.add_argument("--edits", **several | {"metavar": "EDIT"}, help=every)
-    tune.add_argument("--minutes", type=float, default=20.0, help="budget of the whole search (default: 20)")
-    tune.add_argument("--evaluations", type=int, default=0, help="budget in U-Net evaluations of one image, instead")
-    tune.add_argument("--images", type=int, default=8, help="validation patients of each edit (default: 8, and 8 more)")
-    tune.add_argument("--steps", type=int, default=25, help="steps of an edit (default: 25)")
-    tune.add_argument("--guide", default="", help="a classifier for images whose truth is not known; never the judge")
-    tune.add_argument("--seed", type=int, default=0)
-    explorer = verbs.add_parser("explore", help="edit images by clicks, in a browser")
-    models = "a shipped model, a pipeline folder or a hub id (default: the shipped one that an image resembles)"
-    explorer.add_argument("--model", default="", help=models)
-    explorer.add_argument("--judge", default="phantom-judge", help="a classifier that reads every image, '' for none")
-    explorer.add_argument("--data", default="", metavar="FOLDER", help="a prepared folder or a folder of images")
-    explorer.add_argument("--ip", default="127.0.0.1", help="the address to listen on (default: this machine only)")
-    explorer.add_argument("--port", type=int, default=0, help="default: one that is free")
-    explorer.add_argument("--no-browser", action="store_true", help="give the address and open nothing")
-    verbs.add_parser("profiles", help="list the profiles")
-    figures = verbs.add_parser("figures", help="do the committed tables, figures and README follow from the records?")
-    figures.add_argument("--check", action="store_true", required=True, help="say what does not, and fail")
-    figures.add_argument("dataset", nargs="*", metavar="DATASET", help="folders below figures/ (default: all)")
-    verbs.add_parser("doctor", help="check this machine: versions, device, weights, write access, disk")
+    for verb, command in yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8")).items():
+        own = verbs.add_parser(verb, help=command["help"])
+        for name, how in command.get("arguments", {}).items():
+            if isinstance(how.get("default"), int | float):
+                how["type"] = type(how["default"])
+            if how.get("nargs") == 2:
+                how["metavar"] = tuple(how["metavar"])
+            own.add_argument(name, **how)
     return parser
 
 

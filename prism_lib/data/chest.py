@@ -7,7 +7,8 @@ a pair whose truth is known to the pixel (see `phantom.films`).
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from scipy import ndimage
 
 from prism_lib.configs import checked, read
 from prism_lib.data import tables
-from prism_lib.data.images import ImageFiles, Mode, Picture, Rejection
+from prism_lib.data.images import ImageFiles, Mode, Picture, Reader, Rejection
 from prism_lib.data.tables import Source, draw_patients, refuse, split_patients
 from prism_lib.files import stable_seed
 from prism_lib.language.labels import NO_FINDING, PHANTOM_LABELS, snake_case
@@ -67,7 +68,9 @@ class Archive:
 
 
 _TEXTS = [Path(__file__).with_name(f"{kind}.yaml").read_text(encoding="utf-8") for kind in ("chest", "skin")]
-ARCHIVES = {name: read(Archive, raw, name) for text in _TEXTS for name, raw in yaml.safe_load(text)["archives"].items()}
+_CHEST, _SKIN = map(yaml.safe_load, _TEXTS)
+ARCHIVES = {name: read(Archive, raw, name) for name, raw in (_CHEST["archives"] | _SKIN["archives"]).items()}
+POLICIES: dict[str, str] = _CHEST["policies"]  # of the phantom and of films with rendered devices
 _WANTED = {"frontal": ("frontal",), "lateral": ("lateral",), "frontal or unknown": ("frontal", "unknown")}
 # What readers agree on, from the share of them who see a label.
 _AGREED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -262,20 +265,13 @@ def _names(text: str) -> list[str] | None:
 NOT_THERE = "none"  # an empty cell would turn a column of words into one of numbers where all are empty
 
 
-@dataclass(frozen=True)
-class Phantoms:
-    """Renders the phantom patients of a table's rows (see `phantom.patients`)."""
+def phantoms(seed: int, confounding: float, size: int, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
+    """The phantom patients of a table's rows, rendered (see `phantom.patients`)."""
+    from prism_lib.phantom.patients import render, sample_patients  # torch: only in a process that renders
 
-    seed: int
-    confounding: float
-    size: int
-
-    def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
-        from prism_lib.phantom.patients import render, sample_patients  # torch: only in a process that renders
-
-        patients = sample_patients(rows["phantom_index"].tolist(), self.seed, self.confounding)
-        for image in (render(patients, self.size)[:, 0] * 255).round().byte().numpy():
-            yield Picture(image)
+    patients = sample_patients(rows["phantom_index"].tolist(), seed, confounding)
+    for image in (render(patients, size)[:, 0] * 255).round().byte().numpy():
+        yield Picture(image)
 
 
 def phantom_source(num_images: int, seed: int, confounding: float, size: int) -> Source:
@@ -286,42 +282,32 @@ def phantom_source(num_images: int, seed: int, confounding: float, size: int) ->
     table = patients.labels().replace({"devices": {"": NOT_THERE}, "effusion_side": {"": NOT_THERE}})
     table.insert(0, "name", table["patient_id"])
     table["phantom_index"] = patients.index
-    policy = "every label is known, 1 or 0: the phantom's causal model set it"
-    return Source(table, PHANTOM_LABELS, policy, Phantoms(seed, confounding, size))
+    return Source(table, PHANTOM_LABELS, POLICIES["phantom"], partial(phantoms, seed, confounding, size))
 
 
-RENDERED_POLICY = (
-    f"{DEVICES} is 1 where devices were rendered, 0 where the film was screened and shows none, and unknown elsewhere "
-    "and, with screening, where devices were rendered into a film that may show others; other labels: "
-)
+def rendered_films(films: ImageFiles, kinds: Sequence[str], rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
+    """Films of which those of a "copy" above 0 are moved, and "rendered" ones get devices by "film_seed".
 
+    Devices are of these `kinds`, of all if there are none; those that show are in the column "kinds".
+    """
+    import torch  # only in a process that renders
 
-@dataclass(frozen=True)
-class RenderedFilms:
-    """A `Reader` of films: "copy" above 0 is moved, "rendered" gets devices by "film_seed", their kinds in "kinds"."""
+    from prism_lib.phantom.films import KINDS, with_devices
 
-    films: ImageFiles
-    kinds: Sequence[str] = ()  # that are rendered; () is all
-
-    def __call__(self, rows: pd.DataFrame) -> Iterator[Picture | Rejection]:
-        import torch  # only in a process that renders
-
-        from prism_lib.phantom.films import KINDS, with_devices
-
-        columns = ("source_file", "path", "film_seed", "copy", "rendered")
-        for name, path, seed, copy, devices in zip(*(rows[column] for column in columns), strict=True):
-            try:
-                pixels = moved(self.films, Path(path), seed) if copy else self.films.read(Path(path)).pixels
-            except (OSError, ValueError) as error:
-                yield Rejection(name, str(error))
-                continue
-            kinds: Sequence[str] = ()
-            if devices:
-                rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed], self.kinds or KINDS)
-                pixels, (kinds,) = (rendered.images[0, 0] * 255).round().byte().numpy(), rendered.kinds
-            if copy:
-                pixels = acquired(pixels, seed)
-            yield Picture(pixels, {"kinds": "|".join(kinds) or NOT_THERE})
+    columns = ("source_file", "path", "film_seed", "copy", "rendered")
+    for name, path, seed, copy, devices in zip(*(rows[column] for column in columns), strict=True):
+        try:
+            pixels = moved(films, Path(path), seed) if copy else films.read(Path(path)).pixels
+        except (OSError, ValueError) as error:
+            yield Rejection(name, str(error))
+            continue
+        shown: Sequence[str] = ()
+        if devices:
+            rendered = with_devices(torch.from_numpy(pixels)[None, None] / 255, [seed], kinds or KINDS)
+            pixels, (shown,) = (rendered.images[0, 0] * 255).round().byte().numpy(), rendered.kinds
+        if copy:
+            pixels = acquired(pixels, seed)
+        yield Picture(pixels, {"kinds": "|".join(shown) or NOT_THERE})
 
 
 def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
@@ -356,7 +342,7 @@ def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def film_source(
-    films: Source, reader: RenderedFilms, shares: Sequence[float], seed: int, copies: int, screened: Path | None
+    films: Source, reader: Reader, shares: Sequence[float], seed: int, copies: int, screened: Path | None
 ) -> Source:
     """Pairs of films with and without rendered devices; further `copies` of the train split are moved.
 
@@ -390,4 +376,5 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    return Source(pairs, films.labels, RENDERED_POLICY + films.label_policy, reader, films.rejected)
+    policy = f"{POLICIES['films']} {films.label_policy}"
+    return Source(pairs, films.labels, policy, reader, films.rejected)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from prism_lib import paths
 from prism_lib.configs import Share, checked
-from prism_lib.data.chest import ARCHIVES, DEVICES, RenderedFilms, View, chest_source, film_source, phantom_source
+from prism_lib.data.chest import ARCHIVES, DEVICES, View, chest_source, film_source, phantom_source, rendered_films
 from prism_lib.data.folder import REPORT, SPLITS, building, load_info, load_table, write_metadata
 from prism_lib.data.images import Fit, ImageFiles, Mode, Outcome, Rejection, Written, write_images
 from prism_lib.data.rows import draw_captions
@@ -129,7 +130,7 @@ SOURCES: dict[str, Callable[[PrepareConfig], Source]] = {
     "phantom": lambda c: phantom_source(c.num_images, c.seed, c.confounding, c.size),
     **dict.fromkeys(ARCHIVES, lambda c: _chest(c, c.dataset)),
     "films": lambda c: film_source(
-        _chest(c, "nih"), RenderedFilms(_files(c)[-1], c.kinds), c.split, c.seed, c.copies, c.screened
+        _chest(c, "nih"), partial(rendered_films, _files(c)[-1], c.kinds), c.split, c.seed, c.copies, c.screened
     ),
     **dict.fromkeys(("table", "dicom"), lambda c: table_source(*_files(c), c.table, c.columns, c.vocabulary)),
 }

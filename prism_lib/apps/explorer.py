@@ -19,15 +19,10 @@ from IPython.core.pylabtools import print_figure
 from IPython.display import HTML, display
 
 from prism_lib import records
-from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button
+from prism_lib.apps.panels import WORDS, EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button
 from prism_lib.apps.recipe import Case, Outcome
 from prism_lib.apps.session import Fault, Session, sentence
 from prism_lib.reporting import plots
-
-FULL_SIZE = (
-    "Where the change has edges, detail finer than the model's image is replaced by synthetic grain. Such grain is not "
-    "information: fine vessels there are lost."
-)
 
 
 def explore(
@@ -69,15 +64,13 @@ class Explorer(widgets.VBox):
         self.edit = EditPanel(session)
         self.settings = SettingsPanel(session)
         self.source = SourcePanel(session, self._opened, seed, data)
-        self.run = button("Run", "make the counterfactual", self._run, icon="play", button_style="primary")
-        about, stop = "stop after the step it is in", lambda _: session.cancel()
-        self.cancel = button("Cancel", about, stop, icon="stop", disabled=True)
+        self.run = button("Run", self._run, icon="play", button_style="primary")
+        self.cancel = button("Cancel", lambda _: session.cancel(), icon="stop", disabled=True)
         self.progress = widgets.FloatProgress(max=1, layout={"width": "98%"})
         self.status = Line()
         guarded = self.result.guarded
-        about = "write image, original, mask, difference and record"
-        self.save = button("Save", about, guarded(self._save), icon="save")
-        self.show_code = button("Show code", "three lines that give the same image", guarded(self._code), icon="code")
+        self.save = button("Save", guarded(self._save), icon="save")
+        self.show_code = button("Show code", guarded(self._code), icon="code")
         self.files = widgets.HTML()
         self.settings.on_change(self._show_box, self.settings.mask, self.settings.rows, self.settings.columns)
         self.viewer.observe(guarded(self._drawn), "box")
@@ -179,7 +172,7 @@ class Explorer(widgets.VBox):
             lines = [f"Saved in <code>{html.escape(str(folder))}</code>."]
             film = json.loads((folder / "record.json").read_text(encoding="utf-8"))["full_size"]
             if film.startswith("full_size."):
-                lines += [f"<code>{film}</code> is the film at its own size. {FULL_SIZE}"]
+                lines += [f"<code>{film}</code> is the film at its own size. {WORDS['full_size']}"]
                 lines += ["It has the source's header, the patient's name included."] if film.endswith(".dcm") else []
             elif film:
                 lines += [f"The film at its own size was {html.escape(film)}."]

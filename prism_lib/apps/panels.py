@@ -9,6 +9,7 @@ from typing import Any
 import anywidget
 import ipywidgets as widgets
 import traitlets
+import yaml
 
 from prism_lib import paths
 from prism_lib.apps.recipe import Case, Outcome, image_size
@@ -21,16 +22,7 @@ from prism_lib.reporting.plots import difference, overlay, png, view
 
 MAX_CHOICES = 500  # of images in one list
 FEW_STEPS = 12  # of an edit, where the model has settings for few steps
-STRENGTH = "guidance scale; where the edit adds something, times the model's factor. The result states the product"
-SHAPES = "share of steps with the original's self-attention: more keeps more of its shapes"
-LAYOUT = "share of steps with the original's cross-attention: more keeps things where they are"
-SLIDERS = {  # field of `EditConfig` -> name, greatest value, step, tooltip
-    "guidance_scale": ("strength", 10.0, 0.5, STRENGTH),
-    "self_replace_steps": ("structure kept", 1.0, 0.05, SHAPES),
-    "cross_replace_steps": ("layout kept", 1.0, 0.05, LAYOUT),
-    "word_weight": ("word weight", 4.0, 0.25, "attention to the words of the edit, while the layout is kept"),
-}
-SWEPT = {"four strengths": "guidance_scale", "four degrees of structure": "self_replace_steps"}
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text(encoding="utf-8"))
 
 
 class Line(widgets.HTML):
@@ -68,20 +60,20 @@ class Panel(widgets.VBox):
             control.observe(self.guarded(act), "value")
 
 
-def button(text: str, tooltip: str, act: Callable[..., None], width: str = "118px", **more: Any) -> widgets.Button:
-    """A button that calls `act` with itself."""
-    made = widgets.Button(description=text, tooltip=tooltip, layout={"width": width}, **more)
+def button(text: str, act: Callable[..., None], name: str = "", width: str = "118px", **more: Any) -> widgets.Button:
+    """A button that calls `act` with itself; `name` is the one of its tooltip, if that is not the text."""
+    made = widgets.Button(description=text, tooltip=WORDS["tooltips"][name or text], layout={"width": width}, **more)
     made.on_click(act)
     return made
 
 
-def _control(kind: type[widgets.Widget], name: str, tooltip: str, **more: Any) -> widgets.Widget:
-    style = {"description_width": "100px"}
-    return kind(description=name, tooltip=tooltip, layout={"width": "98%"}, style=style, **more)
+def _control(kind: type[widgets.Widget], name: str, **more: Any) -> widgets.Widget:
+    look = {"layout": {"width": "98%"}, "style": {"description_width": "100px"}}
+    return kind(description=name, tooltip=WORDS["tooltips"][name], **look, **more)
 
 
-def _upload(name: str, tooltip: str) -> widgets.FileUpload:
-    return widgets.FileUpload(accept=ACCEPT, description=name, tooltip=tooltip)
+def _upload(name: str) -> widgets.FileUpload:
+    return widgets.FileUpload(accept=ACCEPT, description=name, tooltip=WORDS["tooltips"][name])
 
 
 def _forms(choice: widgets.Widget, *forms: Sequence[widgets.Widget]) -> widgets.Stack:
@@ -97,22 +89,20 @@ class SourcePanel(Panel):
 
     def __init__(self, session: Session, opened: Callable[[Case], None], seed: int, data: str) -> None:
         self._session, self._opened = session, opened
-        kinds, style = ["phantom", "folder", "own file"], {"button_width": "104px"}
-        tips = ["a patient of the causal model", "made by 01_data, or of images", "PNG, JPEG, TIFF or DICOM"]
+        kinds, style = WORDS["kinds"], {"button_width": "104px"}
         first = "folder" if data else "phantom"
-        self.kind = widgets.ToggleButtons(options=kinds, value=first, tooltips=tips, style=style)
-        number, text = widgets.BoundedIntText, widgets.Text
-        self.patient = _control(number, "patient", "which patient of the population", value=1, max=10**6)
-        self.seed = _control(number, "seed", "which population of phantom patients", value=seed, max=10**9)
-        late = {"continuous_update": False}
-        self.folder = _control(text, "folder", "absolute or below PRISM_DATA", value=data or "prepared/phantom", **late)
-        self.row = _control(widgets.Dropdown, "image", "in a prepared folder those of the test split", options=[])
-        self.upload = _upload("upload", "up to 64 MB; in JupyterLab up to 10 MB")
-        self.path = _control(text, "or path", "up to 64 MB", placeholder="a file on this machine", **late)
+        self.kind = widgets.ToggleButtons(options=[*kinds], value=first, tooltips=[*kinds.values()], style=style)
+        number, text, late = widgets.BoundedIntText, widgets.Text, {"continuous_update": False}
+        self.patient = _control(number, "patient", value=1, max=10**6)
+        self.seed = _control(number, "seed", value=seed, max=10**9)
+        self.folder = _control(text, "folder", value=data or "prepared/phantom", **late)
+        self.row = _control(widgets.Dropdown, "image", options=[])
+        self.upload = _upload("upload")
+        self.path = _control(text, "or path", placeholder="a file on this machine", **late)
         forms = _forms(self.kind, [self.patient, self.seed], [self.folder, self.row], [self.upload, self.path])
-        about, models = "which model edits: that whose training images the image resembles, or one", session.references
+        models = session.references
         options = [*([("by image", "")] if len(models) > 1 else []), *((name, name) for name in models)]
-        self.model = _control(widgets.Dropdown, "model", about, options=options, value=session.chosen)
+        self.model = _control(widgets.Dropdown, "model", options=options, value=session.chosen)
         self.resembles = Line()
         super().__init__("Image", [self.kind, forms, self.model, self.resembles])
         self.on_change(self.begin, self.kind)
@@ -211,19 +201,14 @@ class SettingsPanel(Panel):
         self._session, self._file, self._model = session, "", ""
         slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
         self.sliders = {
-            field: _control(slider, name, tooltip, max=high, step=step)
-            for field, (name, high, step, tooltip) in SLIDERS.items()
+            field: _control(slider, name, max=high, step=step) for field, (name, high, step) in WORDS["sliders"].items()
         }
-        methods = list(METHODS)
-        self.method = _control(choice, "method", "how the image is inverted", options=methods, value=RECOMMENDED)
-        self.steps = _control(widgets.IntSlider, "steps", "12 or 20 are quick, the figures take 50", min=2, max=100)
-        about = "run the edit at several values of a setting and choose by eye"
-        self.sweep = _control(choice, "candidates", about, options=[("one result", ""), *SWEPT.items()])
-        about = "where the edit may show; all other pixels stay the input's own, bit for bit"
-        self.mask = _control(choice, "mask", about, options=["automatic", "off", "rectangle", "file"])
-        self.rows = _control(pixels, "rows", "top and bottom of the rectangle, in pixels")
-        self.columns = _control(pixels, "columns", "left and right of the rectangle, in pixels")
-        self.mask_file = _upload("upload mask", "an image, white where the edit may show")
+        self.method = _control(choice, "method", options=list(METHODS), value=RECOMMENDED)
+        self.steps = _control(widgets.IntSlider, "steps", min=2, max=100)
+        self.sweep = _control(choice, "candidates", options=list(WORDS["candidates"].items()))
+        self.mask = _control(choice, "mask", options=["automatic", "off", "rectangle", "file"])
+        self.rows, self.columns = _control(pixels, "rows"), _control(pixels, "columns")
+        self.mask_file = _upload("upload mask")
         forms = _forms(self.mask, [], [], [self.rows, self.columns], [self.mask_file])
         super().__init__("How", [*self.sliders.values(), self.method, self.steps, self.sweep, self.mask, forms])
         self._usual: dict[str, Any] = {}
@@ -249,7 +234,7 @@ class SettingsPanel(Panel):
         """What the model recommends for the number of steps, in sliders that were not moved."""
         before, self._usual = self._usual, vars(recommended(self._session.pipe, NO_EDIT, self.steps.value))
         for field, slider in self.sliders.items():
-            slider.max = max(SLIDERS[field][1], self._usual[field])
+            slider.max = max(WORDS["sliders"][field][1], self._usual[field])
             if slider.value == before.get(field, slider.value):
                 slider.value = self._usual[field]
 
@@ -340,8 +325,7 @@ class ResultPanel(Panel):
 
     def _thumbnail(self, outcome: Outcome) -> widgets.Widget:
         text = f"choose {outcome.used.guidance_scale:g} / {outcome.used.self_replace_steps:g}"
-        about, act = "strength / structure kept: show this candidate", self.guarded(lambda _: self._chosen(outcome))
-        choose = button(text, about, act, "130px")
+        choose = button(text, self.guarded(lambda _: self._chosen(outcome)), "choose", "130px")
         picture = widgets.Image(value=png(view(outcome.result.image)), format="png", width=130, height=130)
         scores = outcome.scores
         name, label = ("true_error_ratio", "error") if "true_error_ratio" in scores else ("change", "change")
@@ -349,20 +333,11 @@ class ResultPanel(Panel):
         return widgets.VBox([picture, choose, short], layout={"margin": "4px 8px 0 0"})
 
 
-_NAMES = {
-    "true_error_ratio": ("error against the true counterfactual", "0 is exact, 1 is no edit"),
-    "ssim": ("likeness to the original (SSIM)", "1 is identical"),
-    "mask_area": ("share of pixels in the mask", ""),
-    "change": ("mean change of a pixel", "of the grey range"),
-    "change_outside_mask": ("change that the mask kept out", "of the grey range"),
-}
-
-
 def _score_table(outcome: Outcome) -> str:
-    scores, row = outcome.scores, "<tr><td>{}</td><td>{}</td><td>{}</td></tr>"
+    scores, names, row = outcome.scores, WORDS["scores"], "<tr><td>{}</td><td>{}</td><td>{}</td></tr>"
     rows = ["<tr><th>judge</th><th>before → after</th><th></th></tr>"] if outcome.case.readings else []
     for label, before in outcome.case.readings.items():
         rows.append(row.format(html.escape(label), f"{before:.2f} → {scores[f'reads {label}']:.2f}", ""))
     rows.append("<tr><th>measured</th><th></th><th></th></tr>")
-    rows += [row.format(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in _NAMES.items() if name in scores]
+    rows += [row.format(text, f"{scores[name]:.3f}", unit) for name, (text, unit) in names.items() if name in scores]
     return f"<table>{''.join(rows)}</table>"

@@ -19,9 +19,9 @@ from IPython.core.pylabtools import print_figure
 from IPython.display import HTML, display
 
 from prism_lib import records
-from prism_lib.apps.panels import WORDS, EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button
+from prism_lib.apps.panels import EditPanel, Line, ResultPanel, SettingsPanel, SourcePanel, button
 from prism_lib.apps.recipe import Case, Outcome
-from prism_lib.apps.session import Fault, Session, sentence
+from prism_lib.apps.session import WORDS, Fault, Session, sentence
 from prism_lib.reporting import plots
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import anywidget
 import ipywidgets as widgets
 import traitlets
-import yaml
 
 from prism_lib import paths
 from prism_lib.apps.recipe import Case, Outcome, image_size
-from prism_lib.apps.session import Session, list_images, sentence
+from prism_lib.apps.session import WORDS, Session, list_images, sentence
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended, recommended_inversion
@@ -22,7 +21,6 @@ from prism_lib.reporting.plots import difference, overlay, png, view
 
 MAX_CHOICES = 500  # of images in one list
 FEW_STEPS = 12  # of an edit, where the model has settings for few steps
-WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text(encoding="utf-8"))
 
 
 class Line(widgets.HTML):

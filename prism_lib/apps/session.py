@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from prism_lib import paths
@@ -37,6 +38,7 @@ from prism_lib.phantom import patients
 
 logger = logging.getLogger(__name__)
 
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("explorer.yaml").read_text(encoding="utf-8"))
 INFO, SUFFIXES = "dataset.json", ACCEPT.split(",")
 PREVIEW_STEPS = 5
 FILMS = "film-sd"  # below `paths.weights`
@@ -165,13 +167,8 @@ class Session:
         if score is None or known is None or not known.is_new(score):
             return ""
         closest = min(distances, key=lambda model: distances[model])
-        other = f"It resembles those of {closest} more: choose that model. " if closest != self.model else ""
-        return (
-            f"This image is unlike those that {self.model} was trained on (distance {score:.1f}, {known.share:.0%} of "
-            f"its own kind stay below 1): do not read anything into the counterfactual. {other}Is it whole, "
-            "sharp, upright and not inverted? For images of another kind load a "
-            'model trained on them, for example one from 02_finetuning: explore("my-run/pipeline").'
-        )
+        closer = WORDS["closer"].format(model=closest) if closest != self.model else ""
+        return str(WORDS["unlike"]).format(model=self.model, score=score, share=known.share, closer=closer)
 
     def _readings(self, image: Tensor, model: str) -> dict[str, float]:
         judge = self.judge

@@ -10,8 +10,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submodules=["plots"],
     submod_attrs={
         "tables": [
-            "CLASSIFIERS", "HEADLINES", "absent", "as_tables", "by_strength", "check_figures", "drawings", "intervals",
-            "load_all", "table", "tradeoff", "update_pages", "write_tables",
+            "CLASSIFIERS", "EFFECTS", "HEADLINES", "absent", "as_tables", "by_strength", "check_figures", "drawings",
+            "intervals", "load_all", "table", "tradeoff", "update_pages", "write_tables",
         ],
     },
 )  # fmt: skip

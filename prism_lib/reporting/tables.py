@@ -23,6 +23,7 @@ Estimates = dict[str, tuple[float, float, float]]  # row -> (mean, low, high)
 _KNOWN: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("records.yaml").read_text(encoding="utf-8"))
 HEADLINES: dict[str, str] = _KNOWN["headlines"]
 CLASSIFIERS: dict[str, str] = _KNOWN["classifiers"]
+EFFECTS: dict[str, str] = _KNOWN["effects"]
 BASE = "default settings"  # of several studies, measured once
 _PAGES = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
 

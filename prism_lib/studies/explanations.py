@@ -31,15 +31,7 @@ from prism_lib.models.schedule import Schedule
 from prism_lib.studies.comparison import vary
 from prism_lib.studies.editors import PromptToPrompt
 
-EFFECTS = {  # of `effects`: metric -> heading
-    "change": "change of logit",
-    "true_change": "of true counterfactual",
-    "probability_change": "change of probability",
-    "flipped": "flips",
-    "true_flipped": "true flips",
-    "effect_ratio": "effect / true effect",
-    "rank_correlation": "rank correlation",
-}
+RESPONSES = ("change", "true_change", "probability_change", "flipped", "true_flipped")
 Swept = Sequence[tuple[str, Counterfactual]]  # what edits under several settings make of an image, by name
 
 
@@ -170,7 +162,7 @@ def effects(table: pd.DataFrame, groups: Sequence[str] = (), seed: int = 0) -> d
 
 
 def _effect(part: pd.DataFrame, seed: int) -> dict[str, float]:
-    columns = [name for name in EFFECTS if name in part]
+    columns = [name for name in RESPONSES if name in part]
     summary = summarise_rows(part[["file_name", "patient_id", *columns]], seed)
     if "true_change" in part and len(part) > 2 and part["true_change"].any():
         summary["effect_ratio"] = float(part["change"].mean() / part["true_change"].mean())

@@ -30,16 +30,9 @@ from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS
 from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import Pipe, assembled, image_factor, sample_images, text_encoders
+from prism_lib.training import checkpoints
 from prism_lib.training.batches import Draw, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
-from prism_lib.training.checkpoints import (
-    load_checkpoint,
-    read_tensors,
-    require_space,
-    save_checkpoint,
-    set_learning_rate,
-    write_tensors,
-)
 from prism_lib.training.config import FinetuneConfig
 from prism_lib.training.log import JsonlTracker
 
@@ -68,8 +61,8 @@ class Run:
         self.schedule = get_scheduler(config.schedule, optimizer, **length)
         if accelerator.is_main_process:
             size = sum(value.nbytes for value in self.trained.values())
-            require_space(self.output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
-        state = load_checkpoint(self.output, {"unet": self.trained, "ema": self.shadow}, optimizer)
+            checkpoints.require_space(self.output, 4 * size * (config.keep_checkpoints + 1), "checkpoints")
+        state = checkpoints.load_checkpoint(self.output, {"unet": self.trained, "ema": self.shadow}, optimizer)
         if state.get("processes", accelerator.num_processes) != accelerator.num_processes:
             found = f"{self.output} was trained by {state['processes']} processes"
             why = "samples would be skipped or repeated within the epoch"
@@ -110,7 +103,7 @@ class Run:
     def train_step(self, step: int) -> Tensor:
         """One optimizer step over ``gradient_accumulation`` micro-batches; returns the mean loss."""
         config, accelerator, begin = self.config, self.accelerator, time.perf_counter()
-        set_learning_rate(self.optimizer, self.schedule, step)
+        checkpoints.set_learning_rate(self.optimizer, self.schedule, step)
         total = torch.zeros((), device=accelerator.device)
         for k in range(config.gradient_accumulation):
             micro = step * config.gradient_accumulation + k
@@ -191,7 +184,7 @@ class Run:
             if self.accelerator.scaler is not None:
                 info["scaler"] = self.accelerator.scaler.state_dict()
             states = {"unet": self.trained, "ema": self.shadow}
-            save_checkpoint(self.output, done, states, self.optimizer, info, config.keep_checkpoints)
+            checkpoints.save_checkpoint(self.output, done, states, self.optimizer, info, config.keep_checkpoints)
         return stop
 
     def _validate(self, done: int) -> bool:
@@ -202,7 +195,7 @@ class Run:
             self.stale = 0 if found["validation_loss"] < self.best else self.stale + 1
             self.best = min(self.best, found["validation_loss"])
             if self.config.early_stop and self.stale == 0:
-                write_tensors(self.output / "best.safetensors", self.shadow)
+                checkpoints.write_tensors(self.output / "best.safetensors", self.shadow)
         if self.config.early_stop:
             self.stale = int(broadcast(torch.tensor([self.stale], device=self.accelerator.device)))
         return self.stopped
@@ -233,7 +226,7 @@ class Run:
     def save_pipeline(self, final: Path) -> None:
         """Write the result, whole or not at all; with early stop, of the step that validated best."""
         if self.config.early_stop:
-            read_tensors(final.parent / "best.safetensors", self.shadow)
+            checkpoints.read_tensors(final.parent / "best.safetensors", self.shadow)
         if self.config.lora_rank:
             adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.averaged))
             self.pipeline.save_lora_weights(final.parent / "lora", unet_lora_layers=adapters)

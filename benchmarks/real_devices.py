@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe = load_pipeline(given.model) if given.model else None
     with records.Timer() as timer:
         reading = judge_auc(judge, given.folder, given.split, seed=given.seed).loc[DEVICES].drop("judged").dropna()
-        metrics = {"patients": table.loc[table[DEVICES].isin([0, 1]), "patient_id"].nunique(), **reading.to_dict()}
+        known = table[table[DEVICES].isin([0, 1])]
+        metrics = {"patients": known["patient_id"].nunique()} | {str(name): value for name, value in reading.items()}
         if pipe is not None:
             metrics |= summarise(removed(pipe, judge, given.folder, films, given.steps), given.seed)
     records.record(

@@ -5,13 +5,4 @@ Input: profiles, files of edits, and clicks. Output: runs, manifests and recipes
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "bulk": ["files", "generate"],
-        "bulk_plan": ["BulkConfig"],
-        "explorer": ["explore"],
-        "recipe": ["Recipe"],
-        "session": ["Session"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -6,14 +6,4 @@ patient. The functions that read this folder, and select the rows to which an ed
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "folder": ["load_info", "load_table", "load_vocabulary", "read_images", "truth_is_known"],
-        "full_size": ["put_back", "put_back_file"],
-        "preparation": ["PrepareConfig", "caption_tokenizer", "prepare"],
-        "rows": ["edit_examples", "editable", "label_counts", "prompt_pairs", "sample_captions", "true_counterfactual"],
-        "tables": ["Columns"],
-        "uploads": ["read_file", "read_upload"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

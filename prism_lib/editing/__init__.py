@@ -6,12 +6,4 @@ those of the input. The strength and the duration of an edit are settings; their
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "counterfactuals": ["Counterfactual", "edit", "stack", "sweep"],
-        "inversion": ["Inversion", "invert"],
-        "methods": ["METHODS", "RECOMMENDED", "InversionConfig"],
-        "settings": ["EditConfig", "grid", "recommended"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

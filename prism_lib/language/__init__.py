@@ -6,11 +6,4 @@ image.
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "captions": ["caption", "corpus", "unseen_words"],
-        "edits": ["Edit", "PromptPair"],
-        "labels": ["DEVICE_KINDS", "Vocabulary", "snake_case", "vocabulary"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -7,10 +7,4 @@ again.
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "films": ["Rendered", "with_devices"],
-        "patients": ["Patients", "counterfactual", "marker_mask", "render", "sample_patients"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

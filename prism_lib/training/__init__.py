@@ -6,15 +6,4 @@ checkpoint ends in bit-identical weights. The outputs of the frozen parts are co
 
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach(
-    __name__,
-    submod_attrs={
-        "autoencoder": ["DECODER", "PretrainConfig", "VaeConfig", "reconstruction_psnr", "start_from"],
-        "batches": ["Order", "diffusion_loss", "draw_batch"],
-        "cache": ["build_cache"],
-        "clip": ["ClipConfig"],
-        "config": ["FinetuneConfig", "load_config", "save_config"],
-        "finetuning": ["check_run", "finetune", "launch"],
-        "log": ["curve", "curves_by_timestep", "read_log", "summary", "text_samples"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,30 @@
+"""The public names of `prism_lib.evaluation`, by the module that defines them."""
+
+from . import metrics as metrics
+from . import novelty as novelty
+from .evaluate import Editor as Editor
+from .evaluate import Evaluation as Evaluation
+from .evaluate import batch_difference as batch_difference
+from .evaluate import choose_cases as choose_cases
+from .evaluate import composition as composition
+from .evaluate import evaluate_edits as evaluate_edits
+from .evaluate import evaluate_results as evaluate_results
+from .evaluate import interval as interval
+from .evaluate import judge_auc as judge_auc
+from .evaluate import load_judge as load_judge
+from .evaluate import notes as notes
+from .evaluate import own_classifier as own_classifier
+from .evaluate import realism as realism
+from .evaluate import reread as reread
+from .evaluate import reversibility as reversibility
+from .evaluate import summarise as summarise
+from .evaluate import summarise_rows as summarise_rows
+from .evaluate import train_judge as train_judge
+from .evaluate import trusted as trusted
+from .selection import Criteria as Criteria
+from .selection import GuideScorer as GuideScorer
+from .selection import IdentityScorer as IdentityScorer
+from .selection import Selection as Selection
+from .selection import SimilarityScorer as SimilarityScorer
+from .selection import load_guide as load_guide
+from .selection import select as select

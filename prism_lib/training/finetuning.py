@@ -21,13 +21,7 @@ from prism_lib.models.pipeline import Pipe, load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.loop import Run, bitsandbytes
 
-# What `accelerate launch` sets where it was told to split the weights over processes.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ways of accelerate to split the weights
 
 
 def finetune(config: FinetuneConfig, pipeline: Pipe | None = None) -> Path:
@@ -82,8 +76,8 @@ def finetune(config: FinetuneConfig, pipeline: Pipe | None = None) -> Path:
 
 def check_run(config: FinetuneConfig) -> None:
     """Raise ValueError or ImportError at once for what would stop a run after long work."""
-    for variable, name in SHARDING.items():  # averages and checkpoints are of whole weights
-        if parse_flag_from_env(variable):
+    for name in SHARDING:  # averages and checkpoints are of whole weights
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             instead = "multi-GPU (DDP) in `accelerate config`, and gradient_checkpointing or lora_rank to save memory"
             raise ValueError(f"{name} splits the weights that are averaged and saved here; choose {instead}")
     if absent := sorted({*config.trackers} - {str(name) for name in filter_trackers(config.trackers, config.output)}):

@@ -495,7 +495,7 @@ def test_what_is_not_there_is_told_before_anything_is_encoded(config, settings, 
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")]
 )
 def test_weights_that_accelerate_splits_are_refused_before_any_work(config, monkeypatch, variable, name):
     """By what `accelerate launch` sets: so too where DeepSpeed itself is not installed."""

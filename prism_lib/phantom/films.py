@@ -336,6 +336,8 @@ def with_devices(films: Tensor, seeds: Sequence[int], kinds: Sequence[str] = KIN
     """Render devices of ``kinds`` into films (N, 1, H, H), bright where dense; a seed and a kind decide its look."""
     if films.ndim != 4 or films.shape[1] != 1 or films.shape[2] != films.shape[3] or films.shape[3] < 128:
         raise ValueError(f"films must be (N, 1, H, H) with H of 128 pixels or more; got {tuple(films.shape)}")
+    if len(seeds) != len(films):
+        raise ValueError(f"need one seed a film; got {len(seeds)} seeds for {len(films)} films")
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds must be one or more of {', '.join(KINDS)}; got {list(kinds)}")
     levels = films * 255

@@ -103,6 +103,8 @@ def schedule(config: EditConfig, pipe: Pipe, num_inference_steps: int) -> pd.Dat
 
 def save_transition(original: Tensor, edited: Tensor, path: Path) -> Path:
     """From original to edited and back, (1 or 3, H, W) in [0, 1], as a GIF of linear mixtures, repeated; 2 seconds."""
+    if original.shape != edited.shape or original.ndim != 3 or original.shape[0] not in (1, 3):
+        raise ValueError(f"images must be (1 or 3, H, W), got {tuple(original.shape)} and {tuple(edited.shape)}")
     there = torch.linspace(0, 1, 12)
     shares = torch.cat([there, there.flip(0)[1:-1]])[:, None, None, None]
     mixtures = (original + shares * (edited - original)).clamp(0, 1)

@@ -6,15 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from prism_lib.configs import Share, checked, read
 from prism_lib.data.folder import load_info
+from prism_lib.devices import mixed_precision
 from prism_lib.files import write_text
 from prism_lib.models.published import weights_hash
 from prism_lib.paths import SHIPPED
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"], BeforeValidator(lambda asked: mixed_precision() if asked == "auto" else asked)
+]
 
 
 @checked()
@@ -47,7 +51,7 @@ class FinetuneConfig:
     change_weight: NonNegativeFloat = 6.0  # of cells that differ in a pair, see `batches.change_weights`
     crop: NonNegativeInt = 0  # side, in cells of the latents, of the random crops that are trained on; 0: whole images
     snr_gamma: NonNegativeFloat = 0.0  # 5 for Min-SNR weighting (Hang et al., ICCV 2023); 0 is off
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"  # "auto" becomes "bf16" where this machine multiplies in it, else "no"
     gradient_checkpointing: bool = False  # a third more time, far less memory
     compile: bool = False  # torch.compile: a slow first step, faster ones after it
     draw_workers: NonNegativeInt = 4  # threads that draw batches ahead for a GPU; a CPU has none

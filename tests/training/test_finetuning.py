@@ -473,6 +473,15 @@ def test_settings_out_of_range_are_named(config, name, value):
         replace(config, **{name: value})
 
 
+@pytest.mark.parametrize(("capable", "expected"), [({"avx512_bf16": True}, "bf16"), ({}, "no")])
+def test_automatic_precision_is_kept_as_what_it_became(config, monkeypatch, capable, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    monkeypatch.setenv("PRISM_DEVICE", "cpu")
+    automatic = replace(config, mixed_precision="auto")
+    assert automatic.mixed_precision == expected
+    assert load_config(save_config(automatic)) == automatic
+
+
 @pytest.mark.parametrize("name", available_profiles())
 def test_options_of_the_profiles_are_settings_that_exist(name):
     options = load_profile(name).sections.get("02_finetuning", {}).get("OPTIONS", {})

@@ -122,6 +122,8 @@ def plan(
     `overrides` (`-p`) go to every selected notebook that has the name, or as "01.NAME" to that one; `figures_dir`
     replaces `figures/<dataset>/`.
     """
+    if not profile.sections:
+        raise UsageError(f"profile {profile.name!r} has no notebooks yet")
     chosen = _select(list(profile.sections), start, only)
     declared = {name: _declared(name, profile) for name in profile.sections}
     known = sorted({parameter for name in chosen for parameter in declared[name]})

@@ -149,6 +149,8 @@ class PromptToPromptProcessor:
         if len(hidden_states) != sum(parts):
             needed = f"{' + '.join(map(str, parts))} rows (sources, negatives, targets)"
             raise ValueError(f"a controlled call needs {needed}, got {len(hidden_states)}")
+        if attention_mask is not None:
+            raise ValueError("attention masks are not supported in a controlled U-Net call")
         if encoder_hidden_states is None:
             attended = self._self_attention(attn, hidden_states)
         else:

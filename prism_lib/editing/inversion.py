@@ -71,6 +71,8 @@ def invert(
     `callback(i, timestep, latents)` is called after step i of every batch and may raise to cancel.
     """
     how, config = method_of(method), config or recommended_inversion(pipe, num_inference_steps)
+    if len(images) == 0:
+        raise ValueError("there is no image to invert")
     check_images(images, image_factor(pipe.vae))
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need as many prompts, got {prompts!r}")

@@ -141,6 +141,8 @@ def select(
     groups: "Sequence[Sequence[Counterfactual]]", scorers: Sequence[Scorer], criteria: Criteria
 ) -> list[Selection]:
     """The best candidate of every image under ``criteria``, of equals the first."""
+    if empty := [row for row, group in enumerate(groups) if not group]:
+        raise ValueError(f"images {empty} have no candidates to select from")
     return [_best_of(group, scorers, criteria) for group in groups]
 
 
@@ -148,6 +150,8 @@ def _best_of(candidates: "Sequence[Counterfactual]", scorers: Sequence[Scorer], 
     merged: list[Scores] = [dict(candidate.scores) for candidate in candidates]
     for scorer in scorers:
         for scores, more in zip(merged, scorer.scores(candidates), strict=True):
+            if twice := scores.keys() & more.keys():
+                raise ValueError(f"two scorers give {', '.join(sorted(twice))}")
             scores |= more
     failures = tuple(criteria.failures(scores) for scores in merged)
     passed = [place for place, reasons in enumerate(failures) if not reasons]

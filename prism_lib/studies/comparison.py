@@ -99,6 +99,8 @@ def measure(
 
     With ``share`` editors share what they invert; their seconds then say nothing.
     """
+    if not cases or not editors:
+        raise ValueError(f"need at least one edit and one editor, got {len(cases)} and {len(editors)}")
     inputs = {change: (read_images(folder, rows), prompt_pairs(folder, rows, change)) for change, rows in cases.items()}
     places: dict[str, list[Place]] = {name: [] for name in editors}
     groups: dict[tuple[Any, ...], dict[Place, Editor]] = {}  # of editors that share what they invert

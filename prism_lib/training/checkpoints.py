@@ -77,11 +77,11 @@ def load_checkpoint(folder: Path, states: Mapping[str, State], optimizer: Optimi
     return info
 
 
-def write_tensors(path: Path, tensors: State) -> None:
+def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all; OSError says where it failed and what space is left."""
     try:
         with atomic(path) as partial:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial)
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path} ({_free(path) / 2**30:.1f} GiB are free there): {error}") from error
 

@@ -203,7 +203,7 @@ def test_the_callback_sees_every_step_and_may_cancel():
         ({"prompts": ["with " * 100] * 2}, "tokens"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"images": torch.zeros(0, 1, 32, 32), "prompts": []}, r"got shape \(0, 1, 32, 32\)"),
+        ({"images": torch.zeros(0, 1, 32, 32), "prompts": []}, "no image"),
         ({"images": torch.zeros(2, 32, 32)}, "shape"),
         ({"images": torch.zeros(2, 1, 33, 32)}, "multiple"),
         ({"images": torch.zeros(2, 1, 32, 32, dtype=torch.uint8)}, "floating point"),

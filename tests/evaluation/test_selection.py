@@ -223,13 +223,16 @@ def test_images_are_selected_one_by_one():
     [
         ([], Criteria(), "no score directional; the scorers give mask_area"),
         ([Fixed((1, 1))], Criteria(at_least={"ssim": 1}), "no score ssim"),
+        ([Fixed((1, 1)), Fixed((1, 1))], Criteria(), "two scorers give directional"),
     ],
 )
-def test_scores_that_are_missing_are_named(scorers, criteria, message):
+def test_scores_that_are_missing_or_double_are_named(scorers, criteria, message):
     with pytest.raises(ValueError, match=message):
         select([candidates(2)], scorers, criteria)
 
 
-def test_infinite_bounds_are_errors():
+def test_no_candidates_and_infinite_bounds_are_errors():
+    with pytest.raises(ValueError, match=r"images \[1\] have no candidates"):
+        select([candidates(1), []], [], Criteria())
     with pytest.raises(ValueError, match=r"^at_least\.ssim is .*: input should be a finite number$"):
         Criteria(at_least={"ssim": math.nan})

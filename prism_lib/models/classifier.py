@@ -363,27 +363,16 @@ def _opened(name: str, arguments: Mapping[str, Any], allow_code: bool) -> Classi
     if path.suffix != ".onnx" and not allow_code:
         raise ValueError(f"{name} may hold code, which runs when it is loaded: set allow_code if you trust it")
     try:
-        return OnnxNetwork(path) if path.suffix == ".onnx" else torch.jit.load(path, map_location=default_device())
+        if path.suffix == ".onnx":
+            from prism_lib.models.published import OnnxNetwork  # it imports diffusers, which takes seconds
+
+            return OnnxNetwork(path)
+        return torch.jit.load(path, map_location=default_device())
     except ImportError:
         raise ValueError(f"{name} needs onnxruntime: pip install onnxruntime") from None
     except Exception as error:
         kind = "ONNX" if path.suffix == ".onnx" else "TorchScript"
         raise ValueError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
-
-
-class OnnxNetwork(nn.Module):
-    """The first output of an ONNX file, by onnxruntime on the CPU."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        from onnxruntime import InferenceSession  # an extra
-
-        self.session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        given = {self.session.get_inputs()[0].name: images.cpu().numpy()}
-        return torch.from_numpy(self.session.run(None, given)[0])
 
 
 def save_classifier(model: nn.Module, config: ClassifierConfig, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Published weights: a whole pipeline, or a U-Net or an autoencoder in one of these layouts (or a hub id of one).
+"""Published weights: a classifier as ONNX; a whole pipeline; or a U-Net or an autoencoder in one of these layouts.
 
 - a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, itself or below ``unet/`` or ``vae/``;
 - a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part.
@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_bars
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_bars
 
 from prism_lib import paths
@@ -272,3 +273,18 @@ def _check_fit(pipeline: StableDiffusionPipeline, source: str) -> None:
     schedule = pipeline.scheduler.config
     if schedule.get("rescale_betas_zero_snr") and schedule.prediction_type == "epsilon":
         raise ValueError(f"{source} predicts epsilon, which says nothing at the zero-terminal SNR of its scheduler")
+
+
+class OnnxNetwork(nn.Module):
+    """The first output of an ONNX file, by onnxruntime on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        from onnxruntime import InferenceSession  # an extra
+
+        self.session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        given = {self.session.get_inputs()[0].name: images.cpu().numpy()}
+        return torch.from_numpy(self.session.run(None, given)[0])

@@ -147,7 +147,7 @@ def test_edits_are_read_with_the_words_of_the_folder(config, tmp_path):
 )
 def test_bad_input_is_one_sentence_before_any_work(given, said, model, phantom_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path / "runs"))
-    values = {"model": str(model), "data": str(phantom_folder), "--out": str(tmp_path / "out")} | given
+    values = {"model": str(model), "data": str(phantom_folder), "--out": str(tmp_path / "out"), "--images": "4"} | given
     options = [word for name, value in values.items() if name.startswith("--") and value for word in (name, value)]
     assert cli.main(["tune", values["model"], values["data"], *options]) == 2
     error = capsys.readouterr().err

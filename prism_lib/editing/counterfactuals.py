@@ -188,7 +188,9 @@ def _finish(
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
-                mask = masks.without(mask, masks.burnt_in_text(factual), config.mask.feather)
+                text = masks.burnt_in_text(factual)
+                text = text | masks.letters(factual) if config.protect_text == "anywhere" else text
+                mask = masks.without(mask, text, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)
         image = raw

@@ -5,11 +5,15 @@ the decoded image gives the pixels: strong pixels inside the evidence are seeds 
 touch them. All steps are continuous, so rounding cannot flip a pixel; where the mask is 0 the input stays bit for bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from pydantic import NonNegativeInt, PositiveFloat
 from scipy import ndimage
 from skimage.morphology import reconstruction
@@ -195,6 +199,76 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
         # with the soft rims of the letters
         text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))
     return torch.from_numpy(found)[:, None].to(images.device)
+
+
+def letters(images: Tensor) -> Tensor:
+    """Letters and words anywhere on a film, bool (N, 1, H, W): their boxes, wider by 0.7 of the height on each side.
+
+    So the plate or ring around a letter and initials beside it are inside. Letters are bright, of one gray and crisp,
+    and nothing as bright leads away from them, as a cable does. An L, R, AP or PA counts away from the middle of the
+    film, tilted or mirrored too; a level row of four strokes or more counts everywhere. Dark letters, arrows and
+    letters cut by the border are not found.
+    """
+    found = np.zeros((len(images), 1, *images.shape[2:]), dtype=bool)
+    for film, text in zip(images.mean(1).cpu().double().numpy(), found[:, 0], strict=True):
+        for rows, columns in _letter_boxes(film):
+            rim = round(0.7 * (rows.stop - rows.start))
+            text[max(rows.start - rim, 0) : rows.stop + rim, max(columns.start - rim, 0) : columns.stop + rim] = True
+    return torch.from_numpy(found).to(images.device)
+
+
+def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Boxes of letters and words on a gray film (H, W); the limits were set on films of NIH and Hannover."""
+    width, near = film.shape[1], 2 * max(1, round(0.004 * film.shape[1])) + 1
+    relief = film - ndimage.grey_opening(film, max(3, round(0.026 * width) | 1))
+    # Over small gaps letters are joined to words.
+    for level, gap in product((0.08, 0.11, 0.15, 0.2, 0.27, 0.36, 0.5), (1, round(0.012 * width) | 1)):
+        labels, _ = ndimage.label(ndimage.binary_closing(relief > level, np.ones((1, gap))), np.ones((3, 3)))
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+            high, long = (rows.stop - rows.start) / width, (columns.stop - columns.start) / width
+            if not (0.011 <= high <= 0.065 and 0.3 * high <= long <= min(12 * high, 0.18)):
+                continue
+            around = tuple(slice(max(side.start - near, 0), side.stop + near) for side in (rows, columns))
+            gray, part = relief[around], labels[around] == label
+            ink = part & (gray > level)
+            gray = gray / np.median(gray[ink])
+            rim = ndimage.maximum_filter(part, near)
+            leads_away = np.percentile(gray[ndimage.maximum_filter(rim, near) & ~rim], 90)
+            crisp = (rim & (gray > 0.75)).sum() / (rim & (gray > 0.3)).sum()
+            if leads_away > 0.65 or crisp < 0.38 or not 0.15 < ink.sum() / (high * long * width**2) < 0.75:
+                continue
+            shape = (gray * ink).clip(max=1)[np.ix_(part.any(1), part.any(0))]
+            strokes = np.median((np.diff(shape > 0.5, axis=1, prepend=False) & (shape > 0.5)).sum(1)[len(shape) // 5 :])
+            if high <= 0.037 and leads_away < 0.49 and strokes >= max(4, 1.5 * long / high):
+                yield rows, columns
+            y, x = ((side.start + side.stop) / 2 / size for side, size in zip((rows, columns), film.shape, strict=True))
+            if high >= 0.017 and crisp > 0.55 and (abs(y - 0.5) > 0.37 or abs(x - 0.5) > 0.26):
+                alike, aspects = _pattern(shape) @ _glyphs()[0], _glyphs()[1]
+                if (alike * (np.abs(np.log(long / high / aspects)) < 0.6)).max() > 0.78:
+                    yield rows, columns
+
+
+@cache
+def _glyphs() -> tuple[np.ndarray, np.ndarray]:
+    """Patterns (256, G) of letters, upright, tilted by up to 28 degrees, slanted or mirrored, and width over height."""
+    patterns, aspects = [], []
+    tilts = [(tilt, tilt) for tilt in (0, -0.54, -0.36, -0.18, 0.18, 0.36, 0.54)] + [(0.2, 0)]
+    for text, stroke, (x, y) in product(("L", "R", "AP", "PA"), (0, 3), tilts):
+        if len(text) == 1 or x == 0:
+            image = Image.new("L", (240, 240))
+            ImageDraw.Draw(image).text((120, 120), text, 255, ImageFont.load_default(60), "mm", stroke_width=stroke)
+            image = image.transform(image.size, Image.Transform.AFFINE, (1, x, -120 * x, -y, 1, 120 * y))
+            left, top, right, bottom = image.getbbox()
+            soft = ndimage.gaussian_filter(np.asarray(image, float), 2)[top:bottom, left:right]
+            patterns += [_pattern(soft[::a, ::b]) for a in (1, -1) for b in (1, -1)]
+            aspects += [(right - left) / (bottom - top)] * 4
+    return np.stack(patterns, 1), np.array(aspects)
+
+
+def _pattern(shape: np.ndarray) -> np.ndarray:
+    """A picture (H, W) as 16 x 16 values of mean 0 and length 1."""
+    cells = F.adaptive_avg_pool2d(torch.from_numpy(shape.copy())[None], 16).numpy().ravel()
+    return (cells - cells.mean()) / max(np.linalg.norm(cells - cells.mean()), 1e-9)
 
 
 def composite(images: Tensor, edited: Tensor, reconstruction: Tensor, mask: Tensor, replaced: float) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -220,6 +221,7 @@ def letters(images: Tensor) -> Tensor:
 def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
     """Boxes of letters and words on a gray film (H, W); the limits were set on films of NIH and Hannover."""
     width, near = film.shape[1], 2 * max(1, round(0.004 * film.shape[1])) + 1
+    content = ndimage.find_objects((film > 0.05).astype(int))  # without padding
     relief = film - ndimage.grey_opening(film, max(3, round(0.026 * width) | 1))
     # Over small gaps letters are joined to words.
     for level, gap in product((0.08, 0.11, 0.15, 0.2, 0.27, 0.36, 0.5), (1, round(0.012 * width) | 1)):
@@ -239,12 +241,14 @@ def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
                 continue
             shape = (gray * ink).clip(max=1)[np.ix_(part.any(1), part.any(0))]
             strokes = np.median((np.diff(shape > 0.5, axis=1, prepend=False) & (shape > 0.5)).sum(1)[len(shape) // 5 :])
-            if high <= 0.037 and leads_away < 0.49 and strokes >= max(4, 1.5 * long / high):
+            if high <= 0.037 and strokes >= max(4, 1.5 * long / high) and leads_away < min(0.49, 0.06 * strokes):
                 yield rows, columns
-            y, x = ((side.start + side.stop) / 2 / size for side, size in zip((rows, columns), film.shape, strict=True))
-            if high >= 0.017 and crisp > 0.55 and (abs(y - 0.5) > 0.37 or abs(x - 0.5) > 0.26):
+            sides = list(zip((rows, columns), content[0], film.shape, (0.37, 0.26), strict=True))
+            away = any(abs((s.start + s.stop) / 2 / size - 0.5) > limit for s, _, size, limit in sides)
+            inside = all(whole.start < s.start and s.stop < whole.stop for s, whole, _, _ in sides)
+            if high >= 0.017 and crisp > 0.55 and away and inside:
                 alike, aspects = _pattern(shape) @ _glyphs()[0], _glyphs()[1]
-                if (alike * (np.abs(np.log(long / high / aspects)) < 0.6)).max() > 0.78:
+                if (alike * (np.abs(np.log(long / high / aspects)) < 0.6)).max() > 0.82:
                     yield rows, columns
 
 
@@ -253,21 +257,24 @@ def _glyphs() -> tuple[np.ndarray, np.ndarray]:
     """Patterns (256, G) of letters, upright, tilted by up to 28 degrees, slanted or mirrored, and width over height."""
     patterns, aspects = [], []
     tilts = [(tilt, tilt) for tilt in (0, -0.54, -0.36, -0.18, 0.18, 0.36, 0.54)] + [(0.2, 0)]
-    for text, stroke, (x, y) in product(("L", "R", "AP", "PA"), (0, 3), tilts):
+    folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+    fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 60) for name in ("DejaVuSans", "DejaVuSans-Bold")]
+    for text, font, (x, y) in product(("L", "R", "AP", "PA"), fonts, tilts):
         if len(text) == 1 or x == 0:
             image = Image.new("L", (240, 240))
-            ImageDraw.Draw(image).text((120, 120), text, 255, ImageFont.load_default(60), "mm", stroke_width=stroke)
+            ImageDraw.Draw(image).text((120, 120), text, 255, font, "mm")
             image = image.transform(image.size, Image.Transform.AFFINE, (1, x, -120 * x, -y, 1, 120 * y))
             left, top, right, bottom = image.getbbox()
-            soft = ndimage.gaussian_filter(np.asarray(image, float), 2)[top:bottom, left:right]
-            patterns += [_pattern(soft[::a, ::b]) for a in (1, -1) for b in (1, -1)]
+            shape = np.asarray(image, float)[top:bottom, left:right]
+            patterns += [_pattern(shape[::a, ::b]) for a in (1, -1) for b in (1, -1)]
             aspects += [(right - left) / (bottom - top)] * 4
     return np.stack(patterns, 1), np.array(aspects)
 
 
 def _pattern(shape: np.ndarray) -> np.ndarray:
-    """A picture (H, W) as 16 x 16 values of mean 0 and length 1."""
-    cells = F.adaptive_avg_pool2d(torch.from_numpy(shape.copy())[None], 16).numpy().ravel()
+    """A picture (H, W) as 16 x 16 blurred values of mean 0 and length 1."""
+    cells = F.adaptive_avg_pool2d(torch.from_numpy(shape.copy())[None], 16)[0].numpy()
+    cells = ndimage.gaussian_filter(cells, 1, mode="constant").ravel()
     return (cells - cells.mean()) / max(np.linalg.norm(cells - cells.mean()), 1e-9)
 
 

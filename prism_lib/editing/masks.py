@@ -203,7 +203,7 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
 
 
 def letters(images: Tensor) -> Tensor:
-    """Letters and words anywhere on a film, bool (N, 1, H, W): their boxes, wider by 0.7 of the height on each side.
+    """Letters and words anywhere on a film, bool (N, 1, H, W): their boxes, wider by 0.8 of the height on each side.
 
     So the plate or ring around a letter and initials beside it are inside. Letters are bright, of one gray and crisp,
     and nothing as bright leads away from them, as a cable does. An L, R, AP or PA counts away from the middle of the
@@ -213,7 +213,7 @@ def letters(images: Tensor) -> Tensor:
     found = np.zeros((len(images), 1, *images.shape[2:]), dtype=bool)
     for film, text in zip(images.mean(1).cpu().double().numpy(), found[:, 0], strict=True):
         for rows, columns in _letter_boxes(film):
-            rim = round(0.7 * (rows.stop - rows.start))
+            rim = round(0.8 * (rows.stop - rows.start))
             text[max(rows.start - rim, 0) : rows.stop + rim, max(columns.start - rim, 0) : columns.stop + rim] = True
     return torch.from_numpy(found).to(images.device)
 
@@ -241,7 +241,7 @@ def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
                 continue
             shape = (gray * ink).clip(max=1)[np.ix_(part.any(1), part.any(0))]
             strokes = np.median((np.diff(shape > 0.5, axis=1, prepend=False) & (shape > 0.5)).sum(1)[len(shape) // 5 :])
-            if high <= 0.037 and strokes >= max(4, 1.5 * long / high) and leads_away < min(0.49, 0.06 * strokes):
+            if high <= 0.037 and strokes >= max(4, 1.3 * long / high) and leads_away < min(0.49, 0.06 * strokes):
                 yield rows, columns
             sides = list(zip((rows, columns), content[0], film.shape, (0.37, 0.26), strict=True))
             away = any(abs((s.start + s.stop) / 2 / size - 0.5) > limit for s, _, size, limit in sides)

@@ -188,8 +188,7 @@ def _finish(
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
-                text = masks.burnt_in_text(factual)
-                text = text | masks.letters(factual) if config.protect_text == "anywhere" else text
+                text = masks.burnt_in_text(factual, config.protect_text == "anywhere")
                 mask = masks.without(mask, text, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)

@@ -176,12 +176,14 @@ def attention_region(word_maps: Tensor, threshold: float, softness: float = 0.2)
     return _ramp(relative, threshold, softness).amax(1, keepdim=True)
 
 
-def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -> Tensor:
-    """Letters burnt into the corners of a film, bool (N, 1, H, W).
+def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0.3, extent: float = 0.16) -> Tensor:
+    """Letters burnt into the corners of a film, or `anywhere`, bool (N, 1, H, W).
 
     A letter is at most `extent` of the width in size and at least `contrast` brighter than the dark ground around it.
     It lies in a corner (outer seventh in x, outer quarter in y) and touches no border; a wire that leaves the film
-    does. Letters over the patient are not found.
+    does. Letters `anywhere` are bright, of one gray and crisp, and nothing as bright leads away from them: an L, R, AP
+    or PA that is not in the middle of the film, tilted or mirrored too, and level rows of at least four strokes, each
+    with the plate, ring or initials within 0.8 of its height. Dark letters, arrows and cut letters are not found.
     """
     gray = images.mean(1).cpu().numpy()
     width = gray.shape[-1]
@@ -199,41 +201,28 @@ def burnt_in_text(images: Tensor, contrast: float = 0.3, extent: float = 0.16) -
                 text[box] |= labels[box] == label
         # with the soft rims of the letters
         text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))
-    return torch.from_numpy(found)[:, None].to(images.device)
-
-
-def letters(images: Tensor) -> Tensor:
-    """Letters and words anywhere on a film, bool (N, 1, H, W): their boxes, wider by 0.8 of the height on each side.
-
-    So the plate or ring around a letter and initials beside it are inside. Letters are bright, of one gray and crisp,
-    and nothing as bright leads away from them, as a cable does. An L, R, AP or PA counts away from the middle of the
-    film, tilted or mirrored too; a level row of four strokes or more counts everywhere. Dark letters, arrows and
-    letters cut by the border are not found.
-    """
-    found = np.zeros((len(images), 1, *images.shape[2:]), dtype=bool)
-    for film, text in zip(images.mean(1).cpu().double().numpy(), found[:, 0], strict=True):
-        for rows, columns in _letter_boxes(film):
+        for rows, columns in _letter_boxes(image.astype(float)) if anywhere else ():
             rim = round(0.8 * (rows.stop - rows.start))
             text[max(rows.start - rim, 0) : rows.stop + rim, max(columns.start - rim, 0) : columns.stop + rim] = True
-    return torch.from_numpy(found).to(images.device)
+    return torch.from_numpy(found)[:, None].to(images.device)
 
 
 def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
     """Boxes of letters and words on a gray film (H, W); the limits were set on films of NIH and Hannover."""
     width, near = film.shape[1], 2 * max(1, round(0.004 * film.shape[1])) + 1
-    content = ndimage.find_objects((film > 0.05).astype(int))  # without padding
     relief = film - ndimage.grey_opening(film, max(3, round(0.026 * width) | 1))
+    content = ndimage.find_objects((film > 0.05).astype(int))  # without padding
     # Over small gaps letters are joined to words.
     for level, gap in product((0.08, 0.11, 0.15, 0.2, 0.27, 0.36, 0.5), (1, round(0.012 * width) | 1)):
         labels, _ = ndimage.label(ndimage.binary_closing(relief > level, np.ones((1, gap))), np.ones((3, 3)))
-        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
-            high, long = (rows.stop - rows.start) / width, (columns.stop - columns.start) / width
+        for label, box in enumerate(ndimage.find_objects(labels), 1):
+            high, long = ((side.stop - side.start) / width for side in box)
             if not (0.011 <= high <= 0.065 and 0.3 * high <= long <= min(12 * high, 0.18)):
                 continue
-            around = tuple(slice(max(side.start - near, 0), side.stop + near) for side in (rows, columns))
-            gray, part = relief[around], labels[around] == label
-            ink = part & (gray > level)
-            gray = gray / np.median(gray[ink])
+            around = tuple(slice(max(side.start - near, 0), side.stop + near) for side in box)
+            part = labels[around] == label
+            ink = part & (relief[around] > level)
+            gray = relief[around] / np.median(relief[around][ink])
             rim = ndimage.maximum_filter(part, near)
             leads_away = np.percentile(gray[ndimage.maximum_filter(rim, near) & ~rim], 90)
             crisp = (rim & (gray > 0.75)).sum() / (rim & (gray > 0.3)).sum()
@@ -241,33 +230,30 @@ def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
                 continue
             shape = (gray * ink).clip(max=1)[np.ix_(part.any(1), part.any(0))]
             strokes = np.median((np.diff(shape > 0.5, axis=1, prepend=False) & (shape > 0.5)).sum(1)[len(shape) // 5 :])
-            if high <= 0.037 and strokes >= max(4, 1.3 * long / high) and leads_away < min(0.49, 0.06 * strokes):
-                yield rows, columns
-            sides = list(zip((rows, columns), content[0], film.shape, (0.37, 0.26), strict=True))
-            away = any(abs((s.start + s.stop) / 2 / size - 0.5) > limit for s, _, size, limit in sides)
-            inside = all(whole.start < s.start and s.stop < whole.stop for s, whole, _, _ in sides)
-            if high >= 0.017 and crisp > 0.55 and away and inside:
-                alike, aspects = _pattern(shape) @ _glyphs()[0], _glyphs()[1]
-                if (alike * (np.abs(np.log(long / high / aspects)) < 0.6)).max() > 0.82:
-                    yield rows, columns
+            word = high <= 0.037 and strokes >= max(4, 1.3 * long / high) and leads_away < min(0.49, 0.06 * strokes)
+            y, x = (abs((side.start + side.stop) / size - 1) for side, size in zip(box, film.shape, strict=True))
+            cut = any(s.start <= whole.start or whole.stop <= s.stop for s, whole in zip(box, content[0], strict=True))
+            if not word and high >= 0.017 and crisp > 0.55 and (y > 0.74 or x > 0.52) and not cut:
+                patterns, aspects = _glyphs()
+                word = ((_pattern(shape) @ patterns) * (abs(np.log(long / high / aspects)) < 0.6)).max() > 0.82
+            if word:
+                yield box
 
 
 @cache
 def _glyphs() -> tuple[np.ndarray, np.ndarray]:
     """Patterns (256, G) of letters, upright, tilted by up to 28 degrees, slanted or mirrored, and width over height."""
-    patterns, aspects = [], []
-    tilts = [(tilt, tilt) for tilt in (0, -0.54, -0.36, -0.18, 0.18, 0.36, 0.54)] + [(0.2, 0)]
-    folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+    patterns, aspects, folder = [], [], f"{matplotlib.get_data_path()}/fonts/ttf"
     fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 60) for name in ("DejaVuSans", "DejaVuSans-Bold")]
-    for text, font, (x, y) in product(("L", "R", "AP", "PA"), fonts, tilts):
-        if len(text) == 1 or x == 0:
-            image = Image.new("L", (240, 240))
-            ImageDraw.Draw(image).text((120, 120), text, 255, font, "mm")
-            image = image.transform(image.size, Image.Transform.AFFINE, (1, x, -120 * x, -y, 1, 120 * y))
-            left, top, right, bottom = image.getbbox()
-            shape = np.asarray(image, float)[top:bottom, left:right]
-            patterns += [_pattern(shape[::a, ::b]) for a in (1, -1) for b in (1, -1)]
-            aspects += [(right - left) / (bottom - top)] * 4
+    tilts = [(tilt, tilt) for tilt in (-0.54, -0.36, -0.18, 0.18, 0.36, 0.54)] + [(0.2, 0)]
+    shears = [(text, tilt) for text in "LR" for tilt in tilts] + [(text, (0, 0)) for text in ("L", "R", "AP", "PA")]
+    for font, (text, (x, y)) in product(fonts, shears):
+        image = Image.new("L", (240, 240))
+        ImageDraw.Draw(image).text((120, 120), text, 255, font, "mm")
+        image = image.transform(image.size, Image.Transform.AFFINE, (1, x, -120 * x, -y, 1, 120 * y))
+        shape = np.asarray(image.crop(image.getbbox()), float)
+        patterns += [_pattern(shape[::a, ::b]) for a in (1, -1) for b in (1, -1)]
+        aspects += [shape.shape[1] / shape.shape[0]] * 4
     return np.stack(patterns, 1), np.array(aspects)
 
 

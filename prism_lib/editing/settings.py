@@ -43,10 +43,10 @@ class EditConfig:
 
     `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
     limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
-    keeps letters burnt into the corners out of the automatic mask, and with "anywhere" also letters, words and side
-    markers that lie elsewhere (`masks.letters`). With a `side` of the patient and no area of the user's own, the outer
-    third of the image at the other side stays the source's in latent space, and in the first steps what the target asks
-    for there is asked for on this side, mirrored.
+    keeps letters burnt into the corners out of the automatic mask, "anywhere" also those elsewhere, words and side
+    markers. With a `side` of the patient and no area of the user's own, the outer third of the image at the other side
+    stays the source's in latent space, and in the first steps what the target asks for there is asked for on this side,
+    mirrored.
     """
 
     guidance_scale: Scale = 7.5

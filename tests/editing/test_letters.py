@@ -33,7 +33,7 @@ def drawn(size: int, draw) -> np.ndarray:
 
 
 def found(picture: np.ndarray) -> np.ndarray:
-    return masks.letters(torch.from_numpy(picture.clip(0, 1)).float()[None, None])[0, 0].numpy()
+    return masks.burnt_in_text(torch.from_numpy(picture.clip(0, 1)).float()[None, None], True)[0, 0].numpy()
 
 
 def words(pen: ImageDraw.ImageDraw, scale: float) -> None:
@@ -84,7 +84,7 @@ def test_a_letter_keeps_its_place_in_a_batch_and_a_piece_cut_by_the_border_is_no
     cut = drawn(512, lambda pen, scale: pen.text((0, 200), "L", 255, ImageFont.truetype(FONT, 24), anchor="lm"))
     cut = np.roll(cut, -np.flatnonzero(cut.any(0))[0] - 1, 1)
     batch = torch.from_numpy(np.stack([film(512) * (1 - one) + one for one in (np.zeros((512, 512)), ink, cut)]))
-    marked = masks.letters(batch.clip(0, 1).float()[:, None])
+    marked = masks.burnt_in_text(batch.clip(0, 1).float()[:, None], True)
     assert marked.any((1, 2, 3)).tolist() == [False, True, False]
 
 
@@ -100,8 +100,7 @@ def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_t
     text = torch.zeros_like(images[:, :1], dtype=torch.bool)
     text[..., 8:16, 4:20] = True
     corner = text.roll(-8, -2)
-    monkeypatch.setattr(masks, "burnt_in_text", lambda films: corner)
-    monkeypatch.setattr(masks, "letters", lambda films: text)
+    monkeypatch.setattr(masks, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
     wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
     configs = [EditConfig(protect_text=value, mask=wide) for value in (True, "anywhere")]
     inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=4)

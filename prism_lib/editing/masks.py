@@ -117,11 +117,6 @@ class Areas:
             raise ValueError(f"the masks of image {int(has_any.int().argmin())} leave no pixel to edit")
         return areas
 
-    @property
-    def off(self) -> bool:
-        """Whether the edit may show everywhere."""
-        return isinstance(self.mask, str) and self.mask == "off"
-
     def __getitem__(self, rows: slice | list[int]) -> "Areas":
         """The areas of some of the images, by slice or places."""
         mask = self.mask if isinstance(self.mask, str) else self.mask[rows]
@@ -243,13 +238,12 @@ def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
 @cache
 def _glyphs() -> tuple[np.ndarray, np.ndarray]:
     """Patterns (256, G) of letters, upright, tilted by up to 28 degrees, slanted or mirrored, and width over height."""
-    patterns, aspects, folder = [], [], f"{matplotlib.get_data_path()}/fonts/ttf"
-    fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 60) for name in ("DejaVuSans", "DejaVuSans-Bold")]
+    patterns, aspects, fonts = [], [], f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans"
     tilts = [(tilt, tilt) for tilt in (-0.54, -0.36, -0.18, 0.18, 0.36, 0.54)] + [(0.2, 0)]
     shears = [(text, tilt) for text in "LR" for tilt in tilts] + [(text, (0, 0)) for text in ("L", "R", "AP", "PA")]
-    for font, (text, (x, y)) in product(fonts, shears):
+    for weight, (text, (x, y)) in product(("", "-Bold"), shears):
         image = Image.new("L", (240, 240))
-        ImageDraw.Draw(image).text((120, 120), text, 255, font, "mm")
+        ImageDraw.Draw(image).text((120, 120), text, 255, ImageFont.truetype(f"{fonts}{weight}.ttf", 60), "mm")
         image = image.transform(image.size, Image.Transform.AFFINE, (1, x, -120 * x, -y, 1, 120 * y))
         shape = np.asarray(image.crop(image.getbbox()), float)
         patterns += [_pattern(shape[::a, ::b]) for a in (1, -1) for b in (1, -1)]

@@ -180,19 +180,21 @@ def _finish(
         factual, raw, reconstruction, bounds = images[places], decoded[rows], sources[places], areas[places]
         weight = config.mask.attention_weight
         coarse = masks.evidence(outcome.word_maps[rows], outcome.noise_change[rows], weight).to(images)
+        free = isinstance(bounds.mask, str) and bounds.mask == "off"
         if isinstance(bounds.mask, Tensor):
             mask = bounds.mask
-        elif bounds.off:
+        elif free:
             mask = torch.ones_like(factual[:, :1])
         else:
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
-                mask = masks.without(mask, masks.burnt_in_text(factual), config.mask.feather)
+                text = masks.burnt_in_text(factual, config.protect_text == "anywhere")
+                mask = masks.without(mask, text, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)
         image = raw
-        if not bounds.off or bounds.keep is not None:
+        if not free or bounds.keep is not None:
             image = masks.composite(factual, raw, reconstruction, mask, config.mask.replaced)
         results = scored(factual, image, raw, reconstruction, mask, [tasks[k].pair for k in own], config)
         finished |= dict(zip(own, results, strict=True))

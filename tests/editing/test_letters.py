@@ -1,0 +1,111 @@
+"""Letters anywhere on a film: found over a bright chest, tilted or in a ring, and devices are not."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from prism_lib import paths
+from prism_lib.editing import EditConfig, invert, masks, recommended, sweep
+from prism_lib.editing.masks import MaskConfig
+from tests.tiny import REMOVE, tiny_images, tiny_pipeline
+
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
+
+
+def film(size: int) -> np.ndarray:
+    """A chest without letters or devices: a bright body, darker lungs, ribs and grain, (size, size)."""
+    y, x = np.mgrid[0 : 1 : size * 1j, 0 : 1 : size * 1j]
+    body = 0.55 - 0.25 * sum(np.exp(-(((x - c) / 0.13) ** 2) - ((y - 0.45) / 0.25) ** 2) for c in (0.3, 0.7))
+    ribs = 0.04 * np.sin(2 * np.pi * (9 * y + 2 * (x - 0.5) ** 2))
+    return body + ribs + 0.01 * np.random.default_rng(0).standard_normal((size, size))
+
+
+def drawn(size: int, draw) -> np.ndarray:
+    """What `draw(pen, scale)` draws, as opacity (size, size); `scale` is pixels per unit of a 512-pixel film."""
+    layer = Image.new("L", (size, size))
+    draw(ImageDraw.Draw(layer), size / 512)
+    return ndimage.gaussian_filter(np.asarray(layer, float) / 255, 0.4 * size / 512)
+
+
+def found(picture: np.ndarray) -> np.ndarray:
+    return masks.burnt_in_text(torch.from_numpy(picture.clip(0, 1)).float()[None, None], True)[0, 0].numpy()
+
+
+def words(pen: ImageDraw.ImageDraw, scale: float) -> None:
+    """A word over the middle of the chest, an L in a ring and an R, and AP at the edge of the patient."""
+    pen.text((200 * scale, 300 * scale), "PORTABLE", 255, ImageFont.truetype(FONT, round(14 * scale)))
+    pen.text((455 * scale, 90 * scale), "L", 255, ImageFont.truetype(FONT, round(17 * scale)), anchor="mm")
+    pen.ellipse([v * scale for v in (441, 76, 469, 104)], outline=255, width=max(1, round(1.5 * scale)))
+    pen.text((50 * scale, 120 * scale), "R", 255, ImageFont.truetype(FONT, round(30 * scale)), anchor="mm")
+    pen.text((440 * scale, 470 * scale), "AP", 255, ImageFont.truetype(FONT, round(15 * scale)))
+
+
+def devices(pen: ImageDraw.ImageDraw, scale: float) -> None:
+    """A tube, a clip as a ring with its cable, a button of ECG, a can with a lead and two wires that cross."""
+
+    def line(points: tuple[int, ...], width: int) -> None:
+        pen.line([v * scale for v in points], 255, max(1, round(width * scale)), joint="curve")
+
+    line((256, 0, 258, 120, 250, 230), 7)
+    pen.ellipse([v * scale for v in (60, 60, 78, 78)], outline=255, width=max(1, round(3 * scale)))
+    line((69, 78, 90, 200, 160, 300, 300, 480), 4)
+    pen.ellipse([v * scale for v in (430, 180, 446, 196)], fill=255)
+    line((438, 190, 470, 300, 511, 380), 3)
+    pen.rounded_rectangle([v * scale for v in (380, 90, 430, 140)], 15 * scale, fill=255)
+    line((400, 140, 330, 200, 290, 330), 3)
+    line((20, 330, 120, 420), 3)
+    line((20, 420, 120, 330), 3)
+
+
+@pytest.mark.parametrize("size", [384, 512, 1024])
+def test_letters_over_the_chest_are_found_with_what_surrounds_them(size):
+    ink = drawn(size, words)
+    marked = found(film(size) * (1 - ink) + ink)
+    assert marked[ink > 0.2].all()
+    assert marked.mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+@pytest.mark.parametrize("gray", [0.75, 1.0])
+def test_devices_and_anatomy_are_no_letters(size, gray):
+    ink = drawn(size, devices)
+    assert not found(film(size) * (1 - ink) + gray * ink).any()
+    assert not found(film(size)).any()
+    assert not found(np.zeros((size, size))).any()
+
+
+def test_a_letter_keeps_its_place_in_a_batch_and_a_piece_cut_by_the_border_is_none():
+    ink = drawn(512, lambda pen, scale: pen.text((40, 200), "L", 255, ImageFont.truetype(FONT, 24)))
+    cut = np.pad(ink, ((0, 0), (0, 43)))[:, 43:]  # through the upright stroke
+    assert ink[:, 42].max() > 0.5
+    batch = torch.from_numpy(np.stack([film(512) * (1 - one) + one for one in (np.zeros((512, 512)), ink, cut)]))
+    marked = masks.burnt_in_text(batch.clip(0, 1).float()[:, None], True)
+    assert marked.any((1, 2, 3)).tolist() == [False, True, False]
+
+
+def test_film_sd_protects_letters_anywhere_and_phantom_sd_those_in_the_corners():
+    for model, protected in (("film-sd", "anywhere"), ("phantom-sd", True)):
+        assert recommended(paths.weights() / model, REMOVE).protect_text == protected
+    with pytest.raises(ValueError, match="protect_text"):
+        recommended(paths.weights() / "film-sd", REMOVE, protect_text="everywhere")
+
+
+def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_the_bit(monkeypatch):
+    pipe, images = tiny_pipeline(), tiny_images(2)
+    text = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    text[..., 8:16, 4:20] = True
+    corner = text.roll(-8, -2)
+    monkeypatch.setattr(masks, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
+    wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
+    configs = [EditConfig(protect_text=value, mask=wide) for value in (True, "anywhere")]
+    inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=4)
+    for factual, (before, after) in zip(images, sweep(pipe, inverted, [REMOVE] * 2, configs), strict=True):
+        assert before.mask[text[0]].any() and not before.mask[corner[0]].any()
+        expected = masks.without(before.mask[None], text[:1] | corner[:1], wide.feather)[0]
+        assert torch.equal(after.mask, expected)
+        assert torch.equal(after.image[:, text[0, 0]], factual[:, text[0, 0]])

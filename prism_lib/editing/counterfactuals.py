@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.editing import masks
+from prism_lib.editing import letters, masks
 from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_controller
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
@@ -189,7 +189,7 @@ def _finish(
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
-                text = masks.burnt_in_text(factual, config.protect_text == "anywhere")
+                text = letters.burnt_in_text(factual, config.protect_text == "anywhere")
                 mask = masks.without(mask, text, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)

@@ -10,8 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from prism_lib import paths
-from prism_lib.editing import EditConfig, invert, masks, recommended, sweep
+from prism_lib.editing import EditConfig, invert, letters, masks, recommended, sweep
+from prism_lib.editing.letters import burnt_in_text
 from prism_lib.editing.masks import MaskConfig
+from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
@@ -33,7 +35,7 @@ def drawn(size: int, draw) -> np.ndarray:
 
 
 def found(picture: np.ndarray) -> np.ndarray:
-    return masks.burnt_in_text(torch.from_numpy(picture.clip(0, 1)).float()[None, None], True)[0, 0].numpy()
+    return burnt_in_text(torch.from_numpy(picture.clip(0, 1)).float()[None, None], True)[0, 0].numpy()
 
 
 def words(pen: ImageDraw.ImageDraw, scale: float) -> None:
@@ -84,7 +86,7 @@ def test_a_letter_keeps_its_place_in_a_batch_and_a_piece_cut_by_the_border_is_no
     cut = np.pad(ink, ((0, 0), (0, 43)))[:, 43:]  # through the upright stroke
     assert ink[:, 42].max() > 0.5
     batch = torch.from_numpy(np.stack([film(512) * (1 - one) + one for one in (np.zeros((512, 512)), ink, cut)]))
-    marked = masks.burnt_in_text(batch.clip(0, 1).float()[:, None], True)
+    marked = burnt_in_text(batch.clip(0, 1).float()[:, None], True)
     assert marked.any((1, 2, 3)).tolist() == [False, True, False]
 
 
@@ -100,7 +102,7 @@ def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_t
     text = torch.zeros_like(images[:, :1], dtype=torch.bool)
     text[..., 8:16, 4:20] = True
     corner = text.roll(-8, -2)
-    monkeypatch.setattr(masks, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
+    monkeypatch.setattr(letters, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
     wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
     configs = [EditConfig(protect_text=value, mask=wide) for value in (True, "anywhere")]
     inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=4)
@@ -109,3 +111,14 @@ def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_t
         expected = masks.without(before.mask[None], text[:1] | corner[:1], wide.feather)[0]
         assert torch.equal(after.mask, expected)
         assert torch.equal(after.image[:, text[0, 0]], factual[:, text[0, 0]])
+
+
+def test_letters_in_the_corners_are_found_and_devices_are_not():
+    patients = sample_patients(12, seed=5).intervene(support_devices=1)
+    images, marker = render(patients), marker_mask(patients)
+    text = burnt_in_text(images)
+    assert (text & marker).sum() / marker.sum() > 0.99
+    corners = torch.zeros_like(text)
+    corners[..., :64, :56] = corners[..., :64, -56:] = True
+    assert not (text & ~corners).any()
+    assert not burnt_in_text(torch.rand(1, 1, 64, 64) * 0.2).any()

@@ -1,6 +1,8 @@
 """Where models run, in which precision and in how many processes: one place that decides."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -51,9 +53,12 @@ def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> 
         return asked
     device = device or default_device()
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
+        # Another process asks: once this one has used CUDA, training processes cannot be forked from it.
+        code = f"import torch; print(torch.cuda.get_device_capability('{device}')[0])"
+        found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+        return "bf16" if int(found.split()[-1]) >= 8 else "no"
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:

@@ -98,7 +98,7 @@ def test_what_is_made_in_it_is_known_by_it(tmp_path):
         load_pipeline(tmp_path, "bf16", mixed_precision="bf16")
 
 
-def test_auto_is_what_the_device_computes_in(monkeypatch):
+def test_auto_is_what_the_device_computes_in(monkeypatch, tmp_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for capabilities, expected in (
         ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
@@ -108,9 +108,13 @@ def test_auto_is_what_the_device_computes_in(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known)
         assert devices.mixed_precision("auto", cpu) == expected
-    for capability, expected in (((7, 5), "no"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, known=capability: known)
-        assert devices.mixed_precision("auto", gpu) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("CUDA is used in this process"))
+        for capability, expected in (((7, 5), "no"), ((8, 0), "bf16"), ((10, 0), "bf16")):
+            sitecustomize = f"import torch; torch.cuda.get_device_capability = {{'cuda': {capability}}}.get"
+            (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+            patch.setenv("PYTHONPATH", str(tmp_path))
+            assert devices.mixed_precision("auto", gpu) == expected
     assert devices.mixed_precision("auto", torch.device("mps")) == "no"
     assert [devices.mixed_precision(name, cpu) for name in ("no", "bf16")] == ["no", "bf16"]
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, no, bf16"):

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.rows import sample_captions
-from prism_lib.devices import PRECISIONS
+from prism_lib.devices import PRECISIONS, fast_attention
 from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import Pipe, assembled, image_factor, sample_images, text_encoders
 from prism_lib.training import checkpoints
@@ -133,7 +133,9 @@ class Run:
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
         there: Draw = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        with self.accelerator.autocast():
+        # Checkpointing computes again in the backward pass, outside of this.
+        precision = "no" if self.config.gradient_checkpointing else self.config.mixed_precision
+        with self.accelerator.autocast(), fast_attention(self.accelerator.device, precision):
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 
     def _check_compiled(self) -> None:

@@ -2,8 +2,9 @@
 
 `figures/phantom/training_speed.json`: images a second with latents and captions from the cache against the order of
 work of diffusers' `train_text_to_image.py`, which runs autoencoder and text encoder in every step (in float32 and, as
-that script does it, with the frozen parts cast to bfloat16 and the U-Net under autocast); and two processes against one
-at the same global batch.
+that script does it, with the frozen parts cast to bfloat16 and the U-Net under autocast); two processes against one
+at the same global batch; and runs in bfloat16 (`MIXED_PRECISION` "auto" on a processor that has it) against runs in
+float32, in turns.
 
 `figures/phantom/resume.json`: the largest difference between an uninterrupted run and one that was killed in
 mid-epoch and resumed, with EMA, for one and two processes, with and without LoRA. It should be zero.
@@ -20,7 +21,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -45,7 +46,7 @@ from prism_lib.training import (
     save_config,
 )
 
-BATCH, ROUNDS = 8, 5
+BATCH, ROUNDS, TURNS = 8, 5, 3
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def main() -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     metrics |= cached_against_uncached(dataset, folder, 2 if small else 10, dtype)
                 metrics |= processes_against_one(dataset, folder, 4 if small else 40)
-            settings = {"batch_size": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads()}
+                metrics |= bfloat16_against_float32(dataset, folder, 4 if small else 40)
+            settings = {"batch_size": BATCH, "rounds": ROUNDS, "turns": TURNS, "threads": torch.get_num_threads()}
             save("training_speed", settings, metrics, figures, timer.seconds)
         if given.only != "speed":
             steps = 12 if small else 30
@@ -161,18 +163,40 @@ def now() -> float:
 
 def processes_against_one(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
     """Images a second of two processes of half the batch, a thread each, against one process of one and of two."""
-    speed = {}
-    for name, processes, threads in (("one_thread", 1, 1), ("one_process", 1, 2), ("two_processes", 2, 1)):
-        config = FinetuneConfig(
-            dataset=str(dataset), output=str(folder / name), batch_size=2 * BATCH // processes, steps=steps,
-            validation_every=10**6, sample_every=10**6, checkpoint_every=10**6, cache=str(folder / "shared"),
-        )  # fmt: skip
-        finish(start(config, processes, threads))
-        speed[name] = float(read_log(config.output)["images_per_second"].median())
+    speed = {
+        name: images_per_second(dataset, folder / name, steps, processes, threads)
+        for name, processes, threads in (("one_thread", 1, 1), ("one_process", 1, 2), ("two_processes", 2, 1))
+    }
     return {f"images_per_second_{name}": value for name, value in speed.items()} | {
         "speedup_two_processes": speed["two_processes"] / speed["one_thread"],
         "speedup_two_processes_of_same_cores": speed["two_processes"] / speed["one_process"],
     }
+
+
+def bfloat16_against_float32(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
+    """Images a second of whole runs on two threads, in turns."""
+    speeds: dict[Literal["no", "bf16"], list[float]] = {"no": [], "bf16": []}
+    for turn, (precision, found) in itertools.product(range(TURNS), speeds.items()):
+        found.append(images_per_second(dataset, folder / f"{precision}-{turn}", steps, 1, 2, precision))
+    ratios = [fast / slow for slow, fast in zip(speeds["no"], speeds["bf16"], strict=True)]
+    return {
+        "images_per_second_float32_run": statistics.median(speeds["no"]),
+        "images_per_second_bfloat16_run": statistics.median(speeds["bf16"]),
+        "speedup_bfloat16_run": statistics.median(ratios),
+    }
+
+
+def images_per_second(
+    dataset: Path, output: Path, steps: int, processes: int, threads: int, precision: Literal["no", "bf16"] = "no"
+) -> float:
+    """The median of the log of a run with a global batch of 16."""
+    config = FinetuneConfig(
+        dataset=str(dataset), output=str(output), batch_size=2 * BATCH // processes, steps=steps,
+        validation_every=10**6, sample_every=10**6, checkpoint_every=10**6, mixed_precision=precision,
+        cache=str(output.parent / f"shared-{precision}"),
+    )  # fmt: skip
+    finish(start(config, processes, threads))
+    return float(read_log(config.output)["images_per_second"].median())
 
 
 def start(config: FinetuneConfig, processes: int, threads: int = 1) -> subprocess.Popen[bytes]:

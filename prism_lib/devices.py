@@ -1,6 +1,8 @@
 """Where models run, in which precision and in how many processes: one place that decides."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate.utils import is_cuda_available
+from accelerate.utils import convert_to_fp32, is_cuda_available
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -51,14 +55,35 @@ def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> 
         return asked
     device = device or default_device()
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
+        # Another process asks: once this one has used CUDA, training processes cannot be forked from it.
+        code = f"import torch; print(torch.cuda.get_device_capability('{device}')[0])"
+        found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+        return "bf16" if int(found.split()[-1]) >= 8 else "no"
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision for what is called inside; "no" changes nothing, on devices without autocast too."""
     return nullcontext() if precision == "no" else torch.autocast(torch.device(device).type, dtype_of(precision))
+
+
+class Float32Attention(TorchFunctionMode):
+    """Attention in float32 inside of an autocast in bfloat16, in the forward pass of what is called inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, named = args, kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*given, **named)
+        given, named = convert_to_fp32((given, named))
+        with torch.autocast("cpu", enabled=False):
+            return func(*given, **named).to(args[0].dtype)
+
+
+def fast_attention(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """`Float32Attention` where it is the faster one: in bfloat16 on a CPU without units for matrices (AMX)."""
+    slow = precision == "bf16" and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+    return Float32Attention() if slow else nullcontext()
 
 
 def processes_for(asked: int = 0) -> int:

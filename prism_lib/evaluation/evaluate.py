@@ -273,9 +273,9 @@ def realism(
     """A row per edit: `kid` and `fid` of the edited images, and of the same unedited, to real images of a split.
 
     The real ones, up to ``limit``, are other patients' with the edit's target state. An edit has no row if either side
-    has fewer than two images, or if the table does not say which rows have a detail.
+    has fewer than two images, or if the table does not say which rows have a detail; none has one without features.
     """
-    if features is None:
+    if features is None or not features.linear_layers:
         return pd.DataFrame()
     rows: dict[str, dict[str, float]] = {}
     for e in evaluations:

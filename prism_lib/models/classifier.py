@@ -262,14 +262,18 @@ class Classifier:
         """Logits (N, L) for the same images; those of probabilities end at 16, so that 0 and 1 are finite."""
         return torch.cat([self._as_logits(self._chosen(outputs)) for outputs in self._outputs(images)])
 
+    @property
+    def linear_layers(self) -> list[nn.Linear]:
+        """Those that can be watched: of TorchScript and ONNX none."""
+        return [module for module in self.network.modules() if isinstance(module, nn.Linear)]
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What the network's last linear layer reads (N, D); ValueError for a network without one."""
-        layers = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
-        if not layers:
+        if not self.linear_layers:
             raise ValueError(f"{self.name} has no linear layer, whose inputs would be the features of an image")
         read: list[Tensor] = []
-        with layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(1).cpu())):
+        with self.linear_layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(1).cpu())):
             for _ in self._outputs(images):
                 pass
         return torch.cat(read)

@@ -10,30 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
-# Columns of exogenous noise that the renderer reads, all uniform in (0, 1).
-NOISE: dict[str, int] = {
-    "pose": 4,  # rotation, shift x, shift y, zoom
-    "habitus": 6,  # thickness, width, apex, base, shoulder slope, breast size
-    "exposure": 3,  # level, contrast, quantum noise
-    "heart": 6,  # CTR, enlargement, tilt, height, aorta, mediastinum
-    "lungs": 6,  # dome heights, hilum, texture
-    "bones": 6,  # rib phase, spacing, slope, density, clavicles, scapulae
-    "vessels": 64,
-    "effusion_level": 4,  # level and density per side
-    "pacemaker": 8,
-    "catheter": 6,
-    "ecg": 14,
-    "tube": 4,
-    "marker": 4,
-    "stomach": 3,
-}
-
+_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("anatomy.yaml").read_text(encoding="utf-8"))
+NOISE: dict[str, int] = _TABLES["noise"]  # number of columns by name
 SOFT, LUNG, BONE, METAL = 1.0, 0.22, 1.5, 60.0  # linear attenuation per unit thickness
 LUNG_DEPTH = 1.75  # thickness of the lung where it is deepest
 KIND_PROBABILITIES = (0.45, 0.40, 0.35, 0.25)
@@ -531,14 +517,6 @@ def film(scene: Scene, intensity: Tensor) -> Tensor:
     return torch.sigmoid(slope * (density - centre)).sub(0.02).div(0.96).clamp(0, 1)
 
 
-_GLYPHS: dict[str, list[list[tuple[float, float]]]] = {
-    "L": [[(0, 0), (0, 1), (0.6, 1)]],
-    "R": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.38), (0.45, 0.52), (0, 0.52)], [(0.28, 0.52), (0.62, 1)]],
-    "A": [[(0, 1), (0.32, 0), (0.64, 1)], [(0.12, 0.65), (0.52, 0.65)]],
-    "P": [[(0, 1), (0, 0), (0.45, 0), (0.6, 0.15), (0.6, 0.4), (0.45, 0.55), (0, 0.55)]],
-}
-
-
 @lru_cache(maxsize=16)
 def _letters(left: bool, supine: bool, size: int) -> Tensor:
     """Dense points (P, 2) along the strokes of the side letter and of the view text below it."""
@@ -546,7 +524,7 @@ def _letters(left: bool, supine: bool, size: int) -> Tensor:
     letters = []
     for letter, origin, height in [("L" if left else "R", (0.0, 0.0), 0.13), *view]:
         strokes = []
-        for (xa, ya), (xb, yb) in (line for stroke in _GLYPHS[letter] for line in itertools.pairwise(stroke)):
+        for (xa, ya), (xb, yb) in (line for stroke in _TABLES["glyphs"][letter] for line in itertools.pairwise(stroke)):
             t = torch.linspace(0, 1, max(2, int(math.hypot(xb - xa, yb - ya) * height * size)))[:, None]
             strokes.append(torch.tensor([[xa, ya]]) * (1 - t) + torch.tensor([[xb, yb]]) * t)
         letters.append(torch.cat(strokes) * height + torch.tensor(origin))

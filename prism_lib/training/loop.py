@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.rows import sample_captions
-from prism_lib.devices import PRECISIONS
+from prism_lib.devices import PRECISIONS, fast_attention
 from prism_lib.files import atomic, stable_seed, write_text
 from prism_lib.models.pipeline import Pipe, assembled, image_factor, sample_images, text_encoders
 from prism_lib.training import checkpoints
@@ -111,16 +112,12 @@ class Run:
             torch.manual_seed(stable_seed(config.seed, "dropout", micro, accelerator.process_index))
             with accelerator.accumulate(self.unet):
                 batch = next(self.batches)
-                try:
+                with _advice(config):
                     losses = self._losses(self.unet, batch)
                     loss = losses.mean()
                     if not bool(torch.isfinite(loss)):
                         self._refuse("loss", step, batch, torch.isfinite(losses))
                     accelerator.backward(loss)
-                except RuntimeError as error:
-                    if should_reduce_batch_size(error):
-                        raise MemoryError(_advice(config)) from error
-                    raise
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm)
                     # A gradient scaler meets infinities by design, and skips that step.
@@ -136,18 +133,20 @@ class Run:
 
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
         there: Draw = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        with self.accelerator.autocast():
+        # Checkpointing computes again in the backward pass, outside of this.
+        precision = "no" if self.config.gradient_checkpointing else self.config.mixed_precision
+        with self.accelerator.autocast(), fast_attention(self.accelerator.device, precision):
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 
     def _check_compiled(self) -> None:
-        """RuntimeError if the compiled U-Net has another gradient than the plain one, as torch 2.13 gives on CPUs."""
+        """RuntimeError if compiled code gives the U-Net another gradient than plain code, as torch 2.13 may on CPUs."""
         batch, norms = validation_draws(self.validation, self.config, 1, self.num_timesteps)[0], list[Tensor]()
         for stance in ("default", "force_eager"):
-            with torch.compiler.set_stance(stance):
-                self._losses(self.unet, batch).mean().backward()
+            with torch.compiler.set_stance(stance), _advice(self.config):
+                (1024 * self._losses(self.unet, batch).mean()).backward()  # fp16 would lose small gradients
             gradients = (value.grad for value in self.trained.values() if value.grad is not None)
             norms.append(torch.stack([gradient.norm() for gradient in gradients]))
-            self.optimizer.zero_grad()
+            self.unet.zero_grad()  # accelerate's optimizer would not, after a run that ended between micro-batches
         if not float(error := (norms[0] - norms[1]).norm() / norms[1].norm()) < 0.1:
             where = f"torch {torch.__version__} on {self.accelerator.device.type}"
             raise RuntimeError(
@@ -292,17 +291,23 @@ def bitsandbytes() -> ModuleType:
         raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
 
 
-def _advice(config: FinetuneConfig) -> str:
-    """Settings that help when memory runs out, the cheapest first, without those in use."""
-    half = max(1, config.batch_size // 2)
-    smaller = f"batch_size={half} with gradient_accumulation={config.gradient_accumulation * config.batch_size // half}"
-    remedies = [
-        ('mixed_precision="bf16"', config.mixed_precision == "no"),
-        ("gradient_checkpointing=True", not config.gradient_checkpointing),
-        (smaller, config.batch_size > 1),
-        ('optimizer="adamw8bit"', config.optimizer == "adamw" and not config.lora_rank),
-        ("lora_rank=8", not config.lora_rank),
-    ]
-    helps = ", ".join(name for name, possible in remedies if possible)
-    advice = f"try, in this order: {helps}" if helps else "the model needs a larger device or smaller images"
-    return f"out of memory at batch_size={config.batch_size}; {advice}"
+@contextmanager
+def _advice(config: FinetuneConfig) -> Iterator[None]:
+    """MemoryError where memory runs out, with the settings that help, the cheapest first, without those in use."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        half = max(1, config.batch_size // 2)
+        parts = config.gradient_accumulation * config.batch_size // half
+        remedies = [
+            ('mixed_precision="bf16"', config.mixed_precision == "no"),
+            ("gradient_checkpointing=True", not config.gradient_checkpointing),
+            (f"batch_size={half} with gradient_accumulation={parts}", config.batch_size > 1),
+            ('optimizer="adamw8bit"', config.optimizer == "adamw" and not config.lora_rank),
+            ("lora_rank=8", not config.lora_rank),
+        ]
+        helps = ", ".join(name for name, possible in remedies if possible)
+        advice = f"try, in this order: {helps}" if helps else "the model needs a larger device or smaller images"
+        raise MemoryError(f"out of memory at batch_size={config.batch_size}; {advice}") from error

@@ -98,7 +98,7 @@ def test_what_is_made_in_it_is_known_by_it(tmp_path):
         load_pipeline(tmp_path, "bf16", mixed_precision="bf16")
 
 
-def test_auto_is_what_the_device_computes_in(monkeypatch):
+def test_auto_is_what_the_device_computes_in(monkeypatch, tmp_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for capabilities, expected in (
         ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
@@ -108,9 +108,13 @@ def test_auto_is_what_the_device_computes_in(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known)
         assert devices.mixed_precision("auto", cpu) == expected
-    for capability, expected in (((7, 5), "no"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, known=capability: known)
-        assert devices.mixed_precision("auto", gpu) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("CUDA is used in this process"))
+        for capability, expected in (((7, 5), "no"), ((8, 0), "bf16"), ((10, 0), "bf16")):
+            sitecustomize = f"import torch; torch.cuda.get_device_capability = {{'cuda': {capability}}}.get"
+            (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+            patch.setenv("PYTHONPATH", str(tmp_path))
+            assert devices.mixed_precision("auto", gpu) == expected
     assert devices.mixed_precision("auto", torch.device("mps")) == "no"
     assert [devices.mixed_precision(name, cpu) for name in ("no", "bf16")] == ["no", "bf16"]
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, no, bf16"):
@@ -155,3 +159,30 @@ def test_a_gan_takes_the_same_step_but_for_rounding():
     assert losses["bf16"] == pytest.approx(losses["no"], rel=2 * EPS)
     with pytest.raises(ValueError, match="mixed_precision is 'auto': "):
         ganterfactual.GanConfig(mixed_precision="auto")
+
+
+@pytest.mark.parametrize(
+    ("capable", "precision", "inside"),
+    [
+        ({"avx512_bf16": True}, "bf16", torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True}, "bf16", torch.bfloat16),
+        ({"avx512_bf16": True}, "no", torch.bfloat16),
+    ],
+)
+def test_attention_is_in_float32_where_a_cpu_multiplies_matrices_slowly_in_bfloat16(
+    monkeypatch, capable, precision, inside
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    query, key, value = torch.randn(3, 2, 4, 64, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[..., 32:] = -1e4
+    halves = [part.bfloat16() for part in (query, key, value, mask)]
+    expected = [part.to(inside) for part in halves]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16), devices.fast_attention(torch.device("cpu"), precision):
+        found = attention(*halves[:3], attn_mask=halves[3])
+        product = query @ key.mT
+    assert found.dtype == product.dtype == torch.bfloat16, "what is around it stays in bfloat16"
+    assert torch.equal(found, attention(*expected[:3], attn_mask=expected[3]).bfloat16())
+    exact = attention(*(part.double() for part in halves[:3]), attn_mask=halves[3].double())
+    assert (found - exact).abs().max() < (0.004 if inside == torch.float32 else 0.05)

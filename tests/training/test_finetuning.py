@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -332,6 +333,13 @@ def test_a_compiler_that_computes_other_gradients_is_found_before_the_first_step
     assert not list(Path(config.output).glob("step-*"))
 
 
+@pytest.mark.slow
+def test_a_right_compiler_passes_where_the_run_before_ended_between_micro_batches(config, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: torch.nn.Module.compile(unet, backend="eager"))
+    GradientState()._set_sync_gradients(False)
+    finetune(replace(config, compile=True, steps=1))
+
+
 def test_early_stop_keeps_the_weights_that_validated_best(config, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
     monkeypatch.setattr(Run, "validation_loss", lambda self: {"validation_loss": next(losses)})
@@ -416,6 +424,7 @@ def test_a_gradient_that_is_not_finite_is_caught_before_it_spoils_the_weights(co
             'order: mixed_precision="bf16", gradient_checkpointing=True, batch_size=2 with gradient_accumulation=2',
         ),
         ({"gradient_checkpointing": True, "batch_size": 1, "lora_rank": 2}, 'order: mixed_precision="bf16"$'),
+        ({"compile": True, "batch_size": 1, "lora_rank": 2}, 'order: mixed_precision="bf16", gradient_checkpointing'),
     ],
 )
 def test_out_of_memory_says_what_helps(config, monkeypatch, settings, advice):

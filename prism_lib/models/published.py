@@ -1,4 +1,4 @@
-"""Published weights: a classifier as ONNX; a whole pipeline; or a U-Net or an autoencoder in one of these layouts.
+"""Published weights: a classifier in ONNX; a pipeline; a U-Net or an autoencoder in one of these layouts, or as hub id.
 
 - a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, itself or below ``unet/`` or ``vae/``;
 - a bare state dict, ``model.safetensors``, alone or in a folder (PRISM): it must fit the pipeline's own part.

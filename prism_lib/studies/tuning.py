@@ -69,7 +69,7 @@ class TuningConfig:
     data: str
     out: str = ""  # where the result goes; "" is the model's own folder
     edits: tuple[str, ...] = ()  # keys or sentences; none stand for removal and addition of every label
-    images: PositiveInt = 8  # settings found on four did worse on others
+    images: PositiveInt = 8  # settings found on four images did worse on other images
     steps: PositiveInt = 25
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     evaluations: NonNegativeInt = 0

@@ -33,7 +33,7 @@ def load_info(folder: Folder) -> dict[str, Any]:
     """The `dataset.json` of a prepared folder."""
     path = Path(folder) / "dataset.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a prepared data set: it has no dataset.json")
+        raise FileNotFoundError(f"{folder} is not a prepared data set: it has no dataset.json; 01_data makes one")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -134,7 +134,7 @@ def _check_training(images: Tensor, labels: Tensor, config: ClassifierConfig, gr
     if len(images) != len(labels) or labels.shape[1] != len(config.labels):
         raise ValueError(f"{len(images)} images do not go with labels {tuple(labels.shape)} for {config.labels}")
     if len(images) < config.batch_size:
-        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}")
+        raise ValueError(f"{len(images)} images are fewer than one batch: batch_size is {config.batch_size}")
     known = torch.isfinite(labels) & (labels >= 0)
     for column, label in enumerate(config.labels):
         if len(torch.unique(labels[known[:, column], column])) < 2:

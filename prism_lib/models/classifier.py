@@ -264,15 +264,17 @@ class Classifier:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the network's last linear layer reads (N, D); ValueError for a network without one."""
+        """What the network's last linear layer reads (N, D); ValueError if that is not one finite row an image."""
         layers = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
         if not layers:
             raise ValueError(f"{self.name} has no linear layer, whose inputs would be the features of an image")
         read: list[Tensor] = []
         with layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(1).cpu())):
-            for _ in self._outputs(images):
-                pass
-        return torch.cat(read)
+            list(self._outputs(images))
+        found = torch.cat(read) if read else torch.zeros(0)
+        if len(found) != len(images) or not found.isfinite().all():
+            raise ValueError(f"{self.name}: its last linear layer does not read one finite row of features an image")
+        return found
 
     def _as_logits(self, values: Tensor) -> Tensor:
         return values if self.outputs == "logits" else values.logit(eps=1e-7)

@@ -135,6 +135,21 @@ def test_the_truth_is_nearer_to_real_images_than_what_it_was_made_from(phantom_f
     assert evaluate.realism([replace(perfect, edit=Edit())], phantom_folder, net).empty, "there is no target state"
 
 
+def test_a_network_without_features_is_refused_where_it_is_named_and_warned_of_where_it_judges(
+    phantom_folder, monkeypatch, caplog
+):
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    judge = Classifier(pooled.eval(), LABELS, name="no layer")
+    monkeypatch.setattr(Classifier, "load", lambda name: judge)
+    assert evaluate.load_features("", judge, phantom_folder) is None
+    assert "KID and FID are not measured: no layer has no linear layer" in caplog.text
+    with pytest.raises(ValueError, match="no layer has no linear layer"):
+        evaluate.load_features("named", None, phantom_folder)
+    linear = Classifier(torch.nn.Sequential(*pooled, torch.nn.Linear(3, 3)).eval(), LABELS)
+    assert evaluate.load_features("", linear, phantom_folder) is linear
+    assert evaluate.load_features("", None, phantom_folder) is None
+
+
 def test_the_judge_counts_only_what_can_flip(evaluated):
     table = evaluated.table.assign(p_before=[0.9, 0.8, 0.1], flipped=[1.0, 0.0, 1.0])
     summary = summarise(Evaluation(**{**vars(evaluated), "table": table}))

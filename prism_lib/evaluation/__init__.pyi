@@ -11,6 +11,7 @@ from .evaluate import evaluate_edits as evaluate_edits
 from .evaluate import evaluate_results as evaluate_results
 from .evaluate import interval as interval
 from .evaluate import judge_auc as judge_auc
+from .evaluate import load_features as load_features
 from .evaluate import load_judge as load_judge
 from .evaluate import notes as notes
 from .evaluate import own_classifier as own_classifier

@@ -1,6 +1,7 @@
 """Edit held-out images and measure the result: against the truth of phantoms, and by a judge, which only reads."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -267,6 +268,20 @@ def reversibility(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> pd.Data
     return e.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
 
+def load_features(name: str, judge: Judge, folder: Folder) -> Judge:
+    """The classifier whose features `realism` reads: of that name, or the judge; None and a warning if it has none."""
+    features = Classifier.load(name) if name else judge
+    try:
+        if features:
+            features.features(read_images(folder, load_table(folder).head(1)))
+    except ValueError as error:
+        if name:
+            raise
+        logging.getLogger(__name__).warning("KID and FID are not measured: %s", error)
+        return None
+    return features
+
+
 def realism(
     evaluations: Sequence[Evaluation], folder: Folder, features: Judge, split: str = "test", limit: int = 512
 ) -> pd.DataFrame:
@@ -275,13 +290,12 @@ def realism(
     The real ones, up to ``limit``, are other patients' with the edit's target state. An edit has no row if either side
     has fewer than two images, or if the table does not say which rows have a detail; none has one without features.
     """
-    if features is None or not features.linear_layers:
-        return pd.DataFrame()
     rows: dict[str, dict[str, float]] = {}
     for e in evaluations:
         table, undone = load_table(folder, split), Edit(remove=e.edit.add, add=e.edit.remove)
         others = table[~table["patient_id"].isin(e.table["patient_id"])]
-        if not e.edit.attributes or (set(undone.remove) & set(e.vocab.owners) and not {*DETAIL_COLUMNS} <= {*table}):
+        unknown = {*undone.remove} & {*e.vocab.owners} and not {*DETAIL_COLUMNS} <= {*table}
+        if features is None or not e.edit.attributes or unknown:
             continue
         real = editable(others, undone, e.vocab).head(limit)
         if min(len(real), len(e.table)) > 1:

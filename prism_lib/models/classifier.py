@@ -262,21 +262,19 @@ class Classifier:
         """Logits (N, L) for the same images; those of probabilities end at 16, so that 0 and 1 are finite."""
         return torch.cat([self._as_logits(self._chosen(outputs)) for outputs in self._outputs(images)])
 
-    @property
-    def linear_layers(self) -> list[nn.Linear]:
-        """Those that can be watched: of TorchScript and ONNX none."""
-        return [module for module in self.network.modules() if isinstance(module, nn.Linear)]
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the network's last linear layer reads (N, D); ValueError for a network without one."""
-        if not self.linear_layers:
+        """What the network's last linear layer reads (N, D); ValueError if that is not one finite row an image."""
+        layers = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
+        if not layers:
             raise ValueError(f"{self.name} has no linear layer, whose inputs would be the features of an image")
         read: list[Tensor] = []
-        with self.linear_layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(1).cpu())):
-            for _ in self._outputs(images):
-                pass
-        return torch.cat(read)
+        with layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(1).cpu())):
+            list(self._outputs(images))
+        found = torch.cat(read) if read else torch.zeros(0)
+        if len(found) != len(images) or not found.isfinite().all():
+            raise ValueError(f"{self.name}: its last linear layer does not read one finite row of features an image")
+        return found
 
     def _as_logits(self, values: Tensor) -> Tensor:
         return values if self.outputs == "logits" else values.logit(eps=1e-7)

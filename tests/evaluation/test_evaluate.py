@@ -132,8 +132,22 @@ def test_the_truth_is_nearer_to_real_images_than_what_it_was_made_from(phantom_f
     pacemakers = others["devices"].fillna("").str.contains("pacemaker").sum()
     assert pacemakers > 1 and found["real_images"]["add_pacemaker"] == pacemakers
     assert evaluate.realism([perfect], phantom_folder, None).empty
-    assert evaluate.realism([perfect], phantom_folder, Classifier(Oracle(), LABELS)).empty, "no layer to read from"
     assert evaluate.realism([replace(perfect, edit=Edit())], phantom_folder, net).empty, "there is no target state"
+
+
+def test_a_network_without_features_is_refused_where_it_is_named_and_warned_of_where_it_judges(
+    phantom_folder, monkeypatch, caplog
+):
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    judge = Classifier(pooled.eval(), LABELS, name="no layer")
+    monkeypatch.setattr(Classifier, "load", lambda name: judge)
+    assert evaluate.load_features("", judge, phantom_folder) is None
+    assert "KID and FID are not measured: no layer has no linear layer" in caplog.text
+    with pytest.raises(ValueError, match="no layer has no linear layer"):
+        evaluate.load_features("named", None, phantom_folder)
+    linear = Classifier(torch.nn.Sequential(*pooled, torch.nn.Linear(3, 3)).eval(), LABELS)
+    assert evaluate.load_features("", linear, phantom_folder) is linear
+    assert evaluate.load_features("", None, phantom_folder) is None
 
 
 def test_the_judge_counts_only_what_can_flip(evaluated):

@@ -272,6 +272,12 @@ def test_features_are_what_the_last_linear_layer_reads():
     assert torch.allclose(linear(features), net.logits(images))
     with pytest.raises(ValueError, match="no linear layer"):
         classifier.Classifier(torch.nn.Flatten().eval(), ("a",)).features(images)
+    unused = torch.nn.Flatten()
+    unused.head = torch.nn.Linear(4, 2)
+    for wrong, given in ((unused, images), (net.network, images * torch.nan)):
+        labels = tuple("abcd") if wrong is unused else ("a", "b")
+        with pytest.raises(ValueError, match="mine: its last linear layer does not read one finite row"):
+            classifier.Classifier(wrong.eval(), labels, name="mine").features(given)
 
 
 def test_a_factory_may_give_the_whole_contract():

@@ -57,8 +57,10 @@ def mixed_precision(asked: str = "auto", device: torch.device | None = None) -> 
     if device.type == "cuda":
         # Another process asks: once this one has used CUDA, training processes cannot be forked from it.
         code = f"import torch; print(torch.cuda.get_device_capability('{device}')[0])"
-        found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
-        return "bf16" if int(found.split()[-1]) >= 8 else "no"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{device} cannot be used: {done.stderr.strip().splitlines()[-1]}")
+        return "bf16" if int(done.stdout.split()[-1]) >= 8 else "no"
     known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bf16" if any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "no"
 

@@ -148,10 +148,8 @@ class Run:
             norms.append(torch.stack([gradient.norm() for gradient in gradients]))
             self.unet.zero_grad()  # accelerate's optimizer would not, after a run that ended between micro-batches
         if not float(error := (norms[0] - norms[1]).norm() / norms[1].norm()) < 0.1:
-            where = f"torch {torch.__version__} on {self.accelerator.device.type}"
-            raise RuntimeError(
-                f"{where} compiles this U-Net wrongly: its gradient is off by {error:.0%}; set compile to False"
-            )
+            where = f"torch {torch.__version__} on {self.accelerator.device.type} compiles this U-Net wrongly"
+            raise RuntimeError(f"{where}: its gradient is off by {error:.0%}; set compile to False")
 
     def _refuse(self, what: str, step: int, batch: Draw, finite: Tensor) -> None:
         names = [self.names[row] for row, fine in zip(batch.rows.tolist(), finite.tolist(), strict=True) if not fine]

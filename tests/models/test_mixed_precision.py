@@ -115,6 +115,9 @@ def test_auto_is_what_the_device_computes_in(monkeypatch, tmp_path):
             (tmp_path / "sitecustomize.py").write_text(sitecustomize)
             patch.setenv("PYTHONPATH", str(tmp_path))
             assert devices.mixed_precision("auto", gpu) == expected
+        (tmp_path / "sitecustomize.py").write_text("import torch; del torch.cuda.get_device_capability")
+        with pytest.raises(RuntimeError, match=r"cuda cannot be used: AttributeError: .*get_device_capability"):
+            devices.mixed_precision("auto", gpu)
     assert devices.mixed_precision("auto", torch.device("mps")) == "no"
     assert [devices.mixed_precision(name, cpu) for name in ("no", "bf16")] == ["no", "bf16"]
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, no, bf16"):

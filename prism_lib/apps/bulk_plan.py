@@ -36,6 +36,7 @@ _AREAS = ("mask", "keep")  # where the edit may show, and what stays the input's
 _WHAT = ("file_name", "edit", "source", "target", "words", *_AREAS)
 # Settings of single edits; `batch_size` is the run's, so that no row's result depends on its neighbours.
 _EDIT = {name: value for name, value in asdict(EditConfig()).items() if name not in ("mask", "batch_size")}
+_EDIT["protect_text"] = None  # a bool or a word
 
 Row = Mapping[str, Any]  # of the file of edits, or of the folder's table
 Values = Annotated[list[Any], Field(min_length=1)]

@@ -155,6 +155,8 @@ def _generate(options: argparse.Namespace) -> int:
     from prism_lib.apps import bulk, bulk_plan  # they import torch
 
     try:
+        if options.processes < 0:
+            raise ValueError(f"processes is {options.processes}: expected 0 or more")
         config = bulk_plan.configured(bulk_plan.BulkConfig(options.data, options.edits, options.out), options.overrides)
         tasks = bulk_plan.plan(config)
         if options.check:

@@ -77,7 +77,7 @@ def save_config(config: FinetuneConfig) -> Path:
         return write_text(path, json.dumps(own, indent=1))
     found = asdict(load_config(path))
     # A folder may be moved.
-    if changed := [name for name in own if found[name] != own[name] and name != "output"]:
+    if changed := [f"{name} ({found[name]!r})" for name in own if found[name] != own[name] and name != "output"]:
         raise ValueError(f"{config.output} holds a run with another {', '.join(changed)}; choose another output folder")
     return path
 

@@ -807,6 +807,7 @@ def test_a_task_asked_for_twice_is_made_once(config, tmp_path):
         ([{"edit": "unchanged", "file_name": "test/none.png"}], "row 1: file_name 'test/none.png' is not in"),
         ([{"edit": "unchanged", "gidance": 3}], "row 1: unknown column 'gidance'; known: file_name, edit"),
         ([{"edit": "unchanged", "guidance_scale": "much"}], "row 1: guidance_scale takes float"),
+        ([{"edit": "unchanged", "protect_text": "nowhere"}], "row 1: protect_text.* is 'nowhere': input should"),
         ([{"edit": "unchanged", "guidance_scale": -1}], "row 1: guidance_scale is -1.0: input should be greater"),
         (
             [{"edit": "unchanged", "cross_replace_steps": 1.5}],
@@ -975,6 +976,7 @@ def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
         (["-p", "model", "./nope", "--check"], "nope is no diffusers pipeline"),
         (["-p", "similarity", "./nope", "-p", "sweep", "{guidance_scale: [1, 2]}", "--check"], "nope"),
         (["-p", "bits", "9"], "bits is 9: input should be 8 or 16"),
+        (["--processes", "-1"], "processes is -1: expected 0 or more"),
         (["-p", "split", "holdout"], "unknown split 'holdout'"),
     ],
 )
@@ -995,6 +997,8 @@ def test_an_output_that_is_a_file_is_told_before_processes_start(config, tmp_pat
 def test_settings_are_text_in_the_type_of_their_default(config):
     changed = configured(config, [("bits", "16"), ("guidance_scale", "7"), ("batch_size", "2")])
     assert (changed.bits, changed.edit, changed.batch_size) == (16, {"guidance_scale": 7.0}, 2)
+    for given, value in (("anywhere", "anywhere"), ("false", False), (True, True)):
+        assert configured(config, [("protect_text", given)]).edit == {"protect_text": value}
 
 
 def test_a_launcher_plans_without_the_libraries_of_models():

@@ -454,7 +454,7 @@ def test_a_run_that_began_from_other_weights_or_data_is_not_taken_for_this_one(c
 
 def test_another_configuration_needs_another_folder(config, tmp_path):
     save_config(config)
-    with pytest.raises(ValueError, match="another learning_rate"):
+    with pytest.raises(ValueError, match=r"another learning_rate \(0.*\); choose"):
         finetune(replace(config, learning_rate=1.0))
     moved = tmp_path / "moved"
     shutil.copytree(config.output, moved)

@@ -174,16 +174,20 @@ def processes_against_one(dataset: Path, folder: Path, steps: int) -> dict[str, 
 
 
 def bfloat16_against_float32(dataset: Path, folder: Path, steps: int) -> dict[str, float]:
-    """Images a second of whole runs on two threads, in turns."""
-    speeds: dict[Literal["no", "bf16"], list[float]] = {"no": [], "bf16": []}
-    for turn, (precision, found) in itertools.product(range(TURNS), speeds.items()):
-        found.append(images_per_second(dataset, folder / f"{precision}-{turn}", steps, 1, 2, precision))
-    ratios = [fast / slow for slow, fast in zip(speeds["no"], speeds["bf16"], strict=True)]
-    return {
-        "images_per_second_float32_run": statistics.median(speeds["no"]),
-        "images_per_second_bfloat16_run": statistics.median(speeds["bf16"]),
-        "speedup_bfloat16_run": statistics.median(ratios),
+    """Images a second of whole runs on two cores, in turns: one process of two threads, and two of one in bfloat16."""
+    ways: dict[str, tuple[int, int, Literal["no", "bf16"]]] = {
+        "float32_run": (1, 2, "no"), "bfloat16_run": (1, 2, "bf16"), "two_bfloat16_processes_run": (2, 1, "bf16"),
+    }  # fmt: skip
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn, (name, way) in itertools.product(range(TURNS), ways.items()):
+        speeds[name].append(images_per_second(dataset, folder / f"{name}-{turn}", steps, *way))
+    first = speeds["float32_run"]
+    ratios = {
+        f"speedup_{name}": statistics.median(new / old for old, new in zip(first, found, strict=True))
+        for name, found in speeds.items()
+        if found is not first
     }
+    return {f"images_per_second_{name}": statistics.median(found) for name, found in speeds.items()} | ratios
 
 
 def images_per_second(

@@ -1,0 +1,317 @@
+"""Train `film-sd` on crops of films with devices and without: `python -m benchmarks.train_film_sd DATA OUT`.
+
+DATA is a prepared folder of the data set "films". A crop's truth is a film of the train split that was screened and
+shows no device; its input is the same crop with devices, drawn anew each time: those of the catalogue in place, or
+turned, mirrored, enlarged and taken to another film, and lines and plates of random shape. Letters, grain, blur and
+sharpening come to both. The model sees little noise (timestep 1) and is told to remove devices, or that they are
+there; its loss is the error of the clean image, in pixels.
+
+The autoencoder is the lossless `HaarAutoencoder`, the text encoder and the inner layers of the U-Net are START's.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prism_lib.data import load_table, read_images
+from prism_lib.data.chest import DEVICES
+from prism_lib.data.rows import NO_DEVICES, prompt_pairs
+from prism_lib.devices import fast_attention
+from prism_lib.files import stable_seed
+from prism_lib.models import encode_prompts, load_pipeline
+from prism_lib.models.pipeline import Pipe, assembled, encode_images
+from prism_lib.models.wavelets import HaarAutoencoder
+from prism_lib.phantom import with_devices
+from prism_lib.training.batches import drawn_ahead
+
+CROP, TIMESTEP = 256, 1
+CHANNELS = (48, 96, 128, 128)  # of the U-Net, where START's are 32, 64, 128, 128
+FAINT = 0.004  # gray below which a change is none
+HUBER = 0.006  # gray from which on an error counts in proportion, not squared: a model in doubt changes nothing
+QUANTUM = 80.0  # attenuation in a bank's levels of 8 bits
+WORDS = ("L", "R", "PORTABLE", "SUPINE", "AP", "UPRIGHT", "ERECT", "SEMI-UPRIGHT", "MOBILE")
+ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
+
+
+class Crops(NamedTuple):
+    """A batch: inputs and truths (N, 1, CROP, CROP) in [0, 1], and the row of each prompt."""
+
+    inputs: Tensor
+    truths: Tensor
+    prompts: Tensor
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--start", default="phantom-sd")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    start = load_pipeline(options.start, device="cpu", channels_last=False)
+    clean = screened(options.data)
+    films = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
+    devices = bank(films, options.bank, options.seed)
+    pairs = prompt_pairs(options.data, clean.assign(**{DEVICES: 1.0}), NO_DEVICES)
+    sources, targets = (sorted({getattr(pair, side) for pair in pairs}) for side in ("source", "target"))
+    texts = encode_prompts(start, [*targets, *sources])
+
+    vae, unet = HaarAutoencoder(), wider(start.unet)
+    signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
+    noise = math.sqrt(1 - signal**2)
+    average = EMAModel(unet.parameters(), decay=0.998)
+    optimizer = torch.optim.AdamW(unet.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
+
+    def draw(step: int) -> Crops:
+        return batch(films, devices, options, step, len(targets), len(sources))
+
+    history: list[dict[str, float]] = []
+    begin, seen = time.perf_counter(), []
+    for step, crops in enumerate(tqdm(drawn_ahead(draw, range(options.steps), 1), total=options.steps)):
+        clean_latents = encode_images(vae, crops.inputs)
+        generator = torch.Generator().manual_seed(stable_seed(options.seed, "noise", step))
+        noisy = signal * clean_latents + noise * torch.randn(clean_latents.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16), fast_attention(torch.device("cpu"), "bf16"):
+            given = {"encoder_hidden_states": texts[crops.prompts]}
+            change = unet(noisy, torch.full((len(noisy),), TIMESTEP), **given).sample.float()
+        change = F.conv_transpose2d(change, vae.kernels, stride=4) / (2 * vae.config.scaling_factor)
+        true = crops.truths - crops.inputs
+        error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
+        loss = (error * (1 + 4 * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.step(unet.parameters())
+        inside = true.abs() > FAINT
+        with torch.no_grad():
+            share = ((change - true).abs() * inside).sum() / true.abs().sum().clamp(min=1e-3)
+            seen.append((loss.item(), share.item(), change[~inside].abs().mean().item()))
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            values = np.mean(seen, 0).round(5).tolist()
+            history.append(dict(zip(("step", "loss", "error", "outside"), (step + 1, *values), strict=True)))
+            tqdm.write(f"{history[-1]} {time.perf_counter() - begin:.0f} s")
+            seen = []
+            averaged = copy.deepcopy(unet)
+            average.copy_to(averaged.parameters())
+            save(averaged, -signal / noise, vae, start, options, history)
+
+
+def save(
+    unet: UNet2DConditionModel,
+    noise_per_change: float,
+    vae: HaarAutoencoder,
+    start: Pipe,
+    options: argparse.Namespace,
+    history: list[dict[str, float]],
+) -> None:
+    """The pipeline in half precision. Training has a U-Net predict the change; the pipeline's predicts noise."""
+    with torch.no_grad():
+        for values in unet.conv_out.parameters():
+            values *= noise_per_change
+    parts = (copy.deepcopy(part).half() for part in (vae, start.text_encoder))
+    pipe = assembled(next(parts), next(parts), start.tokenizer, unet.half(), start.scheduler)
+    pipe.save_pretrained(options.out)
+    log = {"config": vars(options), "losses": history}
+    (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")
+
+
+def screened(folder: Path) -> pd.DataFrame:
+    """The rows of train whose film was screened and shows no device."""
+    table = load_table(folder, "train")
+    return table[table[DEVICES].eq(0) & ~table["rendered"]]
+
+
+def bank(films: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Attenuation (count, H, H) of the catalogue's devices, each drawn for one of the films (N, H, H), in 8 bits."""
+    random, maps = np.random.default_rng([seed, 1]), np.zeros((count, *films.shape[1:]), np.uint8)
+    for place in tqdm(range(count), "devices"):
+        film = torch.from_numpy(films[random.integers(len(films))])[None, None].float() / 255
+        shown = with_devices(film, [int(random.integers(2**62))]).images
+        through = ((1 - shown) / (1 - film).clamp(min=1 / 255)).clamp(0.05, 1)
+        through[film > 0.94] = 1  # too few gray levels are left to tell
+        maps[place] = (-through.log()[0, 0] * QUANTUM).round().clamp(0, 255).byte().numpy()
+    return maps
+
+
+def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """An untrained U-Net for 16 channels with the given one's weights where the shapes allow."""
+    config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
+    new = UNet2DConditionModel.from_config({**unet.config, **config})
+    own, old = new.state_dict(), unet.state_dict()
+    new.load_state_dict(
+        own | {name: old[name] for name in own.keys() & old.keys() if own[name].shape == old[name].shape}
+    )
+    torch.nn.init.zeros_(new.conv_out.weight)
+    torch.nn.init.zeros_(new.conv_out.bias)
+    return new
+
+
+def batch(
+    films: np.ndarray, devices: np.ndarray, options: argparse.Namespace, step: int, targets: int, sources: int
+) -> Crops:
+    """The crops of a step; one in seven is told that devices are there, and stays as it is."""
+    random = np.random.default_rng([options.seed, 2, step])
+    pairs = [crop(films, devices, random) for _ in range(options.batch_size)]
+    truths, inputs = (torch.from_numpy(np.stack(images)).float()[:, None] for images in zip(*pairs, strict=True))
+    stays = torch.from_numpy(random.random(len(pairs)) < 1 / 7)
+    to, of = (torch.from_numpy(random.integers(0, count, len(pairs))) for count in (targets, sources))
+    truths = torch.where(stays[:, None, None, None], inputs, truths)
+    return Crops(inputs, truths, torch.where(stays, targets + of, to))
+
+
+def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A crop without devices and with them, (CROP, CROP) each, in [0, 1]."""
+    film = films[random.integers(len(films))]
+    y, x = random.integers(0, film.shape[0] - CROP + 1, 2)
+    truth = film[y : y + CROP, x : x + CROP].astype(np.float32) / 255
+    if random.random() < 0.5:
+        truth = truth[:, ::-1]
+    if random.random() < 0.4:
+        truth = (0.5 + (truth - 0.5) * random.uniform(0.6, 1.2) + random.uniform(-0.12, 0.12)).clip(0, 1)
+    if random.random() < 0.4:
+        truth = truth ** math.exp(random.uniform(-0.35, 0.35))
+    if random.random() < 0.2:
+        truth = lettered(truth, random)
+    attenuation = np.zeros_like(truth)
+    if random.random() < 0.94:
+        for _ in range(1 + (random.random() < 0.35)):
+            attenuation += taken(devices[random.integers(len(devices))], random)
+        if random.random() < 0.35:
+            drawn = shapes(random) * random.uniform(0.3, 1.0)
+            attenuation = attenuation + drawn if random.random() < 0.7 else drawn
+    scatter = random.uniform(0.05, 0.2) if random.random() < 0.5 else 0.0
+    through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
+    image = np.where(attenuation < FAINT, truth, 1 - (1 - truth) * through)
+    both = [truth, image]
+    if random.random() < 0.5:
+        grain = random.standard_normal(truth.shape, dtype=np.float32)
+        grain = ndimage.gaussian_filter(grain, random.uniform(0.5, 1.2)) if random.random() < 0.7 else grain
+        grain *= random.uniform(0.002, 0.02) / grain.std()
+        both = [each + grain for each in both]
+    way = random.random()
+    if way < 0.3:
+        radius = random.uniform(0.4, 1.0)
+        both = [ndimage.gaussian_filter(each, radius) for each in both]
+    elif way < 0.5:
+        radius, amount = random.uniform(0.8, 2.0), random.uniform(0.3, 1.2)
+        both = [each + amount * (each - ndimage.gaussian_filter(each, radius)) for each in both]
+    return both[0].clip(0, 1), both[1].clip(0, 1)
+
+
+def taken(devices: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A crop (CROP, CROP) of a map of devices: of three the fullest, often turned, mirrored, enlarged and fainter."""
+    places = random.integers(0, devices.shape[0] - CROP + 1, (3, 2))
+    y, x = max(places.tolist(), key=lambda p: int((devices[p[0] : p[0] + CROP, p[1] : p[1] + CROP] > 3).sum()))
+    if random.random() < 0.6:
+        angle, zoom = (
+            math.radians(random.integers(4) * 90 + random.uniform(-25, 25)),
+            math.exp(random.uniform(-0.4, 0.4)),
+        )
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / zoom
+        turn[:, 1] *= random.choice([-1, 1])
+        centre = np.array([y, x]) + CROP / 2
+        offset = centre - turn @ np.full(2, CROP / 2)
+        piece = ndimage.affine_transform(devices.astype(np.float32), turn, offset, (CROP, CROP), order=1)
+    else:
+        piece = devices[y : y + CROP, x : x + CROP].astype(np.float32)
+    strength = math.exp(random.uniform(-0.7, 0.5)) if random.random() < 0.7 else 1.0
+    return piece * (strength / QUANTUM)
+
+
+def shapes(random: np.random.Generator) -> np.ndarray:
+    """Attenuation (CROP, CROP) of one to four curves, rings and plates that are no particular device."""
+    total, side = np.zeros((2 * CROP, 2 * CROP), np.float32), 2 * CROP
+    for _ in range(random.integers(1, 5)):
+        layer = Image.new("L", (side, side))
+        pen, level = ImageDraw.Draw(layer), 120
+        if random.random() < 0.7:
+            knots = random.uniform(-0.3, 1.3, (random.integers(3, 6), 2)) * side
+            if random.random() < 0.4:
+                knots = knots[0] + np.cumsum(random.normal(0, 0.2, knots.shape), 0) * side
+            path = CubicSpline(np.arange(len(knots)), knots)(np.linspace(0, len(knots) - 1, 200))
+            width, look = 2 * math.exp(random.uniform(math.log(1.5), math.log(14))), random.random()
+            line = [tuple(point) for point in path.tolist()]
+            pen.line(line, level, max(1, round(width)), "curve")
+            if look < 0.3 and width > 5:  # a tube
+                pen.line(
+                    line, int(level * random.uniform(0, 0.7)), max(1, round(width * random.uniform(0.4, 0.8))), "curve"
+                )
+            elif look < 0.5:  # a stripe or core
+                pen.line(
+                    line,
+                    int(level * random.uniform(1.2, 2.1)),
+                    max(1, round(width * random.uniform(0.15, 0.5))),
+                    "curve",
+                )
+            elif look < 0.6:  # beads
+                for u, v in line[:: random.integers(3, 9)]:
+                    pen.ellipse([u - 0.7 * width, v - 0.7 * width, u + 0.7 * width, v + 0.7 * width], int(1.5 * level))
+        else:
+            u, v = random.uniform(0, side, 2)
+            half = 2 * np.exp(random.uniform(math.log(2), math.log(30), 2))
+            angles = np.linspace(0, 2 * math.pi, 60) + random.uniform(0, math.pi)
+            power, turn = random.choice([1.0, 0.3]), random.uniform(0, math.pi)
+            around = np.stack(
+                [half[i] * np.sign(f(angles)) * np.abs(f(angles)) ** power for i, f in enumerate((np.cos, np.sin))], 1
+            )
+            around = around @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]) + (u, v)
+            outline = [tuple(point) for point in around.tolist()]
+            if random.random() < 0.5:
+                pen.polygon(outline, level)
+            else:
+                pen.line([*outline, outline[0]], level, int(random.integers(2, 8)), "curve")
+        drawn = np.asarray(layer, np.float32) / level * math.exp(random.uniform(math.log(0.05), math.log(1.2)))
+        total = np.maximum(total, drawn) if random.random() < 0.3 else total + drawn
+    small = total.reshape(CROP, 2, CROP, 2).mean((1, 3))
+    return ndimage.gaussian_filter(small, random.uniform(0.4, 1.3))
+
+
+def lettered(film: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The film with a word or a marker, bright, or dark or bright on a plate: letters are no devices."""
+    word = (
+        str(random.choice(WORDS)) if random.random() < 0.5 else "".join(random.choice(ALPHABET, random.integers(1, 9)))
+    )
+    layer = Image.new("L", film.shape[::-1])
+    pen, font = ImageDraw.Draw(layer), ImageFont.load_default(float(random.uniform(9, 46)))
+    at = tuple(random.uniform(-10, CROP - 30, 2).tolist())
+    film, box = film.copy(), pen.textbbox(at, word, font)
+    bright = random.uniform(0.65, 1.0)
+    if random.random() < 0.3:
+        x0, y0, x1, y1 = (int(max(value + far, 0)) for value, far in zip(box, (-4, -4, 5, 5), strict=True))
+        dark = random.random() < 0.6
+        film[y0:y1, x0:x1] = film[y0:y1, x0:x1] * random.uniform(0.2, 0.7) if dark else bright
+        bright = bright if dark else random.uniform(0, 0.3)
+    pen.text(at, word, 255, font)
+    share = np.asarray(layer, np.float32) / 255
+    return film + share * (bright - film)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Crops(NamedTuple):
     prompts: Tensor
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
@@ -67,22 +68,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--stays", type=float, default=1 / 8, help="share of crops told that devices are there")
     parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     start = load_pipeline(options.start, device="cpu", channels_last=False)
     clean = screened(options.data)
     films = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
     devices = bank(films, options.bank, options.seed)
-    pairs = prompt_pairs(options.data, clean.assign(**{DEVICES: 1.0}), NO_DEVICES)
-    sources, targets = (sorted({getattr(pair, side) for pair in pairs}) for side in ("source", "target"))
+    targets, sources = prompts_of(options.data, clean)
     texts = encode_prompts(start, [*targets, *sources])
 
     vae, unet = HaarAutoencoder(), wider(start.unet)
     signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
     noise = math.sqrt(1 - signal**2)
+    scale_output(unet, -noise / signal)  # training has the U-Net predict the change of clean latents, a pipeline noise
     average = EMAModel(unet.parameters(), decay=0.998)
     optimizer = torch.optim.AdamW(unet.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
@@ -120,23 +122,20 @@ def main() -> None:
             seen = []
             averaged = copy.deepcopy(unet)
             average.copy_to(averaged.parameters())
-            save(averaged, -signal / noise, vae, start, options, history)
+            scale_output(averaged, -signal / noise)
+            save(averaged, vae, start, options, history)
 
 
 def save(
     unet: UNet2DConditionModel,
-    noise_per_change: float,
     vae: HaarAutoencoder,
     start: Pipe,
     options: argparse.Namespace,
     history: list[dict[str, float]],
 ) -> None:
-    """The pipeline in half precision. Training has a U-Net predict the change; the pipeline's predicts noise."""
-    with torch.no_grad():
-        for values in unet.conv_out.parameters():
-            values *= noise_per_change
-    parts = (copy.deepcopy(part).half() for part in (vae, start.text_encoder))
-    pipe = assembled(next(parts), next(parts), start.tokenizer, unet.half(), start.scheduler)
+    """Write the pipeline in half precision, and the course of training."""
+    text_encoder = copy.deepcopy(start.text_encoder).half()
+    pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), start.scheduler)
     pipe.save_pretrained(options.out)
     log = {"config": vars(options), "losses": history}
     (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")
@@ -146,6 +145,12 @@ def screened(folder: Path) -> pd.DataFrame:
     """The rows of train whose film was screened and shows no device."""
     table = load_table(folder, "train")
     return table[table[DEVICES].eq(0) & ~table["rendered"]]
+
+
+def prompts_of(folder: Path, films: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Prompts of the edit for films as if they showed devices: all targets and all sources."""
+    pairs = prompt_pairs(folder, films.assign(**{DEVICES: 1.0}), NO_DEVICES)
+    return sorted({pair.target for pair in pairs}), sorted({pair.source for pair in pairs})
 
 
 def bank(films: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -161,26 +166,33 @@ def bank(films: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """An untrained U-Net for 16 channels with the given one's weights where the shapes allow."""
+    """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change."""
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
     new = UNet2DConditionModel.from_config({**unet.config, **config})
+    torch.nn.init.zeros_(new.conv_out.weight)
+    torch.nn.init.zeros_(new.conv_out.bias)
     own, old = new.state_dict(), unet.state_dict()
     new.load_state_dict(
         own | {name: old[name] for name in own.keys() & old.keys() if own[name].shape == old[name].shape}
     )
-    torch.nn.init.zeros_(new.conv_out.weight)
-    torch.nn.init.zeros_(new.conv_out.bias)
     return new
+
+
+def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
+    """Multiply what the U-Net predicts."""
+    with torch.no_grad():
+        for values in unet.conv_out.parameters():
+            values *= factor
 
 
 def batch(
     films: np.ndarray, devices: np.ndarray, options: argparse.Namespace, step: int, targets: int, sources: int
 ) -> Crops:
-    """The crops of a step; one in seven is told that devices are there, and stays as it is."""
+    """The crops of a step; those that are told that devices are there stay as they are."""
     random = np.random.default_rng([options.seed, 2, step])
     pairs = [crop(films, devices, random) for _ in range(options.batch_size)]
     truths, inputs = (torch.from_numpy(np.stack(images)).float()[:, None] for images in zip(*pairs, strict=True))
-    stays = torch.from_numpy(random.random(len(pairs)) < 1 / 7)
+    stays = torch.from_numpy(random.random(len(pairs)) < options.stays)
     to, of = (torch.from_numpy(random.integers(0, count, len(pairs))) for count in (targets, sources))
     truths = torch.where(stays[:, None, None, None], inputs, truths)
     return Crops(inputs, truths, torch.where(stays, targets + of, to))
@@ -209,7 +221,7 @@ def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) ->
     scatter = random.uniform(0.05, 0.2) if random.random() < 0.5 else 0.0
     through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
     image = np.where(attenuation < FAINT, truth, 1 - (1 - truth) * through)
-    both = [truth, image]
+    both: list[np.ndarray] = [truth, image]
     if random.random() < 0.5:
         grain = random.standard_normal(truth.shape, dtype=np.float32)
         grain = ndimage.gaussian_filter(grain, random.uniform(0.5, 1.2)) if random.random() < 0.7 else grain
@@ -247,7 +259,8 @@ def taken(devices: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def shapes(random: np.random.Generator) -> np.ndarray:
     """Attenuation (CROP, CROP) of one to four curves, rings and plates that are no particular device."""
-    total, side = np.zeros((2 * CROP, 2 * CROP), np.float32), 2 * CROP
+    side = 2 * CROP
+    total: np.ndarray = np.zeros((side, side), np.float32)
     for _ in range(random.integers(1, 5)):
         layer = Image.new("L", (side, side))
         pen, level = ImageDraw.Draw(layer), 120

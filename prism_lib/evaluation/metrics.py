@@ -16,6 +16,8 @@ from torch.nn.functional import cosine_similarity
 
 from prism_lib.files import check_images
 
+ROUNDING = 1 / 1020  # mean error of rounding gray to 8 bits: the least that an autoencoder's error counts as
+
 
 def l1(images: Tensor, others: Tensor) -> Tensor:
     """Mean |a - b|, (N,): subject identity preservation in the PRISM paper (lower is better)."""
@@ -48,7 +50,7 @@ def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Ten
     Of images after null edits this is *composition*, of images edited and edited back *reversibility* (Monteiro et al.,
     "Measuring axiomatic soundness of counterfactual image models", ICLR 2023); ``reconstruction`` is the autoencoder's.
     """
-    return _ratio(l1(images, original), l1(reconstruction, original), "the autoencoder has no error")
+    return l1(images, original) / l1(reconstruction, original).clamp(min=ROUNDING)
 
 
 def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tensor) -> Tensor:
@@ -58,9 +60,12 @@ def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tens
 
 
 def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """L1 of the decoded edit where nothing had to change, in units of the autoencoder's own error there, (N,)."""
+    """L1 of the decoded edit where nothing had to change, in units of the autoencoder's own error there, (N,).
+
+    Of a lossless autoencoder the unit is the mean error of rounding to 8 bits.
+    """
     cost, own = (masked_l1(images, original, mask, outside=True) for images in (edited, reconstruction))
-    return _ratio(cost, own, "the reconstruction has no error outside the mask")
+    return cost / own.clamp(min=ROUNDING)
 
 
 def changed_fraction_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_bars
 
 from prism_lib import paths
 from prism_lib.files import file_hash
+from prism_lib.models.wavelets import HaarAutoencoder  # diffusers loads classes of imported modules only
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in model_index.json
     "_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", SDXL.__name__),
     "text_encoder": ("CLIPTextModel", "BertModel"),
+    "vae": (AutoencoderKL.__name__, HaarAutoencoder.__name__),
 }
 _SUPPORTED = (
     "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel) and SDXL"

@@ -2,18 +2,18 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 
-class HaarAutoencoder(ModelMixin, ConfigMixin):
+class HaarAutoencoder(AutoencoderKL):
     """Haar wavelets (Haar, 1910) of gray images: cells of f x f pixels become f * f channels, and back without loss.
 
-    It has the interface of `AutoencoderKL`. ``block_out_channels`` are the channels after each halving, from 1 on; f is
-    2 for each. Scaled latents are the orthonormal transform of pixels in [-1, 1], times ``scaling_factor``.
+    Of `AutoencoderKL` it has the interface alone. ``block_out_channels`` are the channels after each halving, from 1
+    on. Scaled latents are the orthonormal transform of pixels in [-1, 1], times ``scaling_factor``.
     """
 
     @register_to_config
@@ -28,7 +28,7 @@ class HaarAutoencoder(ModelMixin, ConfigMixin):
         force_upcast: bool = False,
         latent_channels: int = 16,
     ) -> None:
-        super().__init__()
+        ModelMixin.__init__(self)
         if tuple(block_out_channels) != tuple(4**k for k in range(len(block_out_channels))):
             raise ValueError(f"block_out_channels must be 1, 4, 16, ...; got {tuple(block_out_channels)}")
         if latent_channels != block_out_channels[-1]:

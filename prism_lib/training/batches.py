@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from prism_lib.files import stable_seed
 from prism_lib.training.cache import Cache
 from prism_lib.training.config import FinetuneConfig
 
+Drawn = TypeVar("Drawn")
 TIMESTEP_BINS = 5
 
 
@@ -160,7 +161,7 @@ def batches_from(
     return drawn_ahead(draw, numbers, config.draw_workers if gpu else 0)
 
 
-def drawn_ahead(draw: Callable[[int], Draw], numbers: Iterable[int], threads: int) -> Generator[Draw]:
+def drawn_ahead(draw: Callable[[int], Drawn], numbers: Iterable[int], threads: int) -> Generator[Drawn]:
     """``draw(number)`` of each number in order; threads draw ahead, so that a GPU does not wait. 0 draw when needed.
 
     Two batches a thread are ahead and no more, whatever a step takes: joblib would draw the whole run into memory.

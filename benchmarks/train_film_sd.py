@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument(
+        "--weight", type=float, default=1.5, help="of devices: 1 weighs a faint pixel 6 times as much as one without"
+    )
     parser.add_argument("--stays", type=float, default=1 / 8, help="share of crops told that devices are there")
     parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         change = F.conv_transpose2d(change, vae.kernels, stride=4) / (2 * vae.config.scaling_factor)
         true = crops.truths - crops.inputs
         error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
-        loss = (error * (1 + 4 * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))).mean()
+        loss = (error * (1 + options.weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -159,6 +159,8 @@ class LEdits(Editor):
 
     @torch.no_grad()
     def edit(self, pipe: Pipe, inverted: Tensor, pairs: Pairs, change: Edit) -> Results:
+        if (channels := pipe.vae.config.latent_channels) != 4:
+            raise ValueError(f"LEDITS++ of diffusers edits latents of 4 channels, this model has {channels}")
         how = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
         scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **how)
         ledits = _sharing(pipe, LEditsPPPipelineStableDiffusion, scheduler)

@@ -10,11 +10,11 @@ from prism_lib.editing.inversion import invert
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import write_settings
 from prism_lib.language.edits import Edit
-from prism_lib.models.pipeline import decode_latents, encode_images, encode_prompts, predict_noise
+from prism_lib.models.pipeline import build_pipeline, decode_latents, encode_images, encode_prompts, predict_noise
 from prism_lib.models.schedule import Schedule, step
 from prism_lib.studies import editors
 from prism_lib.studies.editors import PLAIN, Edict, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks, unmasked
-from tests.tiny import REMOVE, UNCHANGED, tiny_images, tiny_pipeline
+from tests.tiny import REMOVE, UNCHANGED, tiny_config, tiny_images, tiny_pipeline
 
 CHANGE = Edit(remove=("Support Devices",))
 EDITORS = {
@@ -200,3 +200,9 @@ def test_a_bad_setting_is_named(make, message):
 def test_an_unknown_inversion_is_an_error_before_any_work():
     with pytest.raises(ValueError, match="'nothing'"):
         PromptToPrompt("nothing")(tiny_pipeline(), tiny_images(1), [REMOVE], CHANGE)
+
+
+def test_ledits_says_how_many_channels_of_latents_it_edits():
+    pipe = build_pipeline(replace(tiny_config(), latent_channels=16), seed=0)
+    with pytest.raises(ValueError, match="latents of 4 channels, this model has 16"):
+        EDITORS["ledits"](pipe, tiny_images(1), [REMOVE], CHANGE)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
@@ -138,7 +138,9 @@ def save(
 ) -> None:
     """Write the pipeline in half precision, and the course of training."""
     text_encoder = copy.deepcopy(start.text_encoder).half()
-    pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), start.scheduler)
+    # An edit of one step ends at the clean latents, not at timestep 0 as Stable Diffusion's do.
+    scheduler = DDIMScheduler.from_config(start.scheduler.config, set_alpha_to_one=True)
+    pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), scheduler)
     pipe.save_pretrained(options.out)
     log = {"config": vars(options), "losses": history}
     (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")

@@ -60,6 +60,7 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     train_film_sd.main(given)
     pipe = load_pipeline(tmp_path / "film", device="cpu")
     assert isinstance(pipe.vae, HaarAutoencoder) and pipe.unet.config.in_channels == 16
+    assert pipe.scheduler.config.set_alpha_to_one
     latents = encode_images(pipe.vae, torch.from_numpy(films[:1])[:, None] / 255)
     assert predict_noise(pipe, latents, 1, encode_prompts(pipe, [TARGET])).abs().max() > 0
     log = json.loads((tmp_path / "film" / "training.json").read_text())

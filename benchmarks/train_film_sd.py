@@ -214,7 +214,7 @@ def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) ->
         truth = (0.5 + (truth - 0.5) * random.uniform(0.6, 1.2) + random.uniform(-0.12, 0.12)).clip(0, 1)
     if random.random() < 0.4:
         truth = truth ** math.exp(random.uniform(-0.35, 0.35))
-    if random.random() < 0.2:
+    if random.random() < 0.3:
         truth = lettered(truth, random)
     attenuation = np.zeros_like(truth)
     if random.random() < 0.94:
@@ -312,7 +312,7 @@ def shapes(random: np.random.Generator) -> np.ndarray:
 
 
 def lettered(film: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The film with a word or a marker, bright, or dark or bright on a plate: letters are no devices."""
+    """The film with a word or a marker, bright or dark, half of them on a plate or framed: letters are no devices."""
     word = (
         str(random.choice(WORDS)) if random.random() < 0.5 else "".join(random.choice(ALPHABET, random.integers(1, 9)))
     )
@@ -320,12 +320,19 @@ def lettered(film: np.ndarray, random: np.random.Generator) -> np.ndarray:
     pen, font = ImageDraw.Draw(layer), ImageFont.load_default(float(random.uniform(9, 46)))
     at = tuple(random.uniform(-10, CROP - 30, 2).tolist())
     film, box = film.copy(), pen.textbbox(at, word, font)
-    bright = random.uniform(0.65, 1.0)
-    if random.random() < 0.3:
-        x0, y0, x1, y1 = (int(max(value + far, 0)) for value, far in zip(box, (-4, -4, 5, 5), strict=True))
-        dark = random.random() < 0.6
-        film[y0:y1, x0:x1] = film[y0:y1, x0:x1] * random.uniform(0.2, 0.7) if dark else bright
-        bright = bright if dark else random.uniform(0, 0.3)
+    bright, look = random.uniform(0.65, 1.0), random.random()
+    x0, y0, x1, y1 = (value + far * random.integers(2, 9) for value, far in zip(box, (-1, -1, 1, 1), strict=True))
+    plate = np.s_[max(int(y0), 0) : max(int(y1), 0), max(int(x0), 0) : max(int(x1), 0)]
+    if look < 0.15:
+        film[plate] *= random.uniform(0.2, 0.7)
+    elif look < 0.4:  # lets the film through
+        film[plate] += random.uniform(0.1, 0.5) * (1 - film[plate])
+        bright = 1.0
+    elif look < 0.5:  # with dark letters
+        film[plate] = bright
+        bright = random.uniform(0, 0.3)
+    elif look < 0.6 and x1 > x0 and y1 > y0:
+        (pen.ellipse if look < 0.55 else pen.rectangle)([x0, y0, x1, y1], outline=255, width=int(random.integers(1, 4)))
     pen.text(at, word, 255, font)
     share = np.asarray(layer, np.float32) / 255
     return film + share * (bright - film)

@@ -236,8 +236,8 @@ def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) ->
     if way < 0.3:
         radius = random.uniform(0.4, 1.0)
         both = [ndimage.gaussian_filter(each, radius) for each in both]
-    elif way < 0.5:
-        radius, amount = random.uniform(0.8, 2.0), random.uniform(0.3, 1.2)
+    elif way < 0.7:  # to the bright bone edges of a bedside film
+        radius, amount = math.exp(random.uniform(math.log(0.8), math.log(12))), random.uniform(0.3, 1.5)
         both = [each + amount * (each - ndimage.gaussian_filter(each, radius)) for each in both]
     return both[0].clip(0, 1), both[1].clip(0, 1)
 

@@ -82,6 +82,11 @@ def exclusive(folder: Path) -> Iterator[None]:
             (folder / ".lock").unlink(missing_ok=True)
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 class Stopped(SystemExit):
     """A signal asked for the end, and what was done is saved: uncaught, the process exits with 0."""
 

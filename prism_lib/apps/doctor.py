@@ -18,6 +18,7 @@ import torch
 import prism_lib
 from prism_lib import devices, paths, records
 from prism_lib.data import dicom
+from prism_lib.files import existing
 
 WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
 FREE_GB, MEMORY_GB = 5.0, 4.0
@@ -63,7 +64,7 @@ def checks() -> Iterator[Check]:
     yield _writable("data", paths.data(), "PRISM_DATA can name another folder")
     yield _writable("runs", paths.runs(), "PRISM_RUNS can name another folder")
     yield _writable("figures", paths.root() / "figures", "take another checkout")
-    free = shutil.disk_usage(_existing(paths.runs())).free / 1e9
+    free = shutil.disk_usage(existing(paths.runs())).free / 1e9
     remedy = "free some, or let PRISM_RUNS and PRISM_DATA name folders on a larger disk"
     yield Check("disk", free >= FREE_GB, f"{free:.0f} GB free, {FREE_GB:.0f} wanted", remedy, required=False)
 
@@ -104,9 +105,8 @@ def _torchvision() -> Check:
     """A torchvision built for another torch breaks every package that looks for one; PRISM needs none."""
     if importlib.util.find_spec("torchvision") is None:
         return Check("torchvision", True, "not installed, and not needed")
-    command = [sys.executable, "-c", "import torchvision"]
     try:  # in a process of its own: a broken one can take the interpreter down
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        subprocess.run([sys.executable, "-c", "import torchvision"], check=True, capture_output=True, timeout=120)
     except (subprocess.SubprocessError, OSError):
         detail = f"installed, but cannot be imported beside torch {torch.__version__}"
         return Check("torchvision", False, detail, f"{sys.executable} -m pip uninstall torchvision")
@@ -142,13 +142,9 @@ def _versions() -> Check:
 
 def _writable(name: str, folder: Path, remedy: str) -> Check:
     """Whether a file can be made in the folder, or in the nearest one above it that exists."""
-    place = _existing(folder)
+    place = existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             return Check(name, True, str(folder))
     except OSError as error:
         return Check(name, False, f"{place} cannot be written: {os.strerror(error.errno or 0)}", remedy)
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.is_dir() else _existing(folder.parent)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prism_lib.files import atomic, file_hash
+from prism_lib.files import atomic, existing, file_hash
 
 State = Mapping[str, Tensor]
 
@@ -83,7 +83,8 @@ def write_tensors(path: Path, tensors: State, metadata: Mapping[str, str] | None
         with atomic(path) as partial:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path} ({_free(path) / 2**30:.1f} GiB are free there): {error}") from error
+        free = shutil.disk_usage(existing(path)).free / 2**30
+        raise OSError(f"cannot write {path} ({free:.1f} GiB are free there): {error}") from error
 
 
 @torch.no_grad()
@@ -105,13 +106,8 @@ def set_learning_rate(optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaL
 
 def require_space(folder: Path, size: float, what: str) -> None:
     """Raise OSError before long work when ``folder`` has no room for ``size`` bytes of ``what``."""
-    if (free := _free(folder)) < size:
+    if (free := shutil.disk_usage(existing(folder)).free) < size:
         raise OSError(f"{what} need {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free")
-
-
-def _free(path: Path) -> int:
-    """Bytes left where the path is, or would be."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -102,10 +102,10 @@ def assembled(
     tokenizer: CLIPTokenizer | None,
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
+    kind: Any = StableDiffusionPipeline,
 ) -> Pipe:
     """A pipeline of these parts, without a safety checker; without text parts it is called with embeddings."""
-    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
-    pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipeline = kind(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -138,8 +138,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     learned = json.loads(backend.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=learned["vocab"], merges=[*map(tuple, learned["merges"])], model_max_length=77)
 
 
 def load_pipeline(

@@ -23,6 +23,7 @@ from prism_lib.files import image_hash, stable_seed
 from prism_lib.language.edits import Edit, Pairs
 from prism_lib.models.pipeline import (
     Pipe,
+    assembled,
     decode_latents,
     encode_images,
     encode_prompts,
@@ -95,8 +96,7 @@ class TwoMasks(Editor):
 
     def invert(self, pipe: Pipe, images: Tensor, pairs: Pairs) -> tuple[Inversion, Tensor]:
         """The inversion, and the masks (N, 1, H, W) that our editor finds on it."""
-        sources = [pair.source for pair in pairs]
-        inversion = invert(pipe, images, sources, "edit_friendly", self.num_inference_steps)
+        inversion = invert(pipe, images, [pair.source for pair in pairs], "edit_friendly", self.num_inference_steps)
         return inversion, stack(edit(pipe, inversion, pairs), "mask")
 
     def edit(self, pipe: Pipe, inverted: tuple[Inversion, Tensor], pairs: Pairs, change: Edit) -> Results:
@@ -339,7 +339,4 @@ def _sharing(pipe: Pipe, kind: Any, scheduler: object) -> Any:
     """Another of diffusers' pipelines with the same networks and a scheduler of its own; ValueError for SDXL."""
     if len(text_encoders(pipe)) > 1:
         raise ValueError(f"{pipe.name_or_path} is SDXL; this editor runs Stable Diffusion 1 and 2 only")
-    parts = (pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, None, None)
-    own = kind(*parts, requires_safety_checker=False)
-    own.set_progress_bar_config(disable=True)
-    return own
+    return assembled(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, kind)

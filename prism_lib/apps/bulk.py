@@ -205,8 +205,7 @@ class Chooser:
 def _work(config: BulkConfig, pipe: Pipe, chooser: Chooser, own: list[list[Task]], part: Path, show: bool) -> bool:
     """Edit batch after batch: each file, then its row in this process's part of the manifest; whether a signal came."""
     out, hidden = part.parents[1], None if show else True
-    bar = tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=hidden)
-    with bar as progress, stop_asked() as asked:
+    with tqdm(total=sum(map(len, own)), desc="generate", unit="image", disable=hidden) as bar, stop_asked() as asked:
         for batch in own:
             if asked.is_set():
                 break
@@ -227,7 +226,7 @@ def _work(config: BulkConfig, pipe: Pipe, chooser: Chooser, own: list[list[Task]
                         row["full_size"] = put_back(Path(task.film), film, result, dicom).removeprefix(f"{out}/")
                 with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"sha256": digest}) + "\n")
-            progress.update(len(batch))
+            bar.update(len(batch))
     return asked.is_set()
 
 

@@ -69,8 +69,7 @@ class Choice:
 
     @property
     def criteria(self) -> Criteria:
-        best = self.best or ("guide_gain" if self.guide else "directional")
-        return Criteria(best, self.at_least, self.at_most)
+        return Criteria(self.best or ("guide_gain" if self.guide else "directional"), self.at_least, self.at_most)
 
 
 _CHOICE = tuple(item.name for item in fields(Choice))

@@ -210,8 +210,7 @@ def launch(config: "BulkConfig", processes: int) -> None:
         port = free.getsockname()[1]
     with stop_asked(stop_children) as asked:
         try:
-            shared = (processes, port, config, pipe)
-            multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
+            multiprocessing.start_processes(_process, (processes, port, config, pipe), processes, start_method=method)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             if not asked.is_set():  # else one was asked before it could listen
                 reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"
@@ -237,8 +236,7 @@ def _process(index: int, processes: int, port: int, config: "BulkConfig", pipe: 
 def _check_figures(datasets: Sequence[str]) -> int:
     from prism_lib.reporting.tables import check_figures  # it imports pandas
 
-    folder = paths.root() / "figures"
-    found = datasets or sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
+    found = datasets or sorted(path.name for path in (paths.root() / "figures").iterdir() if any(path.glob("*.json")))
     problems = []
     for dataset in found:
         try:
@@ -246,8 +244,7 @@ def _check_figures(datasets: Sequence[str]) -> int:
         except ValueError as error:
             problems.append(str(error))
     again = f"{len(problems)} problems; `prism run PROFILE --only 08` writes all of it anew"
-    said = again if problems else "all follow from the records"
-    print(*problems, f"figures of {', '.join(found)}: {said}", sep="\n")
+    print(*problems, f"figures of {', '.join(found)}: {again if problems else 'all follow from the records'}", sep="\n")
     return 1 if problems else 0
 
 

@@ -83,8 +83,7 @@ class Explorer(widgets.VBox):
         columns = [widgets.VBox(controls, layout=left), widgets.VBox(shown, layout=right)]
         about = f"{records.device()}; for research, not for clinical use"
         title = widgets.HTML(f'<h4>Counterfactual explorer</h4><span class="prism-note">{html.escape(about)}</span>')
-        body = widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
-        super().__init__([title, body])
+        super().__init__([title, widgets.HBox(columns, layout={"flex_flow": "row wrap", "align_items": "flex-start"})])
         self.add_class("prism")
         self._enable()
         self.source.guarded(self.source.begin)()
@@ -183,8 +182,7 @@ class Explorer(widgets.VBox):
             self.files.value = f"<pre>{html.escape(self.outcome.code())}</pre>"
 
     def _enable(self) -> None:
-        ready = self.outcome is not None and not self.outcome.preview
-        self.save.disabled = self.show_code.disabled = not ready
+        self.save.disabled = self.show_code.disabled = self.outcome is None or self.outcome.preview
 
     def picture(self) -> bytes:
         """A PNG of the present state: the counterfactual sheet, or the image that waits for an edit."""

@@ -322,8 +322,7 @@ def sentence(error: BaseException) -> str:
     """An exception as one sentence for a person: its first line, without a traceback."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "There is not enough memory for this: close other notebooks or take a smaller model."
-    lines = str(error).strip().splitlines()
-    said = (lines or [type(error).__name__])[0].strip()
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     if said.endswith((".", "!", "?")):
         return said  # it was written as a sentence, and may begin with the name of a file
     return f"{said[:1].upper()}{said[1:]}."

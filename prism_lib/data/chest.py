@@ -227,8 +227,7 @@ def _agreed(table: pd.DataFrame, labels: list[str], rule: str, path: Path) -> pd
         image, count = str(parted.any(axis=1).idxmax()), int(parted.any(axis=1).sum())
         named = ", ".join(label for label in labels if parted.at[image, label])
         raise ValueError(f"{path}: readers of image {image!r} disagree on {named} ({count} such images)")
-    images = table.drop_duplicates("name").drop(columns=labels)
-    return images.join(_AGREED[rule](share), on="name")
+    return table.drop_duplicates("name").drop(columns=labels).join(_AGREED[rule](share), on="name")
 
 
 def _listed(texts: pd.Series, archive: Archive, path: Path, ignored: Counter[Hashable]) -> pd.DataFrame:
@@ -323,8 +322,7 @@ def moved(films: ImageFiles, path: Path, seed: int) -> np.ndarray:
         (side, side), Image.Transform.AFFINE, (cos, sin, x0, -sin, cos, y0), Image.Resampling.BICUBIC
     )
     small = np.asarray(turned.resize((films.size, films.size), Image.Resampling.LANCZOS), dtype=float) / 255
-    gamma = 0.8 * (1.25 / 0.8) ** random.uniform()
-    return (255 * small**gamma).round().astype(np.uint8)
+    return (255 * small ** (0.8 * (1.25 / 0.8) ** random.uniform())).round().astype(np.uint8)
 
 
 def acquired(pixels: np.ndarray, seed: int) -> np.ndarray:
@@ -376,5 +374,4 @@ def film_source(
             devices[DEVICES] = devices[DEVICES].where(clean[devices.index])
         parts += [some, devices]
     pairs = pd.concat(parts).sort_values("name", kind="stable").reset_index(drop=True)
-    policy = f"{POLICIES['films']} {films.label_policy}"
-    return Source(pairs, films.labels, policy, reader, films.rejected)
+    return Source(pairs, films.labels, f"{POLICIES['films']} {films.label_policy}", reader, films.rejected)

@@ -152,18 +152,14 @@ class PromptToPromptProcessor:
         if attention_mask is not None:
             raise ValueError("attention masks are not supported in a controlled U-Net call")
         if encoder_hidden_states is None:
-            attended = self._self_attention(attn, hidden_states)
+            computed, used = self.controller.query_rows(hidden_states.shape[1])
+            seen = hidden_states[computed]
+            query, key, value = _heads(attn, attn.to_q(seen), attn.to_k(seen), attn.to_v(hidden_states))
+            attended = _attend(attn, query[used], key[used], value)  # (rows, heads, queries, C / heads)
         else:
             attended = self._cross_attention(attn, hidden_states, encoder_hidden_states)
         attended = attended.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         return attn.to_out[1](attn.to_out[0](attended))
-
-    def _self_attention(self, attn: Attention, hidden_states: Tensor) -> Tensor:
-        """(rows, queries, C) -> (rows, heads, queries, C / heads)."""
-        computed, used = self.controller.query_rows(hidden_states.shape[1])
-        seen = hidden_states[computed]
-        query, key, value = _heads(attn, attn.to_q(seen), attn.to_k(seen), attn.to_v(hidden_states))
-        return _attend(attn, query[used], key[used], value)
 
     def _cross_attention(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> Tensor:
         """(rows, queries, C), (rows, L, D) -> (rows, heads, queries, C / heads)."""

@@ -96,8 +96,7 @@ def sweep(
         raise ValueError("a sweep needs at least one setting")
     count = len(settings)
     steps = inversion.schedule.num_steps
-    wanted = [(n, pair, resolved(pipe, pair, steps, one)) for n, pair in enumerate(pairs) for one in settings]
-    tasks = [EditTask(*one) for one in wanted]
+    tasks = [EditTask(n, pair, resolved(pipe, pair, steps, one)) for n, pair in enumerate(pairs) for one in settings]
     for task in tasks:
         if task.pair.source != (prompt := inversion.prompts[task.image]):
             started = f"image {task.image} was inverted as {prompt!r}"

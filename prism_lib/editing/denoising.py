@@ -134,10 +134,8 @@ def denoise(
             latents = torch.cat([source, target[negatives], target])
             negative = negative_text[[leads[row] for row in controller.guided]]
             if how.negative == "stored" and inversion.negative_embeds is not None:
-                guided_images = [rows[row].image for row in controller.guided]
-                negative = inversion.negative_embeds[level][guided_images].to(negative)
-            text = torch.cat([source_text, negative, target_text[leads]])
-            prediction = predict_noise(pipe, latents, timestep, text)
+                negative = inversion.negative_embeds[level][[rows[row].image for row in controller.guided]].to(negative)
+            prediction = predict_noise(pipe, latents, timestep, torch.cat([source_text, negative, target_text[leads]]))
             of_source, of_negative, of_target = prediction.split([len(source), len(negatives), len(target)])
             # Where an edit may not act its prompt goes on asking for it, which is no evidence of a change.
             sides = [masks.side_cells(source[0, :1], task.config.side) for task in rows]
@@ -167,8 +165,7 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, target)
     check_finite(torch.stack(finite), [first + task.image for task in tasks], "editing")
-    word_maps = controller.maps.mean(*source.shape[-2:])
-    return Outcome(source, target, noise_change / len(walk), word_maps, walk[-1])
+    return Outcome(source, target, noise_change / len(walk), controller.maps.mean(*source.shape[-2:]), walk[-1])
 
 
 def edit_controller(pipe: Pipe, tasks: Sequence[EditTask], inversion: Inversion) -> Controller:
@@ -211,8 +208,7 @@ def _embed(pipe: Pipe, inversion: Inversion, tasks: Sequence[EditTask]) -> tuple
     away = inversion.how.negative
     from_source = [away == "source" or (away == "edit" and task.config.negative == "source") for task in tasks]
     negatives = [task.pair.source if source else "" for task, source in zip(tasks, from_source, strict=True)]
-    targets = [task.pair.target for task in tasks]
-    embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *targets])
+    embeds = encode_prompts(pipe, [*inversion.prompts, *negatives, *(task.pair.target for task in tasks)])
     return embeds.split([len(inversion), len(tasks), len(tasks)])
 
 

@@ -76,6 +76,5 @@ def load(model: str) -> Reference | None:
     """The reference beside a model's weights, or None where there is none."""
     places = (paths.weights() / model, Path(model).expanduser(), paths.runs() / model)
     path = next((place / FILE for place in places if (place / FILE).is_file()), None)
-    if path is None:
-        return None
-    return read(Reference, path.read_bytes(), f"{path} is no reference of `evaluation.novelty`")
+    fault = f"{path} is no reference of `evaluation.novelty`"
+    return None if path is None else read(Reference, path.read_bytes(), fault)

@@ -225,8 +225,7 @@ class Classifier:
         """
         made = _opened(str(source), arguments or {}, allow_code)
         if not isinstance(made, Classifier):
-            own: Any = getattr(made, "labels", None) or getattr(made, "pathologies", ())
-            given = contract.pop("labels", own)
+            given = contract.pop("labels", getattr(made, "labels", None) or getattr(made, "pathologies", ()))
             if not (labels := (given,) if isinstance(given, str) else tuple(map(str, given))):
                 raise ValueError(f"{source} does not name its outputs: give its labels")
             made = cls(made.to(default_device()), labels)

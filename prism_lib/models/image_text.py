@@ -96,8 +96,7 @@ class QuestionReader(nn.Module):
         self.model, self.processor = model, processor
         self.prompts = []
         for question in questions:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             self.prompts.append(str(processor.apply_chat_template(chat, add_generation_prompt=True)))
         of = processor.tokenizer
         yes, no = ({of(word, add_special_tokens=False).input_ids[0] for word in words} for words in (YES, NO))

@@ -99,8 +99,7 @@ def strata(evaluation: Evaluation, cases: pd.DataFrame, labels: Sequence[str]) -
 def by_stratum(evaluation: Evaluation, hard: pd.DataFrame, seed: int = 0) -> Numbers:
     """Images and mean error to the truth of every stratum that has any, and of "all"; intervals over patients."""
     numbers = {}
-    everyone = pd.DataFrame({"all": True}, index=hard.index)
-    for name, members in everyone.join(hard).items():
+    for name, members in pd.DataFrame({"all": True}, index=hard.index).join(hard).items():
         if len(table := evaluation.table[members]):
             numbers[str(name)] = summarise_rows(table[["file_name", "patient_id", CRITERION]], seed)
     return numbers

@@ -224,5 +224,4 @@ def find_settings(config: TuningConfig, say: Callable[[str], object] = lambda li
     records.record("tuning", metrics=metrics, **about)
     measured = f"prism tune: {config.images} validation images of each edit, {config.steps} steps; tuning.json"
     content = {"measured": measured, "inversion": {"skip": round(best["skip"], 3)}, "defaults": edit_fields(best)}
-    settings = write_settings(folder, content | {"rules": rules})
-    return Found(settings, folder, studies, pd.DataFrame(losses).T)
+    return Found(write_settings(folder, content | {"rules": rules}), folder, studies, pd.DataFrame(losses).T)

@@ -141,8 +141,7 @@ def _vae_losses(vae: AutoencoderKL, batch: Tensor, config: VaeConfig, step: int)
     """L1, gradient L1, squared error (in [0, 1] units) and KL to the unit Gaussian."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000_000)
     posterior = vae.encode(batch).latent_dist
-    output = vae.decode(posterior.sample(generator)).sample
-    error = (output - batch) / 2
+    error = (vae.decode(posterior.sample(generator)).sample - batch) / 2
     return {
         "l1": error.abs().mean(),
         "gradient": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
@@ -245,8 +244,7 @@ def glyphs(count: int, size: int, generator: torch.Generator, number: int = 4) -
         points.append((corner + line * height * torch.tensor([0.65, 1.0])).flatten(1, 2))
     pixels = torch.cat(points, dim=1)
     radius = (0.6 + 0.7 * torch.rand(count, 1, generator=generator)) * size / 256
-    chord = stamp(pixels, radius.expand(pixels.shape[:2]), size)
-    return (chord / (1.6 * radius[..., None])).clamp(0, 1)
+    return (stamp(pixels, radius.expand(pixels.shape[:2]), size) / (1.6 * radius[..., None])).clamp(0, 1)
 
 
 @checked()

@@ -94,8 +94,7 @@ def build_cache(
         return encode_prompts(pipeline, distinct[start:stop]).to("cpu", dtype)
 
     content = load_info(dataset)["content_hash"]
-    scale = [vae.config.scaling_factor, vae.config.shift_factor]
-    image_key = _key("latents", content, split, model_hash(vae), scale)
+    image_key = _key("latents", content, split, model_hash(vae), [vae.config.scaling_factor, vae.config.shift_factor])
     words = hashlib.sha256("\n".join(distinct).encode()).hexdigest()
     encoders = [model_hash(encoder) for encoder in text_encoders(pipeline)]
     text_key = _key("text", words, _tokenizer_state(pipeline.tokenizer), *encoders, str(dtype))

@@ -103,10 +103,9 @@ def launch(config: FinetuneConfig, processes: int = 1) -> Path:
         gc.collect()  # what accelerate wraps refers to itself: until then all weights and moments stay in memory
         return final
     # Without a GPU the launcher would start processes that each train alone.
-    with nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true"):
-        how = {"num_processes": processes, "mixed_precision": config.mixed_precision}
-        with stop_asked(stop_children) as asked:
-            notebook_launcher(_finetune_forked, (config,), **how)
+    place = nullcontext() if is_cuda_available() else patch_environment(accelerate_use_cpu="true")
+    with place, stop_asked(stop_children) as asked:
+        notebook_launcher(_finetune_forked, (config,), processes, mixed_precision=config.mixed_precision)
     if asked.is_set():
         raise Stopped(0)
     return Path(config.output) / "pipeline"

@@ -134,8 +134,7 @@ class Run:
     def _losses(self, unet: Any, batch: Draw) -> Tensor:
         there: Draw = send_to_device(batch, self.accelerator.device, non_blocking=True)
         # Checkpointing computes again in the backward pass, outside of this, and a compiler chooses by itself.
-        otherwise = self.config.gradient_checkpointing or self.config.compile
-        precision = "no" if otherwise else self.config.mixed_precision
+        precision = "no" if self.config.gradient_checkpointing or self.config.compile else self.config.mixed_precision
         with self.accelerator.autocast(), fast_attention(self.accelerator.device, precision):
             return diffusion_loss(unet, self.pipeline.scheduler, *there[1:], snr_gamma=self.config.snr_gamma)
 

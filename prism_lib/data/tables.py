@@ -155,8 +155,7 @@ def refuse(bad: pd.Series, values: pd.Series, path: Path, what: str) -> None:
 
 def label_values(column: pd.Series, path: Path, label: str) -> pd.Series:
     """Text as 1 (or "True"), 0, -1 (uncertain) or NaN (blank); any other value is an error."""
-    numbers = column.str.lower().replace({"true": "1", "false": "0"})
-    values = pd.to_numeric(numbers, errors="coerce").astype(float)
+    values = pd.to_numeric(column.str.lower().replace({"true": "1", "false": "0"}), errors="coerce").astype(float)
     refuse(~values.isin((1, 0, -1)) & (column != ""), column, path, f"label {label!r} is not 1, 0, -1 or blank")
     return values
 
@@ -193,8 +192,7 @@ def found(
     ValueError for a link that leads out of the data root: a table must not open other files of the machine.
     """
     listed = ((name, f"{root}{os.sep}{name}") for name in files)
-    elsewhere = below or {}
-    paths = [p if os.path.isfile(p) else elsewhere.get(PurePosixPath(name).name) for name, p in listed]  # noqa: PTH113
+    paths = [p if os.path.isfile(p) else (below or {}).get(PurePosixPath(name).name) for name, p in listed]  # noqa: PTH113
     table = table.assign(path=pd.Series(paths, index=table.index, dtype="str"))
     missing = table["path"].isna()
     rejected = tuple(Rejection(name, f"not found below {root}") for name in table.loc[missing, "source_file"])

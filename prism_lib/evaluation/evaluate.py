@@ -262,8 +262,7 @@ def reversibility(pipe: Pipe, evaluation: Evaluation, editor: Editor) -> pd.Data
     """Undo an evaluated edit: a row per image, `metrics.relative_l1` of what comes back in column `image`."""
     e = evaluation
     back = [PromptPair(pair.target, pair.source, pair.target_words, pair.source_words, pair.side) for pair in e.pairs]
-    undone = Edit(remove=e.edit.add, add=e.edit.remove)
-    (returned,) = edit_jobs(pipe, [(e.edited, back, undone, [editor])])[0]
+    (returned,) = edit_jobs(pipe, [(e.edited, back, Edit(remove=e.edit.add, add=e.edit.remove), [editor])])[0]
     distances = metrics.relative_l1(stack(returned.results), e.factual, e.reconstruction)
     return e.table[["file_name", "patient_id"]].assign(image=distances.tolist())
 
@@ -384,5 +383,4 @@ def notes(evaluation: Evaluation) -> list[str]:
     """A short text per image for the margin of a sheet."""
     words = {"true_error_ratio": "error", "cpg": "CPG", "mask_recall": "recall"}
     shown = [name for name in words if name in evaluation.table]
-    rows = evaluation.table.to_dict("records")
-    return ["\n".join(f"{words[name]} {row[name]:.2f}" for name in shown) for row in rows]
+    return ["\n".join(f"{words[n]} {row[n]:.2f}" for n in shown) for row in evaluation.table.to_dict("records")]

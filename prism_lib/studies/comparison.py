@@ -108,8 +108,7 @@ def measure(
         for name, editor in editors.items():
             place = change, editor.effect(pipe, pairs)
             places[name].append(place)
-            shared = (change, type(editor), editor.inverts) if share else place
-            groups.setdefault(shared, {}).setdefault(place, editor)
+            groups.setdefault((change, type(editor), editor.inverts) if share else place, {}).setdefault(place, editor)
     jobs = [(*inputs[change], change, list(group.values())) for (change, *_), group in groups.items()]
     edited = evaluate.edit_jobs(pipe, jobs)
     made: dict[Place, Made] = {}
@@ -136,8 +135,7 @@ def summarise(measured: Mapping[str, Measurement], seed: int = 0, *, by_edit: bo
         values["seconds_per_image"] = measurement.seconds_per_image
         values["unet_evaluations"] = measurement.unet_evaluations
         for evaluation in measurement.evaluations if by_edit else ():
-            alone = measurement._replace(evaluations=(evaluation,))
-            values[evaluation.edit.key] = summarise({name: alone}, seed)[name]
+            values[evaluation.edit.key] = summarise({name: measurement._replace(evaluations=(evaluation,))}, seed)[name]
         summary[name] = values
     return summary
 
@@ -149,8 +147,7 @@ def sheet(measured: Mapping[str, Measurement], edit: int = 0) -> tuple[Tensor, l
     if first.truth is not None:
         panels["true counterfactual"] = first.truth[0]
     panels |= {name: found.evaluations[edit].edited[0] for name, found in measured.items()}
-    titles = [name.replace("_replace_steps", "").replace(", ", "\n") for name in panels]
-    return torch.stack(list(panels.values())), titles
+    return torch.stack([*panels.values()]), [name.replace("_replace_steps", "").replace(", ", "\n") for name in panels]
 
 
 def compare_methods(

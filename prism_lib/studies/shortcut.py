@@ -168,8 +168,7 @@ def examples(
 
 def load_images(folder: Folder, rows: pd.DataFrame, config: ShortcutConfig) -> TrainingSet:
     """The rows as they are."""
-    parts = [_resized(part, config.size) for part in image_batches(folder, rows)]
-    return _training_set(torch.cat(parts), rows, config)
+    return _training_set(torch.cat([_resized(one, config.size) for one in image_batches(folder, rows)]), rows, config)
 
 
 def added_images(rows: pd.DataFrame, source: Source, config: ShortcutConfig) -> TrainingSet:
@@ -327,5 +326,4 @@ def _joined(*parts: TrainingSet) -> TrainingSet:
 
 def _resized(images: Tensor, size: int) -> Tensor:
     """Gray images (N, 1, size, size), smoothed before they are made smaller."""
-    gray = images.mean(1, keepdim=True)
-    return F.interpolate(gray, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    return F.interpolate(images.mean(1, keepdim=True), (size, size), mode="bilinear", antialias=True).clamp(0, 1)

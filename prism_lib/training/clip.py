@@ -101,8 +101,7 @@ def train_clip(pipeline: Pipe, dataset: str | Path, config: ClipConfig) -> CLIPM
         )
         known = labels[rows].to(device)
         reading = [_known_bce(head(state), known) for head, state in zip(readers, states, strict=True)]
-        loss = contrast + torch.stack(reading).sum()
-        loss.backward()
+        (contrast + torch.stack(reading).sum()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()

@@ -76,7 +76,6 @@ def text_samples(
     table = load_table(dataset, "val")
     texts = table["text"].drop_duplicates().head(count).tolist()
     embeddings = encode_prompts(pipeline, [*texts, ""])
-    empty = embeddings[-1:].expand(len(texts), -1, -1)
     channels = read_images(dataset, table.head(1)).shape[1]
     how = {"channels": channels, "num_inference_steps": num_inference_steps, "seed": seed}
-    return sample_images(pipeline, embeddings[:-1], empty, **how).cpu(), texts
+    return sample_images(pipeline, embeddings[:-1], embeddings[-1:].expand(len(texts), -1, -1), **how).cpu(), texts

@@ -172,8 +172,7 @@ def _name_points(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, f
     figure.draw_without_rendering()  # settles limits and height
     line = 10 / (axis.get_window_extent().height * 72 / figure.dpi)  # a line of text, as a share of the axis
     order = sorted(points, key=lambda name: points[name][1])
-    to_axis = axis.transData - axis.transAxes
-    heights = to_axis.transform([points[name] for name in order])[:, 1]
+    heights = (axis.transData - axis.transAxes).transform([points[name] for name in order])[:, 1]
     steps = line * np.arange(len(order))  # without them, names a line apart are at one height
     places = np.minimum(np.maximum.accumulate(heights - steps), max(1.0, steps[-1]) - steps[-1]) + steps
     arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}

@@ -144,8 +144,7 @@ def derive(path: Path, target: Path, change: Callable[[np.ndarray], np.ndarray])
 
     new = change(old)
     beyond = (stored - value(old)) * (1 - np.abs(new - old) / 2).clip(0)
-    fresh = np.rint(value(new) + beyond).clip(lowest, stored.max())
-    pixels = np.where(new == old, stored, fresh).astype(stored.dtype)
+    pixels = np.where(new == old, stored, np.rint(value(new) + beyond).clip(lowest, stored.max())).astype(stored.dtype)
     if not data.get("VOILUTSequence") and (data.get("WindowWidth") is None or data.get("WindowCenter") is None):
         span = np.asarray(apply_modality_lut(ramp, data), dtype=float)[[0, -1]]
         data.WindowCenter, data.WindowWidth = f"{span.mean():.10g}", f"{np.ptp(span):.10g}"

@@ -109,8 +109,7 @@ class GuideScorer:
 
     def _towards(self, images: Sequence[Tensor]) -> Tensor:
         """Probability of the target value of each label that the edit changes, (N, changes)."""
-        probabilities = self.guide.read(torch.stack(list(images)))
-        of = dict(zip(self.guide.labels, probabilities.unbind(1), strict=True))
+        of = dict(zip(self.guide.labels, self.guide.read(torch.stack([*images])).unbind(1), strict=True))
         return torch.stack([*(1 - of[name] for name in self.edit.remove), *(of[name] for name in self.edit.add)], 1)
 
 

@@ -96,8 +96,7 @@ def schedule(config: EditConfig, pipe: Pipe, num_inference_steps: int) -> pd.Dat
     columns: dict[str, list[object]] = {"timestep": [levels.timesteps[count - step] for step in range(count)]}
     for name, share in {"cross": config.cross_replace_steps, "self": config.self_replace_steps}.items():
         columns[name] = ["source" if step < round(share * count) else "own" for step in range(count)]
-    starts = config.local_blend_start
-    columns["local_blend"] = [config.local_blend and step / count >= starts for step in range(count)]
+    columns["local_blend"] = [config.local_blend and step / count >= config.local_blend_start for step in range(count)]
     return pd.DataFrame(columns, index=pd.RangeIndex(1, count + 1, name="step"))
 
 
@@ -162,8 +161,7 @@ def effects(table: pd.DataFrame, groups: Sequence[str] = (), seed: int = 0) -> d
 
 
 def _effect(part: pd.DataFrame, seed: int) -> dict[str, float]:
-    columns = [name for name in RESPONSES if name in part]
-    summary = summarise_rows(part[["file_name", "patient_id", *columns]], seed)
+    summary = summarise_rows(part[["file_name", "patient_id", *(name for name in RESPONSES if name in part)]], seed)
     if "true_change" in part and len(part) > 2 and part["true_change"].any():
         summary["effect_ratio"] = float(part["change"].mean() / part["true_change"].mean())
         summary["rank_correlation"] = float(part["change"].corr(part["true_change"], method="spearman"))

@@ -87,8 +87,7 @@ class Patients(anatomy.Scene):
             old = self.noise["kinds"]
             drawn = torch.where(there[:, None], torch.cat([drawn, old[:, 4:]], dim=1), old)
             noise = {"kinds": drawn, "pacemaker": place}
-        attributes = self.attributes | {finding: there.float()}
-        return replace(self, noise=self.noise | noise, attributes=attributes)
+        return replace(self, noise=self.noise | noise, attributes=self.attributes | {finding: there.float()})
 
     def labels(self) -> pd.DataFrame:
         """One row a patient: the four label columns (1 or 0), then age, sex, view, devices and side in words."""
@@ -142,8 +141,7 @@ def render(patients: Patients, size: int = 256) -> Tensor:
     if size < 32:
         raise ValueError(f"size={size} is too small for a chest; use at least 32 pixels")
     # Small chunks keep every map in the processor's cache: three times as fast as one large batch.
-    chunks = [patients[start : start + 4] for start in range(0, len(patients), 4)]
-    return torch.cat([anatomy.radiograph(chunk, size) for chunk in chunks])
+    return torch.cat([anatomy.radiograph(patients[first : first + 4], size) for first in range(0, len(patients), 4)])
 
 
 def counterfactual(patients: Patients, size: int = 256, **attributes: float | Tensor) -> tuple[Tensor, Tensor]:

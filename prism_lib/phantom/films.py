@@ -138,8 +138,7 @@ def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
     style, width = dice.between(0, 3), dice.uniform(2.0, 3.0)
     strength, core, double = dice.uniform(0.16, 0.45), dice.uniform(0.0, 0.35), dice.chance(0.2)
     for k in range(dice.between(1, 6)):
-        target = _LEADS[k] if dice.chance(0.7) else _LEADS[dice.between(0, 6)]
-        end = body.at(dice.near(target, 0.20))[0]
+        end = body.at(dice.near(_LEADS[k if dice.chance(0.7) else dice.between(0, 6)], 0.20))[0]
         way = (exits[0] if dice.chance(0.7) else exits[1]) + dice.uniform(-0.03, 0.03)
         edges = [(-12.0, (0.02 + 1.8 * way) * size), ((way - 0.4) * 6.6 * size, -12.0)]  # left and upper
         edges += [((way - 0.55) * 5 * size, far), (far, (way - 0.75) * 4 * size)]  # lower and right
@@ -154,8 +153,7 @@ def _ecg(dice: Dice, body: Anchors, canvas: Canvas) -> None:
             radius, phase = dice.uniform(18, 55) * mm, math.atan2(run[1], run[0]) - math.pi / 2
             turn = phase + np.linspace(0.5, 2 * math.pi + 0.3, 8)
             oval = radius * np.array([dice.uniform(0.6, 1.3), dice.uniform(0.6, 1.3)])
-            loop = [knots[1] + (1 + 0.04 * j) * oval * (math.cos(t), math.sin(t)) for j, t in enumerate(turn)]
-            knots[1:2] = loop
+            knots[1:2] = [knots[1] + (1 + 0.04 * j) * oval * (math.cos(t), math.sin(t)) for j, t in enumerate(turn)]
         elif dice.chance(0.35):  # slack
             bend = dice.uniform(0.12, 0.30) * (1 if dice.chance(0.5) else -1) * normal
             knots = [out, out + 0.22 * run + bend, out + 0.50 * run - 0.7 * bend, out + 0.78 * run + sag[1] * normal]
@@ -236,8 +234,7 @@ def _sternum(dice: Dice, body: Anchors, canvas: Canvas) -> None:
         canvas.stroke(clip, dice.uniform(0, math.pi), [[(-2.5, -0.6), (2.5, 0.6)]], 1.2, 1.6)
     if dice.chance(0.3):
         valve, angle = body.at((dice.uniform(0.02, 0.20), dice.uniform(0.62, 0.74)))[0], dice.uniform(-0.9, 0.6)
-        half = dice.uniform(12, 15), dice.uniform(5, 13)
-        canvas.shape(valve, half, 1.5, angle, rim=dice.uniform(0.9, 2.0))
+        canvas.shape(valve, (dice.uniform(12, 15), dice.uniform(5, 13)), 1.5, angle, rim=dice.uniform(0.9, 2.0))
 
 
 def _port(dice: Dice, body: Anchors, canvas: Canvas) -> None:

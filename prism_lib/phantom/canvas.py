@@ -113,8 +113,7 @@ def film_contrast(film: Tensor, body: Anchors) -> float:
     """How steep the film's gray is, 0.45 to 1.2: the span of gray in the chest over that of an average film."""
     rows, columns = slice(int(max(body.apex, 0)), int(body.base)), slice(int(max(body.left, 0)), int(body.right))
     chest = film[rows, columns][::4, ::4].flatten().sort().values
-    span = float(chest[int(0.95 * len(chest))] - chest[int(0.05 * len(chest))])
-    return min(max(span / 0.55, 0.45), 1.2)
+    return min(max(float(chest[int(0.95 * len(chest))] - chest[int(0.05 * len(chest))]) / 0.55, 0.45), 1.2)
 
 
 def spline(knots: ArrayLike, smooth: bool = True) -> Points:
@@ -123,9 +122,8 @@ def spline(knots: ArrayLike, smooth: bool = True) -> Points:
     if smooth:
         gaps = np.maximum(np.linalg.norm(np.diff(line, axis=0), axis=1), 1e-3) ** 0.5  # centripetal: no overshoot
         t = np.concatenate([[0.0], gaps.cumsum()])
-        slope = np.gradient(line, t, axis=0)
-        s = np.linspace(0, t[-1], 24 * len(gaps) + 1)
-        line = CubicHermiteSpline(t, line, slope)(s)
+        smoothed = CubicHermiteSpline(t, line, np.gradient(line, t, axis=0))
+        line = smoothed(np.linspace(0, t[-1], 24 * len(gaps) + 1))
     length = np.concatenate([[0.0], np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum()])
     even = np.linspace(0, length[-1], max(2, int(length[-1] / STEP) + 1))
     return np.stack([np.interp(even, length, line[:, axis]) for axis in (0, 1)], axis=1)

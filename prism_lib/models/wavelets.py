@@ -25,21 +25,15 @@ class HaarAutoencoder(AutoencoderKL):
         scaling_factor: float = 4.0,
         shift_factor: float | None = None,
         sample_size: int = 512,
-        force_upcast: bool = False,
         latent_channels: int = 16,
     ) -> None:
         ModelMixin.__init__(self)
         if tuple(block_out_channels) != tuple(4**k for k in range(len(block_out_channels))):
             raise ValueError(f"block_out_channels must be 1, 4, 16, ...; got {tuple(block_out_channels)}")
-        if latent_channels != block_out_channels[-1]:
-            raise ValueError(f"latent_channels must be {block_out_channels[-1]}; got {latent_channels}")
-        basis = torch.ones(1, 1)
+        basis, mean, difference = torch.ones(1, 1), torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
         for _ in block_out_channels[1:]:  # means of the coarser basis, then differences of neighbours
-            fine = torch.eye(len(basis))
-            basis = torch.cat(
-                [torch.kron(basis, torch.tensor([1.0, 1.0])), torch.kron(fine, torch.tensor([1.0, -1.0]))]
-            )
-            basis = F.normalize(basis, dim=1)
+            both = [torch.kron(basis, mean), torch.kron(torch.eye(len(basis)), difference)]
+            basis = F.normalize(torch.cat(both), dim=1)
         kernels = torch.einsum("iy,jx->ijyx", basis, basis).flatten(0, 1)[:, None]
         self.kernels = nn.Parameter(kernels, requires_grad=False)  # (channels, 1, f, f)
 

@@ -39,12 +39,9 @@ def test_colours_are_averaged():
     torch.testing.assert_close(decode_latents(vae, encode_images(vae, colour), 3), gray.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"), [({"block_out_channels": (1, 8)}, "1, 4, 16"), ({"latent_channels": 4}, "must be 16")]
-)
-def test_channels_that_are_no_transform_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
-        HaarAutoencoder(**wrong)
+def test_channels_that_are_no_transform_are_refused():
+    with pytest.raises(ValueError, match=r"must be 1, 4, 16, \.\.\.; got \(1, 8\)"):
+        HaarAutoencoder(block_out_channels=(1, 8))
 
 
 def test_a_pipeline_with_it_is_saved_and_loaded_without_a_warning(tmp_path, caplog):

@@ -133,7 +133,7 @@ def compared(
 ) -> dict[str, dict[str, float]]:
     """Errors of other methods, and ours, on the same films."""
     errors: dict[str, list[float]] = {"ours": ours["error"].head(len(films)).tolist()}
-    last = SDEdit(strength=1 / options.steps, guidance_scale=1.0, num_inference_steps=options.steps)
+    last = SDEdit(strength=1.5 / options.steps, guidance_scale=1.0, num_inference_steps=options.steps)
     methods = {"two masks": TwoMasks(num_inference_steps=options.steps), "SDEdit": last}
     for place, film in enumerate(tqdm(films.to_dict("records"), "compared")):
         case = Case(folder, film, stable_seed(options.seed, film["file_name"], place))

@@ -26,6 +26,7 @@ from prism_lib.devices import default_device, dtype_of
 from prism_lib.files import check_images, model_hash
 from prism_lib.language.captions import corpus
 from prism_lib.models.published import load_whole, locate
+from prism_lib.models.wavelets import HaarAutoencoder
 
 Pipe: TypeAlias = StableDiffusionPipeline  # what `load_pipeline` gives, or SDXL's, used in the same way
 _ARITHMETIC = "prism_arithmetic"  # attribute of a U-Net: the dtype of its arithmetic where its weights have another
@@ -168,6 +169,8 @@ def load_pipeline(
     if torch.float32 not in (arithmetic, dtype):
         raise ValueError(f"weights are {dtype} and mixed_precision {mixed_precision!r}; it is for float32 weights")
     pipeline = load_whole(locate(str(name_or_path)), dtype, {"unet": unet, "vae": vae})
+    if isinstance(pipeline.vae, HaarAutoencoder):  # in half precision it would not be lossless
+        pipeline.vae = HaarAutoencoder.from_config(pipeline.vae.config)
     offset = pipeline.scheduler.config.get("steps_offset", 1)  # as StableDiffusionPipeline has it, clipping too
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, steps_offset=offset)
     pipeline.scheduler.register_to_config(_use_default_values=[])  # would have another order in every process
@@ -180,7 +183,7 @@ def load_pipeline(
     pipeline.to(device)
     if len(text_encoders(pipeline)) > 1:
         pipeline.unet.register_forward_pre_hook(_beside_tokens, with_kwargs=True)
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
             pipeline.vae.float()  # in float16 it overflows
     if arithmetic != torch.float32:
         setattr(pipeline.unet, _ARITHMETIC, arithmetic)

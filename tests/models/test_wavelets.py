@@ -55,4 +55,6 @@ def test_a_pipeline_with_it_is_saved_and_loaded_without_a_warning(tmp_path, capl
     loaded = load_pipeline(tmp_path, device="cpu")
     assert isinstance(loaded.vae, HaarAutoencoder) and isinstance(loaded.vae, AutoencoderKL)
     torch.testing.assert_close(decode_latents(loaded.vae, encode_images(loaded.vae, FILM)), FILM, rtol=0, atol=1e-6)
+    half = load_pipeline(tmp_path, "bf16", device="cpu")
+    torch.testing.assert_close(decode_latents(half.vae, encode_images(half.vae, FILM)), FILM, rtol=0, atol=1e-6)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -1,6 +1,7 @@
 """Abduction: the latents, from clean to noise, from which the diffusion model makes a given image."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,10 +87,11 @@ def invert(
 
     batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     steps = how.walks * num_inference_steps * len(batches)
-    with tqdm(total=steps, desc="invert", leave=False, disable=not steps) as progress:
+    with tqdm(total=steps, desc="invert", leave=False) if steps else nullcontext() as progress:
 
         def report(index: int, level: int, latents: Tensor) -> None:
-            progress.update()
+            if progress is not None:
+                progress.update()
             if callback is not None:
                 callback(index, schedule.timesteps[level], latents)
 

@@ -74,10 +74,9 @@ class Float32Attention(TorchFunctionMode):
     """Attention in float32 inside of an autocast in bfloat16, in the forward pass of what is called inside."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given, named = args, kwargs or {}
         if func is not scaled_dot_product_attention:
-            return func(*given, **named)
-        given, named = convert_to_fp32((given, named))
+            return func(*args, **kwargs or {})
+        given, named = convert_to_fp32((args, kwargs or {}))
         with torch.autocast("cpu", enabled=False):
             return func(*given, **named).to(args[0].dtype)
 

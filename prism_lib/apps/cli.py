@@ -210,7 +210,8 @@ def launch(config: "BulkConfig", processes: int) -> None:
         port = free.getsockname()[1]
     with stop_asked(stop_children) as asked:
         try:
-            multiprocessing.start_processes(_process, (processes, port, config, pipe), processes, start_method=method)
+            shared = (processes, port, config, pipe)
+            multiprocessing.start_processes(_process, shared, nprocs=processes, start_method=method)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             if not asked.is_set():  # else one was asked before it could listen
                 reason = f"a process of the run failed: {str(error).strip().splitlines()[-1]}"

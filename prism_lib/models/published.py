@@ -36,8 +36,7 @@ _CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in mo
     "vae": (AutoencoderKL.__name__, HaarAutoencoder.__name__),
 }
 _SUPPORTED = (
-    "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL or HaarAutoencoder, CLIPTextModel or "
-    "BertModel) and SDXL"
+    "supported are Stable Diffusion 1 and 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel or BertModel) and SDXL"
 )
 _BESIDE_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _TRAINED = {  # what a U-Net is trained with: a part's field, and its value where early configurations leave it out

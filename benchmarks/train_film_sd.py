@@ -34,7 +34,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data import load_table, read_images
+from prism_lib.data import load_info, load_table, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import NO_DEVICES, prompt_pairs
 from prism_lib.devices import fast_attention
@@ -154,8 +154,13 @@ def save(
 
 def screened(folder: Path) -> pd.DataFrame:
     """The rows of train whose film was screened and shows no device."""
+    if load_info(folder)["source"] != "films":
+        raise SystemExit(f'{folder} does not hold the data set "films": prepare it with 01_data')
     table = load_table(folder, "train")
-    return table[table[DEVICES].eq(0) & ~table["rendered"]]
+    clean = table[table[DEVICES].eq(0) & ~table["rendered"]]
+    if clean.empty:
+        raise SystemExit(f"{folder} has no screened film without devices in split 'train'")
+    return clean
 
 
 def prompts_of(folder: Path, films: pd.DataFrame) -> tuple[list[str], list[str]]:

@@ -67,3 +67,8 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     assert log["losses"][-1]["step"] == 2 and log["config"]["bank"] == 3
     inner = "mid_block.resnets.0.conv1.weight"
     assert train_film_sd.wider(tiny.unet).state_dict()[inner].equal(tiny.unet.state_dict()[inner])
+
+
+def test_another_data_set_is_refused_before_any_work(phantom_folder):
+    with pytest.raises(SystemExit, match='does not hold the data set "films"'):
+        train_film_sd.screened(phantom_folder)

@@ -2,11 +2,11 @@
 
 DATA is a prepared folder of the data set "films". A crop's truth is a film of the train split that was screened and
 shows no device; its input is the same crop with devices, drawn anew each time: pieces of the catalogue's devices, drawn
-for one film and put at a random place of another, many turned, mirrored, made larger or smaller and fainter, and lines,
-rings and plates of random shape. Half of the crops are mirrored, many get another contrast, brightness or gamma;
-letters, grain, blur and sharpening come to input and truth alike. The model sees little noise (timestep 1) and is told
-to remove devices, or that they are there. Its loss is the Huber error of the clean image in pixels, in which devices
-weigh more, faint ones most.
+for one film and put at the same or at a random place of another, many turned, mirrored, made larger or smaller and
+fainter, and lines, rings, plates and clips of random shape. Half of the crops are mirrored, many get another contrast,
+brightness or gamma; letters, grain, blur and sharpening come to input and truth alike. The model sees little noise
+(timestep 1) and is told to remove devices, or one kind of them, of which the others then stay, or that they are there.
+Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
 The autoencoder is the lossless `HaarAutoencoder`. The text encoder is START's, and the inner layers of the U-Net begin
 as START's.
@@ -36,13 +36,15 @@ from tqdm.auto import tqdm
 
 from prism_lib.data import load_info, load_table, read_images
 from prism_lib.data.chest import DEVICES
-from prism_lib.data.rows import NO_DEVICES, prompt_pairs
+from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import fast_attention
 from prism_lib.files import stable_seed
+from prism_lib.language import Edit
 from prism_lib.models import encode_prompts, load_pipeline
 from prism_lib.models.pipeline import Pipe, assembled, encode_images
 from prism_lib.models.wavelets import HaarAutoencoder
 from prism_lib.phantom import with_devices
+from prism_lib.phantom.films import CATALOGUE, KINDS
 from prism_lib.training.batches import drawn_ahead
 
 CROP, TIMESTEP = 256, 1
@@ -52,6 +54,22 @@ HUBER = 0.006  # gray from which on an error counts in proportion, not squared: 
 QUANTUM = 80.0  # attenuation in a bank's levels of 8 bits
 WORDS = ("L", "R", "PORTABLE", "SUPINE", "AP", "UPRIGHT", "ERECT", "SEMI-UPRIGHT", "MOBILE")
 ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
+NAMED = KINDS[:9]  # buttons and necklaces are no words of the vocabulary
+
+
+class Bank(NamedTuple):
+    """Maps of attenuation (M, H, H) in 8 bits, and the place of each one's kind in `KINDS`."""
+
+    maps: np.ndarray
+    kinds: np.ndarray
+
+
+class Prompts(NamedTuple):
+    """All texts, and the rows of those that remove, or show, devices (place 0) and each of `NAMED`."""
+
+    texts: list[str]
+    targets: np.ndarray  # (1 + len(NAMED), K)
+    sources: np.ndarray
 
 
 class Crops(NamedTuple):
@@ -78,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of devices: with 1 a faint pixel weighs up to 7 times as much as one without",
     )
     parser.add_argument("--stays", type=float, default=1 / 8, help="share of crops told that devices are there")
+    parser.add_argument("--named", type=float, default=0.3, help="share of the other crops that name a kind of device")
     parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
@@ -87,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clean = screened(options.data)
     films = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
     devices = bank(films, options.bank, options.seed)
-    targets, sources = prompts_of(options.data, clean)
-    texts = encode_prompts(start, [*targets, *sources])
+    prompts = prompts_of(options.data, clean)
+    texts = encode_prompts(start, prompts.texts)
 
     vae, unet = HaarAutoencoder(), wider(start.unet)
     signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
@@ -99,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
 
     def draw(step: int) -> Crops:
-        return batch(films, devices, options, step, len(targets), len(sources))
+        return batch(films, devices, prompts, options, step)
 
     history: list[dict[str, float]] = []
     begin, seen = time.perf_counter(), []
@@ -163,22 +182,28 @@ def screened(folder: Path) -> pd.DataFrame:
     return clean
 
 
-def prompts_of(folder: Path, films: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Prompts of the edit for films as if they showed devices: all targets and all sources."""
-    pairs = prompt_pairs(folder, films.assign(**{DEVICES: 1.0}), NO_DEVICES)
-    return sorted({pair.target for pair in pairs}), sorted({pair.source for pair in pairs})
+def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
+    """The prompts that remove devices, or a kind of them, from the films as if they showed some."""
+    shown, places, rows = films.assign(**{DEVICES: 1.0}), dict[str, int](), []
+    for name in (DEVICES, *NAMED):
+        pairs = sorted({(pair.target, pair.source) for pair in prompt_pairs(folder, shown, Edit(remove=(name,)))})
+        rows.append([[places.setdefault(text, len(places)) for text in pair] for pair in pairs])
+    table = np.array(rows)
+    return Prompts(list(places), table[..., 0], table[..., 1])
 
 
-def bank(films: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Attenuation (count, H, H) of the catalogue's devices, each drawn for one of the films (N, H, H), in 8 bits."""
+def bank(films: np.ndarray, count: int, seed: int) -> Bank:
+    """``count`` maps of one kind of device each, drawn for one of the films (N, H, H)."""
     random, maps = np.random.default_rng([seed, 1]), np.zeros((count, *films.shape[1:]), np.uint8)
+    often = np.array([share for share, _ in CATALOGUE.values()]) + 0.1
+    kinds = random.choice(len(KINDS), count, p=often / often.sum())
     for place in tqdm(range(count), "devices"):
         film = torch.from_numpy(films[random.integers(len(films))])[None, None].float() / 255
-        shown = with_devices(film, [int(random.integers(2**62))]).images
+        shown = with_devices(film, [int(random.integers(2**62))], [KINDS[kinds[place]]]).images
         through = ((1 - shown) / (1 - film).clamp(min=1 / 255)).clamp(0.05, 1)
         through[film > 0.94] = 1  # too few gray levels are left to tell
         maps[place] = (-through.log()[0, 0] * QUANTUM).round().clamp(0, 255).byte().numpy()
-    return maps
+    return Bank(maps, kinds)
 
 
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -202,25 +227,30 @@ def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
             values *= factor
 
 
-def batch(
-    films: np.ndarray, devices: np.ndarray, options: argparse.Namespace, step: int, targets: int, sources: int
-) -> Crops:
+def batch(films: np.ndarray, devices: Bank, prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
     """The crops of a step; those that are told that devices are there stay as they are."""
     random = np.random.default_rng([options.seed, 2, step])
-    pairs = [crop(films, devices, random) for _ in range(options.batch_size)]
+    count, pairs, rows = options.batch_size, [], []
+    stays = random.random(count) < options.stays
+    named = np.where(random.random(count) < options.named, random.integers(1, 1 + len(NAMED), count), 0)
+    for told, kind in zip(stays, named, strict=True):
+        truth, image = crop(films, devices, random, None if told else kind - 1 if kind else None)
+        pairs.append((image if told else truth, image))
+        texts = (prompts.sources if told else prompts.targets)[kind]
+        rows.append(random.choice(texts))
     truths, inputs = (torch.from_numpy(np.stack(images)).float()[:, None] for images in zip(*pairs, strict=True))
-    stays = torch.from_numpy(random.random(len(pairs)) < options.stays)
-    to, of = (torch.from_numpy(random.integers(0, count, len(pairs))) for count in (targets, sources))
-    truths = torch.where(stays[:, None, None, None], inputs, truths)
-    return Crops(inputs, truths, torch.where(stays, targets + of, to))
+    return Crops(inputs, truths, torch.tensor(rows))
 
 
-def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A crop without devices and with them, (CROP, CROP) each, in [0, 1]."""
+def crop(
+    films: np.ndarray, devices: Bank, random: np.random.Generator, kind: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop without devices, or without one ``kind``, and with all of them: (CROP, CROP) each, in [0, 1]."""
     film = films[random.integers(len(films))]
-    y, x = random.integers(0, film.shape[0] - CROP + 1, 2)
-    truth = film[y : y + CROP, x : x + CROP].astype(np.float32) / 255
-    if random.random() < 0.5:
+    own = None if kind is None else devices.maps[random.choice(np.flatnonzero(devices.kinds == kind))]
+    y, x = random.integers(0, film.shape[0] - CROP + 1, 2) if own is None else fullest(own, random)
+    truth, mirrored = film[y : y + CROP, x : x + CROP].astype(np.float32) / 255, random.random() < 0.5
+    if mirrored:
         truth = truth[:, ::-1]
     if random.random() < 0.4:
         truth = (0.5 + (truth - 0.5) * random.uniform(0.6, 1.2) + random.uniform(-0.12, 0.12)).clip(0, 1)
@@ -228,17 +258,22 @@ def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) ->
         truth = truth ** math.exp(random.uniform(-0.35, 0.35))
     if random.random() < 0.3:
         truth = lettered(truth, random)
-    attenuation = np.zeros_like(truth)
-    if random.random() < 0.94:
-        for _ in range(1 + (random.random() < 0.35)):
-            attenuation += taken(devices[random.integers(len(devices))], random)
-        if random.random() < 0.35:
-            drawn = shapes(random) * random.uniform(0.3, 1.0)
-            attenuation = attenuation + drawn if random.random() < 0.7 else drawn
+    goes, stays = np.zeros_like(truth), np.zeros_like(truth)
+    for _ in range(random.choice(4, p=(0.06, 0.34, 0.35, 0.25)) - (kind is not None)):
+        drawn = random.choice(np.flatnonzero(devices.kinds != kind))
+        goes += piece(devices.maps[drawn], random, (y, x), mirrored, 0.4)
+    if random.random() < (0.3 if kind is None else 0.1):
+        drawn = shapes(random) * random.uniform(0.3, 1.0)
+        goes = goes + drawn if random.random() < 0.7 else drawn
+    if own is not None:
+        goes, stays = stays, goes
+        if random.random() < 0.85:
+            goes = goes + piece(own, random, (y, x), mirrored, 0.7)
     scatter = random.uniform(0.05, 0.2) if random.random() < 0.5 else 0.0
-    through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
-    image = np.where(attenuation < FAINT, truth, 1 - (1 - truth) * through)
-    both: list[np.ndarray] = [truth, image]
+    both: list[np.ndarray] = []
+    for attenuation in (stays, stays + goes):
+        through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
+        both.append(np.where(attenuation < FAINT, truth, 1 - (1 - truth) * through))
     if random.random() < 0.5:
         grain = random.standard_normal(truth.shape, dtype=np.float32)
         grain = ndimage.gaussian_filter(grain, random.uniform(0.5, 1.2)) if random.random() < 0.7 else grain
@@ -254,10 +289,31 @@ def crop(films: np.ndarray, devices: np.ndarray, random: np.random.Generator) ->
     return both[0].clip(0, 1), both[1].clip(0, 1)
 
 
+def piece(
+    devices: np.ndarray, random: np.random.Generator, at: tuple[int, int], mirrored: bool, share: float
+) -> np.ndarray:
+    """A crop (CROP, CROP) of a map: a ``share`` at the film's own place, the others `taken` from anywhere."""
+    if random.random() >= share:
+        return taken(devices, random)
+    own = devices[at[0] : at[0] + CROP, at[1] : at[1] + CROP].astype(np.float32)
+    return (own[:, ::-1] if mirrored else own) * (fainter(random) / QUANTUM)
+
+
+def fullest(devices: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
+    """Of three crops of a map the one with the most of devices: its upper left corner."""
+    places = random.integers(0, devices.shape[0] - CROP + 1, (3, 2)).tolist()
+    y, x = max(places, key=lambda p: int((devices[p[0] : p[0] + CROP, p[1] : p[1] + CROP] > 3).sum()))
+    return y, x
+
+
+def fainter(random: np.random.Generator) -> float:
+    """A factor of attenuation."""
+    return math.exp(random.uniform(-0.7, 0.5)) if random.random() < 0.7 else 1.0
+
+
 def taken(devices: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A crop (CROP, CROP) of a map of devices: of three the fullest, often turned, mirrored, zoomed and fainter."""
-    places = random.integers(0, devices.shape[0] - CROP + 1, (3, 2))
-    y, x = max(places.tolist(), key=lambda p: int((devices[p[0] : p[0] + CROP, p[1] : p[1] + CROP] > 3).sum()))
+    """A crop (CROP, CROP) of a map of devices, often turned, mirrored, zoomed and fainter."""
+    y, x = fullest(devices, random)
     if random.random() < 0.6:
         angle, zoom = (
             math.radians(random.integers(4) * 90 + random.uniform(-25, 25)),
@@ -267,21 +323,21 @@ def taken(devices: np.ndarray, random: np.random.Generator) -> np.ndarray:
         turn[:, 1] *= random.choice([-1, 1])
         centre = np.array([y, x]) + CROP / 2
         offset = centre - turn @ np.full(2, CROP / 2)
-        piece = ndimage.affine_transform(devices.astype(np.float32), turn, offset, (CROP, CROP), order=1)
+        found = ndimage.affine_transform(devices.astype(np.float32), turn, offset, (CROP, CROP), order=1)
     else:
-        piece = devices[y : y + CROP, x : x + CROP].astype(np.float32)
-    strength = math.exp(random.uniform(-0.7, 0.5)) if random.random() < 0.7 else 1.0
-    return piece * (strength / QUANTUM)
+        found = devices[y : y + CROP, x : x + CROP].astype(np.float32)
+    return found * (fainter(random) / QUANTUM)
 
 
 def shapes(random: np.random.Generator) -> np.ndarray:
-    """Attenuation (CROP, CROP) of one to four curves, rings and plates that are no particular device."""
+    """Attenuation (CROP, CROP) of one to four curves, rings, plates and clips that are no particular device."""
     side = 2 * CROP
     total: np.ndarray = np.zeros((side, side), np.float32)
     for _ in range(random.integers(1, 5)):
         layer = Image.new("L", (side, side))
         pen, level = ImageDraw.Draw(layer), 120
-        if random.random() < 0.7:
+        kind = random.random()
+        if kind < 0.6:
             knots = random.uniform(-0.3, 1.3, (random.integers(3, 6), 2)) * side
             if random.random() < 0.4:
                 knots = knots[0] + np.cumsum(random.normal(0, 0.2, knots.shape), 0) * side
@@ -303,6 +359,8 @@ def shapes(random: np.random.Generator) -> np.ndarray:
             elif look < 0.6:  # beads
                 for u, v in line[:: random.integers(3, 9)]:
                     pen.ellipse([u - 0.7 * width, v - 0.7 * width, u + 0.7 * width, v + 0.7 * width], int(1.5 * level))
+        elif kind < 0.8:
+            clip(pen, random.uniform(0, side, 2), level, random)
         else:
             u, v = random.uniform(0, side, 2)
             half = 2 * np.exp(random.uniform(math.log(2), math.log(30), 2))
@@ -321,6 +379,25 @@ def shapes(random: np.random.Generator) -> np.ndarray:
         total = np.maximum(total, drawn) if random.random() < 0.3 else total + drawn
     small = total.reshape(CROP, 2, CROP, 2).mean((1, 3))
     return ndimage.gaussian_filter(small, random.uniform(0.4, 1.3))
+
+
+def clip(pen: ImageDraw.ImageDraw, at: np.ndarray, level: int, random: np.random.Generator) -> None:
+    """Bars, discs and rings close together, with or without a fainter pad, as at the end of a cable."""
+    size = random.uniform(6, 18)
+    if random.random() < 0.4:
+        pad = size * random.uniform(1.2, 3)
+        pen.ellipse([*(at - pad), *(at + pad)], int(level * random.uniform(0.1, 0.4)))
+    for _ in range(random.integers(2, 8)):
+        centre, dense = at + random.normal(0, 0.5 * size, 2), int(level * random.uniform(0.5, 2.1))
+        if random.random() < 0.5:
+            far = centre + random.normal(0, size, 2)
+            pen.line([*centre, *far], dense, int(random.integers(2, 9)))
+        else:
+            radius = random.uniform(2, size)
+            ring = random.random() < 0.5
+            pen.ellipse(
+                [*(centre - radius), *(centre + radius)], None if ring else dense, dense, int(random.integers(2, 5))
+            )
 
 
 def lettered(film: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -8,6 +8,9 @@ brightness or gamma; letters, grain, blur and sharpening come to input and truth
 (timestep 1) and is told to remove devices, or one kind of them, of which the others then stay, or that they are there.
 Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
+With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
+devices. CELLS names the cells of these films that were seen to be free of devices; the others do not count in the loss.
+
 The autoencoder is the lossless `HaarAutoencoder`. The text encoder is START's, and the inner layers of the U-Net begin
 as START's.
 """
@@ -47,14 +50,22 @@ from prism_lib.phantom import with_devices
 from prism_lib.phantom.films import CATALOGUE, KINDS
 from prism_lib.training.batches import drawn_ahead
 
+CELLS = Path("figures/films/free_cells.csv")  # of a grid of 8 x 8, rows A to H
 CROP, TIMESTEP = 256, 1
 CHANNELS = (48, 96, 128, 128)  # of the U-Net, where START's are 32, 64, 128, 128
 FAINT = 0.004  # gray below which a change is none
 HUBER = 0.006  # gray from which on an error counts in proportion, not squared: a model in doubt changes nothing
-QUANTUM = 80.0  # attenuation in a bank's levels of 8 bits
+QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
 WORDS = ("L", "R", "PORTABLE", "SUPINE", "AP", "UPRIGHT", "ERECT", "SEMI-UPRIGHT", "MOBILE")
 ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
 NAMED = KINDS[:9]  # buttons and necklaces are no words of the vocabulary
+
+
+class Films(NamedTuple):
+    """Films (N, H, H) in 8 bits, and which of their 8 x 8 cells show no device of their own (N, 8, 8)."""
+
+    images: np.ndarray
+    free: np.ndarray
 
 
 class Bank(NamedTuple):
@@ -73,10 +84,11 @@ class Prompts(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """A batch: inputs and truths (N, 1, CROP, CROP) in [0, 1], and the row of each prompt."""
+    """A batch: inputs and truths (N, 1, CROP, CROP) in [0, 1], where they are known, and the row of each prompt."""
 
     inputs: Tensor
     truths: Tensor
+    known: Tensor
     prompts: Tensor
 
 
@@ -85,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
     parser.add_argument("out", type=Path)
+    parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
+    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
     parser.add_argument("--start", default="phantom-sd")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -104,8 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     start = load_pipeline(options.start, device="cpu", channels_last=False)
     clean = screened(options.data)
-    films = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
-    devices = bank(films, options.bank, options.seed)
+    images = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
+    films = [Films(images, np.ones((len(images), 8, 8), bool))]
+    films += [bedside(options.bedside, options.data)] if options.bedside else []
+    devices = bank(images, options.bank, options.seed)
     prompts = prompts_of(options.data, clean)
     texts = encode_prompts(start, prompts.texts)
 
@@ -132,17 +148,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         change = F.conv_transpose2d(change, vae.kernels, stride=4) / (2 * vae.config.scaling_factor)
         true = crops.truths - crops.inputs
         error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
-        loss = (error * (1 + options.weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))).mean()
+        known = crops.known
+        loss = (
+            known * error * (1 + options.weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))
+        ).sum() / known.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         average.step(unet.parameters())
-        inside = true.abs() > FAINT
+        inside, outside = known & (true.abs() > FAINT), known & (true.abs() <= FAINT)
         with torch.no_grad():
-            share = ((change - true).abs() * inside).sum() / true.abs().sum().clamp(min=1e-3)
-            seen.append((loss.item(), share.item(), change[~inside].abs().mean().item()))
+            share = ((change - true).abs() * inside).sum() / (true.abs() * inside).sum().clamp(min=1e-3)
+            seen.append((loss.item(), share.item(), change[outside].abs().mean().item()))
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             values = np.mean(seen, 0).round(5).tolist()
             history.append(dict(zip(("step", "loss", "error", "outside"), (step + 1, *values), strict=True)))
@@ -180,6 +199,21 @@ def screened(folder: Path) -> pd.DataFrame:
     if clean.empty:
         raise SystemExit(f"{folder} has no screened film without devices in split 'train'")
     return clean
+
+
+def bedside(folder: Path, data: Path) -> Films:
+    """The films of CELLS; ValueError if one is of a patient in val or test of ``data``."""
+    cells = pd.read_csv(CELLS, dtype=str, keep_default_na=False)
+    table = load_table(folder)
+    rows = table.set_index(table["file_name"].map(lambda name: Path(name).stem)).loc[cells["file_name"]]
+    held_out = load_table(data).query("split != 'train'")["patient_id"]
+    if (other := rows["patient_id"].isin(held_out)).any():
+        raise ValueError(f"{CELLS} names {rows.index[other][0]}, a film of a patient in val or test of {data}")
+    free = np.zeros((len(cells), 8, 8), bool)
+    for film, names in zip(free, cells["free"], strict=True):
+        for name in names.split():
+            film["ABCDEFGH".index(name[0]), int(name[1]) - 1] = True
+    return Films((read_images(folder, rows)[:, 0] * 255).round().byte().numpy(), free)
 
 
 def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
@@ -227,31 +261,35 @@ def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
             values *= factor
 
 
-def batch(films: np.ndarray, devices: Bank, prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
+def batch(films: list[Films], devices: Bank, prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
     """The crops of a step; those that are told that devices are there stay as they are."""
     random = np.random.default_rng([options.seed, 2, step])
-    count, pairs, rows = options.batch_size, [], []
+    count, made, rows = options.batch_size, [], []
     stays = random.random(count) < options.stays
     named = np.where(random.random(count) < options.named, random.integers(1, 1 + len(NAMED), count), 0)
     for told, kind in zip(stays, named, strict=True):
-        truth, image = crop(films, devices, random, None if told else kind - 1 if kind else None)
-        pairs.append((image if told else truth, image))
+        some = films[-1] if random.random() < options.share else films[0]
+        truth, image, known = crop(some, devices, random, None if told else kind - 1 if kind else None)
+        made.append((image, image if told else truth, known))
         texts = (prompts.sources if told else prompts.targets)[kind]
         rows.append(random.choice(texts))
-    truths, inputs = (torch.from_numpy(np.stack(images)).float()[:, None] for images in zip(*pairs, strict=True))
-    return Crops(inputs, truths, torch.tensor(rows))
+    inputs, truths, known = (torch.from_numpy(np.stack(images))[:, None] for images in zip(*made, strict=True))
+    return Crops(inputs.float(), truths.float(), known, torch.tensor(rows))
 
 
 def crop(
-    films: np.ndarray, devices: Bank, random: np.random.Generator, kind: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """A crop without devices, or without one ``kind``, and with all of them: (CROP, CROP) each, in [0, 1]."""
-    film = films[random.integers(len(films))]
+    films: Films, devices: Bank, random: np.random.Generator, kind: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A crop (CROP, CROP) without devices, or without one ``kind``; with all of them; where the first is known."""
+    row = random.integers(len(films.images))
+    film, free = films.images[row], films.free[row].repeat(films.images.shape[1] // 8, 0)
+    free = free.repeat(film.shape[1] // 8, 1)
     own = None if kind is None else devices.maps[random.choice(np.flatnonzero(devices.kinds == kind))]
-    y, x = random.integers(0, film.shape[0] - CROP + 1, 2) if own is None else fullest(own, random)
-    truth, mirrored = film[y : y + CROP, x : x + CROP].astype(np.float32) / 255, random.random() < 0.5
+    y, x = fullest(free if own is None else free & (own > SEEN), random)
+    here, mirrored = np.s_[y : y + CROP, x : x + CROP], random.random() < 0.5
+    truth, known = film[here].astype(np.float32) / 255, free[here]
     if mirrored:
-        truth = truth[:, ::-1]
+        truth, known = truth[:, ::-1], known[:, ::-1]
     if random.random() < 0.4:
         truth = (0.5 + (truth - 0.5) * random.uniform(0.6, 1.2) + random.uniform(-0.12, 0.12)).clip(0, 1)
     if random.random() < 0.4:
@@ -286,7 +324,7 @@ def crop(
     elif way < 0.7:  # to the bright bone edges of a bedside film
         radius, amount = math.exp(random.uniform(math.log(0.8), math.log(12))), random.uniform(0.3, 1.5)
         both = [each + amount * (each - ndimage.gaussian_filter(each, radius)) for each in both]
-    return both[0].clip(0, 1), both[1].clip(0, 1)
+    return both[0].clip(0, 1), both[1].clip(0, 1), known
 
 
 def piece(
@@ -299,10 +337,10 @@ def piece(
     return (own[:, ::-1] if mirrored else own) * (fainter(random) / QUANTUM)
 
 
-def fullest(devices: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
-    """Of three crops of a map the one with the most of devices: its upper left corner."""
-    places = random.integers(0, devices.shape[0] - CROP + 1, (3, 2)).tolist()
-    y, x = max(places, key=lambda p: int((devices[p[0] : p[0] + CROP, p[1] : p[1] + CROP] > 3).sum()))
+def fullest(where: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
+    """The upper left corner of a crop: of three places in a boolean map (H, H) the one with the most of it."""
+    places = random.integers(0, len(where) - CROP + 1, (3, 2)).tolist()
+    y, x = max(places, key=lambda p: int(where[p[0] : p[0] + CROP, p[1] : p[1] + CROP].sum()))
     return y, x
 
 
@@ -313,7 +351,7 @@ def fainter(random: np.random.Generator) -> float:
 
 def taken(devices: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """A crop (CROP, CROP) of a map of devices, often turned, mirrored, zoomed and fainter."""
-    y, x = fullest(devices, random)
+    y, x = fullest(devices > SEEN, random)
     if random.random() < 0.6:
         angle, zoom = (
             math.radians(random.integers(4) * 90 + random.uniform(-25, 25)),

@@ -273,8 +273,8 @@ def batch(films: list[Films], devices: Bank, prompts: Prompts, options: argparse
         made.append((image, image if told else truth, known))
         texts = (prompts.sources if told else prompts.targets)[kind]
         rows.append(random.choice(texts))
-    inputs, truths, known = (torch.from_numpy(np.stack(images))[:, None] for images in zip(*made, strict=True))
-    return Crops(inputs.float(), truths.float(), known, torch.tensor(rows))
+    inputs, truths, where = (torch.from_numpy(np.stack(images))[:, None] for images in zip(*made, strict=True))
+    return Crops(inputs.float(), truths.float(), where, torch.tensor(rows))
 
 
 def crop(

@@ -55,6 +55,7 @@ class ClassifierConfig:
     mixed_precision: Literal["no", "bf16"] = "no"  # of training; predictions are always in float32
     size: NonNegativeInt = 0  # pixels to which larger images are reduced before the network reads them; 0: none
     contrast: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of their contrast that training leaves images
+    pool: Literal["mean", "max"] = "mean"  # of a DenseNet's last map: "max" finds what fills a small part of an image
 
 
 # Networks by name; the two small ones are for processors and images of about 128 pixels.
@@ -82,7 +83,10 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.network == "densenet":
-            model: nn.Module = DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
+            dense = DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
+            if config.pool == "max":
+                dense.class_layers.pool = nn.AdaptiveMaxPool2d(1)
+            model: nn.Module = dense
         elif config.network == "resnet18":
             # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
             model = resnet18(spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2)

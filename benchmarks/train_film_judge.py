@@ -1,0 +1,122 @@
+"""Train `film-judge`, which reads devices on films: `python -m benchmarks.train_film_judge DATA OUT`.
+
+Its crops are those of `benchmarks.train_film_sd` (DATA and --bedside are the same), with other devices: half of a batch
+shows them, the other half is the same crops without. Each cell of the network's last map learns whether the pixels in
+it show a device, and the network whether a crop does. The cells of bedside films that were not seen to be free of
+devices do not count. On the films of the train split, as they are and with rendered devices, logistic regression then
+sets scale and bias of the logit. The judge never guides an edit, and shares no weights with a model that makes one.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import DenseNet
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.train_film_sd import Bank, Films, bank, bedside, crop, screened
+from prism_lib.data import load_table, read_images
+from prism_lib.data.chest import DEVICES
+from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
+from prism_lib.training.batches import drawn_ahead
+
+CONFIG = ClassifierConfig((DEVICES,), blocks=(3, 6, 10, 8), growth=12, features=24, size=512, pool="max")
+CELL = 32  # pixels of a cell of the last map
+SHOWS, ENOUGH = 0.01, 6  # change in gray of a pixel that shows a device, and how many of these a cell needs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, calibrate and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
+    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=8, help="crops of a batch, each with devices and without")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--bank", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=100)
+    options = parser.parse_args(arguments)
+    clean = screened(options.data)
+    images = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
+    films = [Films(images, np.ones((len(images), 8, 8), bool))]
+    films += [bedside(options.bedside, options.data)] if options.bedside else []
+    devices = bank(images, options.bank, options.seed)
+    model = cast(DenseNet, build_classifier(CONFIG).train())
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
+    seen, begin, history = [], time.perf_counter(), []
+    ahead = drawn_ahead(lambda step: batch(films, devices, options, step), range(options.steps), 1)
+    for step, (crops, shown, known) in enumerate(tqdm(ahead, total=options.steps)):
+        with torch.autocast("cpu", torch.bfloat16):
+            cells, whole = read(model, crops)
+        of_cells = F.binary_cross_entropy_with_logits(cells, shown.float(), reduction="none")
+        loss = (of_cells * known).sum() / known.sum()
+        any_shown, sure = shown.flatten(1).any(1), known.flatten(1).all(1) | (shown & known).flatten(1).any(1)
+        of_crops = F.binary_cross_entropy_with_logits(whole, any_shown.float(), reduction="none")
+        loss = loss + 0.3 * (of_crops * sure).sum() / sure.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        seen.append((loss.item(), ((whole > 0) == any_shown)[sure].float().mean().item()))
+        if (step + 1) % 100 == 0 or step + 1 == options.steps:
+            history.append([step + 1, *np.nanmean(seen, 0).round(4).tolist()])
+            tqdm.write(f"step, loss, accuracy of crops: {history[-1]} {time.perf_counter() - begin:.0f} s")
+            seen = []
+    calibrate(model.eval(), options.data)
+    save_classifier(model, CONFIG, options.out)
+    log = {"config": vars(options), "step, loss, accuracy of crops": history}
+    (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")
+
+
+def batch(films: list[Films], devices: Bank, options: argparse.Namespace, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops (N, 1, H, H) with devices and without; the cells (N, h, h) that show a device, and those that are known."""
+    random = np.random.default_rng([options.seed, 3, step])
+    drawn = []
+    for _ in range(options.pairs):
+        some = films[-1] if random.random() < options.share else films[0]
+        drawn.append(crop(some, devices, random))
+    truth, image, sure = (torch.from_numpy(np.stack(each))[:, None] for each in zip(*drawn, strict=True))
+    count = F.avg_pool2d(((image - truth).abs() > SHOWS).float(), CELL)[:, 0] * CELL**2
+    known = -F.max_pool2d(-sure.float(), CELL)[:, 0] > 0
+    shown = count >= ENOUGH
+    some_free = torch.zeros_like(shown)
+    cells = torch.cat([shown, some_free]), torch.cat([known & (shown | (count == 0)), known])
+    return torch.cat([image, truth]).float(), *cells
+
+
+def read(model: DenseNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the cells of the last map (N, h, h), and of the images (N,)."""
+    features, head = model.features(images), model.class_layers
+    cells = head.out(F.relu(features).movedim(1, -1))[..., 0]
+    return cells.float(), head(features)[:, 0].float()
+
+
+def calibrate(model: DenseNet, data: Path) -> None:
+    """Scale and bias of the logit, by the films of the train split that show no device, and their twins that do."""
+    table = load_table(data, "train")
+    table = table[table["rendered"] & table["copy"].eq(0) & table[DEVICES].eq(1)]
+    with_devices, without = read_images(data, table), read_images(data, table.assign(file_name=table["twin"]))
+    logits = Classifier(model, CONFIG.labels).logits(torch.cat([with_devices, without])).numpy()
+    labels = np.repeat([1, 0], len(table))
+    fit = LogisticRegression(C=1e6).fit(logits, labels)
+    scale, bias = float(fit.coef_[0, 0]), float(fit.intercept_[0])
+    out = model.class_layers.out
+    with torch.no_grad():
+        out.weight.mul_(scale)
+        out.bias.copy_(out.bias * scale + bias)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data import load_info, load_table, read_images
+from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import fast_attention
@@ -79,8 +79,8 @@ class Prompts(NamedTuple):
     """All texts, and the rows of those that remove, or show, devices (place 0) and each of `NAMED`."""
 
     texts: list[str]
-    targets: np.ndarray  # (1 + len(NAMED), K)
-    sources: np.ndarray
+    targets: list[list[int]]
+    sources: list[list[int]]
 
 
 class Crops(NamedTuple):
@@ -217,13 +217,17 @@ def bedside(folder: Path, data: Path) -> Films:
 
 
 def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
-    """The prompts that remove devices, or a kind of them, from the films as if they showed some."""
-    shown, places, rows = films.assign(**{DEVICES: 1.0}), dict[str, int](), []
+    """The prompts that remove devices, or a kind of them, from the films as if they showed some; half keep another."""
+    shown, places = films.assign(**{DEVICES: 1.0}), dict[str, int]()
+    shown, rows = shown.drop_duplicates([*load_vocabulary(folder).stated]), []
     for name in (DEVICES, *NAMED):
-        pairs = sorted({(pair.target, pair.source) for pair in prompt_pairs(folder, shown, Edit(remove=(name,)))})
-        rows.append([[places.setdefault(text, len(places)) for text in pair] for pair in pairs])
-    table = np.array(rows)
-    return Prompts(list(places), table[..., 0], table[..., 1])
+        others = [other for other in NAMED if name in NAMED and other != name]
+        edits = [Edit(remove=(name,)) for _ in others or [name]]
+        edits += [Edit(remove=(name,), keep=(other,)) for other in others]
+        pairs = [pair for change in edits for pair in prompt_pairs(folder, shown, change)]
+        rows.append([[places.setdefault(text, len(places)) for text in (pair.target, pair.source)] for pair in pairs])
+    targets, sources = ([[pair[side] for pair in pairs] for pairs in rows] for side in (0, 1))
+    return Prompts(list(places), targets, sources)
 
 
 def bank(films: np.ndarray, count: int, seed: int) -> Bank:

@@ -3,9 +3,12 @@
 DATA is a prepared folder of the data set "films". Fresh devices, drawn here and never trained on, are rendered into
 the films of held-out patients that show none, so the true counterfactual is the film itself. The record
 figures/films/film_removal.json holds our editor's numbers over all devices, and its error by kind inside the pixels
-that this kind alone changes. Methods to compare with edit the first films again: two masks on edit-friendly inversion,
-SDEdit from the same little noise, and biharmonic inpainting (Chui & Mhaskar, 2010) of our mask and of the true one,
-which only a benchmark knows. LEDITS++ is not among them: diffusers' has four channels of latents.
+that this kind alone changes. `named` has edits of one kind in films with several: the error to the film without this
+kind, and the share of the other devices that went with it. A judge reads films with devices, without, and edited: its
+AUC, and the flips, the share of the films that it reads as with devices before and without after. Methods to compare
+with edit the first films again: two masks on edit-friendly inversion, SDEdit from the same little noise, and biharmonic
+inpainting (Chui & Mhaskar, 2010) of our mask and of the true one, which only a benchmark knows. LEDITS++ is not among
+them: diffusers' has four channels of latents.
 """
 
 import argparse
@@ -27,8 +30,12 @@ from prism_lib.editing import Counterfactual, edit, invert
 from prism_lib.evaluation import metrics
 from prism_lib.evaluation.evaluate import interval
 from prism_lib.files import stable_seed
+from prism_lib.language import Edit
+from prism_lib.language.edits import PromptPair
 from prism_lib.models import load_pipeline
+from prism_lib.models.classifier import Classifier
 from prism_lib.phantom import with_devices
+from prism_lib.phantom.films import KINDS
 from prism_lib.studies.editors import SDEdit, TwoMasks
 
 COLUMNS = ["error", "mask_recall", "mask_area_ratio", "changed_outside_mask", "outside_l1_ratio"]
@@ -39,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
     parser.add_argument("--model", default="film-sd")
+    parser.add_argument("--judge", default="film-judge")
     parser.add_argument("--split", default="test")
     parser.add_argument("--images", type=int, default=200, help="films with devices, several of a film where few films")
     parser.add_argument("--compared", type=int, default=16, help="of them for the methods to compare with")
@@ -46,22 +54,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the devices")
     options = parser.parse_args()
     films = clean_films(options.data, options.split, options.images)
-    pipe, found, rows, by_kind = load_pipeline(options.model), {}, [], []
+    pipe, judge = load_pipeline(options.model), Classifier.load(options.judge).only([DEVICES])
+    found, rows = dict[str, dict[str, float]](), []
+    by_kind, named = list[dict[str, object]](), list[dict[str, object]]()
     with records.Timer() as timer:
         for place, film in enumerate(tqdm(films.to_dict("records"), "films")):
             case = Case(options.data, film, stable_seed(options.seed, film["file_name"], place))
             begin = time.perf_counter()
             result = remove(pipe, case, options.steps)
             spent = time.perf_counter() - begin
-            rows.append(case.measured(result) | {"seconds": spent, "patient_id": film["patient_id"]})
+            row = case.measured(result) | {"seconds": spent, "patient_id": film["patient_id"]}
+            p = judge.read(torch.cat([case.truth, case.image, result.image[None].cpu()]))[:, 0].tolist()
+            rows.append(row | dict(zip(("p_truth", "p_before", "p_after"), p, strict=True)))
             by_kind += case.by_kind(result)
+            named += case.named(pipe, options.steps)
     table = pd.DataFrame(rows)
     found["ours"] = summary(table, options.seed) | {"seconds": float(table["seconds"].mean())}
-    kinds = pd.DataFrame(by_kind)
-    for kind, some in kinds.groupby("kind"):
-        found[str(kind)] = {"images": float(len(some))} | interval(
-            "error", some["error"], some["patient"], options.seed
-        )
+    found["judge"] = judged(table, options.seed)
+    for prefix, measured in (("", by_kind), ("named: ", named)):
+        for kind, some in pd.DataFrame(measured).groupby("kind"):
+            found[f"{prefix}{kind}"] = {"images": float(len(some))}
+            for column in some.columns.drop(["kind", "patient"]):
+                found[f"{prefix}{kind}"] |= interval(column, some[column], some["patient"], options.seed)
     found |= compared(pipe, options.data, films.head(options.compared), table, options)
     records.record(
         "film_removal",
@@ -93,9 +107,10 @@ class Case:
     def __init__(self, folder: Path, film: dict, seed: int) -> None:
         self.truth = read_images(folder, pd.DataFrame([film]))
         self.seed, rendered = seed, with_devices(self.truth, [seed])
+        self.vocabulary = load_vocabulary(folder)
         self.image, self.changed, (self.kinds,) = rendered.images, rendered.mask, rendered.kinds
-        labels = {label: film[label] for label in load_info(folder)["labels"]} | {DEVICES: 1.0}
-        self.pair = NO_DEVICES.prompts(labels, load_vocabulary(folder))
+        self.labels = {label: film[label] for label in load_info(folder)["labels"]} | {DEVICES: 1.0}
+        self.pair = NO_DEVICES.prompts(self.labels, self.vocabulary)
         self.patient = film["patient_id"]
 
     def measured(self, result: Counterfactual) -> dict[str, float]:
@@ -122,10 +137,25 @@ class Case:
                 rows.append({"kind": kind, "error": self.error(result.image[None], where), "patient": self.patient})
         return rows
 
+    def named(self, pipe: StableDiffusionPipeline, steps: int) -> list[dict[str, object]]:
+        """Each kind that has a name removed alone: its error, and the share of the others that went with it."""
+        rows, names = [], [kind for kind in self.kinds if kind in self.vocabulary.owners]
+        for kind in names if len(self.kinds) > 1 else []:
+            rest = with_devices(self.truth, [self.seed], [other for other in KINDS if other != kind]).images
+            own, others = rest != self.image, (rest != self.truth) & (rest == self.image)
+            result = remove(pipe, self, steps, Edit(remove=(kind,)).prompts(self.labels, self.vocabulary))
+            image = result.image[None].cpu()
+            if own.any() and others.any():
+                error = metrics.true_error_ratio(image, rest, self.image, own).item()
+                gone = ((image - self.image).abs() * others).sum() / ((self.image - self.truth).abs() * others).sum()
+                rows.append({"kind": kind, "error": error, "others_gone": gone.item(), "patient": self.patient})
+        return rows
 
-def remove(pipe: StableDiffusionPipeline, case: Case, steps: int) -> Counterfactual:
+
+def remove(pipe: StableDiffusionPipeline, case: Case, steps: int, pair: PromptPair | None = None) -> Counterfactual:
     """Our editor with the model's own settings."""
-    return edit(pipe, invert(pipe, case.image, [case.pair.source], num_inference_steps=steps), [case.pair])[0]
+    pair = pair or case.pair
+    return edit(pipe, invert(pipe, case.image, [pair.source], num_inference_steps=steps), [pair])[0]
 
 
 def compared(
@@ -157,6 +187,15 @@ def summary(table: pd.DataFrame, seed: int) -> dict[str, float]:
     for column in COLUMNS:
         values |= interval(column, table[column], table["patient_id"], seed)
     return values
+
+
+def judged(table: pd.DataFrame, seed: int) -> dict[str, float]:
+    """AUC of films with devices and without, and the flips of those read as with devices, with intervals."""
+    readings = torch.tensor([[p, label] for label, name in ((1, "p_before"), (0, "p_truth")) for p in table[name]])
+    auc = metrics.bootstrap_ci(readings, 2 * table["patient_id"].tolist(), metrics.auc, seed=seed)
+    shown = table[table["p_before"] >= 0.5]
+    flips = interval("flips", shown["p_after"] < 0.5, shown["patient_id"], seed)
+    return {"images": float(len(table))} | auc.named("auc") | flips
 
 
 if __name__ == "__main__":

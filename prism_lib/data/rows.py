@@ -15,10 +15,12 @@ from prism_lib.data.folder import REPORT, Folder, load_info, load_table, load_vo
 from prism_lib.language.captions import sample_caption
 from prism_lib.language.edits import Edit, PromptPair
 from prism_lib.language.labels import CHEST, Vocabulary
+from prism_lib.phantom.films import KINDS, with_devices
 from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
 NO_DEVICES, WITH_DEVICES = Edit(remove=(DEVICES,)), Edit(add=(DEVICES,))
-DETAIL_COLUMNS = ("devices", "effusion_side")  # of the phantom's table: more precise than labels
+# More precise than labels: the phantom's devices and side of an effusion, the kinds of devices rendered into a film.
+DETAIL_COLUMNS = ("devices", "effusion_side", "kinds")
 
 
 def sample_captions(folder: Folder, table: pd.DataFrame, seed: int | str, count: int, share: float) -> list[list[str]]:
@@ -48,11 +50,11 @@ def draw_captions(
 
 
 def _details(row: Mapping[Any, Any]) -> dict[str, str]:
-    """Phrases of a phantom's row that say more than its labels: {"Support Devices": "pacemaker and ecg leads"}."""
+    """Phrases of a row that say more than its labels: {"Support Devices": "pacemaker and ecg leads"}."""
     phrases = {}
-    if row["devices"] != NOT_THERE:
-        phrases[DEVICES] = str(row["devices"]).replace("|", " and ")
-    if row["effusion_side"] != NOT_THERE:
+    if (shown := row.get("devices", row.get("kinds", NOT_THERE))) != NOT_THERE:
+        phrases[DEVICES] = str(shown).replace("|", " and ")
+    if row.get("effusion_side", NOT_THERE) != NOT_THERE:
         phrases["Pleural Effusion"] = f"{row['effusion_side']} pleural effusion"
     return phrases
 
@@ -89,7 +91,7 @@ def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.D
                 raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             suits &= table[label].eq(state)
             if state and name != label:
-                if not set(DETAIL_COLUMNS) <= set(table.columns):
+                if not set(DETAIL_COLUMNS) & set(table.columns):
                     raise ValueError(f"the data set does not say which rows have {name!r}; edit {label!r} instead")
                 phrases = [_details(row).get(label, "") for row in table.to_dict("records")]
                 suits &= np.array([name in phrase.split(" and ") for phrase in phrases], dtype=bool)
@@ -105,9 +107,18 @@ class Truth(NamedTuple):
 
 
 def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth | None:
-    """The truth about an edit of a table's rows: of phantoms, and where rendered devices are removed; else None."""
-    if edit == NO_DEVICES and "twin" in table and not table["twin"].eq(NOT_THERE).any():
+    """The truth about an edit of a table's rows: of phantoms, and where rendered devices are removed; else None.
+
+    Of films whose `copy` is 0 it is also known without some kinds of devices: the others are rendered again.
+    """
+    removed = {*edit.remove} if not edit.add else set()
+    known = removed == {DEVICES} or (removed and removed <= {*KINDS} and table["copy"].eq(0).all())
+    if "twin" in table and not table["twin"].eq(NOT_THERE).any() and known:
         images = read_images(folder, table.assign(file_name=table["twin"]))
+        rest = [kind for kind in load_info(folder)["config"]["kinds"] or KINDS if kind not in removed]
+        for image, seed, kinds in zip(images, table["film_seed"], table["kinds"], strict=True):
+            if DEVICES not in removed and not {*kinds.split("|")} <= removed:
+                image.copy_(with_devices(image[None], [seed], rest).images[0])
         changed = read_images(folder, table) != images
         return Truth(images, changed, torch.zeros_like(changed))
     if not truth_is_known(folder):

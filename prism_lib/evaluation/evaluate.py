@@ -293,7 +293,7 @@ def realism(
     for e in evaluations:
         table, undone = load_table(folder, split), Edit(remove=e.edit.add, add=e.edit.remove)
         others = table[~table["patient_id"].isin(e.table["patient_id"])]
-        unknown = {*undone.remove} & {*e.vocab.owners} and not {*DETAIL_COLUMNS} <= {*table}
+        unknown = {*undone.remove} & {*e.vocab.owners} and not {*DETAIL_COLUMNS} & {*table}
         if features is None or not e.edit.attributes or unknown:
             continue
         real = editable(others, undone, e.vocab).head(limit)

@@ -15,8 +15,10 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
+from prism_lib.data.chest import ARCHIVES
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.files import file_hash
+from prism_lib.phantom.patients import render, sample_patients
 
 CHEXPERT_HEADER = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
@@ -274,3 +276,17 @@ def verify(folder: Path) -> None:
     for name in load_table(folder)["file_name"]:
         content.update(name.encode() + bytes.fromhex(file_hash(folder / name)))
     assert content.hexdigest() == load_info(folder)["content_hash"]
+
+
+def nih_films(root: Path, size: int) -> Path:
+    """A folder in NIH's format: phantoms without devices stand for films, two of each of nine patients."""
+    rows = []
+    (root / "images").mkdir(parents=True)
+    patients = sample_patients(18, 7).intervene(support_devices=0)
+    for number, image in enumerate((render(patients, size)[:, 0] * 255).byte().numpy()):
+        name = f"{number // 2:08d}_{number % 2:03d}.png"
+        Image.fromarray(image).save(root / "images" / name)
+        rows.append([name, ["No Finding", "Effusion"][number % 2], number // 2, 50, "F", "PA"])
+    table = pd.DataFrame(rows, columns=list(ARCHIVES["nih"].tables[0].columns))
+    table.to_csv(root / "Data_Entry_2017_v2020.csv", index=False)
+    return root

@@ -6,15 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
-from prism_lib.data.chest import ARCHIVES, NOT_THERE, acquired
+from prism_lib.data.chest import NOT_THERE, acquired
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
 from prism_lib.language.edits import Edit
-from prism_lib.phantom.patients import render, sample_patients
 from prism_lib.studies import augmentation
+from tests.formats import nih_films
 
 REMOVE = Edit(remove=("Support Devices",))
 SIZE = 128
@@ -22,18 +21,7 @@ SIZE = 128
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder in NIH's format: phantoms without devices stand for films, two of each of nine patients."""
-    root, rows = tmp_path_factory.mktemp("films") / "nih", []
-    (root / "images").mkdir(parents=True)
-    patients = sample_patients(18, 7).intervene(support_devices=0)
-    for number, image in enumerate((render(patients, SIZE)[:, 0] * 255).byte().numpy()):
-        name = f"{number // 2:08d}_{number % 2:03d}.png"
-        Image.fromarray(image).save(root / "images" / name)
-        rows.append([name, ["No Finding", "Effusion"][number % 2], number // 2, 50, "F", "PA"])
-    pd.DataFrame(rows, columns=list(ARCHIVES["nih"].tables[0].columns)).to_csv(
-        root / "Data_Entry_2017_v2020.csv", index=False
-    )
-    return root
+    return nih_films(tmp_path_factory.mktemp("films") / "nih", SIZE)
 
 
 def config(root, output, **changes):
@@ -67,6 +55,31 @@ def test_the_truth_about_removed_devices_is_the_twin(films):
     assert (factual[truth.changed] - truth.images[truth.changed]).mean() > 0.02, "devices are dense"
     assert true_counterfactual(films, cases, Edit(remove=("Pleural Effusion",))) is None
     assert true_counterfactual(films, cases, Edit(add=("Support Devices",))) is None
+
+
+def test_the_truth_about_one_kind_of_device_is_the_film_with_the_others(films):
+    table = load_table(films).query("copy == 0")
+    seen = 0
+    for kind in ("ecg leads", "pacemaker", "endotracheal tube", "central venous catheter"):
+        change = Edit(remove=(kind,))
+        cases = editable(table, change)
+        assert cases["kinds"].str.split("|").map(lambda kinds, kind=kind: kind in kinds).all()
+        if cases.empty:
+            continue
+        factual, truth, none = (
+            read_images(films, cases),
+            true_counterfactual(films, cases, change),
+            true_counterfactual(films, cases, REMOVE),
+        )
+        alone = torch.tensor(cases["kinds"].eq(kind).to_numpy())
+        assert torch.equal(truth.images[alone], none.images[alone]), "nothing else was there"
+        assert truth.changed.flatten(1).any(1).all() and (factual >= truth.images).all(), "devices are bright"
+        assert (truth.images >= none.images).all()
+        assert (truth.images != none.images).flatten(1).any(1)[~alone].all(), "the others stay"
+        seen += len(cases)
+    assert seen > 3
+    moved = load_table(films, "train").query("rendered and copy == 1").head(2)
+    assert true_counterfactual(films, moved, Edit(remove=("ecg leads",))) is None, "its devices were moved"
 
 
 def test_the_twins_are_the_truth_of_a_training_set_in_both_directions(films):

@@ -1,15 +1,22 @@
-"""How film-sd is trained: its crops, and the pipeline that is saved."""
+"""How film-sd and its judge are trained: the crops, and what is saved."""
 
+import argparse
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from benchmarks import train_film_sd
+from benchmarks import train_film_judge, train_film_sd
+from prism_lib.data.folder import load_table, read_images
+from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.models import encode_images, encode_prompts, load_pipeline, predict_noise
+from prism_lib.models.classifier import Classifier
 from prism_lib.models.wavelets import HaarAutoencoder
+from prism_lib.phantom.films import KINDS
 from prism_lib.phantom.patients import render, sample_patients
+from tests.formats import nih_films
 from tests.tiny import SOURCE, TARGET, tiny_pipeline
 
 
@@ -17,29 +24,83 @@ from tests.tiny import SOURCE, TARGET, tiny_pipeline
 def films():
     """Phantoms without devices stand for films."""
     images = render(sample_patients(4, 3).intervene(support_devices=0), 256)
-    return (images[:, 0] * 255).round().byte().numpy()
+    return train_film_sd.Films((images[:, 0] * 255).round().byte().numpy(), np.ones((4, 8, 8), bool))
 
 
 @pytest.fixture(scope="module")
 def devices(films):
-    return train_film_sd.bank(films, 6, seed=1)
+    return train_film_sd.bank(films.images, 40, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared data set "films", all screened as clean, whose vocabulary names kinds of devices."""
+    home = tmp_path_factory.mktemp("data")
+    root, screened = nih_films(home / "nih", 256), home / "screened.csv"
+    names = pd.read_csv(root / "Data_Entry_2017_v2020.csv")["Image Index"]
+    pd.DataFrame({"file_name": names, "Support Devices": 0}).to_csv(screened, index=False)
+    return prepare(PrepareConfig("films", home / "films", root, size=256, vocabulary="films", screened=screened))
 
 
 def test_a_bank_holds_each_devices_attenuation_and_nothing_beside_them(devices):
-    assert devices.shape == (6, 256, 256) and devices.dtype == np.uint8
-    assert devices.any((1, 2)).all() and (devices == 0).mean() > 0.5
+    assert devices.maps.shape == (40, 256, 256) and devices.maps.dtype == np.uint8
+    assert devices.maps.any((1, 2)).mean() > 0.9 and (devices.maps == 0).mean() > 0.5
+    assert set(devices.kinds) <= {*range(len(KINDS))} and len(set(devices.kinds)) > 5
 
 
 def test_crops_differ_by_devices_alone_and_devices_are_bright(films, devices):
-    pairs = [train_film_sd.crop(films, devices, np.random.default_rng([1, n])) for n in range(40)]
-    truths, inputs = (np.stack(images) for images in zip(*pairs, strict=True))
+    made = [train_film_sd.crop(films, devices, np.random.default_rng([1, n])) for n in range(40)]
+    truths, inputs, known = (np.stack(images) for images in zip(*made, strict=True))
+    assert known.all()
     assert truths.min() >= 0 and inputs.max() <= 1 and truths.shape == (40, 256, 256)
     changed = inputs - truths
     assert (np.abs(changed).max((1, 2)) > 0.02).mean() > 0.8
     assert np.median(np.abs(changed)) < 1e-3
-    assert changed.sum() > 0.8 * np.abs(changed).sum()
+    assert (changed.sum((1, 2)) >= 0).all(), "sharpening draws dark edges, and does not change the mean"
     again = train_film_sd.crop(films, devices, np.random.default_rng([1, 7]))
-    np.testing.assert_array_equal(again[1], pairs[7][1])
+    np.testing.assert_array_equal(again[1], made[7][1])
+
+
+def test_a_crop_that_names_a_kind_loses_this_kind_and_keeps_the_others(films):
+    maps = np.zeros((2, 256, 256), np.uint8)
+    maps[0, 60:120], maps[1, :, 60:120] = 100, 100  # two kinds: a bar from left to right, and one from top to bottom
+    devices = train_film_sd.Bank(maps, np.array([0, 1]))
+    lost = kept = 0.0
+    for number in range(12):
+        truth, image, _ = train_film_sd.crop(films, devices, np.random.default_rng([3, number]), kind=0)
+        plain, _, _ = train_film_sd.crop(films, devices, np.random.default_rng([3, number]), kind=0)
+        np.testing.assert_array_equal(truth, plain)
+        lost += float((image - truth).mean())
+        kept += float(np.abs(truth[:, 60:120] - truth[:, 130:190]).mean())
+    assert lost > 0.3 and kept > 0.3
+
+
+def test_prompts_name_every_kind_and_half_of_them_keep_another(folder):
+    table = load_table(folder, "train").query("not rendered")
+    prompts = train_film_sd.prompts_of(folder, table)
+    assert len(prompts.targets) == len(prompts.sources) == 1 + len(train_film_sd.NAMED)
+    for name, targets, sources in zip(train_film_sd.NAMED, prompts.targets[1:], prompts.sources[1:], strict=True):
+        said = [prompts.texts[row] for row in targets]
+        assert all(f"without {name}" in text for text in said)
+        assert all(f"with {name}" in prompts.texts[row] for row in sources)
+        others = [other for other in train_film_sd.NAMED if other != name]
+        assert np.mean([any(f", with {other}" in text for other in others) for text in said]) == 0.5
+
+
+def test_cells_of_bedside_films_that_are_not_free_do_not_count(films, devices, folder, tmp_path, monkeypatch):
+    table = load_table(folder).query("not rendered")
+    train = table[table["split"] == "train"]["file_name"].iloc[0]
+    monkeypatch.setattr(train_film_sd, "CELLS", tmp_path / "cells.csv")
+    stem = train.split("/")[1].removesuffix(".png")
+    pd.DataFrame({"file_name": [stem], "free": ["A1 A2 B1 H8"]}).to_csv(train_film_sd.CELLS, index=False)
+    beside = train_film_sd.bedside(folder, folder)
+    assert beside.images.shape == (1, 256, 256) and beside.free.sum() == 4 and beside.free[0, 7, 7]
+    _, _, known = train_film_sd.crop(beside, devices, np.random.default_rng(0))
+    assert known.sum() == 4 * 32 * 32
+    other = table[table["split"] == "test"]["file_name"].iloc[0].split("/")[1].removesuffix(".png")
+    pd.DataFrame({"file_name": [other], "free": ["A1"]}).to_csv(train_film_sd.CELLS, index=False)
+    with pytest.raises(ValueError, match=f"{other}, a film of a patient in val or test"):
+        train_film_sd.bedside(folder, folder)
 
 
 def test_letters_come_to_both_and_random_shapes_stay_inside_the_crop(films):
@@ -53,20 +114,37 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     tiny = tiny_pipeline()
     monkeypatch.setattr(train_film_sd, "load_pipeline", lambda *_, **__: tiny)
     monkeypatch.setattr(train_film_sd, "screened", lambda _: None)
-    monkeypatch.setattr(train_film_sd, "prompts_of", lambda *_: ([TARGET], [SOURCE]))
-    monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(films)[:, None] / 255)
+    prompts = train_film_sd.Prompts([TARGET, SOURCE], [[0]] * 10, [[1]] * 10)
+    monkeypatch.setattr(train_film_sd, "prompts_of", lambda *_: prompts)
+    monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(films.images)[:, None] / 255)
     monkeypatch.setattr(train_film_sd, "CHANNELS", (8, 16))
-    given = ["data", str(tmp_path / "film"), "--steps", "2", "--batch-size", "2", "--bank", "3"]
+    given = ["data", str(tmp_path / "film"), "--steps", "2", "--batch-size", "2", "--bank", "40"]
     train_film_sd.main(given)
     pipe = load_pipeline(tmp_path / "film", device="cpu")
     assert isinstance(pipe.vae, HaarAutoencoder) and pipe.unet.config.in_channels == 16
     assert pipe.scheduler.config.set_alpha_to_one
-    latents = encode_images(pipe.vae, torch.from_numpy(films[:1])[:, None] / 255)
+    latents = encode_images(pipe.vae, torch.from_numpy(films.images[:1])[:, None] / 255)
     assert predict_noise(pipe, latents, 1, encode_prompts(pipe, [TARGET])).abs().max() > 0
     log = json.loads((tmp_path / "film" / "training.json").read_text())
-    assert log["losses"][-1]["step"] == 2 and log["config"]["bank"] == 3
+    assert log["losses"][-1]["step"] == 2 and log["config"]["bank"] == 40
     inner = "mid_block.resnets.0.conv1.weight"
     assert train_film_sd.wider(tiny.unet).state_dict()[inner].equal(tiny.unet.state_dict()[inner])
+
+
+def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(films, devices, folder, tmp_path):
+    options = argparse.Namespace(seed=0, pairs=4, share=0.0)
+    crops, shown, known = train_film_judge.batch([films], devices, options, 0)
+    assert crops.shape == (8, 1, 256, 256) and shown.shape == known.shape == (8, 8, 8)
+    assert shown[:4].any() and not shown[4:].any() and known[4:].all()
+    changed = (crops[:4] - crops[4:]).abs() > train_film_judge.SHOWS
+    assert torch.equal(changed.unflatten(2, (8, 32)).unflatten(4, (8, 32)).sum((1, 3, 5)) >= 6, shown[:4])
+    out = tmp_path / "judge"
+    train_film_judge.main([str(folder), str(out), "--steps", "2", "--pairs", "2", "--bank", "40"])
+    judge = Classifier.load(out)
+    table = load_table(folder, "train").query("rendered")
+    read = [judge.logits(read_images(folder, table.assign(file_name=table[name]))) for name in ("file_name", "twin")]
+    mean = torch.cat(read).sigmoid().mean().item()
+    assert mean == pytest.approx(0.5, abs=0.05), "the classes are equally frequent"
 
 
 def test_another_data_set_is_refused_before_any_work(phantom_folder):

@@ -11,6 +11,8 @@ Its loss is the Huber error of the clean image in pixels, in which devices weigh
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
 devices. CELLS names the cells of these films that were seen to be free of devices; the others do not count in the loss.
 
+A run that was stopped goes on from OUT/state.pt, on a CPU to the same bits. On a GPU nothing of this was run.
+
 The autoencoder is the lossless `HaarAutoencoder`. The text encoder is START's, and the inner layers of the U-Net begin
 as START's.
 """
@@ -19,10 +21,11 @@ import argparse
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,8 +43,8 @@ from tqdm.auto import tqdm
 from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import prompt_pairs
-from prism_lib.devices import fast_attention
-from prism_lib.files import stable_seed
+from prism_lib.devices import autocast, default_device, fast_attention
+from prism_lib.files import atomic, stable_seed
 from prism_lib.language import Edit
 from prism_lib.models import encode_prompts, load_pipeline
 from prism_lib.models.pipeline import Pipe, assembled, encode_images
@@ -125,40 +128,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = prompts_of(options.data, clean)
     texts = encode_prompts(start, prompts.texts)
 
-    vae, unet = HaarAutoencoder(), wider(start.unet)
+    device = default_device()
+    vae, unet = HaarAutoencoder().to(device), wider(start.unet).to(device)
     signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
     noise = math.sqrt(1 - signal**2)
     scale_output(unet, -noise / signal)  # training has the U-Net predict the change of clean latents, a pipeline noise
     average = EMAModel(unet.parameters(), decay=0.998)
     optimizer = torch.optim.AdamW(unet.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
-
-    def draw(step: int) -> Crops:
-        return batch(films, devices, prompts, options, step)
-
-    history: list[dict[str, float]] = []
+    state = State(options.out / "state.pt", {"average": average, "optimizer": optimizer, "schedule": schedule}, unet)
+    history = state.restored(vars(options), device)
+    steps = range(int(history[-1]["step"]) if history else 0, options.steps)
+    threads = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
+    ahead = drawn_ahead(lambda step: batch(films, devices, prompts, options, step), steps, threads)
     begin, seen = time.perf_counter(), []
-    for step, crops in enumerate(tqdm(drawn_ahead(draw, range(options.steps), 1), total=options.steps)):
+    for step, drawn in zip(steps, tqdm(ahead, total=options.steps, initial=steps.start), strict=True):
+        crops = Crops(*(values.to(device) for values in drawn))
         clean_latents = encode_images(vae, crops.inputs)
         generator = torch.Generator().manual_seed(stable_seed(options.seed, "noise", step))
-        noisy = signal * clean_latents + noise * torch.randn(clean_latents.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16), fast_attention(torch.device("cpu"), "bf16"):
-            given = {"encoder_hidden_states": texts[crops.prompts]}
-            change = unet(noisy, torch.full((len(noisy),), TIMESTEP), **given).sample.float()
+        noisy = signal * clean_latents + noise * torch.randn(clean_latents.shape, generator=generator).to(device)
+        with autocast(device, "bf16"), fast_attention(device, "bf16"):
+            timesteps = torch.full((len(noisy),), TIMESTEP, device=device)
+            change = unet(noisy, timesteps, encoder_hidden_states=texts[drawn.prompts].to(device)).sample.float()
         change = F.conv_transpose2d(change, vae.kernels, stride=4) / (2 * vae.config.scaling_factor)
         true = crops.truths - crops.inputs
-        error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
-        known = crops.known
-        loss = (
-            known * error * (1 + options.weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1))
-        ).sum() / known.sum()
+        loss = loss_of(change, true, crops.known, options.weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         average.step(unet.parameters())
-        inside, outside = known & (true.abs() > FAINT), known & (true.abs() <= FAINT)
+        inside, outside = crops.known & (true.abs() > FAINT), crops.known & (true.abs() <= FAINT)
         with torch.no_grad():
             share = ((change - true).abs() * inside).sum() / (true.abs() * inside).sum().clamp(min=1e-3)
             seen.append((loss.item(), share.item(), change[outside].abs().mean().item()))
@@ -171,6 +172,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             average.copy_to(averaged.parameters())
             scale_output(averaged, -signal / noise)
             save(averaged, vae, start, options, history)
+            state.keep(vars(options), history)
+
+
+def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tensor:
+    """Mean Huber error of changes (N, 1, H, H) where they are known, by the weight of devices."""
+    error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
+    weights = 1 + weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1)
+    return (known * error * weights).sum() / known.sum()
+
+
+class State:
+    """What a stopped run needs to go on: its parts by name, and the U-Net's weights."""
+
+    def __init__(self, path: Path, parts: dict[str, Any], unet: UNet2DConditionModel) -> None:
+        self.path, self.parts, self.unet = path, parts, unet
+
+    def keep(self, options: dict[str, Any], history: list[dict[str, float]]) -> None:
+        """Write the state, whole or not at all."""
+        kept = {name: part.state_dict() for name, part in self.parts.items()} | {"unet": self.unet.state_dict()}
+        with atomic(self.path) as partial:
+            torch.save(kept | {"options": json.dumps(options, default=str), "history": history}, partial)
+
+    def restored(self, options: dict[str, Any], device: torch.device) -> list[dict[str, float]]:
+        """Load the state if there is one, and give its history; another run's state ends the program."""
+        if not self.path.is_file():
+            return []
+        kept = torch.load(self.path, map_location=device)
+        own, found = json.loads(json.dumps(options, default=str)), json.loads(kept["options"])
+        if other := [f"{name} ({found.get(name)!r})" for name in own if found.get(name) != own[name] and name != "out"]:
+            raise SystemExit(f"{self.path} is of a run with another {', '.join(other)}: choose another folder")
+        for name, part in self.parts.items():
+            part.load_state_dict(kept[name])
+        self.unet.load_state_dict(kept["unet"])
+        history: list[dict[str, float]] = kept["history"]
+        return history
 
 
 def save(

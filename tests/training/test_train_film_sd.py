@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import train_film_judge, train_film_sd
 from prism_lib.data.folder import load_table, read_images
@@ -18,6 +19,8 @@ from prism_lib.phantom.films import KINDS
 from prism_lib.phantom.patients import render, sample_patients
 from tests.formats import nih_films
 from tests.tiny import SOURCE, TARGET, tiny_pipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,16 @@ def test_letters_come_to_both_and_random_shapes_stay_inside_the_crop(films):
     assert drawn.shape == (8, 256, 256) and drawn.min() >= 0 and (drawn.max((1, 2)) > 0.02).sum() >= 6
 
 
+def stop_after(keep):
+    """The method `keep`, after which the run is stopped."""
+
+    def kept(self, *given):
+        keep(self, *given)
+        raise KeyboardInterrupt
+
+    return kept
+
+
 def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypatch):
     tiny = tiny_pipeline()
     monkeypatch.setattr(train_film_sd, "load_pipeline", lambda *_, **__: tiny)
@@ -118,15 +131,24 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     monkeypatch.setattr(train_film_sd, "prompts_of", lambda *_: prompts)
     monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(films.images)[:, None] / 255)
     monkeypatch.setattr(train_film_sd, "CHANNELS", (8, 16))
-    given = ["data", str(tmp_path / "film"), "--steps", "2", "--batch-size", "2", "--bank", "40"]
+    given = ["data", str(tmp_path / "film"), "--steps", "4", "--batch-size", "2", "--bank", "40", "--save-every", "2"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_film_sd.State, "keep", stop_after(train_film_sd.State.keep))
+        with pytest.raises(KeyboardInterrupt):
+            train_film_sd.main(given)
     train_film_sd.main(given)
+    train_film_sd.main([given[0], str(tmp_path / "whole"), *given[2:]])
+    resumed, whole = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("film", "whole"))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items()), "stopped after two steps of four"
+    with pytest.raises(SystemExit, match=r"state.pt is of a run with another weight \(1.5\)"):
+        train_film_sd.main([*given, "--weight", "2"])
     pipe = load_pipeline(tmp_path / "film", device="cpu")
     assert isinstance(pipe.vae, HaarAutoencoder) and pipe.unet.config.in_channels == 16
     assert pipe.scheduler.config.set_alpha_to_one
     latents = encode_images(pipe.vae, torch.from_numpy(films.images[:1])[:, None] / 255)
     assert predict_noise(pipe, latents, 1, encode_prompts(pipe, [TARGET])).abs().max() > 0
     log = json.loads((tmp_path / "film" / "training.json").read_text())
-    assert log["losses"][-1]["step"] == 2 and log["config"]["bank"] == 40
+    assert log["losses"][-1]["step"] == 4 and log["config"]["bank"] == 40
     inner = "mid_block.resnets.0.conv1.weight"
     assert train_film_sd.wider(tiny.unet).state_dict()[inner].equal(tiny.unet.state_dict()[inner])
 

@@ -65,19 +65,6 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
     return [edit.prompts(row, vocab) for row in table[load_info(folder)["labels"]].to_dict("records")]
 
 
-def training_pairs(folder: Folder, table: pd.DataFrame) -> tuple[list[tuple[int, int]], list[str]]:
-    """Per row, the rows of its film with devices and without, and the prompt of their edit; else itself twice, ""."""
-    places = {name: row for row, name in enumerate(table["file_name"])}
-    couples, prompts = [(row, row) for row in range(len(table))], [""] * len(table)
-    if "twin" in table:
-        known = table["twin"].isin(places) & table[DEVICES].eq(1)
-        pairs = prompt_pairs(folder, table[known], NO_DEVICES)
-        for row, twin, pair in zip(np.flatnonzero(known).tolist(), table.loc[known, "twin"], pairs, strict=True):
-            for either in (row, places[twin]):
-                couples[either], prompts[either] = (row, places[twin]), pair.target
-    return couples, prompts
-
-
 def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.DataFrame:
     """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 

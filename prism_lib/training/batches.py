@@ -34,26 +34,19 @@ def diffusion_loss(
     noise: Tensor,
     timesteps: Tensor,
     embeddings: Tensor,
-    goals: Tensor | None = None,
-    weights: Tensor | None = None,
     snr_gamma: float = 0.0,
 ) -> Tensor:
     """Denoising loss per sample, (N,): squared error of epsilon or v (Ho et al. 2020; Salimans & Ho 2022).
 
-    ``snr_gamma`` > 0 weights it by Min-SNR (Hang et al., ICCV 2023), ``weights`` (N, 1, h, w) by cell. With ``goals``,
-    clean latents like ``latents``, the noisy latents are denoised towards these: epsilon is what stands between them.
+    ``snr_gamma`` > 0 weights it by Min-SNR (Hang et al., ICCV 2023).
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
     velocity = scheduler.config.prediction_type == "v_prediction"
-    snr = compute_snr(scheduler, timesteps)
-    if goals is not None:
-        noise = noise + snr.sqrt()[:, None, None, None].to(noise) * (latents - goals)
-        latents = goals
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
-    loss = (error if weights is None else error * weights).mean((1, 2, 3))
+    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
     if snr_gamma > 0:
+        snr = compute_snr(scheduler, timesteps)
         loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
     return loss
 
@@ -91,27 +84,15 @@ class Draw(NamedTuple):
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,)
     embeddings: Tensor  # (B, tokens, width), float32
-    goals: Tensor  # (B, c, h, w): the latents themselves, or those of their true counterfactuals
-    weights: Tensor  # (B, 1, h, w) of the cells: above 1 where latents and counterfactuals differ
 
 
 def draw_batch(cache: Cache, order: Order, config: FinetuneConfig, micro_step: int, num_timesteps: int = 1000) -> Draw:
     """The batch of the order's process at a micro-step, with timesteps below ``num_timesteps``."""
     rows = order.rows((micro_step * order.world + order.rank) * config.batch_size, config.batch_size)
     generator = torch.Generator().manual_seed(stable_seed(order.seed, "step", micro_step, order.rank))
-    chosen = torch.Generator().manual_seed(stable_seed(order.seed, "pairs", micro_step, order.rank))
-    factual, counterfactual = (cache.couples[rows] if config.pairs else torch.stack([rows, rows], 1)).unbind(1)
-    paired = (factual != counterfactual) & (torch.rand(len(rows), generator=chosen) < config.pairs)
-    of_factual = cache.moments[factual]  # read from disk, so once where both are the same
-    moments = torch.stack([of_factual, cache.moments[counterfactual] if config.pairs else of_factual]).float()
-    if config.crop:
-        moments = torch.stack([_cropped(m, config.crop, generator) for m in moments.unbind(1)], dim=1)
-    mean, std = moments.unbind(2)
-    first, second = mean + std * torch.randn(mean.shape[1:], generator=generator)
-    latents = torch.where((paired | (rows == factual))[:, None, None, None], first, second)
-    goals = torch.where(paired[:, None, None, None], second, latents)
-    weights = 1 + config.change_weight * change_weights(mean[0] - mean[1])
-    noise = torch.randn(latents.shape, generator=generator)
+    mean, std = cache.moments[rows].float().unbind(1)
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
     timesteps = torch.randint(num_timesteps, (len(rows),), generator=generator)
     if config.noisy_share > 0.5:
         moved = torch.rand(len(rows), generator=generator) < 2 * config.noisy_share - 1
@@ -119,27 +100,7 @@ def draw_batch(cache: Cache, order: Order, config: FinetuneConfig, micro_step: i
     pick = torch.randint(cache.caption_rows.shape[1], (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
     captions = torch.where(dropped, 0, cache.caption_rows[rows, pick])
-    captions = torch.where(paired, cache.edit_rows[rows], captions)
-    return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float(), goals, weights)
-
-
-def change_weights(change: Tensor) -> Tensor:
-    """Weights (N, 1, h, w) of cells by their change (N, c, h, w): highest for a faint one, 0 for none.
-
-    A squared error counts a faint change, such as a tube's, hundreds of times less than a dense one, while the share of
-    the change that is left counts them alike. So cells are weighted against their change, but for the faintest.
-    """
-    size = change.abs().mean(1, keepdim=True)
-    return size / (size + 0.05) / (size + 0.1)
-
-
-def _cropped(moments: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """The same random square of images and counterfactuals (2, 2, c, h, w): of three, the one that changes most."""
-    height, width = moments.shape[-2:]
-    tops = torch.randint(height - side + 1, (3,), generator=generator).tolist()
-    lefts = torch.randint(width - side + 1, (3,), generator=generator).tolist()
-    squares = [moments[..., y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
-    return max(squares, key=lambda square: int(((square[0, 0] - square[1, 0]).abs() > 0.05).sum()))
+    return Draw(rows, latents, noise, timesteps, cache.embeddings[captions].float())
 
 
 def batches_from(

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prism_lib.data.folder import load_info, load_table, read_images
-from prism_lib.data.rows import training_pairs
 from prism_lib.files import model_hash
 from prism_lib.models.pipeline import Pipe, encode_moments, encode_prompts, text_encoders, too_long
 from prism_lib.training.checkpoints import require_space, write_tensors
@@ -60,8 +59,6 @@ class Cache:
     caption_rows: Tensor  # (N, k) rows of `embeddings`
     embeddings: Tensor | Rows  # (distinct captions + 1, tokens, width); row 0 is the empty prompt
     names: tuple[str, ...]  # (N,) file names
-    couples: Tensor  # (N, 2) rows of the factual and of its true counterfactual, the row itself twice without them
-    edit_rows: Tensor  # (N,) rows of `embeddings`: the prompts that ask for the counterfactuals
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -80,8 +77,7 @@ def build_cache(
     ``dtype`` is that of the text embeddings. Latents are in float16: their deviation is far wider than its rounding.
     """
     table = load_table(dataset, split)
-    couples, prompts = training_pairs(dataset, table)
-    distinct = list(dict.fromkeys(["", *(text for texts in captions for text in texts), *prompts]))
+    distinct = list(dict.fromkeys(["", *(text for texts in captions for text in texts)]))
     row = {text: i for i, text in enumerate(distinct)}
     vae = copy.deepcopy(pipeline.vae).to(memory_format=torch.channels_last)  # a quarter faster
     image_batch = CPU_IMAGE_BATCH if vae.device.type == "cpu" else IMAGE_BATCH
@@ -103,8 +99,6 @@ def build_cache(
         caption_rows=torch.tensor([[row[text] for text in texts] for texts in captions]),
         embeddings=_encode(embeddings, len(distinct), TEXT_BATCH, folder, f"text-{split}", text_key),
         names=tuple(table["file_name"]),
-        couples=torch.tensor(couples),
-        edit_rows=torch.tensor([row[text] for text in prompts]),
     )
 
 

@@ -45,11 +45,7 @@ class FinetuneConfig:
     explicit_share: Share = 0.5  # captions in the wording that edits use
     balance: str = ""  # a label whose values are drawn equally often; an epoch is then a draw with replacement
     ema_decay: Share = 0.999
-    timestep_end: PositiveInt | None = None  # timesteps below alone are trained, for edits that begin late; None: all
     noisy_share: Annotated[float, Field(ge=0.5, le=1)] = 0.5  # of timesteps in the noisier half, which decides layout
-    pairs: Share = 0.0  # of the images in known pairs, trained on as a pair: denoised to the counterfactual
-    change_weight: NonNegativeFloat = 6.0  # of cells that differ in a pair, see `batches.change_weights`
-    crop: NonNegativeInt = 0  # side, in cells of the latents, of the random crops that are trained on; 0: whole images
     snr_gamma: NonNegativeFloat = 0.0  # 5 for Min-SNR weighting (Hang et al., ICCV 2023); 0 is off
     mixed_precision: Precision = "no"  # "auto" becomes "bf16" where this machine multiplies in it, else "no"
     gradient_checkpointing: bool = False  # a third more time, far less memory

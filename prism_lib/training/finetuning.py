@@ -88,8 +88,6 @@ def check_run(config: FinetuneConfig) -> None:
     labels = load_info(config.dataset)["labels"]
     if config.balance and config.balance not in labels:
         raise ValueError(f"balance={config.balance!r} is no label of {config.dataset}; labels: {', '.join(labels)}")
-    if config.pairs and "twin" not in load_table(config.dataset, "train"):
-        raise ValueError(f"pairs={config.pairs} needs known counterfactuals; {config.dataset} has none: use 'films'")
     if config.optimizer == "adamw8bit":
         bitsandbytes()
 

@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.data.folder import load_info, load_table, load_vocabulary, read_images
+from prism_lib.data.folder import load_table, load_vocabulary, read_images
 from prism_lib.data.rows import sample_captions
 from prism_lib.devices import PRECISIONS, fast_attention
 from prism_lib.files import atomic, stable_seed, write_text
-from prism_lib.models.pipeline import Pipe, assembled, image_factor, sample_images, text_encoders
+from prism_lib.models.pipeline import Pipe, assembled, sample_images, text_encoders
 from prism_lib.training import checkpoints
 from prism_lib.training.batches import Draw, batches_from, by_timestep, diffusion_loss, validation_draws
 from prism_lib.training.cache import Cache, build_cache, require_captions_fit
@@ -85,7 +85,7 @@ class Run:
         if accelerator.is_main_process:
             accelerator.log_with.append(JsonlTracker(self.output / "log.jsonl", self.start))
         accelerator.init_trackers("prism", config={key: str(value) for key, value in asdict(config).items()})
-        self.num_timesteps = config.timestep_end or int(pipeline.scheduler.config.num_train_timesteps)
+        self.num_timesteps = int(pipeline.scheduler.config.num_train_timesteps)
         if config.compile:
             self._check_compiled()
         self.batches = batches_from(self.start, config, train, self.num_timesteps, accelerator)
@@ -248,10 +248,6 @@ def _caches(config: FinetuneConfig, accelerator: Accelerator, pipeline: Pipe) ->
         table = load_table(config.dataset, split)
         captions[split] = sample_captions(config.dataset, table, *drawn)
         require_captions_fit(pipeline.tokenizer, split, table["file_name"], captions[split])
-    if config.crop > (cells := load_info(config.dataset)["config"]["size"] // image_factor(pipeline.vae)):
-        raise ValueError(f"crop={config.crop} is larger than the latents, {cells} x {cells} cells")
-    if (end := config.timestep_end or 0) > (known := pipeline.scheduler.config.num_train_timesteps):
-        raise ValueError(f"timestep_end={end} is above the {known} timesteps of {config.pipeline}")
     for part in (pipeline.vae, *text_encoders(pipeline)):
         part.requires_grad_(False).eval().to(accelerator.device)
     caches = [build_cache(pipeline, config.dataset, split, folder, captions[split], dtype) for split in captions]

@@ -10,7 +10,7 @@ import torch
 from prism_lib.data.chest import NOT_THERE, acquired
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.data.rows import editable, sample_captions, training_pairs, true_counterfactual
+from prism_lib.data.rows import editable, sample_captions, true_counterfactual
 from prism_lib.language.edits import Edit
 from prism_lib.studies import augmentation
 from tests.formats import nih_films
@@ -99,18 +99,6 @@ def test_one_kind_of_device_is_rendered_if_asked(root, tmp_path):
         prepare(config(root, tmp_path / "other", kinds=("stent",)))
     with pytest.raises(ValueError, match="copies, screened and kinds are settings of the dataset 'films' only"):
         PrepareConfig("phantom", tmp_path / "phantom", kinds=("pacemaker",))
-
-
-def test_training_pairs_are_a_film_with_devices_and_without_and_the_prompt_of_the_edit(films):
-    table = load_table(films, "train")
-    couples, prompts = training_pairs(films, table)
-    for row, (first, second), prompt in zip(table.to_dict("records"), couples, prompts, strict=True):
-        factual, counterfactual = table.iloc[first], table.iloc[second]
-        assert row["file_name"] in (factual["file_name"], counterfactual["file_name"])
-        assert factual["rendered"] and factual["twin"] == counterfactual["file_name"]
-        assert "without support devices" in prompt
-    only = table[~table["rendered"]]
-    assert training_pairs(films, only)[0] == [(row, row) for row in range(len(only))], "no pair, no training on it"
 
 
 def test_captions_say_nothing_about_devices_where_nothing_is_known(films):

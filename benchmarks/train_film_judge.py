@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibrate(model.eval(), options.data)
     save_classifier(model, CONFIG, options.out)
     log = {"config": vars(options), "step, loss, accuracy of crops": history}
-    (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")
+    (options.out / "training.json").write_text(
+        json.dumps(log, default=lambda path: path.name, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def batch(films: list[Films], devices: Bank, options: argparse.Namespace, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -223,7 +223,9 @@ def save(
     pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), scheduler)
     pipe.save_pretrained(options.out)
     log = {"config": vars(options), "losses": history}
-    (options.out / "training.json").write_text(json.dumps(log, default=str, indent=1) + "\n", encoding="utf-8")
+    (options.out / "training.json").write_text(
+        json.dumps(log, default=lambda path: path.name, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def screened(folder: Path) -> pd.DataFrame:

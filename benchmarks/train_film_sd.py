@@ -22,6 +22,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +45,12 @@ from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import autocast, default_device, fast_attention
+from prism_lib.editing.settings import FILE as EDITING
 from prism_lib.files import atomic, stable_seed
 from prism_lib.language import Edit
 from prism_lib.models import encode_prompts, load_pipeline
 from prism_lib.models.pipeline import Pipe, assembled, encode_images
+from prism_lib.models.published import locate
 from prism_lib.models.wavelets import HaarAutoencoder
 from prism_lib.phantom import with_devices
 from prism_lib.phantom.films import CATALOGUE, KINDS
@@ -222,6 +225,8 @@ def save(
     scheduler = DDIMScheduler.from_config(start.scheduler.config, set_alpha_to_one=True)
     pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), scheduler)
     pipe.save_pretrained(options.out)
+    if (settings := Path(locate(options.start)) / EDITING).is_file():
+        shutil.copy(settings, options.out)
     log = {"config": vars(options), "losses": history}
     (options.out / "training.json").write_text(
         json.dumps(log, default=lambda path: path.name, indent=1) + "\n", encoding="utf-8"

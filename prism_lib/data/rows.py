@@ -98,9 +98,8 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
 
     Of films whose `copy` is 0 it is also known without some kinds of devices: the others are rendered again.
     """
-    removed = {*edit.remove} if not edit.add else set()
-    known = removed == {DEVICES} or (removed and removed <= {*KINDS} and table["copy"].eq(0).all())
-    if "twin" in table and not table["twin"].eq(NOT_THERE).any() and known:
+    removed, films = {*edit.remove}, "twin" in table and not edit.add and not table["twin"].eq(NOT_THERE).any()
+    if films and (removed == {DEVICES} or (removed and removed <= {*KINDS} and table["copy"].eq(0).all())):
         images = read_images(folder, table.assign(file_name=table["twin"]))
         rest = [kind for kind in load_info(folder)["config"]["kinds"] or KINDS if kind not in removed]
         for image, seed, kinds in zip(images, table["film_seed"], table["kinds"], strict=True):

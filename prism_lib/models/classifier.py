@@ -83,10 +83,9 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.network == "densenet":
-            dense = DenseNet(2, 1, outputs, config.features, config.growth, config.blocks)
+            model: nn.Module = (dense := DenseNet(2, 1, outputs, config.features, config.growth, config.blocks))
             if config.pool == "max":
                 dense.class_layers.pool = nn.AdaptiveMaxPool2d(1)
-            model: nn.Module = dense
         elif config.network == "resnet18":
             # He et al.'s stem halves the image; MONAI's own, made for small volumes, does not.
             model = resnet18(spatial_dims=2, n_input_channels=1, num_classes=outputs, conv1_t_stride=2)

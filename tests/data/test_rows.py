@@ -412,7 +412,10 @@ def test_uncertain_labels_follow_the_policy(nih, monkeypatch, policy, expected):
         ({"max_rejected": -0.1}, r"^max_rejected is -0\.1: .*greater than or equal to 0$"),
         ({"uncertain": {"*": "maybe"}}, r"^uncertain\.\* is 'maybe': input should be 'ignore', 'zeros' or 'ones'$"),
         ({"fit": "squash"}, "^fit is 'squash': input should be 'letterbox' or 'crop'$"),
-        ({"vocabulary": "brain"}, "unknown vocabulary 'brain'; known: chest, phantom, skin, labels, and YAML files"),
+        (
+            {"vocabulary": "brain"},
+            "unknown vocabulary 'brain'; known: chest, films, phantom, skin, labels, and YAML files",
+        ),
         ({"subject": "knee x-ray"}, "subject 'knee x-ray' is for the vocabulary 'labels', not for 'chest'"),
         ({"num_image": 3}, r"^unknown setting 'num_image'; did you mean 'num_images'\?$"),
         ({"columns": Columns(header=("PatientAge",))}, "header fields can be copied from the dataset 'dicom' only"),

@@ -106,7 +106,7 @@ def test_unknown_label_value_is_named(value):
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="known: explicit, prism"):
         caption(SICK, "haiku")
-    with pytest.raises(ValueError, match="known: chest, phantom, skin"):
+    with pytest.raises(ValueError, match="known: chest, films, phantom, skin"):
         vocabulary("brain")
 
 

@@ -127,8 +127,11 @@ def test_a_tables_own_names_are_a_vocabulary():
         ),
         ("subject: knee\nphrases: {No Finding: a}", r"own\.yaml: 'No Finding' has the key 'no_finding'"),
         ("subject: knee\nphrases: {A: a}\ndetails: {A: [A]}", r"own\.yaml: 'A' has the key 'a'"),
-        ("extends: knee\nphrases: {A: a}", r"own\.yaml: extends is 'knee', none of chest, phantom, skin"),
-        ("extends: [chest]\nphrases: {A: a}", r"own\.yaml: extends is \['chest'\], none of chest, phantom, skin"),
+        ("extends: knee\nphrases: {A: a}", r"own\.yaml: extends is 'knee', none of chest, films, phantom, skin"),
+        (
+            "extends: [chest]\nphrases: {A: a}",
+            r"own\.yaml: extends is \['chest'\], none of chest, films, phantom, skin",
+        ),
     ],
 )
 def test_a_faulty_file_is_refused_by_name_and_key(tmp_path, content, message):
@@ -140,7 +143,9 @@ def test_a_faulty_file_is_refused_by_name_and_key(tmp_path, content, message):
 def test_a_vocabulary_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no vocabulary /.*/own\.yaml"):
         vocabulary(str(tmp_path / "own.yaml"))
-    with pytest.raises(ValueError, match="unknown vocabulary 'brain'; known: chest, phantom, skin, labels, and YAML"):
+    with pytest.raises(
+        ValueError, match="unknown vocabulary 'brain'; known: chest, films, phantom, skin, labels, and YAML"
+    ):
         vocabulary("brain")
 
 

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.real_devices PREPARED_FOLDER JUDGE_FOLDER [--model MODEL]`` writes the record `real_devices`. The
 prepared folder has films with the label "Support Devices" that were read by eye, such as Hannover's by the adapter
-"table", of the size that the model was trained on. The judge is a folder below PRISM_RUNS/judges that 03 left. `auc` is
-the judge's, on the films as they are.
+"table", of the size that the model was trained on. The judge is the shipped `film-judge`, or a folder below
+PRISM_RUNS/judges that 03 left. `auc` is the judge's, on the films as they are.
 
 With a model, devices are removed from the films that have them. `below_half` is the share of these films whose
 probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` is over the films that were read as films

@@ -28,7 +28,7 @@ from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
 from prism_lib.files import check_images
 from prism_lib.language.edits import Edit
-from prism_lib.language.labels import PHANTOM, VOCABULARIES, Vocabulary, vocabulary
+from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import Pipe, encode_prompts, image_factor, load_pipeline, told_apart
 from prism_lib.models.published import locate
@@ -180,11 +180,6 @@ class Session:
     def _film_judge(self) -> Classifier:
         return Classifier.load(FILM_JUDGE)
 
-    @property
-    def words(self) -> Vocabulary:
-        """The vocabulary, with the kinds of devices where the shipped model of films edits by the phantom's."""
-        return VOCABULARIES["films"] if (self.model, self.vocab.name) == (FILMS, "phantom") else self.vocab
-
     def edit(self, remove: Sequence[str] = (), add: Sequence[str] = (), text: str = "") -> Edit:
         """The edit of toggled labels, or of words: a sentence, or "source prompt -> target prompt"."""
         with _faults_of("edit"):
@@ -193,7 +188,7 @@ class Session:
             if text.strip():
                 case = self.case
                 known = {label: case.state(label) for label in self.vocab.phrases} if case else None
-                return Edit.read(text, self.words, known)
+                return Edit.read(text, self.vocab, known)
             if not (remove or add):
                 raise ValueError("Say what should be different: press a button or write it.")
             return Edit(tuple(remove), tuple(add))
@@ -203,7 +198,7 @@ class Session:
         if self.case is None:
             raise Fault("image", "Choose an image first.")
         with _faults_of("edit"):
-            pair = edit.prompts(self._labels(self.case, edit), self.words)
+            pair = edit.prompts(self._labels(self.case, edit), self.vocab)
             encode_prompts(self.pipe, [pair.source, pair.target])
         about = asdict(pair) | {"model": self.model, "mode": self.mode, "settings": dict(settings or {})}
         with _faults_of("settings"):
@@ -216,7 +211,7 @@ class Session:
 
     def _labels(self, case: Case, edit: Edit) -> dict[str, float]:
         """What the source prompt may say: what is known, and what the judge reads of labels that stay as they are."""
-        edited = {self.words.owners.get(name, name) for name in (*edit.remove, *edit.add)}
+        edited = {self.vocab.owners.get(name, name) for name in (*edit.remove, *edit.add)}
         said = [label for label in self.vocab.phrases if label in case.labels or label not in edited]
         return {label: float(state) for label in said if (state := case.state(label)) is not None}
 
@@ -295,8 +290,8 @@ class Session:
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""
-        for name in map(self.words.phrase, (*edit.remove, *edit.add, *edit.keep)):  # a side is no word of captions
-            for other in self.words.details.get(self.words.owners.get(name, ""), ()):
+        for name in map(self.vocab.phrase, (*edit.remove, *edit.add, *edit.keep)):  # a side is no word of captions
+            for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
                 if other != name and told_apart(self.pipes[model], name, other, self.vocab.subject) < HEARD:
                     return f"To {model}, {name} and {other} read almost the same: the image may show either."
         return ""

@@ -10,6 +10,7 @@ Its loss is the Huber error of the clean image in pixels, in which devices weigh
 
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
 devices. CELLS names the cells of these films that were seen to be free of devices; the others do not count in the loss.
+What START removes in the other cells is put into other crops (--cut-outs), as real devices that it knows in part.
 
 A run that was stopped goes on from OUT/state.pt, on a CPU to the same bits. On a GPU nothing of this was run.
 
@@ -45,6 +46,7 @@ from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import autocast, default_device, fast_attention
+from prism_lib.editing import edit, invert
 from prism_lib.editing.settings import FILE as EDITING
 from prism_lib.files import atomic, stable_seed
 from prism_lib.language import Edit
@@ -75,10 +77,12 @@ class Films(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """Maps of attenuation (M, H, H) in 8 bits, and the place of each one's kind in `KINDS`."""
+    """Maps of attenuation (M, H, H) in 8 bits, the place of each one's kind in `KINDS`, and maps of real devices."""
 
     maps: np.ndarray
     kinds: np.ndarray
+    real: np.ndarray | None = None
+    share: float = 0.0  # of the devices that are real
 
 
 class Prompts(NamedTuple):
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
     parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    parser.add_argument("--cut-outs", type=float, default=0.0, help="share of the devices that START cut out of these")
     parser.add_argument("--start", default="phantom-sd")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -128,6 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     films = [Films(images, np.ones((len(images), 8, 8), bool))]
     films += [bedside(options.bedside, options.data)] if options.bedside else []
     devices = bank(images, options.bank, options.seed)
+    if options.cut_outs:
+        devices = devices._replace(
+            real=cut_outs(load_pipeline(options.start), films[-1], options.data), share=options.cut_outs
+        )
     prompts = prompts_of(options.data, clean)
     texts = encode_prompts(start, prompts.texts)
 
@@ -287,6 +296,21 @@ def bank(films: np.ndarray, count: int, seed: int) -> Bank:
     return Bank(maps, kinds)
 
 
+def cut_outs(pipe: Pipe, films: Films, data: Path) -> np.ndarray:
+    """Maps of what a model removes from bedside films outside of their free cells; faint parts are left out."""
+    labels = dict.fromkeys(load_vocabulary(data).stated, 0.0) | {DEVICES: 1.0}
+    pair, maps = Edit(remove=(DEVICES,)).prompts(labels, load_vocabulary(data)), np.zeros_like(films.images)
+    for place, (pixels, cells) in enumerate(zip(tqdm(films.images, "cut-outs"), films.free, strict=True)):
+        film = torch.from_numpy(pixels)[None, None].float() / 255
+        (made,) = edit(pipe, invert(pipe, film, [pair.source], num_inference_steps=50), [pair])
+        through = ((1 - film[0, 0]) / (1 - made.image[0].cpu()).clamp(min=1 / 255)).clamp(0.05, 1).numpy()
+        found = -np.log(through) * ~cells.repeat(len(pixels) // 8, 0).repeat(len(pixels) // 8, 1)
+        parts, count = ndimage.label(ndimage.gaussian_filter(found, 0.7) > 0.02, np.ones((3, 3)))
+        dense = np.append(False, ndimage.maximum(found, parts, range(1, count + 1)) > 0.12)
+        maps[place] = (found * dense[parts] * QUANTUM).round().clip(0, 255)
+    return maps
+
+
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change."""
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
@@ -345,6 +369,9 @@ def crop(
         truth = lettered(truth, random)
     goes, stays = np.zeros_like(truth), np.zeros_like(truth)
     for _ in range(random.choice(4, p=(0.06, 0.34, 0.35, 0.25)) - (kind is not None)):
+        if devices.real is not None and random.random() < devices.share:
+            goes += piece(random.choice(devices.real), random, (y, x), mirrored, 0.2) * random.uniform(1, 2.5)
+            continue
         drawn = random.choice(np.flatnonzero(devices.kinds != kind))
         goes += piece(devices.maps[drawn], random, (y, x), mirrored, 0.4)
     if random.random() < (0.3 if kind is None else 0.1):
@@ -355,10 +382,12 @@ def crop(
         if random.random() < 0.85:
             goes = goes + piece(own, random, (y, x), mirrored, 0.7)
     scatter = random.uniform(0.05, 0.2) if random.random() < 0.5 else 0.0
+    # In half of the crops the film's texture stays under the devices, so that its absence is no sign of them.
+    base = ndimage.gaussian_filter(truth, 3) if random.random() < 0.5 else truth
     both: list[np.ndarray] = []
     for attenuation in (stays, stays + goes):
         through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
-        both.append(np.where(attenuation < FAINT, truth, 1 - (1 - truth) * through))
+        both.append(np.where(attenuation < FAINT, truth, truth + (1 - base) * (1 - through)))
     if random.random() < 0.5:
         grain = random.standard_normal(truth.shape, dtype=np.float32)
         grain = ndimage.gaussian_filter(grain, random.uniform(0.5, 1.2)) if random.random() < 0.7 else grain

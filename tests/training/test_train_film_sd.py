@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -111,6 +112,22 @@ def test_letters_come_to_both_and_random_shapes_stay_inside_the_crop(films):
     assert 0 < (np.abs(word - 0.4) > 0.05).mean() < 0.4
     drawn = np.stack([train_film_sd.shapes(np.random.default_rng(n)) for n in range(8)])
     assert drawn.shape == (8, 256, 256) and drawn.min() >= 0 and (drawn.max((1, 2)) > 0.02).sum() >= 6
+
+
+def test_what_a_model_removes_outside_of_the_free_cells_is_cut_out_as_a_device(folder, monkeypatch):
+    truth = np.full((256, 256), 100, np.uint8)
+    shown = truth.copy()
+    shown[40:44, 20:200] = 180  # dense
+    shown[150:154, 20:200] = 105  # too faint to be sure of
+    free = np.zeros((1, 8, 8), bool)
+    free[0, 1, 4:] = True  # the right half of the dense bar
+    without = SimpleNamespace(image=torch.from_numpy(truth)[None] / 255)
+    monkeypatch.setattr(train_film_sd, "invert", lambda *_, **__: None)
+    monkeypatch.setattr(train_film_sd, "edit", lambda *_: [without])
+    (found,) = train_film_sd.cut_outs(None, train_film_sd.Films(shown[None], free), folder)
+    expected = -np.log((255 - 180) / (255 - 100)) * train_film_sd.QUANTUM
+    assert (found[41:43, 22:126] == round(expected)).all()
+    assert not found[:, 128:].any() and not found[140:].any()
 
 
 def stop_after(keep):

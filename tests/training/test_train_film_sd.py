@@ -68,15 +68,19 @@ def test_crops_differ_by_devices_alone_and_devices_are_bright(films, devices):
 def test_a_crop_that_names_a_kind_loses_this_kind_and_keeps_the_others(films):
     maps = np.zeros((2, 256, 256), np.uint8)
     maps[0, 60:120], maps[1, :, 60:120] = 100, 100  # two kinds: a bar from left to right, and one from top to bottom
-    devices = train_film_sd.Bank(maps, np.array([0, 1]))
-    lost = kept = 0.0
-    for number in range(12):
-        truth, image, _ = train_film_sd.crop(films, devices, np.random.default_rng([3, number]), kind=0)
-        plain, _, _ = train_film_sd.crop(films, devices, np.random.default_rng([3, number]), kind=0)
-        np.testing.assert_array_equal(truth, plain)
-        lost += float((image - truth).mean())
-        kept += float(np.abs(truth[:, 60:120] - truth[:, 130:190]).mean())
-    assert lost > 0.3 and kept > 0.3
+
+    def crops(*, named: bool, other: bool) -> list[np.ndarray]:
+        """Without the named kind and with it, of twelve crops whose devices are of these kinds."""
+        shown = maps * np.array([named, other], np.uint8)[:, None, None]
+        devices, seeds = train_film_sd.Bank(shown, np.array([0, 1])), [np.random.default_rng([3, n]) for n in range(12)]
+        made = [train_film_sd.crop(films, devices, random, kind=0)[:2] for random in seeds]
+        return [np.stack(images) for images in zip(*made, strict=True)]
+
+    truth, image = crops(named=True, other=True)
+    assert ((image - truth).max((1, 2)) > 0.05).mean() > 0.6, "the named kind goes"
+    alone, _ = crops(named=True, other=False)
+    assert ((truth - alone).max((1, 2)) > 0.05).mean() > 0.5, "the other kind stays"
+    np.testing.assert_array_equal(*crops(named=False, other=True), err_msg="nothing else goes")
 
 
 def test_prompts_name_every_kind_and_half_of_them_keep_another(folder):
@@ -104,6 +108,9 @@ def test_cells_of_bedside_films_that_are_not_free_do_not_count(films, devices, f
     other = table[table["split"] == "test"]["file_name"].iloc[0].split("/")[1].removesuffix(".png")
     pd.DataFrame({"file_name": [other], "free": ["A1"]}).to_csv(train_film_sd.CELLS, index=False)
     with pytest.raises(ValueError, match=f"{other}, a film of a patient in val or test"):
+        train_film_sd.bedside(folder, folder)
+    pd.DataFrame({"file_name": ["no_film"], "free": ["A1"]}).to_csv(train_film_sd.CELLS, index=False)
+    with pytest.raises(ValueError, match="lacks no_film, a film of "):
         train_film_sd.bedside(folder, folder)
 
 
@@ -157,6 +164,8 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     train_film_sd.main([given[0], str(tmp_path / "whole"), *given[2:]])
     resumed, whole = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("film", "whole"))
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items()), "stopped after two steps of four"
+    with pytest.raises(SystemExit):
+        train_film_sd.main([*given, "--cut-outs", "0.4"])  # of no film
     with pytest.raises(SystemExit, match=r"state.pt is of a run with another weight \(1.5\)"):
         train_film_sd.main([*given, "--weight", "2"])
     pipe = load_pipeline(tmp_path / "film", device="cpu")

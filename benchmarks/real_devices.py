@@ -7,7 +7,10 @@ PRISM_RUNS/judges that 03 left. `auc` is the judge's, on the films as they are.
 
 With a model, devices are removed from the films that have them. `below_half` is the share of these films whose
 probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` is over the films that were read as films
-with devices. Intervals are over patients. The true film without the devices is not known: look at the images as well.
+with devices. Where readers drew the devices of a film (`drawn_devices.DRAWN`), `left` is how much of them is still
+seen, as the mean over devices of the amount of their contrast: 0 is nothing, 1 all of it. `left_dark` is the share of
+devices in whose place a dark trace of more than a quarter of their contrast is. Intervals are over patients. The true
+film without the devices is not known: look at the images as well.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from benchmarks.drawn_devices import load_devices, residuals
 from prism_lib import devices, records
 from prism_lib.data import load_table, prompt_pairs, read_images
 from prism_lib.editing import edit, invert, stack
@@ -28,15 +33,18 @@ from prism_lib.language import Edit
 from prism_lib.models import load_pipeline
 from prism_lib.models.classifier import Classifier
 
-DEVICES, SHOWS = "Support Devices", 0.5
+DEVICES, SHOWS, DARK = "Support Devices", 0.5, 0.25
 REMOVE = Edit(remove=(DEVICES,))
 
 
 def removed(
     pipe: StableDiffusionPipeline, judge: Classifier, folder: Path, films: pd.DataFrame, steps: int
-) -> pd.DataFrame:
-    """Remove devices from films (rows of a prepared table): patient, `p_before` and `p_after` by the judge."""
-    column, size, parts = judge.labels.index(DEVICES), devices.batch_for(pipe), []
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Remove devices from films (rows of a prepared table): patient, `p_before` and `p_after` by the judge.
+
+    The second table has the drawn devices: patient, kind and `left`.
+    """
+    column, size, parts, drawn = judge.labels.index(DEVICES), devices.batch_for(pipe), [], list[pd.DataFrame]()
     for first in tqdm(range(0, len(films), size), desc="remove devices"):
         rows = films.iloc[first : first + size]
         images, pairs = read_images(folder, rows), prompt_pairs(folder, rows, REMOVE)
@@ -44,11 +52,23 @@ def removed(
         edited = stack(edit(pipe, inversion, pairs))
         read = {"p_before": judge.read(images)[:, column], "p_after": judge.read(edited)[:, column]}
         parts.append(rows[["patient_id"]].assign(**{name: values.tolist() for name, values in read.items()}))
-    return pd.concat(parts, ignore_index=True)
+        drawn += [
+            left_of(Path(row["file_name"]).stem, row["patient_id"], film[0].numpy(), after[0].cpu().numpy())
+            for row, film, after in zip(rows.to_dict("records"), images, edited, strict=True)
+        ]
+    return pd.concat(parts, ignore_index=True), pd.concat(drawn, ignore_index=True)
 
 
-def summarise(read: pd.DataFrame, seed: int) -> dict[str, float]:
-    """Means over the films of `removed`, with intervals over patients."""
+def left_of(name: str, patient: str, film: np.ndarray, edited: np.ndarray) -> pd.DataFrame:
+    """The drawn devices of a film (H, H) that show: patient, kind and the share of their contrast that is `left`."""
+    (drawn,) = load_devices({name: film}).values()
+    left = residuals(film, edited, drawn)
+    table = pd.DataFrame({"kind": [device.kind for device in drawn], "left": left, "patient_id": patient})
+    return table.dropna(subset="left")
+
+
+def summarise(read: pd.DataFrame, drawn: pd.DataFrame, seed: int) -> dict[str, float]:
+    """Means over the films and drawn devices of `removed`, with intervals over patients."""
     before, after, patients = read["p_before"] < SHOWS, read["p_after"] < SHOWS, read["patient_id"]
     summary = {"films_edited": float(len(read)), "flip_denominator": float((~before).sum())}
     values = {
@@ -59,7 +79,14 @@ def summarise(read: pd.DataFrame, seed: int) -> dict[str, float]:
     }
     for name, column in values.items():
         summary |= interval(name, column, patients, seed)
-    return summary | (interval("flip_rate", after[~before], patients[~before], seed) if not before.all() else {})
+    if not before.all():
+        summary |= interval("flip_rate", after[~before], patients[~before], seed)
+    if len(drawn):
+        amount = drawn["left"].abs().clip(upper=1)
+        summary |= {"drawn_devices": float(len(drawn))} | interval("left", amount, drawn["patient_id"], seed)
+        summary |= interval("left_dark", drawn["left"] < -DARK, drawn["patient_id"], seed)
+        summary |= {f"left of {kind}": float(some.mean()) for kind, some in amount.groupby(drawn["kind"])}
+    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = table[table[DEVICES].isin([0, 1])]
         metrics = {"patients": known["patient_id"].nunique()} | {str(name): value for name, value in reading.items()}
         if pipe is not None:
-            metrics |= summarise(removed(pipe, judge, given.folder, films, given.steps), given.seed)
+            metrics |= summarise(*removed(pipe, judge, given.folder, films, given.steps), given.seed)
     records.record(
         "real_devices",
         dataset=given.dataset,

@@ -1,10 +1,11 @@
 """Train `film-judge`, which reads devices on films: `python -m benchmarks.train_film_judge DATA OUT`.
 
-Its crops are those of `benchmarks.train_film_sd` (DATA and --bedside are the same), with other devices: half of a batch
-shows them, the other half is the same crops without. Each cell of the network's last map learns whether the pixels in
-it show a device, and the network whether a crop does. The cells of bedside films that were not seen to be free of
-devices do not count. On the films of the train split, as they are and with rendered devices, logistic regression then
-sets scale and bias of the logit. The judge never guides an edit, and shares no weights with a model that makes one.
+Its crops are those of `benchmarks.train_film_sd` (with its DATA, --bedside and --cut-outs), with other devices: half of
+a batch shows them, the other half is the same crops without. Each cell of the network's last map learns whether the
+pixels in it show a device, and the network whether a crop does. The cells of bedside films that were not seen to be
+free of devices count only where they show one. On the films of the train split, as they are and with rendered devices,
+logistic regression then sets scale and bias of the logit. The judge never guides an edit, and shares no weights with a
+model that makes one.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.train_film_sd import Bank, Films, backgrounds, bank, crop, parser_of
+from benchmarks.train_film_sd import Bank, Films, backgrounds, crop, parser_of
 from prism_lib.data import load_table, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
@@ -42,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bank", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args(arguments)
-    films = backgrounds(options)
-    devices = bank(films[0].images, options.bank, options.seed)
+    films, devices = backgrounds(options)
     model = cast(DenseNet, build_classifier(CONFIG).train())
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
@@ -75,19 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def batch(films: list[Films], devices: Bank, options: argparse.Namespace, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(
+    films: list[Films], devices: list[Bank], options: argparse.Namespace, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Crops (N, 1, H, H) with devices and without; the cells (N, h, h) that show a device, and those that are known."""
     random = np.random.default_rng([options.seed, 3, step])
     drawn = []
     for _ in range(options.pairs):
         some = films[-1] if random.random() < options.share else films[0]
-        drawn.append(crop(some, devices, random))
+        drawn.append(crop(some, devices, random, options.cut_outs))
     truth, image, sure = (torch.from_numpy(np.stack(each))[:, None] for each in zip(*drawn, strict=True))
     count = F.avg_pool2d(((image - truth).abs() > SHOWS).float(), CELL)[:, 0] * CELL**2
     known = -F.max_pool2d(-sure.float(), CELL)[:, 0] > 0
     shown = count >= ENOUGH
-    # A cell that hardly shows a device is neither.
-    sure_cells = torch.cat([known & (shown | (count == 0)), known])
+    # A cell that hardly shows a device is neither; a device makes a cell known, whatever else may be in it.
+    sure_cells = torch.cat([shown | known & (count == 0), known])
     return torch.cat([image, truth]).float(), torch.cat([shown, torch.zeros_like(shown)]), sure_cells
 
 

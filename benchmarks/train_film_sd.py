@@ -9,8 +9,9 @@ brightness or gamma; letters, grain, blur and sharpening come to input and truth
 Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
-devices. CELLS names the cells of these films that were seen to be free of devices; the others do not count in the loss.
-What START removes in the other cells is put into other crops (--cut-outs), as real devices that it knows in part.
+devices. Readers drew these (DRAWN): the truth is the film without them, which is interpolated behind them. It counts in
+the drawn devices and in the cells that were seen to be free of others (CELLS). The real devices are put into other
+crops too (--cut-outs).
 
 A run that was stopped goes on from OUT/state.pt, on a CPU to the same bits. On a GPU nothing of this was run.
 
@@ -42,11 +43,11 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from benchmarks.drawn_devices import attenuations, load_devices
 from prism_lib.data import load_info, load_table, load_vocabulary, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import autocast, default_device, fast_attention
-from prism_lib.editing import edit, invert
 from prism_lib.editing.settings import FILE as EDITING
 from prism_lib.files import atomic, stable_seed
 from prism_lib.language import Edit
@@ -69,20 +70,22 @@ ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
 NAMED = KINDS[:9]  # buttons and necklaces are no words of the vocabulary
 
 
-class Films(NamedTuple):
-    """Films (N, H, H) in 8 bits, and which of their 8 x 8 cells show no device of their own (N, 8, 8)."""
-
-    images: np.ndarray
-    free: np.ndarray
-
-
 class Bank(NamedTuple):
-    """Maps of attenuation (M, H, H) in 8 bits, the place of each one's kind in `KINDS`, and maps of real devices."""
+    """Maps of attenuation (M, H, H) in 1 / QUANTUM, and the place of each one's kind in `KINDS`, or -1."""
 
     maps: np.ndarray
     kinds: np.ndarray
-    real: np.ndarray | None = None
-    share: float = 0.0  # of the devices that are real
+
+
+class Films(NamedTuple):
+    """Films (N, H, H) in 8 bits without devices, and which of their 8 x 8 cells surely show none (N, 8, 8).
+
+    Where the films had devices that were drawn, ``drawn`` (N, H, H) is their attenuation in 1 / QUANTUM.
+    """
+
+    images: np.ndarray
+    free: np.ndarray
+    drawn: np.ndarray | None = None
 
 
 class Prompts(NamedTuple):
@@ -105,7 +108,6 @@ class Crops(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and save."""
     parser = parser_of(__doc__)
-    parser.add_argument("--cut-outs", type=float, default=0.0, help="share of the devices that START cut out of these")
     parser.add_argument("--start", default="phantom-sd")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -122,10 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     options = parser.parse_args(arguments)
-    if options.cut_outs and not options.bedside:
-        parser.error("--cut-outs are taken from the films of --bedside: name their folder")
     torch.manual_seed(options.seed)
-    start, films = load_pipeline(options.start, device="cpu", channels_last=False), backgrounds(options)
+    start = load_pipeline(options.start, device="cpu", channels_last=False)
+    films, devices = backgrounds(options)
     device = default_device()
     vae, unet = HaarAutoencoder().to(device), wider(start.unet).to(device)
     signal = float(start.scheduler.alphas_cumprod[TIMESTEP]) ** 0.5
@@ -136,10 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
     state = State(options.out / "state.pt", {"average": average, "optimizer": optimizer, "schedule": schedule}, unet)
     history = state.restored(vars(options), device)
-    devices = bank(films[0].images, options.bank, options.seed)
-    if options.cut_outs:
-        cut = cut_outs(load_pipeline(options.start), films[-1], options.data)
-        devices = devices._replace(real=cut, share=options.cut_outs)
     prompts = prompts_of(options.data, screened(options.data))
     texts = encode_prompts(start, prompts.texts)
     steps = range(int(history[-1]["step"]) if history else 0, options.steps)
@@ -186,14 +183,20 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path)
     parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
     parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
+    parser.add_argument("--cut-outs", type=float, default=0.0, help="share of the devices that were drawn on these")
     return parser
 
 
-def backgrounds(options: argparse.Namespace) -> list[Films]:
-    """The screened films, and those of `bedside` where its folder is named."""
+def backgrounds(options: argparse.Namespace) -> tuple[list[Films], list[Bank]]:
+    """The screened films and rendered devices, and those of `bedside` where its folder is named."""
+    if options.cut_outs and not options.bedside:
+        raise SystemExit("--cut-outs are taken from the films of --bedside: name their folder")
     images = (read_images(options.data, screened(options.data))[:, 0] * 255).round().byte().numpy()
-    films = [Films(images, np.ones((len(images), 8, 8), bool))]
-    return films + ([bedside(options.bedside, options.data)] if options.bedside else [])
+    films, devices = [Films(images, np.ones((len(images), 8, 8), bool))], [bank(images, options.bank, options.seed)]
+    if options.bedside:
+        beside, real = bedside(options.bedside, options.data)
+        films, devices = [*films, beside], [*devices, real]
+    return films, devices
 
 
 def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tensor:
@@ -262,8 +265,11 @@ def screened(folder: Path) -> pd.DataFrame:
     return clean
 
 
-def bedside(folder: Path, data: Path) -> Films:
-    """The films of CELLS; ValueError if one is missing, or of a patient in val or test of ``data``."""
+def bedside(folder: Path, data: Path) -> tuple[Films, Bank]:
+    """The films of CELLS without the devices that were drawn on them, and these, a map a film and kind.
+
+    ValueError if a film is missing, or of a patient in val or test of ``data``.
+    """
     cells = pd.read_csv(CELLS, dtype=str, keep_default_na=False)
     table = load_table(folder)
     named = table.set_index(table["file_name"].map(lambda name: Path(name).stem))
@@ -277,7 +283,18 @@ def bedside(folder: Path, data: Path) -> Films:
     for film, names in zip(free, cells["free"], strict=True):
         for name in names.split():
             film["ABCDEFGH".index(name[0]), int(name[1]) - 1] = True
-    return Films((read_images(folder, rows)[:, 0] * 255).round().byte().numpy(), free)
+    images = read_images(folder, rows)[:, 0].numpy()
+    devices = load_devices(dict(zip(rows.index, images, strict=True)))
+    maps, kinds, drawn = [], [], np.zeros(images.shape, np.float16)
+    for film, own, total in zip(tqdm(images, "drawn devices"), devices.values(), drawn, strict=True):
+        found = pd.DataFrame({"kind": [device.kind for device in own], "map": attenuations(film, own)})
+        for kind, some in found.groupby("kind")["map"]:
+            maps.append((np.max(some.tolist(), 0).clip(0) * QUANTUM).astype(np.float16))
+            kinds.append(KINDS.index(kind) if kind in KINDS else -1)
+            np.maximum(total, maps[-1], out=total)
+    without = 1 - (1 - images) * np.exp(drawn.astype(np.float32) / QUANTUM)
+    films = Films((without * 255).round().clip(0, 255).astype(np.uint8), free, drawn)
+    return films, Bank(np.array(maps).reshape(-1, *images.shape[1:]), np.array(kinds, int))
 
 
 def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
@@ -308,21 +325,6 @@ def bank(films: np.ndarray, count: int, seed: int) -> Bank:
     return Bank(maps, kinds)
 
 
-def cut_outs(pipe: Pipe, films: Films, data: Path) -> np.ndarray:
-    """Maps of what a model removes from bedside films outside of their free cells; faint parts are left out."""
-    labels = dict.fromkeys(load_vocabulary(data).stated, 0.0) | {DEVICES: 1.0}
-    pair, maps = Edit(remove=(DEVICES,)).prompts(labels, load_vocabulary(data)), np.zeros_like(films.images)
-    for place, (pixels, cells) in enumerate(zip(tqdm(films.images, "cut-outs"), films.free, strict=True)):
-        film = torch.from_numpy(pixels)[None, None].float() / 255
-        (made,) = edit(pipe, invert(pipe, film, [pair.source], num_inference_steps=50), [pair])
-        through = ((1 - film[0, 0]) / (1 - made.image[0].cpu()).clamp(min=1 / 255)).clamp(0.05, 1).numpy()
-        found = -np.log(through) * ~cells.repeat(len(pixels) // 8, 0).repeat(len(pixels) // 8, 1)
-        parts, count = ndimage.label(ndimage.gaussian_filter(found, 0.7) > 0.02, np.ones((3, 3)))
-        dense = np.append(False, ndimage.maximum(found, parts, range(1, count + 1)) > 0.12)
-        maps[place] = (found * dense[parts] * QUANTUM).round().clip(0, 255)
-    return maps
-
-
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change."""
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
@@ -344,15 +346,15 @@ def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
             values *= factor
 
 
-def batch(films: list[Films], devices: Bank, prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
+def batch(films: list[Films], devices: list[Bank], prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
     """The crops of a step; those that are told that devices are there stay as they are."""
     random = np.random.default_rng([options.seed, 2, step])
     count, made, rows = options.batch_size, [], []
     stays = random.random(count) < options.stays
     named = np.where(random.random(count) < options.named, random.integers(1, 1 + len(NAMED), count), 0)
     for told, kind in zip(stays, named, strict=True):
-        some = films[-1] if random.random() < options.share else films[0]
-        truth, image, known = crop(some, devices, random, None if told else kind - 1 if kind else None)
+        some = films[-1] if random.random() < options.share and not kind else films[0]
+        truth, image, known = crop(some, devices, random, options.cut_outs, kind - 1 if kind and not told else None)
         made.append((image, image if told else truth, known))
         texts = (prompts.sources if told else prompts.targets)[kind]
         rows.append(random.choice(texts))
@@ -361,31 +363,34 @@ def batch(films: list[Films], devices: Bank, prompts: Prompts, options: argparse
 
 
 def crop(
-    films: Films, devices: Bank, random: np.random.Generator, kind: int | None = None
+    films: Films, devices: list[Bank], random: np.random.Generator, real: float = 0.0, kind: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A crop (CROP, CROP) without devices, or without one ``kind``; with all of them; where the first is known."""
+    """A crop (CROP, CROP) without devices, or without one ``kind``; with all of them; where the first is known.
+
+    A share of the devices is ``real``: of the last bank, not of the first one.
+    """
     row = random.integers(len(films.images))
     film, free = films.images[row], films.free[row].repeat(films.images.shape[1] // 8, 0)
     free = free.repeat(film.shape[1] // 8, 1)
-    own = None if kind is None else devices.maps[random.choice(np.flatnonzero(devices.kinds == kind))]
-    y, x = fullest(free if own is None else free & (own > SEEN), random)
+    own = None if kind is None else devices[0].maps[random.choice(np.flatnonzero(devices[0].kinds == kind))]
+    shown = np.zeros(film.shape, np.float16) if films.drawn is None else films.drawn[row]
+    sure = free | (shown > 0)
+    y, x = fullest(sure if own is None else sure & (own > SEEN), random)
     here, mirrored = np.s_[y : y + CROP, x : x + CROP], random.random() < 0.5
-    truth, known = film[here].astype(np.float32) / 255, free[here]
+    truth, known, goes = film[here].astype(np.float32) / 255, sure[here], shown[here].astype(np.float32) / QUANTUM
     if mirrored:
-        truth, known = truth[:, ::-1], known[:, ::-1]
+        truth, known, goes = truth[:, ::-1], known[:, ::-1], goes[:, ::-1]
     if random.random() < 0.4:
         truth = (0.5 + (truth - 0.5) * random.uniform(0.6, 1.2) + random.uniform(-0.12, 0.12)).clip(0, 1)
     if random.random() < 0.4:
         truth = truth ** math.exp(random.uniform(-0.35, 0.35))
     if random.random() < 0.3:
         truth = lettered(truth, random)
-    goes, stays = np.zeros_like(truth), np.zeros_like(truth)
+    stays = np.zeros_like(truth)
     for _ in range(random.choice(4, p=(0.06, 0.34, 0.35, 0.25)) - (kind is not None)):
-        if devices.real is not None and random.random() < devices.share:
-            goes += piece(random.choice(devices.real), random, (y, x), mirrored, 0.2) * random.uniform(1, 2.5)
-            continue
-        drawn = random.choice(np.flatnonzero(devices.kinds != kind))
-        goes += piece(devices.maps[drawn], random, (y, x), mirrored, 0.4)
+        some = devices[-1] if random.random() < real else devices[0]
+        drawn = random.choice(np.flatnonzero(some.kinds != kind))
+        goes = goes + piece(some.maps[drawn], random, (y, x), mirrored, 0.4)
     if random.random() < (0.3 if kind is None else 0.1):
         drawn = shapes(random) * random.uniform(0.3, 1.0)
         goes = goes + drawn if random.random() < 0.7 else drawn

@@ -6,11 +6,22 @@ import importlib
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bulk, editing, full_size, full_size_cpu, identifiability, own_judge, real_devices, sides
+from benchmarks import (
+    bulk,
+    drawn_devices,
+    editing,
+    full_size,
+    full_size_cpu,
+    identifiability,
+    own_judge,
+    real_devices,
+    sides,
+)
 from benchmarks.reference import Reference, with_weight_gradients
 from prism_lib import paths, records
 from prism_lib.apps.bulk_plan import BulkConfig
@@ -205,12 +216,52 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
 
 def test_shares_of_real_devices_are_of_all_films_and_of_those_that_were_read():
     read = pd.DataFrame({"patient_id": list("abcd"), "p_before": [0.9, 0.8, 0.7, 0.2], "p_after": [0.1, 0.6, 0.3, 0.1]})
-    found = real_devices.summarise(read, seed=0)
+    drawn = pd.DataFrame({"patient_id": list("aab"), "kind": ["port", "port", "chest drain"], "left": [0.1, -0.5, 1.3]})
+    found = real_devices.summarise(read, drawn, seed=0)
+    assert found["left"] == pytest.approx(1.6 / 3) and found["left of port"] == pytest.approx(0.3)
+    assert found["drawn_devices"] == 3 and found["left_dark"] == pytest.approx(1 / 3)
     assert (found["films_edited"], found["flip_denominator"]) == (4, 3)
     assert (found["below_half"], found["below_half_as_it_is"]) == (0.75, 0.25)
     assert found["flip_rate"] == pytest.approx(2 / 3)
     assert found["flip_rate_low"] <= found["flip_rate"] <= found["flip_rate_high"]
-    assert "flip_rate" not in real_devices.summarise(read.assign(p_before=0.1), seed=0)
+    without = real_devices.summarise(read.assign(p_before=0.1), drawn.head(0), seed=0)
+    assert "flip_rate" not in without and "left" not in without
+
+
+def test_a_drawn_curve_is_put_on_its_ridge_and_measured_before_and_after_an_edit(tmp_path):
+    film = (render(sample_patients(1, 3).intervene(support_devices=0), 512)[0, 0] * 0.6 + 0.2).numpy()
+    x = np.arange(100, 400)
+    y = 200 + 40 * np.sin(x / 60)
+    away = np.abs(np.arange(512)[:, None] - np.interp(np.arange(512), x, y)) * (np.abs(np.arange(512) - 250) < 150)
+    away[:, np.abs(np.arange(512) - 250) >= 150] = 99
+    absorbed = 0.15 * np.exp(-(away**2) / 4)
+    shown = 1 - (1 - film) * np.exp(-absorbed)
+    points = " ".join(f"{column} {round(row) + 4}" for column, row in zip(x[5:-5:24], y[5:-5:24], strict=True))
+    path = tmp_path / "drawn.csv"
+    faint = "film,other,4,100 450 300 450"
+    path.write_text(f"file_name,kind,width,points\nfilm,ecg leads,5,{points}\n{faint}\nelse,port,0,1 1\n")
+    (cable, nothing) = devices = drawn_devices.load_devices({"film": shown}, path)["film"]
+    assert np.abs(cable.points[10:-10, 0] - np.interp(cable.points[10:-10, 1], x, y)).max() < 3.5, (
+        "drawn 4 pixels below"
+    )
+    found = drawn_devices.attenuations(shown, devices)[0]
+    inside = (absorbed > 0.02) & (np.abs(np.arange(512) - 250) < 120)
+    assert np.abs(found - absorbed)[inside].mean() < 0.25 * absorbed[inside].mean()
+    assert not found[away > 10].any()
+    for edited, left in (
+        (shown, 1.0),
+        (film, 0.0),
+        ((shown + film) / 2, 0.5),
+        (1 - (1 - film) * np.exp(absorbed), -1.0),
+    ):
+        ours, other = drawn_devices.residuals(shown, edited, devices)
+        assert ours == pytest.approx(left, abs=0.12) and np.isnan(other)
+    assert nothing.kind == "other" and drawn_devices.load_devices({"third": film}, path) == {"third": []}
+    with pytest.raises(ValueError, match=r"row 4: a curve has two points below 512 or more, an area three"):
+        drawn_devices.load_devices({"else": film}, path)
+    path.write_text("file_name,kind,width,points\nfilm,port,0,1 1 here\n")
+    with pytest.raises(ValueError, match=r"row 2: points are pairs of numbers, not '1 1 here'"):
+        drawn_devices.load_devices({"film": film}, path)
 
 
 def test_a_judge_of_own_data_is_trained_from_nothing_and_gated(phantom_folder, monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import train_film_judge, train_film_sd
+from benchmarks import drawn_devices, train_film_judge, train_film_sd
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.models import encode_images, encode_prompts, load_pipeline, predict_noise
@@ -33,7 +32,7 @@ def films():
 
 @pytest.fixture(scope="module")
 def devices(films):
-    return train_film_sd.bank(films.images, 40, seed=1)
+    return [train_film_sd.bank(films.images, 40, seed=1)]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,10 @@ def folder(tmp_path_factory):
 
 
 def test_a_bank_holds_each_devices_attenuation_and_nothing_beside_them(devices):
-    assert devices.maps.shape == (40, 256, 256) and devices.maps.dtype == np.uint8
-    assert devices.maps.any((1, 2)).mean() > 0.9 and (devices.maps == 0).mean() > 0.5
-    assert set(devices.kinds) <= {*range(len(KINDS))} and len(set(devices.kinds)) > 5
+    ((maps, kinds),) = devices
+    assert maps.shape == (40, 256, 256) and maps.dtype == np.uint8
+    assert maps.any((1, 2)).mean() > 0.9 and (maps == 0).mean() > 0.5
+    assert set(kinds) <= {*range(len(KINDS))} and len(set(kinds)) > 5
 
 
 def test_crops_differ_by_devices_alone_and_devices_are_bright(films, devices):
@@ -72,7 +72,10 @@ def test_a_crop_that_names_a_kind_loses_this_kind_and_keeps_the_others(films):
     def crops(*, named: bool, other: bool) -> list[np.ndarray]:
         """Without the named kind and with it, of twelve crops whose devices are of these kinds."""
         shown = maps * np.array([named, other], np.uint8)[:, None, None]
-        devices, seeds = train_film_sd.Bank(shown, np.array([0, 1])), [np.random.default_rng([3, n]) for n in range(12)]
+        devices, seeds = (
+            [train_film_sd.Bank(shown, np.array([0, 1]))],
+            [np.random.default_rng([3, n]) for n in range(12)],
+        )
         made = [train_film_sd.crop(films, devices, random, kind=0)[:2] for random in seeds]
         return [np.stack(images) for images in zip(*made, strict=True)]
 
@@ -95,17 +98,30 @@ def test_prompts_name_every_kind_and_half_of_them_keep_another(folder):
         assert np.mean([any(f", with {other}" in text for other in others) for text in said]) == 0.5
 
 
-def test_cells_of_bedside_films_that_are_not_free_do_not_count(films, devices, folder, tmp_path, monkeypatch):
+def test_bedside_films_count_in_free_cells_and_where_devices_were_drawn(films, devices, folder, tmp_path, monkeypatch):
     table = load_table(folder).query("not rendered")
-    train = table[table["split"] == "train"]["file_name"].iloc[0]
-    monkeypatch.setattr(train_film_sd, "CELLS", tmp_path / "cells.csv")
-    stem = train.split("/")[1].removesuffix(".png")
-    pd.DataFrame({"file_name": [stem], "free": ["A1 A2 B1 H8"]}).to_csv(train_film_sd.CELLS, index=False)
-    beside = train_film_sd.bedside(folder, folder)
-    assert beside.images.shape == (1, 256, 256) and beside.free.sum() == 4 and beside.free[0, 7, 7]
-    _, _, known = train_film_sd.crop(beside, devices, np.random.default_rng(0))
-    assert known.sum() == 4 * 32 * 32
+    row = table[table["split"] == "train"].head(1)
+    stem = row["file_name"].iloc[0].split("/")[1].removesuffix(".png")
     other = table[table["split"] == "test"]["file_name"].iloc[0].split("/")[1].removesuffix(".png")
+    monkeypatch.setattr(train_film_sd, "CELLS", tmp_path / "cells.csv")
+    monkeypatch.setattr(drawn_devices, "DRAWN", tmp_path / "drawn.csv")
+    line = {"kind": "ecg leads", "width": 6, "points": "200 300 300 300"}
+    pd.DataFrame([{"file_name": stem} | line, {"file_name": other} | line]).to_csv(drawn_devices.DRAWN, index=False)
+    pd.DataFrame({"file_name": [stem], "free": ["A1 A2 B1 H8"]}).to_csv(train_film_sd.CELLS, index=False)
+    film = 0.6 * read_images(folder, row)[:, 0].numpy()
+    film[0, 149:152, 90:160] += 0.2  # a cable
+    monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(film)[:, None])
+    beside, real = train_film_sd.bedside(folder, folder)
+    assert beside.images.shape == (1, 256, 256) and beside.free.sum() == 4 and beside.free[0, 7, 7]
+    assert real.maps.shape == (1, 256, 256) and real.kinds.tolist() == [KINDS.index("ecg leads")]
+    np.testing.assert_array_equal(real.maps, beside.drawn)
+    without = beside.images[0] / 255
+    assert np.abs(without - film[0])[150, 105:145].mean() > 0.1, "the cable is gone"
+    through = np.exp(-beside.drawn[0].astype(float) / train_film_sd.QUANTUM)
+    np.testing.assert_allclose(1 - (1 - without) * through, film[0], atol=0.02, err_msg="and comes back")
+    _, _, known = train_film_sd.crop(beside, [*devices, real], np.random.default_rng(0), real=1.0)
+    shown = (beside.drawn[0] > 0) & ~beside.free[0].repeat(32, 0).repeat(32, 1)
+    assert known.sum() == 4 * 32 * 32 + shown.sum()
     pd.DataFrame({"file_name": [other], "free": ["A1"]}).to_csv(train_film_sd.CELLS, index=False)
     with pytest.raises(ValueError, match=f"{other}, a film of a patient in val or test"):
         train_film_sd.bedside(folder, folder)
@@ -119,22 +135,6 @@ def test_letters_come_to_both_and_random_shapes_stay_inside_the_crop(films):
     assert 0 < (np.abs(word - 0.4) > 0.05).mean() < 0.4
     drawn = np.stack([train_film_sd.shapes(np.random.default_rng(n)) for n in range(8)])
     assert drawn.shape == (8, 256, 256) and drawn.min() >= 0 and (drawn.max((1, 2)) > 0.02).sum() >= 6
-
-
-def test_what_a_model_removes_outside_of_the_free_cells_is_cut_out_as_a_device(folder, monkeypatch):
-    truth = np.full((256, 256), 100, np.uint8)
-    shown = truth.copy()
-    shown[40:44, 20:200] = 180  # dense
-    shown[150:154, 20:200] = 105  # too faint to be sure of
-    free = np.zeros((1, 8, 8), bool)
-    free[0, 1, 4:] = True  # the right half of the dense bar
-    without = SimpleNamespace(image=torch.from_numpy(truth)[None] / 255)
-    monkeypatch.setattr(train_film_sd, "invert", lambda *_, **__: None)
-    monkeypatch.setattr(train_film_sd, "edit", lambda *_: [without])
-    (found,) = train_film_sd.cut_outs(None, train_film_sd.Films(shown[None], free), folder)
-    expected = -np.log((255 - 180) / (255 - 100)) * train_film_sd.QUANTUM
-    assert (found[41:43, 22:126] == round(expected)).all()
-    assert not found[:, 128:].any() and not found[140:].any()
 
 
 def stop_after(keep):
@@ -164,8 +164,8 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     train_film_sd.main([given[0], str(tmp_path / "whole"), *given[2:]])
     resumed, whole = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("film", "whole"))
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items()), "stopped after two steps of four"
-    with pytest.raises(SystemExit):
-        train_film_sd.main([*given, "--cut-outs", "0.4"])  # of no film
+    with pytest.raises(SystemExit, match="--cut-outs are taken from the films of --bedside"):
+        train_film_sd.main([*given, "--cut-outs", "0.4"])
     with pytest.raises(SystemExit, match=r"state.pt is of a run with another weight \(1.5\)"):
         train_film_sd.main([*given, "--weight", "2"])
     pipe = load_pipeline(tmp_path / "film", device="cpu")
@@ -180,7 +180,7 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
 
 
 def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(films, devices, folder, tmp_path):
-    options = argparse.Namespace(seed=0, pairs=4, share=0.0)
+    options = argparse.Namespace(seed=0, pairs=4, share=0.0, cut_outs=0.0)
     crops, shown, known = train_film_judge.batch([films], devices, options, 0)
     assert crops.shape == (8, 1, 256, 256) and shown.shape == known.shape == (8, 8, 8)
     assert shown[:4].any() and not shown[4:].any() and known[4:].all()

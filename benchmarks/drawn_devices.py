@@ -20,11 +20,14 @@ from skimage.draw import polygon
 from skimage.feature import hessian_matrix, hessian_matrix_eigvals
 from skimage.graph import route_through_array
 
+from prism_lib.phantom.films import KINDS
+
 DRAWN = Path(__file__).parents[1] / "figures/films/drawn_devices.csv"
 SIDE = 512
 NEAR = 6  # pixels within which a drawn point is put on the ridge
 ALONG = 25  # pixels along a curve over which its cross-section is taken as constant
 SHOWS = 0.01  # mean attenuation below which a drawn device does not show
+DRAWN_KINDS = (*KINDS, "ecg clips", "surgical clips", "valve", "other")
 
 
 class Device(NamedTuple):
@@ -52,20 +55,23 @@ def load_devices(films: Mapping[str, np.ndarray], path: Path | None = None) -> d
         if name not in films:
             continue
         try:
-            drawn = np.array(points.split(), float).reshape(-1, 2)[:, ::-1]
+            drawn, width = np.array(str(points).split(), float).reshape(-1, 2)[:, ::-1], float(width)
         except ValueError as error:
-            raise ValueError(f"{path}, row {row}: points are pairs of numbers, not {points!r}") from error
-        if not (width >= 0 and len(drawn) >= (2 if width else 3) and ((drawn >= 0) & (drawn < SIDE)).all()):
+            raise ValueError(f"{path}, row {row}: width {width!r} and points {points!r} are no numbers") from error
+        if kind not in DRAWN_KINDS or not width >= 0:
+            raise ValueError(f"{path}, row {row}: kind {kind!r} or width {width} is unknown: {', '.join(DRAWN_KINDS)}")
+        drawn, width = drawn * len(films[name]) / SIDE, width * len(films[name]) / SIDE
+        inside = len(drawn) >= 2 and bool(((drawn >= 0) & (drawn < len(films[name]))).all())
+        device = Device(kind, width, route(films[name], drawn, width) if width and inside else drawn)
+        if not inside or len(device.points) < (2 if width else 3):
             raise ValueError(f"{path}, row {row}: a curve has two points below {SIDE} or more, an area three")
-        scale = len(films[name]) / SIDE
-        drawn, width = drawn * scale, float(width) * scale
-        found[name].append(Device(kind, width, route(films[name], drawn, width) if width else drawn))
+        found[name].append(device)
     return found
 
 
 def route(film: np.ndarray, drawn: np.ndarray, width: float) -> np.ndarray:
     """The bright ridge of a film (H, H) near a drawn line (L, 2) of (y, x), smoothed, in steps of a pixel."""
-    hessian = hessian_matrix(film, max(1.0, width / 2.5), order="rc", use_gaussian_derivatives=False)
+    hessian = hessian_matrix(film, max(1.0, width / 2.5), mode="nearest", use_gaussian_derivatives=False)
     ridge = np.clip(-hessian_matrix_eigvals(hessian)[1], 0, None)
     line, last = np.ones(film.shape, bool), len(film) - 1
     for start, end in pairwise(drawn):
@@ -113,24 +119,27 @@ def behind(film: np.ndarray, where: np.ndarray) -> np.ndarray:
     return filled
 
 
-def attenuations(film: np.ndarray, devices: Sequence[Device]) -> list[np.ndarray]:
-    """What each device absorbs beyond the film around it, (H, H) each; below 0 where it is darker than that.
+def attenuations(film: np.ndarray, devices: Sequence[Device]) -> tuple[list[np.ndarray], np.ndarray]:
+    """What each device absorbs beyond the film around it, (H, H) each, below 0 where it is darker; and all together.
 
-    The film behind all of them is interpolated from the pixels beside them, blurred against grain. The cross-section of
-    a curve is the running median along it, so that neither ribs nor crossing devices are taken for a part of it.
+    The film behind them is interpolated from the pixels beside them, blurred against grain. The cross-section of a
+    curve is the running median along it, so that neither ribs nor crossing devices are taken for a part of it. All
+    together absorb at least 0, the sum of all where they cross, but no more than is seen there.
     """
     places = [device.where(film.shape, 1.5) for device in devices]
     union = np.any([*places, np.zeros_like(film, bool)], axis=0)
     clear = ndimage.gaussian_filter((~union).astype(float), 1)
     smooth = ndimage.gaussian_filter(np.where(union, 0, film), 1) / clear.clip(1e-6)
     through = (1 - film).clip(1 / 255, 1) / (1 - behind(np.where(union, 0, smooth), union)).clip(1 / 255, 1)
-    found = np.where(union, -np.log(through.clip(0.05, 2)), 0)
-    maps = [_along(found, device) if device.width else found for device in devices]
-    return [found * place for found, place in zip(maps, places, strict=True)]
+    seen = np.where(union, -np.log(through.clip(0.05, 2)), 0)
+    maps = [_along(seen, device) if device.width else seen for device in devices]
+    maps = [found * place for found, place in zip(maps, places, strict=True)]
+    positive = np.clip([*maps, np.zeros_like(film)], 0, None)
+    return maps, np.minimum(positive.sum(0), np.maximum(positive.max(0), seen))
 
 
 def _along(found: np.ndarray, device: Device) -> np.ndarray:
-    """A map whose cross-sections to a curve are running medians along it, as far as the curve reaches."""
+    """A map whose cross-sections to a curve are running medians along it; 0 beyond its ends."""
     path = device.points
     step = np.gradient(path, axis=0)
     normals = np.stack([-step[:, 1], step[:, 0]], 1) / np.linalg.norm(step, axis=1, keepdims=True).clip(1e-6)
@@ -142,8 +151,11 @@ def _along(found: np.ndarray, device: Device) -> np.ndarray:
     pixels = np.stack(np.nonzero(device.where(found.shape, reach)), 1)
     _, nearest = KDTree(path).query(pixels)
     aside = ((pixels - path[nearest]) * normals[nearest]).sum(1)
+    ahead = ((pixels - path[nearest]) * step[nearest]).sum(1)
+    beyond = (nearest == 0) & (ahead < -0.5) | (nearest == len(path) - 1) & (ahead > 0.5)
     smooth = np.zeros_like(found)
-    smooth[tuple(pixels.T)] = ndimage.map_coordinates(sections, [nearest, 2 * (aside + reach)], order=1, mode="nearest")
+    along = ndimage.map_coordinates(sections, [nearest, 2 * (aside + reach)], order=1, mode="nearest")
+    smooth[tuple(pixels.T)] = np.where(beyond, 0, along)
     return smooth
 
 
@@ -153,9 +165,8 @@ def residuals(film: np.ndarray, edited: np.ndarray, devices: Sequence[Device]) -
     It is the projection of what the edited film shows at the device's place to what the film showed there.
     """
     found = []
-    for before, after in zip(attenuations(film, devices), attenuations(edited, devices), strict=True):
+    for before, after in zip(attenuations(film, devices)[0], attenuations(edited, devices)[0], strict=True):
         shows = before > 0
-        strength = (before[shows] ** 2).sum()
-        seen = shows.any() and before[shows].mean() >= SHOWS
-        found.append(float((after[shows] * before[shows]).sum() / strength) if seen else float("nan"))
+        seen = shows.any() and before[before != 0].mean() >= SHOWS
+        found.append(float((after * before)[shows].sum() / (before[shows] ** 2).sum()) if seen else float("nan"))
     return found

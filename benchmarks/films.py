@@ -5,10 +5,10 @@ the films of held-out patients that show none, so the true counterfactual is the
 figures/films/film_removal.json holds our editor's numbers over all devices, and its error by kind inside the pixels
 that this kind alone changes. `named` has edits of one kind in films with several: the error to the film without this
 kind, and the share of the other devices that went with it. A judge reads films with devices, without, and edited: its
-AUC, and the flips, the share of the films that it reads as with devices before and without after. Methods to compare
-with edit the first films again: two masks on edit-friendly inversion, SDEdit from the same little noise, and biharmonic
-inpainting (Chui & Mhaskar, 2010) of our mask and of the true one, which only a benchmark knows. LEDITS++ is not among
-them: diffusers' has four channels of latents.
+AUC, and the flips, the share read as without devices after the edit of those read as with devices before. Methods to
+compare with edit the first films again: two masks on edit-friendly inversion, SDEdit from the same little noise, and
+biharmonic inpainting (Chui & Mhaskar, 2010) of our mask and of the true one, which only a benchmark knows. LEDITS++ is
+not among them: diffusers' has four channels of latents.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     found["ours"] = summary(table, options.seed) | {"seconds": float(table["seconds"].mean())}
     found["judge"] = judged(table, options.seed)
     for prefix, measured in (("", by_kind), ("named: ", named)):
-        for kind, some in pd.DataFrame(measured).groupby("kind"):
+        for kind, some in pd.DataFrame(measured, columns=["kind"] if not measured else None).groupby("kind"):
             found[f"{prefix}{kind}"] = {"images": float(len(some))}
             for column in some.columns.drop(["kind", "patient"]):
                 found[f"{prefix}{kind}"] |= interval(column, some[column], some["patient"], options.seed)
@@ -143,12 +143,13 @@ class Case:
         for kind in names if len(self.kinds) > 1 else []:
             rest = with_devices(self.truth, [self.seed], [other for other in KINDS if other != kind]).images
             own, others = rest != self.image, (rest != self.truth) & (rest == self.image)
+            if not own.any() or not others.any():
+                continue
             result = remove(pipe, self, steps, Edit(remove=(kind,)).prompts(self.labels, self.vocabulary))
             image = result.image[None].cpu()
-            if own.any() and others.any():
-                error = metrics.true_error_ratio(image, rest, self.image, own).item()
-                gone = ((image - self.image).abs() * others).sum() / ((self.image - self.truth).abs() * others).sum()
-                rows.append({"kind": kind, "error": error, "others_gone": gone.item(), "patient": self.patient})
+            error = metrics.true_error_ratio(image, rest, self.image, own).item()
+            gone = ((image - self.image).abs() * others).sum() / ((self.image - self.truth).abs() * others).sum()
+            rows.append({"kind": kind, "error": error, "others_gone": gone.item(), "patient": self.patient})
         return rows
 
 

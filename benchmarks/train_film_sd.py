@@ -9,9 +9,9 @@ brightness or gamma; letters, grain, blur and sharpening come to input and truth
 Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
-devices. Readers drew these (DRAWN): the truth is the film without them, which is interpolated behind them. It counts in
-the drawn devices and in the cells that were seen to be free of others (CELLS). The real devices are put into other
-crops too (--cut-outs).
+devices. Readers drew these, and the truth is the film without what they absorb (`benchmarks.drawn_devices`). It counts
+where a device was drawn and in the cells that were seen to be free of others (CELLS). The real devices are put into
+other crops too (--cut-outs).
 
 A run that was stopped goes on from OUT/state.pt, on a CPU to the same bits. On a GPU nothing of this was run.
 
@@ -284,14 +284,17 @@ def bedside(folder: Path, data: Path) -> tuple[Films, Bank]:
         for name in names.split():
             film["ABCDEFGH".index(name[0]), int(name[1]) - 1] = True
     images = read_images(folder, rows)[:, 0].numpy()
+    if images.shape[-1] != (size := load_info(data)["config"]["size"]):
+        raise ValueError(f"{folder} has films of {images.shape[-1]} pixels, {data} of {size}")
     devices = load_devices(dict(zip(rows.index, images, strict=True)))
     maps, kinds, drawn = [], [], np.zeros(images.shape, np.float16)
-    for film, own, total in zip(tqdm(images, "drawn devices"), devices.values(), drawn, strict=True):
-        found = pd.DataFrame({"kind": [device.kind for device in own], "map": attenuations(film, own)})
+    for film, own, together in zip(tqdm(images, "drawn devices"), devices.values(), drawn, strict=True):
+        each, together[:] = attenuations(film, own)
+        found = pd.DataFrame({"kind": [device.kind for device in own], "map": each})
         for kind, some in found.groupby("kind")["map"]:
             maps.append((np.max(some.tolist(), 0).clip(0) * QUANTUM).astype(np.float16))
             kinds.append(KINDS.index(kind) if kind in KINDS else -1)
-            np.maximum(total, maps[-1], out=total)
+    drawn *= QUANTUM
     without = 1 - (1 - images) * np.exp(drawn.astype(np.float32) / QUANTUM)
     films = Films((without * 255).round().clip(0, 255).astype(np.uint8), free, drawn)
     return films, Bank(np.array(maps).reshape(-1, *images.shape[1:]), np.array(kinds, int))

@@ -228,40 +228,83 @@ def test_shares_of_real_devices_are_of_all_films_and_of_those_that_were_read():
     assert "flip_rate" not in without and "left" not in without
 
 
-def test_a_drawn_curve_is_put_on_its_ridge_and_measured_before_and_after_an_edit(tmp_path):
-    film = (render(sample_patients(1, 3).intervene(support_devices=0), 512)[0, 0] * 0.6 + 0.2).numpy()
-    x = np.arange(100, 400)
-    y = 200 + 40 * np.sin(x / 60)
-    away = np.abs(np.arange(512)[:, None] - np.interp(np.arange(512), x, y)) * (np.abs(np.arange(512) - 250) < 150)
-    away[:, np.abs(np.arange(512) - 250) >= 150] = 99
-    absorbed = 0.15 * np.exp(-(away**2) / 4)
+@pytest.fixture(scope="module")
+def film():
+    """A phantom without devices, (512, 512), nowhere black or white."""
+    return (render(sample_patients(1, 3).intervene(support_devices=0), 512)[0, 0] * 0.6 + 0.2).numpy()
+
+
+def cable(rows, first: int, last: int) -> np.ndarray:
+    """The attenuation of a cable of rows by column, from its first column to its last one, (512, 512)."""
+    columns = np.arange(512)
+    away = np.arange(512)[:, None] - np.asarray(rows, float)
+    return 0.15 * np.exp(-(away**2) / 4) * ((columns >= first) & (columns <= last))
+
+
+def drawn_as(path, *lines: str):
+    """The devices of the film "film" by rows of a file."""
+    path.write_text("\n".join(["file_name,kind,width,points", *lines]) + "\n")
+    return lambda film: drawn_devices.load_devices({"film": film}, path)["film"]
+
+
+def test_a_drawn_curve_is_put_on_its_ridge_and_measured_before_and_after_an_edit(film, tmp_path):
+    columns = np.arange(512)
+    rows = 200 + 40 * np.sin(columns / 60)
+    absorbed = cable(rows, 100, 400)
     shown = 1 - (1 - film) * np.exp(-absorbed)
-    points = " ".join(f"{column} {round(row) + 4}" for column, row in zip(x[5:-5:24], y[5:-5:24], strict=True))
-    path = tmp_path / "drawn.csv"
-    faint = "film,other,4,100 450 300 450"
-    path.write_text(f"file_name,kind,width,points\nfilm,ecg leads,5,{points}\n{faint}\nelse,port,0,1 1\n")
-    (cable, nothing) = devices = drawn_devices.load_devices({"film": shown}, path)["film"]
-    assert np.abs(cable.points[10:-10, 0] - np.interp(cable.points[10:-10, 1], x, y)).max() < 3.5, (
-        "drawn 4 pixels below"
-    )
-    found = drawn_devices.attenuations(shown, devices)[0]
-    inside = (absorbed > 0.02) & (np.abs(np.arange(512) - 250) < 120)
-    assert np.abs(found - absorbed)[inside].mean() < 0.25 * absorbed[inside].mean()
-    assert not found[away > 10].any()
-    for edited, left in (
-        (shown, 1.0),
-        (film, 0.0),
-        ((shown + film) / 2, 0.5),
-        (1 - (1 - film) * np.exp(absorbed), -1.0),
-    ):
-        ours, other = drawn_devices.residuals(shown, edited, devices)
-        assert ours == pytest.approx(left, abs=0.12) and np.isnan(other)
-    assert nothing.kind == "other" and drawn_devices.load_devices({"third": film}, path) == {"third": []}
-    with pytest.raises(ValueError, match=r"row 4: a curve has two points below 512 or more, an area three"):
-        drawn_devices.load_devices({"else": film}, path)
-    path.write_text("file_name,kind,width,points\nfilm,port,0,1 1 here\n")
-    with pytest.raises(ValueError, match=r"row 2: points are pairs of numbers, not '1 1 here'"):
-        drawn_devices.load_devices({"film": film}, path)
+    points = " ".join(f"{column} {round(rows[column]) + 4}" for column in range(102, 400, 24))
+    lines = f"film,ecg leads,5,{points}", "film,other,4,100 450 300 450", "film,other,0,60 60 80 60 80 80 60 80"
+    curve, *nothing = devices = drawn_as(tmp_path / "drawn.csv", *lines)(shown)
+    assert np.abs(curve.points[10:-10, 0] - rows[curve.points[10:-10, 1].round().astype(int)]).max() < 3.5
+    assert [device.kind for device in nothing] == ["other", "other"]
+    maps, together = drawn_devices.attenuations(shown, devices)
+    inside = (absorbed > 0.02) & (columns > 130) & (columns < 370)
+    assert np.abs(maps[0] - absorbed)[inside].mean() < 0.25 * absorbed[inside].mean()
+    assert not maps[0][:, 402:].any() and not maps[0][:, :98].any(), "nothing beyond its ends"
+    without = 1 - (1 - shown) * np.exp(together)
+    assert np.abs(without - film)[inside].mean() < 0.25 * np.abs(shown - film)[inside].mean()
+    for edited, left in ((shown, 1), (film, 0), ((shown + film) / 2, 0.5), (1 - (1 - film) * np.exp(absorbed), -1)):
+        ours, *others = drawn_devices.residuals(shown, edited, devices)
+        assert ours == pytest.approx(left, abs=0.12) and np.isnan(others).all(), "what never showed has no residual"
+    maps, together = drawn_devices.attenuations(film, [])
+    assert not maps and not together.any() and not drawn_devices.residuals(film, film, [])
+
+
+def test_cables_that_cross_add_up_and_one_drawn_twice_does_not(film, tmp_path):
+    level, steep = cable(np.full(512, 250), 100, 400), cable(np.arange(512), 100, 400)
+    shown = 1 - (1 - film) * np.exp(-level - steep)
+    one, two = "film,ecg leads,5,110 250 390 250", "film,ecg leads,5,110 110 390 390"
+    for lines in ((one, two), (one, two, two)):
+        _, together = drawn_devices.attenuations(shown, drawn_as(tmp_path / "drawn.csv", *lines)(shown))
+        assert together[250, 250] == pytest.approx(0.3, abs=0.08)
+        assert together[250, 150] == pytest.approx(0.15, abs=0.04)
+        assert together[180, 180] == pytest.approx(0.15, abs=0.04)
+
+
+def test_curves_at_the_border_of_a_film_stay_on_their_device(film, tmp_path):
+    shown = 1 - (1 - film) * np.exp(-cable(np.full(512, 200), 300, 511) - cable(np.full(512, 506), 100, 400))
+    right, below = drawn_as(
+        tmp_path / "drawn.csv", "film,ecg leads,4,320 203 508 203", "film,ecg leads,4,110 505 390 505"
+    )(shown)
+    assert np.abs(right.points[3:, 0] - 200).max() < 1.5 and np.abs(below.points[3:-3, 0] - 506).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("film,port,0,1 1", "row 2: a curve has two points below 512 or more, an area three"),
+        ("film,port,3,1 1 512 3", "row 2: a curve has two points below 512 or more, an area three"),
+        ("film,port,3,1 1 here", "row 2: width 3 and points '1 1 here' are no numbers"),
+        ("film,port,3,", "row 2: width 3 and points nan are no numbers"),
+        ("film,port,wide,1 1 2 2", "row 2: width 'wide' and points '1 1 2 2' are no numbers"),
+        ("film,port,-1,1 1 2 2", "row 2: kind 'port' or width -1.0 is unknown"),
+        ("film,cable,3,1 1 2 2", "row 2: kind 'cable' or width 3.0 is unknown: pacemaker, "),
+    ],
+)
+def test_a_wrong_row_of_drawn_devices_is_named(film, tmp_path, row, said):
+    with pytest.raises(ValueError, match=said):
+        drawn_as(tmp_path / "drawn.csv", row)(film)
+    assert not drawn_as(tmp_path / "drawn.csv", row.replace("film", "another"))(film)
 
 
 def test_a_judge_of_own_data_is_trained_from_nothing_and_gated(phantom_folder, monkeypatch, tmp_path):

@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 from benchmarks.drawn_devices import load_devices, residuals
 from prism_lib import devices, records
 from prism_lib.data import load_table, prompt_pairs, read_images
+from prism_lib.data.chest import DEVICES
+from prism_lib.data.rows import NO_DEVICES
 from prism_lib.editing import edit, invert, stack
 from prism_lib.evaluation import interval, judge_auc
-from prism_lib.language import Edit
 from prism_lib.models import load_pipeline
 from prism_lib.models.classifier import Classifier
 
-DEVICES, SHOWS, DARK = "Support Devices", 0.5, 0.25
-REMOVE = Edit(remove=(DEVICES,))
+HALF, DARK = 0.5, 0.25
 
 
 def removed(
@@ -47,7 +47,7 @@ def removed(
     column, size, parts, drawn = judge.labels.index(DEVICES), devices.batch_for(pipe), [], list[pd.DataFrame]()
     for first in tqdm(range(0, len(films), size), desc="remove devices"):
         rows = films.iloc[first : first + size]
-        images, pairs = read_images(folder, rows), prompt_pairs(folder, rows, REMOVE)
+        images, pairs = read_images(folder, rows), prompt_pairs(folder, rows, NO_DEVICES)
         inversion = invert(pipe, images, [pair.source for pair in pairs], num_inference_steps=steps, batch_size=size)
         edited = stack(edit(pipe, inversion, pairs))
         read = {"p_before": judge.read(images)[:, column], "p_after": judge.read(edited)[:, column]}
@@ -69,7 +69,7 @@ def left_of(name: str, patient: str, film: np.ndarray, edited: np.ndarray) -> pd
 
 def summarise(read: pd.DataFrame, drawn: pd.DataFrame, seed: int) -> dict[str, float]:
     """Means over the films and drawn devices of `removed`, with intervals over patients."""
-    before, after, patients = read["p_before"] < SHOWS, read["p_after"] < SHOWS, read["patient_id"]
+    before, after, patients = read["p_before"] < HALF, read["p_after"] < HALF, read["patient_id"]
     summary = {"films_edited": float(len(read)), "flip_denominator": float((~before).sum())}
     values = {
         "below_half": after,
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="prepared folder of real films with the label Support Devices")
-    parser.add_argument("judge", type=Path, help="folder of the judge")
+    parser.add_argument("judge", type=Path, help="a shipped judge, or a folder")
     parser.add_argument("--split", default="test", help="split of the prepared folder")
     parser.add_argument("--model", default="", help="removes devices: a folder (also below PRISM_RUNS) or a hub id")
     parser.add_argument("--films", type=int, default=1000, help="largest number of films to edit")

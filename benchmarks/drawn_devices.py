@@ -50,15 +50,17 @@ def load_devices(films: Mapping[str, np.ndarray], path: Path | None = None) -> d
     """The devices of films (H, H) in [0, 1] by file name; a wrong row of these films is an error that names it."""
     path, found = path or DRAWN, {name: list[Device]() for name in films}
     table = pd.read_csv(path, dtype={"file_name": str, "kind": str, "points": str})
-    columns = table[["file_name", "kind", "width", "points"]]
-    for row, (name, kind, width, points) in enumerate(columns.itertuples(index=False), 2):
+    columns = ["file_name", "kind", "width", "points"]
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{path} lacks the column {missing[0]!r}")
+    for row, (name, kind, width, points) in enumerate(table[columns].itertuples(index=False), 2):
         if name not in films:
             continue
         try:
             drawn, width = np.array(str(points).split(), float).reshape(-1, 2)[:, ::-1], float(width)
         except ValueError as error:
             raise ValueError(f"{path}, row {row}: width {width!r} and points {points!r} are no numbers") from error
-        if kind not in DRAWN_KINDS or not width >= 0:
+        if kind not in DRAWN_KINDS or not 0 <= width < SIDE:
             raise ValueError(f"{path}, row {row}: kind {kind!r} or width {width} is unknown: {', '.join(DRAWN_KINDS)}")
         drawn, width = drawn * len(films[name]) / SIDE, width * len(films[name]) / SIDE
         inside = len(drawn) >= 2 and bool(((drawn >= 0) & (drawn < len(films[name]))).all())

@@ -26,13 +26,14 @@ from tqdm.auto import tqdm
 
 from benchmarks.drawn_devices import load_devices, residuals
 from prism_lib import devices, records
-from prism_lib.data import load_table, prompt_pairs, read_images
+from prism_lib.data import load_info, load_table, prompt_pairs, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import NO_DEVICES
 from prism_lib.editing import edit, invert, stack
 from prism_lib.evaluation import interval, judge_auc
 from prism_lib.models import load_pipeline
 from prism_lib.models.classifier import Classifier
+from prism_lib.models.pipeline import image_factor
 
 HALF, DARK = 0.5, 0.25
 
@@ -107,7 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     films = table[table[DEVICES] == 1].head(given.films)
     if films.empty:
         parser.error(f"split {given.split!r} of {given.folder} has no film with devices")
-    pipe = load_pipeline(given.model) if given.model else None
+    pipe, size = load_pipeline(given.model) if given.model else None, load_info(given.folder)["config"]["size"]
+    if pipe is not None and size != (own := pipe.unet.config.sample_size * image_factor(pipe.vae)):
+        parser.error(f"{given.folder} has films of {size} pixels, {given.model} edits {own}")
+    load_devices({})  # before any edit: is the file as it should be?
     with records.Timer() as timer:
         reading = judge_auc(judge, given.folder, given.split, seed=given.seed).loc[DEVICES].drop("judged").dropna()
         known = table[table[DEVICES].isin([0, 1])]

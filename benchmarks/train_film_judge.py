@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import DenseNet
@@ -23,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.train_film_sd import Bank, Films, backgrounds, crop, parser_of
+from benchmarks.train_film_sd import Bank, Films, backgrounds, crop, parser_of, positive, refuse_other
 from prism_lib.data import load_table, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
@@ -37,12 +38,15 @@ SHOWS, ENOUGH = 0.01, 6  # change in gray of a pixel that shows a device, and ho
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, calibrate and save."""
     parser = parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--pairs", type=int, default=8, help="crops of a batch, each with devices and without")
+    parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--pairs", type=positive, default=8, help="crops of a batch, each with devices and without")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--bank", type=int, default=1500)
+    parser.add_argument("--bank", type=positive, default=1500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args(arguments)
+    refuse_other(options.out, "config.json")
+    if not len(films_of(options.data)):
+        raise SystemExit(f"{options.data} has no film with rendered devices in split 'train' to calibrate by")
     films, devices = backgrounds(options)
     model = cast(DenseNet, build_classifier(CONFIG).train())
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
@@ -100,10 +104,15 @@ def read(model: DenseNet, images: Tensor) -> tuple[Tensor, Tensor]:
     return cells.float(), head(features)[:, 0].float()
 
 
+def films_of(data: Path) -> pd.DataFrame:
+    """The rows of train whose film has rendered devices and a twin without."""
+    table = load_table(data, "train")
+    return table[table["rendered"] & table["copy"].eq(0) & table[DEVICES].eq(1)]
+
+
 def calibrate(model: DenseNet, data: Path) -> None:
     """Scale and bias of the logit, by the films of the train split that show no device, and their twins that do."""
-    table = load_table(data, "train")
-    table = table[table["rendered"] & table["copy"].eq(0) & table[DEVICES].eq(1)]
+    table = films_of(data)
     with_devices, without = read_images(data, table), read_images(data, table.assign(file_name=table["twin"]))
     logits = Classifier(model, CONFIG.labels).logits(torch.cat([with_devices, without])).numpy()
     labels = np.repeat([1, 0], len(table))

@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and save."""
     parser = parser_of(__doc__)
     parser.add_argument("--start", default="phantom-sd")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=positive, default=6000)
+    parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument(
         "--weight",
@@ -118,12 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=1.5,
         help="of devices: with 1 a faint pixel weighs up to 7 times as much as one without",
     )
-    parser.add_argument("--stays", type=float, default=1 / 8, help="share of crops told that devices are there")
-    parser.add_argument("--named", type=float, default=0.0, help="share of the other crops that name a kind of device")
-    parser.add_argument("--bank", type=int, default=3000, help="maps of devices that are taken to other films")
+    parser.add_argument("--stays", type=fraction, default=1 / 8, help="share of crops told that devices are there")
+    parser.add_argument(
+        "--named", type=fraction, default=0.0, help="share of the other crops that name a kind of device"
+    )
+    parser.add_argument("--bank", type=positive, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--save-every", type=positive, default=250)
     options = parser.parse_args(arguments)
+    refuse_other(options.out, "model_index.json")
     torch.manual_seed(options.seed)
     start = load_pipeline(options.start, device="cpu", channels_last=False)
     films, devices = backgrounds(options)
@@ -182,9 +185,29 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
     parser.add_argument("out", type=Path)
     parser.add_argument("--bedside", type=Path, help='prepared folder of the data set "nih"')
-    parser.add_argument("--share", type=float, default=0.3, help="of crops of bedside films")
-    parser.add_argument("--cut-outs", type=float, default=0.0, help="share of the devices that were drawn on these")
+    parser.add_argument("--share", type=fraction, default=0.3, help="of crops of bedside films")
+    parser.add_argument("--cut-outs", type=fraction, default=0.0, help="share of the devices that were drawn on these")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def refuse_other(out: Path, file: str) -> None:
+    """End the program if its folder would replace something that it did not write."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / file).is_file()):
+        raise SystemExit(f"{out} exists and has no {file}: choose another folder")
 
 
 def backgrounds(options: argparse.Namespace) -> tuple[list[Films], list[Bank]]:
@@ -192,11 +215,9 @@ def backgrounds(options: argparse.Namespace) -> tuple[list[Films], list[Bank]]:
     if options.cut_outs and not options.bedside:
         raise SystemExit("--cut-outs are taken from the films of --bedside: name their folder")
     images = (read_images(options.data, screened(options.data))[:, 0] * 255).round().byte().numpy()
-    films, devices = [Films(images, np.ones((len(images), 8, 8), bool))], [bank(images, options.bank, options.seed)]
-    if options.bedside:
-        beside, real = bedside(options.bedside, options.data)
-        films, devices = [*films, beside], [*devices, real]
-    return films, devices
+    beside, real = zip(bedside(options.bedside, options.data)) if options.bedside else ((), ())
+    clean = Films(images, np.ones((len(images), 8, 8), bool))
+    return [clean, *beside], [bank(images, options.bank, options.seed), *real]
 
 
 def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tensor:

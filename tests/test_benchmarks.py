@@ -204,6 +204,10 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
     real_devices.main([*given, "--model", "tiny", "--films", "3", "--steps", "2"])
     found = records.load_record("real_devices", "films")["metrics"]
     assert found["films_edited"] == 3 and 0 <= found["p_after"] <= 1
+    monkeypatch.setattr(real_devices, "image_factor", lambda _: 1)
+    with pytest.raises(SystemExit):
+        real_devices.main([*given, "--model", "tiny"])
+    assert "has films of 32 pixels, tiny edits" in capsys.readouterr().err
     patients = phantom_folder / "val"  # not a prepared folder
     with pytest.raises(FileNotFoundError, match="not a prepared data set"):
         real_devices.main([str(patients), str(judge)])
@@ -304,6 +308,9 @@ def test_curves_at_the_border_of_a_film_stay_on_their_device(film, tmp_path):
 def test_a_wrong_row_of_drawn_devices_is_named(film, tmp_path, row, said):
     with pytest.raises(ValueError, match=said):
         drawn_as(tmp_path / "drawn.csv", row)(film)
+    (tmp_path / "drawn.csv").write_text("file_name;kind;width;points\n")
+    with pytest.raises(ValueError, match=r"drawn\.csv lacks the column 'file_name'"):
+        drawn_devices.load_devices({}, tmp_path / "drawn.csv")
     assert not drawn_as(tmp_path / "drawn.csv", row.replace("film", "another"))(film)
 
 

@@ -77,7 +77,8 @@ def serve(options: Namespace, show: Callable[[str], None]) -> None:
     folders = [Path(data).expanduser().resolve(), paths.data() / data]
     if data and not (folders := [folder for folder in folders if folder.is_dir()]):
         raise UsageError(f"there is no folder {data}, neither here nor in {paths.data()}")
-    if judge and ":" not in judge and not find_classifier(judge).exists():
+    found = find_classifier(judge)
+    if judge and ":" not in judge and not (found.is_file() or (found / "config.json").is_file()):
         raise UsageError(f"there is no judge {judge!r} in {paths.weights()}")
     try:
         if "/" not in (model := locate(options.model or paths.SHIPPED)):  # a hub id has an owner

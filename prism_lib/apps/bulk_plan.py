@@ -20,6 +20,7 @@ from prism_lib.apps.profiles import coerce
 from prism_lib.configs import checked
 from prism_lib.data.dicom import is_dicom
 from prism_lib.data.folder import load_info, load_table, load_vocabulary
+from prism_lib.data.rows import lacks
 from prism_lib.data.tables import found, images_below
 from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig, grid
@@ -299,6 +300,8 @@ def _tasks(
     found = False
     for file_name in [name] if name != ALL else images:
         image = images[file_name]
+        if name == ALL and any(lacks(image, one, vocab.owners.get(one, one)) for one in edit.remove):
+            continue
         known = {label: image[label] for label in labels}
         try:
             edit = _edit(row, vocab, known)  # "everything" is another thing in every image

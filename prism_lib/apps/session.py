@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -94,7 +94,7 @@ class Session:
         own = Path(locate(first)).resolve() / "vocabulary.yaml"
         words = vocabulary(vocab or (str(own) if own.is_file() else "phantom"))
         shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
-        offered = dict.fromkeys([first, *(shipped if (words.name, mode) == ("phantom", "L") else [])])
+        offered = dict.fromkeys([first, *(shipped if words.name in ("phantom", "films") and mode == "L" else [])])
         references = {name: novelty.load(name) for name in offered}
         made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode)
         made.chosen = model if len(references) > 1 else first
@@ -148,7 +148,7 @@ class Session:
         for offered, known in self.references.items():
             if known is not None and known.shape[0] == (3 if self.mode == "RGB" else 1):
                 with suppress(ValueError):  # smaller than the model's images
-                    distances[offered] = known.scores(read(known.shape[-1])).item()
+                    distances[offered] = known.scores(read(known.shape[-1])).nan_to_num(nan=torch.inf).item()
         model = self.chosen or min(distances, key=lambda offered: distances[offered], default=self.model)
         pipe = self.pipes.get(model) or load_pipeline(model)
         image = read(image_size(pipe))
@@ -167,18 +167,14 @@ class Session:
         if score is None or known is None or not known.is_new(score):
             return ""
         closest = min(distances, key=lambda model: distances[model])
-        closer = WORDS["closer"].format(model=closest) if closest != self.model else ""
+        closer = WORDS["closer"].format(model=closest) if distances[closest] < score else ""
         return str(WORDS["unlike"]).format(model=self.model, score=score, share=known.share, closer=closer)
 
     def _readings(self, image: Tensor, model: str) -> dict[str, float]:
         if (judge := self.judge) is None:
             return {}
-        judge = self._film_judge if (model, judge.name) == OTHER_IMAGES else judge
+        judge = Classifier.load(FILM_JUDGE) if (Path(model).name, judge.name) == OTHER_IMAGES else judge
         return dict(zip(judge.labels, judge.read(image)[0].tolist(), strict=True))
-
-    @cached_property
-    def _film_judge(self) -> Classifier:
-        return Classifier.load(FILM_JUDGE)
 
     def edit(self, remove: Sequence[str] = (), add: Sequence[str] = (), text: str = "") -> Edit:
         """The edit of toggled labels, or of words: a sentence, or "source prompt -> target prompt"."""
@@ -283,7 +279,7 @@ class Session:
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if that is one edit and not this one."""
-        if (known := MEASURED.get(model)) is None or (edit is not None and edit.key == known):
+        if (known := MEASURED.get(Path(model).name)) is None or (edit is not None and edit.key == known):
             return ""
         outside = "other edits are outside what it was trained and measured for."
         return f"{model} was measured for one edit, {known.replace('_', ' ')}; {outside}"

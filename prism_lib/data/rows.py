@@ -65,8 +65,8 @@ def prompt_pairs(folder: Folder, table: pd.DataFrame, edit: Edit) -> list[Prompt
     return [edit.prompts(row, vocab) for row in table[load_info(folder)["labels"]].to_dict("records")]
 
 
-def says_details(table: pd.DataFrame, label: str) -> bool:
-    """Whether a column of the table says which details of a label its rows have."""
+def says_details(table: pd.DataFrame | Mapping[Any, Any], label: str) -> bool:
+    """Whether a column of the table, or a value of the row, says which details of a label there are."""
     return any(column in table for column, of in DETAIL_COLUMNS.items() if of == label)
 
 
@@ -85,9 +85,13 @@ def editable(table: pd.DataFrame, edit: Edit, vocab: Vocabulary = CHEST) -> pd.D
             if state and name != label:
                 if not says_details(table, label):
                     raise ValueError(f"the data set does not say which rows have {name!r}; edit {label!r} instead")
-                phrases = [_details(row).get(label, "") for row in table.to_dict("records")]
-                suits &= np.array([name in phrase.split(" and ") for phrase in phrases], dtype=bool)
+                suits &= np.array([not lacks(row, name, label) for row in table.to_dict("records")], dtype=bool)
     return table[suits].reset_index(drop=True)
+
+
+def lacks(row: Mapping[Any, Any], name: str, label: str) -> bool:
+    """Whether a row says which details of a label it has, and a detail is none of them."""
+    return says_details(row, label) and name != label and name not in _details(row).get(label, "").split(" and ")
 
 
 class Truth(NamedTuple):

@@ -337,6 +337,7 @@ def test_doctor_compares_versions_with_the_lock(checkout):
         (["--model", "nothere"], "there is no model 'nothere', here or below"),
         (["--data", "nowhere"], "there is no folder nowhere, neither here nor in"),
         (["--judge", "nobody"], "there is no judge 'nobody' in"),
+        (["--judge", "film-sd"], "there is no judge 'film-sd' in"),
         (["--port", "USED"], "cannot be used: Address already in use\n"),
         (["--ip", "::1"], "port 0 of ::1 cannot be used: Address family for hostname not supported"),
     ],

@@ -506,6 +506,15 @@ def test_a_chosen_model_stays_and_the_closer_one_is_said(two_models):
     assert two_models.choose("phantom-sd").notice == case.notice
 
 
+def test_a_blank_image_resembles_no_model_more_than_another(two_models):
+    (levels := np.zeros((32, 32), np.uint8))[5, 5] = 1
+    for model in ("upside", "phantom-sd"):
+        two_models.choose(model)
+        case = two_models.open_upload("almost_black.png", png(levels))
+        assert "unlike those" in case.notice and "resembles" not in case.notice
+        assert set(case.distances.values()) == {np.inf}
+
+
 def test_an_image_that_the_chosen_model_cannot_take_leaves_all_as_it_was(two_models, monkeypatch):
     case = two_models.open_upload("film.png", png(LEVELS))
     monkeypatch.setattr(session, "image_size", lambda _: 64)
@@ -525,8 +534,9 @@ def test_the_list_keeps_the_model_where_another_cannot_be_used(two_models, monke
     assert explorer.source.line.value == "" and two_models.model == two_models.chosen == "upside"
 
 
-def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge):
-    study = Session(tiny_pipeline(), "film-sd", dataclasses.replace(judge, name="phantom-judge"))
+@pytest.mark.parametrize("model", ["film-sd", "/weights/film-sd"])
+def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge, model):
+    study = Session(tiny_pipeline(), model, dataclasses.replace(judge, name="phantom-judge"))
     assert set(study.open_upload("film.png", png(LEVELS)).readings) == {DEVICES}, "read by film-judge"
     for edit, said in ((study.edit(remove=[DEVICES]), False), (study.edit(add=["Cardiomegaly"]), True)):
         (outcome,) = study.run([study.recipe(edit, steps=2)], edit)

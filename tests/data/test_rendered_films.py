@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from prism_lib.apps.bulk_plan import BulkConfig, plan
 from prism_lib.data.chest import NOT_THERE, acquired
 from prism_lib.data.folder import load_info, load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
@@ -192,3 +193,11 @@ def test_a_film_and_the_same_with_devices_are_acquired_with_the_same_grain():
         levels.add(int(shown[58:66, 60].max()))
         spread.append(plain.std())
     assert len(levels) > 4 and max(spread) > 2 * min(spread), "each film in its own way"
+
+
+def test_a_bulk_run_of_all_films_edits_those_that_show_the_kind(films, tmp_path):
+    (edits := tmp_path / "edits.csv").write_text("file_name,edit\nall,remove_ecg_leads\n")
+    tasks = plan(BulkConfig(str(films), str(edits), str(tmp_path / "out")))
+    kinds = load_table(films).set_index("file_name")["kinds"]
+    shown = {name for name, said in kinds.items() if "ecg leads" in said.split("|")}
+    assert {task.file_name for task in tasks} == shown and 0 < len(shown) < (kinds != NOT_THERE).sum()

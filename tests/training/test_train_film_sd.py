@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import drawn_devices, train_film_judge, train_film_kinds, train_film_sd
+from benchmarks import drawn_devices, train_film_judge, train_film_sd
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
-from prism_lib.editing import kept
 from prism_lib.models import encode_images, encode_prompts, load_pipeline, predict_noise
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.wavelets import HaarAutoencoder
@@ -200,21 +199,16 @@ def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(fil
     assert torch.cat([before, after], 1).T.corrcoef()[0, 1].abs() == pytest.approx(1, abs=1e-4), "by scale and bias"
 
 
-def test_the_network_of_kinds_learns_at_devices_alone_and_is_saved_whole(films, devices, folder, tmp_path):
-    options = argparse.Namespace(seed=0, batch_size=3, share=0.0, cut_outs=0.0)
-    small = [bank._replace(maps=train_film_kinds.reduced(bank.maps)) for bank in devices]
-    images, absorbed = train_film_kinds.batch([films], small, options, 0)
-    assert images.shape == (3, 1, 256, 256) and absorbed.shape == (3, len(KINDS), 256, 256)
-    assert images.min() >= 0 and images.max() <= 1 and (absorbed.amax((2, 3)) > 0).sum() >= 3
-    right = 20 * torch.nn.functional.one_hot(absorbed.argmax(1), len(KINDS)).movedim(-1, 1).float()
-    elsewhere = torch.where(absorbed.amax(1, keepdim=True) > train_film_kinds.SHOWS, right, right.flip(1))
-    loss, share = train_film_kinds.loss_of(elsewhere, absorbed)
-    assert loss < 1e-3 and share == 1, "what it says beside devices does not count"
-    assert train_film_kinds.loss_of(right.roll(1, 1), absorbed)[1] == 0
-    out = tmp_path / "kinds"
-    train_film_kinds.main([str(folder), str(out), "--steps", "2", "--batch-size", "2", "--bank", "40"])
-    network, kinds = kept.load_kinds(str(out))
-    assert kinds == KINDS and network(images[:1]).shape == (1, len(KINDS), 256, 256)
+@pytest.mark.parametrize("program", [train_film_sd, train_film_judge])
+def test_wrong_arguments_are_named_before_any_work(program, tmp_path, capsys):
+    for option, value in (("--steps", "0"), ("--bank", "0"), ("--share", "2"), ("--cut-outs", "-1")):
+        with pytest.raises(SystemExit):
+            program.main(["nowhere", str(tmp_path / "out"), option, value])
+        assert f"argument {option}: {value} is not" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("of another work")
+    with pytest.raises(SystemExit, match=r"exists and has no .*: choose another folder"):
+        program.main(["nowhere", str(tmp_path)])
+    assert (tmp_path / "notes.txt").is_file()
 
 
 def test_another_data_set_is_refused_before_any_work(phantom_folder):

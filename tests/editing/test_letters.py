@@ -1,8 +1,6 @@
-"""What an edit leaves alone: letters anywhere on a film, which devices are not, and devices of other kinds."""
+"""Letters anywhere on a film: found over a bright chest, tilted or in a ring, and devices are not."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -12,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from prism_lib import paths
-from prism_lib.editing import EditConfig, edit, invert, kept, masks, recommended, sweep
-from prism_lib.editing.kept import burnt_in_text
+from prism_lib.editing import EditConfig, invert, letters, masks, recommended, sweep
+from prism_lib.editing.letters import burnt_in_text
 from prism_lib.editing.masks import MaskConfig
 from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
@@ -104,7 +102,7 @@ def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_t
     text = torch.zeros_like(images[:, :1], dtype=torch.bool)
     text[..., 8:16, 4:20] = True
     corner = text.roll(-8, -2)
-    monkeypatch.setattr(kept, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
+    monkeypatch.setattr(letters, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
     wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
     configs = [EditConfig(protect_text=value, mask=wide) for value in (True, "anywhere")]
     inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=4)
@@ -124,33 +122,3 @@ def test_letters_in_the_corners_are_found_and_devices_are_not():
     corners[..., :64, :56] = corners[..., :64, -56:] = True
     assert not (text & ~corners).any()
     assert not burnt_in_text(torch.rand(1, 1, 64, 64) * 0.2).any()
-
-
-def test_an_edit_of_one_kind_leaves_devices_of_other_kinds_alone(monkeypatch):
-    """By a network that sees ports in the upper half of every film, and pacemakers in the lower one."""
-    upper = torch.tensor([[5.0], [-5.0]])[None, ..., None].expand(1, 2, 1, kept.READS)
-    network = torch.cat([upper, -upper], 2).repeat_interleave(kept.READS // 2, 2)
-    monkeypatch.setattr(kept, "load_kinds", lambda name: (lambda _: network, ("port", "pacemaker")))
-    films = torch.rand(4, 1, 64, 64)
-    others = kept.other_devices(films, [("pacemaker",), ("port",), ("port", "pacemaker"), ("support devices",)], "any")
-    assert others[0, 0, :32].all() and not others[0, 0, 32:].any()
-    assert torch.equal(others[1], ~others[0]) and not others[2:].any()
-    assert not kept.other_devices(films[:1], [()], "any").any()
-
-    pipe, images = tiny_pipeline(), tiny_images(1)
-    pair = replace(REMOVE, source_words=("chest",), target_words=("chest",))
-    inversion = invert(pipe, images, [pair.source], num_inference_steps=2)
-    settings = {"mask": MaskConfig(min_change=1e-6), "kinds": "any"}
-    monkeypatch.setattr(kept, "load_kinds", lambda name: (lambda _: network, ("chest", "pacemaker")))
-    (bounded,), (free,) = ([*edit(pipe, inversion, [pair], {**settings, "kinds": name})] for name in ("any", ""))
-    half = images.shape[-1] // 2
-    assert torch.equal(bounded.image[:, half:], images[0, :, half:]) and (bounded.image != images[0]).any()
-    assert (free.mask[:, half:] > 0).any()
-
-
-def test_a_missing_network_of_kinds_is_named_before_the_first_step(monkeypatch, tmp_path):
-    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
-    pipe, images = tiny_pipeline(), tiny_images(1)
-    inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
-    with pytest.raises(FileNotFoundError, match=r"no network of kinds of devices at .*absent: kinds\.json is missing"):
-        edit(pipe, inversion, [REMOVE], {"kinds": "absent"}, callback=lambda *_: pytest.fail("a step was made"))

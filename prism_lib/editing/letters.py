@@ -1,7 +1,6 @@
-"""What an edit of a film leaves as it is: burnt-in letters, and devices of other kinds than those that it names."""
+"""Letters, words and side markers burnt into a film, which an edit leaves as they are."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 
@@ -10,50 +9,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
 from scipy import ndimage
-from torch import Tensor, nn
-
-from prism_lib.models.classifier import find_classifier
-
-FEATURES = (12, 24, 48, 64, 96, 12)  # of a network of kinds, from the resolution that it reads downwards and back
-READS = 256  # pixels a side that it reads
-
-
-def kinds_network(kinds: int) -> nn.Module:
-    """A MONAI U-Net with a logit for each kind of device at every pixel of a film of READS x READS."""
-    from monai.networks.nets import BasicUNet  # three seconds: only where one is built
-
-    return BasicUNet(2, 1, kinds, FEATURES)
-
-
-@cache
-def load_kinds(name: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """A network of kinds, ``model.safetensors`` beside ``kinds.json``, and the names of its kinds."""
-    folder = find_classifier(name)
-    if not (path := folder / "kinds.json").is_file():
-        raise FileNotFoundError(f"no network of kinds of devices at {folder}: {path.name} is missing")
-    kinds = tuple(json.loads(path.read_text(encoding="utf-8")))
-    network = kinds_network(len(kinds)).eval()
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    return network, kinds
-
-
-@torch.no_grad()
-def other_devices(images: Tensor, named: Sequence[Sequence[str]], network: str) -> Tensor:
-    """Where a device would be of another kind than those named for its image, bool (N, 1, H, W).
-
-    What the network says beside devices means nothing. Nowhere, where a name is no kind that it knows.
-    """
-    model, kinds = load_kinds(network)
-    others = torch.zeros_like(images[:, :1], dtype=torch.bool)
-    for film, names, other in zip(images, named, others, strict=True):
-        if names and {*names} <= {*kinds}:
-            gray = film.mean(0).cpu().float()[None, None]
-            shares = model(F.interpolate(gray, (READS, READS), mode="bilinear", antialias=True)).softmax(1)
-            own = F.avg_pool2d(shares[:, [kinds.index(name) for name in names]].sum(1), 3, stride=1, padding=1)
-            other[:] = F.interpolate(own[None], film.shape[-2:], mode="bilinear")[0].to(other.device) < 0.5
-    return others
+from torch import Tensor
 
 
 def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0.3, extent: float = 0.16) -> Tensor:

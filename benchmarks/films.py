@@ -72,7 +72,7 @@ def main() -> None:
     found["ours"] = summary(table, options.seed) | {"seconds": float(table["seconds"].mean())}
     found["judge"] = judged(table, options.seed)
     for prefix, measured in (("", by_kind), ("named: ", named)):
-        for kind, some in pd.DataFrame(measured, columns=["kind"] if not measured else None).groupby("kind"):
+        for kind, some in pd.DataFrame(measured).groupby("kind") if measured else ():
             found[f"{prefix}{kind}"] = {"images": float(len(some))}
             for column in some.columns.drop(["kind", "patient"]):
                 found[f"{prefix}{kind}"] |= interval(column, some[column], some["patient"], options.seed)

@@ -300,8 +300,6 @@ def _tasks(
     found = False
     for file_name in [name] if name != ALL else images:
         image = images[file_name]
-        if name == ALL and any(lacks(image, one, vocab.owners.get(one, one)) for one in edit.remove):
-            continue
         known = {label: image[label] for label in labels}
         try:
             edit = _edit(row, vocab, known)  # "everything" is another thing in every image
@@ -310,6 +308,8 @@ def _tasks(
             if name != ALL:
                 raise
             continue  # of all images, those that the edit applies to
+        if name == ALL and any(lacks(image, one, vocab.owners.get(one, one)) for one in edit.remove):
+            continue
         found = True
         about = {"patient_id": image["patient_id"], "split": image["split"], "note": edit.note}
         about |= edit.apply(known, vocab) | areas

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prism_lib.editing import letters, masks
+from prism_lib.editing import kept, masks
 from prism_lib.editing.denoising import EditTask, Outcome, denoise, edit_controller
 from prism_lib.editing.inversion import Callback, Inversion
 from prism_lib.editing.masks import Areas
@@ -103,6 +103,8 @@ def sweep(
             raise ValueError(f"{started}, but its edit starts from {task.pair.source!r}")
         if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")
+    for network in {task.config.kinds for task in tasks} - {""}:
+        kept.load_kinds(network)  # FileNotFoundError for one that is missing, before the first step
     areas = Areas.checked(mask, keep, inversion.images)
     edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size
@@ -188,8 +190,12 @@ def _finish(
             change = masks.pixel_change(raw, reconstruction, config.mask.smooth)
             mask = masks.automatic_mask(change, coarse, config.mask)
             if config.protect_text:
-                text = letters.burnt_in_text(factual, config.protect_text == "anywhere")
+                text = kept.burnt_in_text(factual, config.protect_text == "anywhere")
                 mask = masks.without(mask, text, config.mask.feather)
+            if config.kinds:
+                edited = [tasks[k].pair for k in own]
+                others = kept.other_devices(factual, reconstruction - raw, edited, config.kinds)
+                mask = masks.without(mask, others, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)
         image = raw

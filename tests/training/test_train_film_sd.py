@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import drawn_devices, train_film_judge, train_film_sd
+from benchmarks import drawn_devices, train_film_judge, train_film_kinds, train_film_sd
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
+from prism_lib.editing import kept
 from prism_lib.models import encode_images, encode_prompts, load_pipeline, predict_noise
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.wavelets import HaarAutoencoder
@@ -199,7 +200,27 @@ def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(fil
     assert torch.cat([before, after], 1).T.corrcoef()[0, 1].abs() == pytest.approx(1, abs=1e-4), "by scale and bias"
 
 
-@pytest.mark.parametrize("program", [train_film_sd, train_film_judge])
+def test_the_network_of_kinds_learns_at_devices_alone_and_is_saved_whole(films, devices, folder, tmp_path):
+    options = argparse.Namespace(seed=0, batch_size=3, share=0.0, cut_outs=0.0)
+    small = [bank._replace(maps=train_film_kinds.reduced(bank.maps)) for bank in devices]
+    read, absorbed = train_film_kinds.batch([films], small, options, 0)
+    assert read.shape == (3, 10, 128, 128) and absorbed.shape == (3, len(KINDS), 128, 128)
+    assert ((absorbed.amax((2, 3)) > train_film_kinds.SHOWS).sum(1) >= 1).all()
+    removed, shown = read[:, 4:8].amax(1), absorbed.sum(1)
+    found = [torch.stack([a.flatten(), b.flatten()]).corrcoef()[0, 1] for a, b in zip(removed, shown, strict=True)]
+    assert min(found) > 0.3, "an edit finds devices where they are, in part"
+    right = 20 * torch.nn.functional.one_hot(absorbed.argmax(1), len(KINDS)).movedim(-1, 1).float()
+    elsewhere = torch.where(absorbed.amax(1, keepdim=True) > train_film_kinds.SHOWS, right, right.roll(1, 1))
+    loss, share = train_film_kinds.loss_of(elsewhere, absorbed)
+    assert loss < 1e-3 and share == 1, "what it says beside devices does not count"
+    assert train_film_kinds.loss_of(right.roll(1, 1), absorbed)[1] == 0
+    out = tmp_path / "kinds"
+    train_film_kinds.main([str(folder), str(out), "--steps", "2", "--batch-size", "2", "--bank", "40"])
+    network, kinds = kept.load_kinds(str(out))
+    assert kinds == KINDS and network(read[:1]).shape == (1, len(KINDS), 128, 128)
+
+
+@pytest.mark.parametrize("program", [train_film_sd, train_film_judge, train_film_kinds])
 def test_wrong_arguments_are_named_before_any_work(program, tmp_path, capsys):
     for option, value in (("--steps", "0"), ("--bank", "0"), ("--share", "2"), ("--cut-outs", "-1")):
         with pytest.raises(SystemExit):

@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from prism_lib import paths
-from prism_lib.editing import EditConfig, invert, letters, masks, recommended, sweep
-from prism_lib.editing.letters import burnt_in_text
+from prism_lib.editing import EditConfig, edit, invert, kept, masks, recommended, sweep
+from prism_lib.editing.kept import burnt_in_text
 from prism_lib.editing.masks import MaskConfig
+from prism_lib.language.edits import PromptPair
 from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
 
@@ -102,7 +103,7 @@ def test_letters_stay_where_they_are_protected_and_other_masks_are_the_same_to_t
     text = torch.zeros_like(images[:, :1], dtype=torch.bool)
     text[..., 8:16, 4:20] = True
     corner = text.roll(-8, -2)
-    monkeypatch.setattr(letters, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
+    monkeypatch.setattr(kept, "burnt_in_text", lambda films, anywhere: corner | text if anywhere else corner)
     wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
     configs = [EditConfig(protect_text=value, mask=wide) for value in (True, "anywhere")]
     inverted = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=4)
@@ -122,3 +123,57 @@ def test_letters_in_the_corners_are_found_and_devices_are_not():
     corners[..., :64, :56] = corners[..., :64, -56:] = True
     assert not (text & ~corners).any()
     assert not burnt_in_text(torch.rand(1, 1, 64, 64) * 0.2).any()
+
+
+@pytest.mark.parametrize("size", [384, 512, 1024])
+def test_in_the_corners_of_real_films_crisp_ink_is_a_letter_and_bones_and_clips_are_none(size):
+    """The corner of a film: dark, with an arm bone that fades, a clip in front of tissue, and a word in small print."""
+    y, x = np.mgrid[0 : 512 : size * 1j, 0 : 512 : size * 1j]
+    bone = 0.45 * np.exp(-(((x - 480 - 0.1 * y) / 7) ** 2) - ((y - 85) / 35) ** 2)
+    tissue = 0.5 * np.exp(-(((x - 30) / 22) ** 2) - ((y - 420) / 22) ** 2)
+    clip = drawn(size, lambda pen, scale: pen.ellipse([v * scale for v in (23, 413, 37, 427)], fill=255))
+    font = ImageFont.truetype(FONT, round(16 * size / 512))
+    ink = drawn(size, lambda pen, scale: pen.text((20 * scale, 60 * scale), "KV7", 255, font))
+    picture = 0.05 + bone + tissue * (1 - clip) + 0.75 * clip + 0.9 * ink
+    in_corners = burnt_in_text(torch.from_numpy(picture.clip(0, 1)).float()[None, None])[0, 0].numpy()
+    anywhere = found(picture)
+    for shown, in_a_corner, in_real_film in (
+        (bone > 0.4, True, False),
+        (clip > 0.5, True, False),
+        (ink > 0.5, True, True),
+    ):
+        assert in_corners[shown].any() == in_a_corner
+        assert anywhere[shown].any() == in_real_film
+
+
+def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeypatch):
+    """By a network that sees ports in the upper half of every film, and pacemakers in the lower one."""
+    upper = torch.tensor([[5.0], [-5.0]])[None, ..., None].expand(1, 2, 1, kept.READS // 2)
+    network = torch.cat([upper, -upper], 2).repeat_interleave(kept.READS // 4, 2)
+    monkeypatch.setattr(kept, "load_kinds", lambda name: (lambda _: network, ("port", "pacemaker")))
+    named = [("pacemaker",), ("port",), ("port", "pacemaker"), ("support devices",), ()]
+    pairs = [PromptPair("chest", "chest", words, words) for words in named] + [
+        PromptPair("x-ray", "x-ray with port", ("port",), ("port",))
+    ]
+    films, removed = torch.rand(6, 1, 64, 64), torch.full((6, 1, 64, 64), 0.1)
+    others = kept.other_devices(films, removed, pairs, "any")
+    assert others[0, 0, :32].all() and not others[0, 0, 33:].any()
+    assert others[1, 0, 32:].all() and not others[1, 0, :31].any()
+    assert not others[2:].any(), "all kinds, no kind, and a device that is added"
+
+    pipe, images = tiny_pipeline(), tiny_images(1)
+    inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
+    wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
+    half = torch.arange(32)[:, None].expand(32, 32) < 16
+    monkeypatch.setattr(kept, "other_devices", lambda *_: half[None, None])
+    (bounded,), (free,) = (edit(pipe, inversion, [REMOVE], {"mask": wide, "kinds": name}) for name in ("any", ""))
+    assert torch.equal(bounded.image[0, half], images[0, 0, half]) and not torch.equal(bounded.image, images[0])
+    assert (free.mask[0, half] > 0).any()
+
+
+def test_a_missing_network_of_kinds_is_named_before_the_first_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
+    pipe, images = tiny_pipeline(), tiny_images(1)
+    inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
+    with pytest.raises(FileNotFoundError, match=r"no network of kinds of devices at .*absent: kinds\.json is missing"):
+        edit(pipe, inversion, [REMOVE], {"kinds": "absent"}, callback=lambda *_: pytest.fail("a step was made"))

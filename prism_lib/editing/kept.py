@@ -1,5 +1,6 @@
-"""Letters, words and side markers burnt into a film, which an edit leaves as they are."""
+"""What an edit of a film leaves as it is: burnt-in letters, and devices of other kinds than those that it names."""
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -9,8 +10,67 @@ import torch
 import torch.nn.functional as F
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
+
+from prism_lib.language.edits import Pairs
+from prism_lib.models.classifier import find_classifier
+
+READS = 256  # pixels a side that a network of kinds reads
+FEATURES = (24, 32, 64, 96, 128, 24)  # of it, from half of them downwards and back
+
+
+def kinds_network(kinds: int) -> nn.Module:
+    """A MONAI U-Net that says of which kind the devices are that an edit removed, by `kinds_input`.
+
+    Its logits are (N, kinds, READS / 2, READS / 2), and mean nothing where no device was removed.
+    """
+    from monai.networks.nets import BasicUNet  # three seconds: only where one is built
+
+    return BasicUNet(2, 10, kinds, FEATURES)
+
+
+def kinds_input(films: Tensor, removed: Tensor) -> Tensor:
+    """Films and what an edit removed (N, 1, READS, READS), in blocks of 2 x 2 pixels, and the place of each block."""
+    blocks = [F.pixel_unshuffle(values, 2) for values in (films - 0.5, (10 * removed).clamp(-1, 4))]
+    line = torch.linspace(-1, 1, READS // 2)
+    places = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(films), -1, -1, -1)
+    return torch.cat([*blocks, places], 1)
+
+
+@cache
+def load_kinds(name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """A network of kinds, ``model.safetensors`` beside ``kinds.json``, and the names of its kinds."""
+    folder = find_classifier(name)
+    if not (path := folder / "kinds.json").is_file():
+        raise FileNotFoundError(f"no network of kinds of devices at {folder}: {path.name} is missing")
+    kinds = tuple(json.loads(path.read_text(encoding="utf-8")))
+    network = kinds_network(len(kinds)).eval()
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return network, kinds
+
+
+@torch.no_grad()
+def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) -> Tensor:
+    """Where what an edit removed is mostly of kinds that its pair does not name, bool (N, 1, H, W).
+
+    Films and what was removed are (N, C, H, W). Nowhere, where a pair adds something or names anything but kinds.
+    """
+    model, kinds = load_kinds(network)
+    others = torch.zeros_like(films[:, :1], dtype=torch.bool)
+    for row, pair in enumerate(pairs):
+        if pair.adds or not pair.target_words or not {*pair.target_words} <= {*kinds}:
+            continue
+        gray = torch.stack([films[row], removed[row]]).mean(1, keepdim=True).cpu().float()
+        film, lost = F.interpolate(gray, (READS, READS), mode="bilinear", antialias=True).split(1)
+        amount = F.avg_pool2d(lost.clamp(min=0), 2)
+        share = amount * model(kinds_input(film, lost)).softmax(1)
+        share = share[:, [kinds.index(name) for name in pair.target_words]].sum(1, keepdim=True)
+        own, every = (F.avg_pool2d(values, 5, stride=1, padding=2) for values in (share, amount))
+        own = F.interpolate(own / every.clamp(min=1e-7), films.shape[-2:], mode="bilinear")
+        others[row] = own[0].to(others.device) < 0.5
+    return others
 
 
 def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0.3, extent: float = 0.16) -> Tensor:
@@ -21,20 +81,22 @@ def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0
     does. Letters `anywhere` are bright, of one gray and crisp, and nothing as bright leads away from them: an L, R, AP
     or PA that is not in the middle of the film, tilted or mirrored too, and level rows of at least four strokes, each
     with the plate, ring or initials within 0.8 of its height. Dark letters, arrows and cut letters are not found.
+    Corners of real films also show bones, clips and cables: there `anywhere` asks for crisp ink on dark ground.
     """
     gray = images.mean(1).cpu().numpy()
     width = gray.shape[-1]
     found = np.zeros(gray.shape, dtype=bool)
     size = max(3, round(0.05 * width))
     for image, text in zip(gray, found, strict=True):
-        ground = ndimage.minimum_filter(image, size)
-        labels, count = ndimage.label(image - ndimage.maximum_filter(ground, size) > contrast, np.ones((3, 3)))
+        relief = image - ndimage.maximum_filter(ndimage.minimum_filter(image, size), size)
+        labels, count = ndimage.label(relief > contrast, np.ones((3, 3)))
         for label, box in enumerate(ndimage.find_objects(labels, count), 1):
             rows, columns = box
             x, y = (columns.start + columns.stop) / 2 / width, (rows.start + rows.stop) / 2 / len(image)
             inside = min(rows.start, columns.start) > 0 and rows.stop < len(image) and columns.stop < width
             small = max(rows.stop - rows.start, columns.stop - columns.start) <= extent * width
-            if inside and small and abs(x - 0.5) > 0.36 and abs(y - 0.5) > 0.25:
+            corner = inside and small and abs(x - 0.5) > 0.36 and abs(y - 0.5) > 0.25
+            if corner and not (anywhere and _bone_or_device(relief, labels == label)):
                 text[box] |= labels[box] == label
         # with the soft rims of the letters
         text[:] = ndimage.binary_dilation(text, iterations=max(1, round(0.008 * width)))
@@ -44,9 +106,28 @@ def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0
     return torch.from_numpy(found)[:, None].to(images.device)
 
 
+def _bone_or_device(relief: np.ndarray, part: np.ndarray) -> bool:
+    """That a part (H, W) of a relief is tiny, soft, or hardly brighter than what is around it."""
+    near = _near(part.shape[1])
+    rim = ndimage.maximum_filter(part, near)
+    around = ndimage.maximum_filter(rim, near) & ~rim
+    gray = relief / np.median(relief[part])
+    return bool(part.sum() < (0.015 * len(part)) ** 2 or _crisp(gray, rim) < 0.62 or np.median(gray[around]) > 0.2)
+
+
+def _near(width: int) -> int:
+    """The pixels across a letter's rim."""
+    return 2 * max(1, round(0.004 * width)) + 1
+
+
+def _crisp(gray: np.ndarray, rim: np.ndarray) -> float:
+    """The share of letters and their rim, of those pixels with some ink, that are full of it."""
+    return float((rim & (gray > 0.75)).sum() / (rim & (gray > 0.3)).sum())
+
+
 def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
     """Boxes of letters and words on a gray film (H, W); the limits were set on films of NIH and Hannover."""
-    width, near = film.shape[1], 2 * max(1, round(0.004 * film.shape[1])) + 1
+    width, near = film.shape[1], _near(film.shape[1])
     relief = film - ndimage.grey_opening(film, max(3, round(0.026 * width) | 1))
     content = ndimage.find_objects((film > 0.05).astype(int))  # without padding
     # Over small gaps letters are joined to words.
@@ -62,7 +143,7 @@ def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
             gray = relief[around] / np.median(relief[around][ink])
             rim = ndimage.maximum_filter(part, near)
             leads_away = np.percentile(gray[ndimage.maximum_filter(rim, near) & ~rim], 90)
-            crisp = (rim & (gray > 0.75)).sum() / (rim & (gray > 0.3)).sum()
+            crisp = _crisp(gray, rim)
             if leads_away > 0.65 or crisp < 0.38 or not 0.15 < ink.sum() / (high * long * width**2) < 0.75:
                 continue
             shape = (gray * ink).clip(max=1)[np.ix_(part.any(1), part.any(0))]

@@ -151,7 +151,7 @@ def test_prism_explore_edits_a_film_of_a_folder_at_its_own_size(explored, page):
     explorer.locator("select").filter(has_text="by image").select_option("film-sd")
     _look(page, "voila_2_loading")
     explorer.get_by_text("Edited by film-sd.").wait_for()
-    explorer.get_by_text("film-sd was measured for one edit").wait_for()
+    explorer.get_by_text("film-sd was measured for edits that remove support devices").wait_for()
     explorer.get_by_text("It resembles those of phantom-sd more").wait_for()
     _button(explorer, "Draw rectangle").click()
     _drag(page, (0.25, 0.125), (0.75, 0.875))

@@ -43,7 +43,7 @@ INFO, SUFFIXES = "dataset.json", ACCEPT.split(",")
 PREVIEW_STEPS = 5
 FILMS = "film-sd"  # below `paths.weights`
 OFFERED = (SHIPPED, FILMS)
-MEASURED = {FILMS: "remove_support_devices"}  # the one edit that a model was measured for
+MEASURED = {FILMS: "Support Devices"}  # the label, all or some of whose details a model was measured to remove
 OTHER_IMAGES, FILM_JUDGE = (FILMS, "phantom-judge"), "film-judge"  # who reads films in place of the phantom's judge
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
@@ -278,11 +278,14 @@ class Session:
         return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)), mask)
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
-        """What the model was measured for, if that is one edit and not this one."""
-        if (known := MEASURED.get(Path(model).name)) is None or (edit is not None and edit.key == known):
+        """What the model was measured for, if this edit is something else."""
+        if (label := MEASURED.get(Path(model).name)) is None:
             return ""
+        if edit is not None and edit.remove and not edit.add:
+            if {self.vocab.owners.get(self.vocab.phrase(name), name) for name in edit.remove} == {label}:
+                return ""
         outside = "other edits are outside what it was trained and measured for."
-        return f"{model} was measured for one edit, {known.replace('_', ' ')}; {outside}"
+        return f"{model} was measured for edits that remove {label.lower()}; {outside}"
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""

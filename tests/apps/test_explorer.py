@@ -538,7 +538,9 @@ def test_the_list_keeps_the_model_where_another_cannot_be_used(two_models, monke
 def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge, model):
     study = Session(tiny_pipeline(), model, dataclasses.replace(judge, name="phantom-judge"))
     assert set(study.open_upload("film.png", png(LEVELS)).readings) == {DEVICES}, "read by film-judge"
-    for edit, said in ((study.edit(remove=[DEVICES]), False), (study.edit(add=["Cardiomegaly"]), True)):
+    measured = [study.edit(remove=[name]) for name in (DEVICES, "pacemaker")]
+    others = [study.edit(add=[name]) for name in ("Cardiomegaly", "pacemaker")] + [study.edit(remove=["Cardiomegaly"])]
+    for edit, said in [(edit, False) for edit in measured] + [(edit, True) for edit in others]:
         (outcome,) = study.run([study.recipe(edit, steps=2)], edit)
         assert ("outside what it was trained and measured for" in outcome.notice) == said
 

@@ -9,8 +9,9 @@ With a model, devices are removed from the films that have them. `below_half` is
 probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` is over the films that were read as films
 with devices. Where readers drew the devices of a film (`drawn_devices.DRAWN`), `left` is how much of them is still
 seen, as the mean over devices of the amount of their contrast: 0 is nothing, 1 all of it. `left_dark` is the share of
-devices in whose place a dark trace of more than a quarter of their contrast is. Intervals are over patients. The true
-film without the devices is not known: look at the images as well.
+devices in whose place a dark trace of more than a quarter of their contrast is. `named_left` and `others_left` are of
+edits of one kind by name, of films on which several kinds with a name were drawn: of its devices, and of the others'.
+Intervals are over patients. The true film without the devices is not known: look at the images as well.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from tqdm.auto import tqdm
 
 from benchmarks.drawn_devices import load_devices, residuals
 from prism_lib import devices, records
-from prism_lib.data import load_info, load_table, prompt_pairs, read_images
+from prism_lib.data import load_info, load_table, load_vocabulary, prompt_pairs, read_images
 from prism_lib.data.chest import DEVICES
 from prism_lib.data.rows import NO_DEVICES
 from prism_lib.editing import edit, invert, stack
 from prism_lib.evaluation import interval, judge_auc
+from prism_lib.language import Edit
 from prism_lib.models import load_pipeline
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.pipeline import image_factor
@@ -60,6 +62,20 @@ def removed(
     return pd.concat(parts, ignore_index=True), pd.concat(drawn, ignore_index=True)
 
 
+def by_name(pipe: StableDiffusionPipeline, folder: Path, films: pd.DataFrame, steps: int) -> pd.DataFrame:
+    """Each kind of drawn devices removed alone: patient, the kind `removed`, and `kind` and `left` of every device."""
+    kinds, found = {*load_vocabulary(folder).owners}, list[pd.DataFrame]()
+    for row in tqdm(films.to_dict("records"), desc="one kind by name"):
+        name, film, table = Path(row["file_name"]).stem, read_images(folder, pd.DataFrame([row])), pd.DataFrame([row])
+        shown = kinds & {device.kind for device in load_devices({name: film[0, 0].numpy()})[name]}
+        for kind in sorted(shown) if len(shown) > 1 else []:
+            pairs = prompt_pairs(folder, table, Edit(remove=(kind,)))
+            (result,) = edit(pipe, invert(pipe, film, [pairs[0].source], num_inference_steps=steps), pairs)
+            left = left_of(name, row["patient_id"], film[0, 0].numpy(), result.image[0].cpu().numpy())
+            found.append(left[left["kind"].isin(kinds)].assign(removed=kind))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
 def left_of(name: str, patient: str, film: np.ndarray, edited: np.ndarray) -> pd.DataFrame:
     """The drawn devices of a film (H, H) that show: patient, kind and the share of their contrast that is `left`."""
     (drawn,) = load_devices({name: film}).values()
@@ -68,8 +84,8 @@ def left_of(name: str, patient: str, film: np.ndarray, edited: np.ndarray) -> pd
     return table.dropna(subset="left")
 
 
-def summarise(read: pd.DataFrame, drawn: pd.DataFrame, seed: int) -> dict[str, float]:
-    """Means over the films and drawn devices of `removed`, with intervals over patients."""
+def summarise(read: pd.DataFrame, drawn: pd.DataFrame, named: pd.DataFrame, seed: int) -> dict[str, float]:
+    """Means over the films and drawn devices of `removed` and `by_name`, with intervals over patients."""
     before, after, patients = read["p_before"] < HALF, read["p_after"] < HALF, read["patient_id"]
     summary = {"films_edited": float(len(read)), "flip_denominator": float((~before).sum())}
     values = {
@@ -87,6 +103,13 @@ def summarise(read: pd.DataFrame, drawn: pd.DataFrame, seed: int) -> dict[str, f
         summary |= {"drawn_devices": float(len(drawn))} | interval("left", amount, drawn["patient_id"], seed)
         summary |= interval("left_dark", drawn["left"] < -DARK, drawn["patient_id"], seed)
         summary |= {f"left of {kind}": float(some.mean()) for kind, some in amount.groupby(drawn["kind"])}
+    if len(named):
+        amount, own = named["left"].abs().clip(upper=1), named["kind"] == named["removed"]
+        for name, which in (("named_left", own), ("others_left", ~own)):
+            summary |= interval(name, amount[which], named["patient_id"][which], seed)
+        for kind, some in amount.groupby(named["removed"]):
+            summary[f"named {kind}: left"] = float(some[own].mean())
+            summary[f"named {kind}: others left"] = float(some[~own].mean())
     return summary
 
 
@@ -117,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = table[table[DEVICES].isin([0, 1])]
         metrics = {"patients": known["patient_id"].nunique()} | {str(name): value for name, value in reading.items()}
         if pipe is not None:
-            metrics |= summarise(*removed(pipe, judge, given.folder, films, given.steps), given.seed)
+            named = by_name(pipe, given.folder, films, given.steps)
+            metrics |= summarise(*removed(pipe, judge, given.folder, films, given.steps), named, given.seed)
     records.record(
         "real_devices",
         dataset=given.dataset,

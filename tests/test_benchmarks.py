@@ -201,9 +201,15 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
     assert found["auc_low"] <= found["auc"] <= found["auc_high"]
     assert found["images"] == 18 and "below_half" not in found
     monkeypatch.setattr(real_devices, "load_pipeline", lambda _: tiny_pipeline())
+    drawn = [drawn_devices.Device(kind, 3.0, np.zeros((4, 2))) for kind in ("pacemaker", "ecg leads", "ecg clips")]
+    monkeypatch.setattr(real_devices, "load_devices", lambda films: dict.fromkeys(films, drawn))
+    monkeypatch.setattr(real_devices, "residuals", lambda *_: [0.2, 0.9, 0.4])
     real_devices.main([*given, "--model", "tiny", "--films", "3", "--steps", "2"])
     found = records.load_record("real_devices", "films")["metrics"]
     assert found["films_edited"] == 3 and 0 <= found["p_after"] <= 1
+    assert found["left"] == pytest.approx(0.5) and found["named pacemaker: left"] == pytest.approx(0.2)
+    assert found["named pacemaker: others left"] == pytest.approx(0.9), "clips have no name of their own"
+    assert found["named_left"] == found["others_left"] == pytest.approx(0.55)
     monkeypatch.setattr(real_devices, "image_factor", lambda _: 1)
     with pytest.raises(SystemExit):
         real_devices.main([*given, "--model", "tiny"])
@@ -221,14 +227,14 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
 def test_shares_of_real_devices_are_of_all_films_and_of_those_that_were_read():
     read = pd.DataFrame({"patient_id": list("abcd"), "p_before": [0.9, 0.8, 0.7, 0.2], "p_after": [0.1, 0.6, 0.3, 0.1]})
     drawn = pd.DataFrame({"patient_id": list("aab"), "kind": ["port", "port", "chest drain"], "left": [0.1, -0.5, 1.3]})
-    found = real_devices.summarise(read, drawn, seed=0)
+    found = real_devices.summarise(read, drawn, pd.DataFrame(), seed=0)
     assert found["left"] == pytest.approx(1.6 / 3) and found["left of port"] == pytest.approx(0.3)
     assert found["drawn_devices"] == 3 and found["left_dark"] == pytest.approx(1 / 3)
     assert (found["films_edited"], found["flip_denominator"]) == (4, 3)
     assert (found["below_half"], found["below_half_as_it_is"]) == (0.75, 0.25)
     assert found["flip_rate"] == pytest.approx(2 / 3)
     assert found["flip_rate_low"] <= found["flip_rate"] <= found["flip_rate_high"]
-    without = real_devices.summarise(read.assign(p_before=0.1), drawn.head(0), seed=0)
+    without = real_devices.summarise(read.assign(p_before=0.1), drawn.head(0), pd.DataFrame(), seed=0)
     assert "flip_rate" not in without and "left" not in without
 
 

@@ -43,7 +43,7 @@ class Outer:
         (lambda: replace(Outer("a"), name="bad"), "name is bad"),
         (lambda: read(Outer, b'{"name": "bad"}', "file.json"), "file.json: name is bad"),
         (lambda: read(Outer, b"[1]", "file.json"), "file.json: it is no mapping"),
-        (lambda: FinetuneConfig("data", "out", optimizer="sgd"), "optimizer is 'sgd': input should be 'adamw' or"),
+        (lambda: FinetuneConfig("data", "out", schedule="step"), "schedule is 'step': input should be 'constant', "),
         (lambda: PrepareConfig("phantm", "out"), "dataset is 'phantm': input should be 'phantom', 'films', "),
         (lambda: ClassifierConfig(contrast=0), "contrast is 0: input should be greater than 0"),
         (lambda: EditConfig(confine=2), "confine is 2: input should be less than or equal to 1"),

@@ -33,10 +33,9 @@ class FinetuneConfig:
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 8  # per process
     gradient_accumulation: PositiveInt = 1
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFloat = 1e-5  # of AdamW
     schedule: Schedule = "constant_with_warmup"  # diffusers' names
     warmup: NonNegativeInt = 100
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # "adamw8bit" needs bitsandbytes
     weight_decay: NonNegativeFloat = 1e-2
     max_grad_norm: PositiveFloat = 1.0
     lora_rank: NonNegativeInt = 0  # of adapters on the attention (Hu et al. 2022); 0 trains the whole U-Net

@@ -19,7 +19,7 @@ from prism_lib.devices import default_device
 from prism_lib.files import Stopped, exclusive, stop_asked, stop_children, stop_now
 from prism_lib.models.pipeline import Pipe, load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
-from prism_lib.training.loop import Run, bitsandbytes
+from prism_lib.training.loop import Run
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ways of accelerate to split the weights
 
@@ -88,8 +88,6 @@ def check_run(config: FinetuneConfig) -> None:
     labels = load_info(config.dataset)["labels"]
     if config.balance and config.balance not in labels:
         raise ValueError(f"balance={config.balance!r} is no label of {config.dataset}; labels: {', '.join(labels)}")
-    if config.optimizer == "adamw8bit":
-        bitsandbytes()
 
 
 def launch(config: FinetuneConfig, processes: int = 1) -> Path:

@@ -1,7 +1,6 @@
 """The loop of fine-tuning: preparation, steps, validation, samples, checkpoints and the final pipeline."""
 
 import copy
-import importlib
 import json
 import math
 import shutil
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,7 +55,8 @@ class Run:
             for model in (unet, self.averaged)
         )
         self.averaged.requires_grad_(False)
-        optimizer = _optimizer(config, list(self.trained.values()))
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate, weight_decay=decay, fused=True)
         length = {"num_warmup_steps": config.warmup, "num_training_steps": config.steps}
         self.schedule = get_scheduler(config.schedule, optimizer, **length)
         if accelerator.is_main_process:
@@ -270,21 +269,6 @@ def _trainable(config: FinetuneConfig, accelerator: Accelerator, pipeline: Pipe)
     return unet
 
 
-def _optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> Any:
-    rates: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **rates)
-    return bitsandbytes().optim.AdamW8bit(parameters, **rates)
-
-
-def bitsandbytes() -> ModuleType:
-    """The library of 8-bit optimizers; ImportError says how to install it."""
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ImportError('optimizer="adamw8bit" needs bitsandbytes: pip install bitsandbytes') from error
-
-
 @contextmanager
 def _advice(config: FinetuneConfig) -> Iterator[None]:
     """MemoryError where memory runs out, with the settings that help, the cheapest first, without those in use."""
@@ -299,7 +283,6 @@ def _advice(config: FinetuneConfig) -> Iterator[None]:
             ('mixed_precision="bf16"', config.mixed_precision == "no"),
             ("gradient_checkpointing=True", not config.gradient_checkpointing),
             (f"batch_size={half} with gradient_accumulation={parts}", config.batch_size > 1),
-            ('optimizer="adamw8bit"', config.optimizer == "adamw" and not config.lora_rank),
             ("lora_rank=8", not config.lora_rank),
         ]
         helps = ", ".join(name for name, possible in remedies if possible)

@@ -547,13 +547,6 @@ def test_an_empty_split_is_named(config, monkeypatch):
         finetune(config)
 
 
-def test_8_bit_adam_asks_for_bitsandbytes(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(finetuning, "load_pipeline", None)
-    with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        finetune(replace(config, optimizer="adamw8bit"))
-
-
 def test_the_cluster_entry_point_reads_the_written_configuration(config, capsys):
     path = save_config(replace(config, trackers=["tensorboard"]))
     assert load_config(path) == replace(config, trackers=("tensorboard",))

@@ -59,7 +59,7 @@ def generate(config: BulkConfig, pipe: Pipe | None = None) -> int:
     if state.is_main_process:
         check_place(config, tasks)
     if pipe is None:
-        pipe = load_pipeline(config.model, config.precision, device=device, compile=config.compile)
+        pipe = load_pipeline(config.model, config.precision, device=device)
     pipe.to(device)
     chooser = Chooser(tasks)
     tasks = named(config, tasks, pipe)

@@ -92,7 +92,6 @@ class BulkConfig(Choice):
     seed: int = 0
     batch_size: Annotated[int, Field(ge=1)] = 4
     precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False
     bits: Literal[8, 16] = 8  # with 16, an 8-bit input's pixels v become 257 v
     out_format: Literal["PNG", "DICOM"] = "PNG"  # a DICOM is a Secondary Capture without the patient
     header: tuple[str, ...] = ()  # fields that it copies from the film's own DICOM, by keyword

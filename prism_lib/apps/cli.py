@@ -188,7 +188,7 @@ def launch(config: "BulkConfig", processes: int) -> None:
     """`bulk.generate` in this process or in several (not under accelerate or torchrun); RuntimeError if one fails.
 
     0 is one per GPU (one where `PRISM_DEVICE` numbers it), or `processes_for`. CPU processes are forked with the model
-    loaded, or spawned where a GPU, threads or a compiler forbid it.
+    loaded, or spawned where a GPU or threads forbid it.
     """
     import torch
     from torch import multiprocessing
@@ -203,7 +203,7 @@ def launch(config: "BulkConfig", processes: int) -> None:
         bulk.generate(config)
         return
     method, pipe = "spawn", None
-    if not gpus and config.threads == 1 and not config.compile and sys.platform == "linux":
+    if not gpus and config.threads == 1 and sys.platform == "linux":
         with threads(1):
             method, pipe = "fork", bulk.load_pipeline(config.model, config.precision, device="cpu")
     with socket.create_server(("127.0.0.1", 0)) as free:

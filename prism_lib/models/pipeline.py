@@ -149,7 +149,6 @@ def load_pipeline(
     unet: str | Path = "",
     vae: str | Path = "",
     channels_last: bool | None = None,
-    compile: bool = False,
     device: str | torch.device | None = None,
     mixed_precision: str = "no",
 ) -> Pipe:
@@ -159,7 +158,6 @@ def load_pipeline(
         dtype: of the weights, or a name of `devices.PRECISIONS`; latents and decoded images stay float32.
         unet, vae: published weights in place of these parts, in any layout that `published` reads.
         channels_last: memory layout of the convolutions, by default on CPUs and in half precision, where it is faster.
-        compile: `compile_blocks`, for long runs.
         device: by default `devices.default_device`.
         mixed_precision: of the U-Net's arithmetic (`devices.mixed_precision`); weights and latents stay float32.
     """
@@ -187,7 +185,7 @@ def load_pipeline(
             pipeline.vae.float()  # in float16 it overflows
     if arithmetic != torch.float32:
         setattr(pipeline.unet, _ARITHMETIC, arithmetic)
-    return compile_blocks(pipeline) if compile else pipeline
+    return pipeline
 
 
 def predict_noise(pipe: Pipe, latents: Tensor, timestep: int | Tensor, embeds: Tensor, exact: bool = False) -> Tensor:

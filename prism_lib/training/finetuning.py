@@ -17,14 +17,14 @@ from accelerate.utils import InitProcessGroupKwargs, is_cuda_available, parse_fl
 from prism_lib.data.folder import load_info, load_table
 from prism_lib.devices import default_device
 from prism_lib.files import Stopped, exclusive, stop_asked, stop_children, stop_now
-from prism_lib.models.pipeline import Pipe, load_pipeline
+from prism_lib.models.pipeline import load_pipeline
 from prism_lib.training.config import FinetuneConfig, load_config, require_same_origin, save_config
 from prism_lib.training.loop import Run
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ways of accelerate to split the weights
 
 
-def finetune(config: FinetuneConfig, pipeline: Pipe | None = None) -> Path:
+def finetune(config: FinetuneConfig) -> Path:
     """Train, from the newest checkpoint on, and return the folder of the final pipeline (averaged weights).
 
     Adapters are merged into the pipeline's U-Net, and kept beside it in ``output/lora``. Raises ValueError when the run
@@ -48,15 +48,12 @@ def finetune(config: FinetuneConfig, pipeline: Pipe | None = None) -> Path:
     with exclusive(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             save_config(config)
-            if pipeline is None:
-                require_same_origin(config)
+            require_same_origin(config)
         accelerator.wait_for_everyone()
         if final.is_dir():
             return final
         # `Run` moves each part to the device of its process.
-        pipeline = pipeline or load_pipeline(
-            config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False
-        )
+        pipeline = load_pipeline(config.pipeline, unet=config.unet, vae=config.vae, device="cpu", channels_last=False)
         run = Run(config, accelerator, pipeline)
         try:
             with stop_asked() as asked:

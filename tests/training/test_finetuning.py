@@ -399,21 +399,23 @@ def test_a_shared_cache_is_where_it_was_asked_for(config, tmp_path):
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_loss_that_is_not_finite_names_the_files(config):
+def test_a_loss_that_is_not_finite_names_the_files(config, monkeypatch):
     pipeline = load_pipeline(config.pipeline)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(float("nan"))
+    monkeypatch.setattr(finetuning, "load_pipeline", lambda *_, **__: pipeline)
     with pytest.raises(FloatingPointError, match=r"loss is not finite at step 0 for train/"):
-        finetune(config, pipeline)
+        finetune(config)
     listed = json.loads((Path(config.output) / "not-finite-step-0.json").read_text())
     assert len(listed["files"]) == config.batch_size
 
 
-def test_a_gradient_that_is_not_finite_is_caught_before_it_spoils_the_weights(config):
+def test_a_gradient_that_is_not_finite_is_caught_before_it_spoils_the_weights(config, monkeypatch):
     pipeline = load_pipeline(config.pipeline)
     pipeline.unet.conv_out.register_full_backward_hook(lambda *_: (torch.full((4, 8, 16, 16), torch.inf),))
+    monkeypatch.setattr(finetuning, "load_pipeline", lambda *_, **__: pipeline)
     with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 0 for train/"):
-        finetune(config, pipeline)
+        finetune(config)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ def relative_l1(images: Tensor, original: Tensor, reconstruction: Tensor) -> Ten
 
 def true_error_ratio(edited: Tensor, truth: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """L1_mask(edited, truth) / L1_mask(original, truth), (N,): 0 is the truth, 1 is no edit at all, above 1 is harm."""
-    empty = "the original already equals the true counterfactual inside the mask"
-    return _ratio(masked_l1(edited, truth, mask), masked_l1(original, truth, mask), empty)
+    unedited = masked_l1(original, truth, mask)
+    if equal := (unedited == 0).nonzero().flatten().tolist():
+        raise ValueError(f"the original already equals the true counterfactual inside the mask: images {equal}")
+    return masked_l1(edited, truth, mask) / unedited
 
 
 def outside_l1_ratio(edited: Tensor, reconstruction: Tensor, original: Tensor, mask: Tensor) -> Tensor:
@@ -237,12 +239,6 @@ def _region(mask: Tensor, images: Tensor, outside: bool = False) -> Tensor:
     if empty := (~region.flatten(1).any(1)).nonzero().flatten().tolist():
         raise ValueError(f"the region {'outside' if outside else 'inside'} the mask is empty for images {empty}")
     return region
-
-
-def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
-    if zero := (denominator == 0).nonzero().flatten().tolist():
-        raise ValueError(f"{empty}: images {zero}")
-    return numerator / denominator
 
 
 def _check_probabilities(ndim: int, **probabilities: Tensor) -> None:

@@ -42,7 +42,7 @@ CHANGE = Edit(remove=("Support Devices",))
 NETWORK = classifier.ClassifierConfig(blocks=(1, 1), growth=4, features=8, steps=2, batch_size=4)
 EDITS = {
     "default": EditConfig(),
-    "blend": EditConfig(local_blend=True, local_blend_start=0.0, word_weight=2.0, word_windows={"without": 0.8}),
+    "blend": EditConfig(local_blend=True, local_blend_start=0.0, word_weight=2.0),
     "empty": EditConfig(negative="empty", confine=0.2, protect_text=False),
     "alone": EditConfig(cross_replace_steps=1.0, self_replace_steps=0.0, correct_drift=False, batch_size=1),
 }

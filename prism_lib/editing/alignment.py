@@ -14,31 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from prism_lib.language.edits import find_phrase
 
 
-def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int, method: str = "refine") -> Tensor:
+def align(tokenizer: PreTrainedTokenizerBase, source: str, target: str, length: int) -> Tensor:
     """How target maps are made of source maps: edited[j] = sum_i source[i] transfer[i, j]; (length, length).
 
-    "refine" takes the maps of the tokens that both prompts share, in order; "replace" those of the n-th word for the
-    n-th word, for prompts of equally many words. A token whose column is 0 keeps its own map (Hertz et al., ICLR 2023).
+    Tokens that both prompts share, in order, take the source's maps. A token whose column is 0 keeps its own map: the
+    refinement of Hertz et al. (ICLR 2023).
     """
     source_ids, target_ids = token_ids(tokenizer, source, length), token_ids(tokenizer, target, length)
     transfer = torch.zeros(length, length)
-    if method == "refine":
-        for i, j in _common_tokens(source_ids, target_ids):
-            transfer[i, j] = 1
-    else:
-        transfer[0, 0] = transfer[len(source_ids) - 1, len(target_ids) - 1] = 1  # begin and end of text
-        offsets = (_offsets(tokenizer, source), source), (_offsets(tokenizer, target), target)
-        words, others = ([_overlapping(r, match) for match in re.finditer(r"\S+", text)] for r, text in offsets)
-        if len(words) != len(others):
-            raise ValueError(
-                f"replacing words needs prompts of equally many words, got {len(words)} and {len(others)}: "
-                f"{source!r}, {target!r}"
-            )
-        for old, new in zip(words, others, strict=True):
-            if len(old) == len(new):
-                transfer[old, new] = 1
-            else:
-                transfer[torch.tensor(old)[:, None], new] = 1 / len(new)
+    for i, j in _common_tokens(source_ids, target_ids):
+        transfer[i, j] = 1
     if len(source_ids) < length:  # n-th padding from n-th padding; surplus padding from the last
         for n, j in enumerate(range(len(target_ids), length)):
             transfer[min(len(source_ids) + n, length - 1), j] = 1

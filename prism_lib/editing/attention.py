@@ -60,15 +60,15 @@ class WordMaps:
 class Controller:
     """What the processor does at the current `step` (0 is the noisiest), for K edits of N images.
 
-    Edited cross maps are the source's times `transfer` (K, L, L) plus the target's times `own` (K, L); a token is
-    edited in its first `cross_steps` (K, L) steps. The other fields have one value per edit: layers of at most
+    Edited cross maps are the source's times `transfer` (K, L, L) plus the target's times `own` (K, L). The other fields
+    have one value per edit: its cross maps are edited in its first `cross_steps` steps, layers of at most
     `SELF_MAX_TOKENS` queries take the source's self-attention in its first `self_steps` steps, it has a negative row in
     its `guided_steps`, and `parents` holds the index of its image.
     """
 
     transfer: Tensor
     own: Tensor
-    cross_steps: Tensor
+    cross_steps: Sequence[int]
     self_steps: Sequence[int]
     guided_steps: Sequence[range]
     parents: Sequence[int]
@@ -87,8 +87,8 @@ class Controller:
         return max(self.parents) + 1, len(self.guided), len(self.parents)
 
     def edits_cross(self) -> bool:
-        """Whether the cross-attention of any token is edited at this step."""
-        return bool((self.step < self.cross_steps).any())
+        """Whether the cross-attention of any edit is edited at this step."""
+        return any(self.step < steps for steps in self.cross_steps)
 
     def injects_self(self, queries: int) -> tuple[bool, ...]:
         """For each edit, whether a self-attention layer of this many queries takes the source's at this step."""
@@ -97,7 +97,7 @@ class Controller:
     def edit_cross(self, source: Tensor, target: Tensor) -> Tensor:
         """The targets' edited probabilities, made of their sources' and their own; all (K, heads, queries, L)."""
         transfer, own = self.transfer.to(source.dtype), self.own.to(source.dtype)
-        active = self.step < self.cross_steps
+        active = torch.tensor([[self.step < steps] for steps in self.cross_steps])  # (K, 1)
         if not bool(active.all()):
             active = active.to(source.device)
             transfer, own = transfer * active[:, None, :], torch.where(active, own, 1)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from prism_lib.editing import masks
-from prism_lib.editing.alignment import align, token_span, word_mask
+from prism_lib.editing.alignment import align, word_mask
 from prism_lib.editing.attention import Controller, WordMaps, controlled
 from prism_lib.editing.inversion import Callback, Inversion, check_finite
 from prism_lib.editing.masks import Areas
@@ -54,14 +53,12 @@ class EditTask:
     def behaviour(self, step: int, steps: int) -> Hashable:
         """What the edit does to the latents at a step; edits whose behaviour has been equal so far share a row."""
         config = self.config
-        crosses = step < round(config.cross_replace_steps * steps)
-        exceptions = {word for word, share in config.word_windows.items() if (step < round(share * steps)) != crosses}
         return (
             self.image,
             self.pair,
             config.correct_drift,
             (self.guidance_scale, config.negative) if step in self.guided_steps(steps) else None,
-            (config.alignment, config.word_weight, crosses, frozenset(exceptions)) if crosses or exceptions else None,
+            config.word_weight if step < round(config.cross_replace_steps * steps) else None,
             step < round(config.self_replace_steps * steps),
             config.local_blend_threshold if self.blends(step / steps) else None,
             (config.confine, config.mask.attention_weight) if self.confines(step / steps) else None,
@@ -173,7 +170,7 @@ def edit_controller(pipe: Pipe, tasks: Sequence[EditTask], inversion: Inversion)
     tokenizer, length, device = pipe.tokenizer, pipe.tokenizer.model_max_length, pipe.device
     steps = inversion.schedule.num_steps
     pairs = [task.pair for task in tasks]
-    transfer = torch.stack([align(tokenizer, t.pair.source, t.pair.target, length, t.config.alignment) for t in tasks])
+    transfer = torch.stack([align(tokenizer, pair.source, pair.target, length) for pair in pairs])
     source = torch.stack([word_mask(tokenizer, pair.source, pair.source_words, length) for pair in pairs])
     target = torch.stack([word_mask(tokenizer, pair.target, pair.target_words, length) for pair in pairs])
     weights = 1 + torch.tensor([task.config.word_weight - 1 for task in tasks])[:, None] * target
@@ -181,26 +178,12 @@ def edit_controller(pipe: Pipe, tasks: Sequence[EditTask], inversion: Inversion)
     return Controller(
         transfer=(transfer * weights[:, None, :]).to(device),
         own=((transfer.sum(1) == 0) * weights).to(device),  # a token without a counterpart keeps its own map
-        cross_steps=torch.stack([_cross_steps(tokenizer, task, length, steps) for task in tasks]),
+        cross_steps=[round(task.config.cross_replace_steps * steps) for task in tasks],
         self_steps=[round(task.config.self_replace_steps * steps) for task in tasks],
         guided_steps=[task.guided_steps(steps) for task in tasks],
         parents=[task.image for task in tasks],
         maps=WordMaps(source.to(device), target.to(device), half_height * half_width),
     )
-
-
-def _cross_steps(tokenizer: PreTrainedTokenizerBase, task: EditTask, length: int, steps: int) -> Tensor:
-    """The number of steps in which each token of the target takes over the source's attention, (length,)."""
-    config, prompt = task.config, task.pair.target
-    windows = torch.full((length,), round(config.cross_replace_steps * steps))
-    owners: dict[int, str] = {}
-    for word, share in config.word_windows.items():
-        for token in token_span(tokenizer, prompt, word):
-            if token in owners:
-                raise ValueError(f"word_windows names a token twice, in {owners[token]!r} and {word!r}: {prompt!r}")
-            owners[token] = word
-            windows[token] = round(share * steps)
-    return windows
 
 
 def _embed(pipe: Pipe, inversion: Inversion, tasks: Sequence[EditTask]) -> tuple[Tensor, ...]:

@@ -37,9 +37,8 @@ class EditConfig:
     Guidance acts from `guidance_start` to `guidance_end` (Kynkaanniemi et al., NeurIPS 2024), away from the source
     prompt or the empty one (`negative`). Where an edit adds something, its scale is `addition_factor` times
     `guidance_scale`. A longer `self_replace_steps` keeps *more* of the source's structure. `word_weight` multiplies the
-    target's attention to the words of the edit inside the cross window; `word_windows` gives words of the target prompt
-    a cross window of their own, {"without": 0.8}. With `correct_drift` the target takes over the correction that the
-    inversion gives the source, so that an edit that changes no word reproduces the source.
+    target's attention to the words of the edit inside the cross window. With `correct_drift` the target takes over the
+    correction that the inversion gives the source, so that an edit that changes no word reproduces the source.
 
     `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
     limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
@@ -56,9 +55,7 @@ class EditConfig:
     guidance_end: Share = 1.0
     cross_replace_steps: Share = 0.8
     self_replace_steps: Share = 0.4
-    alignment: Literal["refine", "replace"] = "refine"
     word_weight: Scale = 1.0
-    word_windows: Mapping[str, Share] = field(default_factory=dict, hash=False)
     negative: Literal["source", "empty"] = "source"
     correct_drift: bool = True
     local_blend: bool = False

@@ -64,18 +64,17 @@ def test_word_mask_marks_all_words_and_nothing_else(tokenizer):
     assert mask.shape == (LENGTH,)
 
 
-@pytest.mark.parametrize("method", ["refine", "replace"])
-def test_equal_prompts_align_as_the_identity(tokenizer, method):
-    torch.testing.assert_close(align(tokenizer, SOURCE, SOURCE, LENGTH, method), torch.eye(LENGTH))
+def test_equal_prompts_align_as_the_identity(tokenizer):
+    torch.testing.assert_close(align(tokenizer, SOURCE, SOURCE, LENGTH), torch.eye(LENGTH))
 
 
-def test_refine_leaves_new_words_to_themselves(tokenizer):
+def test_new_words_are_left_to_themselves(tokenizer):
     transfer = align(tokenizer, SOURCE, TARGET, LENGTH)
     new = token_span(tokenizer, TARGET, "without")
     assert (transfer.sum(0) == 0).nonzero().flatten().tolist() == new
 
 
-def test_refine_follows_shared_words_across_an_insertion(tokenizer):
+def test_shared_words_are_followed_across_an_insertion(tokenizer):
     target = SOURCE.replace("cardiomegaly", "severe cardiomegaly")
     transfer = align(tokenizer, SOURCE, target, LENGTH)
     old, new = (
@@ -86,15 +85,12 @@ def test_refine_follows_shared_words_across_an_insertion(tokenizer):
     assert torch.equal(transfer[old][:, new], torch.eye(len(old)))
 
 
-@pytest.mark.parametrize("method", ["refine", "replace"])
 @pytest.mark.parametrize(
     ("source", "target"),
     [(SOURCE, "chest x-ray with cardiomegaly"), ("chest x-ray with cardiomegaly", SOURCE)],
 )
-def test_padding_never_takes_the_map_of_a_word(tokenizer, method, source, target):
-    if method == "replace":
-        source, target = "unseenword here", "with here"
-    transfer = align(tokenizer, source, target, LENGTH, method)
+def test_padding_never_takes_the_map_of_a_word(tokenizer, source, target):
+    transfer = align(tokenizer, source, target, LENGTH)
     words, padding = len(token_ids(tokenizer, source, LENGTH)), len(token_ids(tokenizer, target, LENGTH))
     assert not transfer[:words, padding:].any()
     assert (transfer[:, padding:].sum(0) == 1).all()
@@ -104,20 +100,6 @@ def test_padding_without_a_counterpart_keeps_its_own_map(tokenizer):
     length = len(token_ids(tokenizer, SOURCE, LENGTH))
     transfer = align(tokenizer, SOURCE, "chest x-ray", length)
     assert not transfer[:, len(token_ids(tokenizer, "chest x-ray", length)) :].any()
-
-
-def test_replace_shares_the_maps_of_a_word_with_more_tokens(tokenizer):
-    source, target = "with here", "unseenword here"
-    transfer = align(tokenizer, source, target, LENGTH, "replace")
-    old, new = token_span(tokenizer, source, "with"), token_span(tokenizer, target, "unseenword")
-    assert len(old) == 1
-    assert len(new) > 1
-    torch.testing.assert_close(transfer[old][:, new], torch.full((1, len(new)), 1 / len(new)))
-
-
-def test_replace_needs_equally_many_words(tokenizer):
-    with pytest.raises(ValueError, match="equally many words, got 7 and 2"):
-        align(tokenizer, SOURCE, "chest x-ray", LENGTH, "replace")
 
 
 def test_a_long_prompt_is_refused(tokenizer):

@@ -40,7 +40,7 @@ def controller(transfer=None, weights=1.0, cross_steps=0, self_steps=0, maps=Non
     return Controller(
         transfer=(transfer * weights).expand(IMAGES, LENGTH, LENGTH),
         own=((transfer.sum(0) == 0) * weights).expand(IMAGES, LENGTH),
-        cross_steps=torch.full((IMAGES, LENGTH), cross_steps),
+        cross_steps=[cross_steps] * IMAGES,
         self_steps=[self_steps] * IMAGES,
         guided_steps=[range(10)] * IMAGES,
         parents=range(IMAGES),

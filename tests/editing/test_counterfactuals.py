@@ -76,9 +76,7 @@ def reference_edit(pipe, inversion, pair, config):
     weights = torch.ones(length)
     for word in pair.target_words:
         weights[token_span(pipe.tokenizer, pair.target, word)] = config.word_weight
-    windows = torch.full((length,), int(config.cross_replace_steps * STEPS + 0.5))
-    for word, share in config.word_windows.items():
-        windows[token_span(pipe.tokenizer, pair.target, word)] = int(share * STEPS + 0.5)
+    window = int(config.cross_replace_steps * STEPS + 0.5)
     stored = {}
 
     def store(name, probabilities, cross):
@@ -90,9 +88,8 @@ def reference_edit(pipe, inversion, pair, config):
             small = probabilities.shape[1] <= attention.SELF_MAX_TOKENS
             return stored[name] if small and step < int(config.self_replace_steps * STEPS + 0.5) else probabilities
         edited = probabilities.clone()
-        for j in range(length):
-            if step < windows[j]:
-                edited[:, :, j] = (probabilities if j in new else stored[name])[:, :, j] * weights[j]
+        for j in range(length) if step < window else ():
+            edited[:, :, j] = (probabilities if j in new else stored[name])[:, :, j] * weights[j]
         return edited
 
     def noise(latents, text, change):
@@ -122,8 +119,7 @@ def reference_edit(pipe, inversion, pair, config):
         {"guidance_end": 0.4},
         {"guidance_start": 0.4, "guidance_end": 0.8},
         {"cross_replace_steps": 1.0, "word_weight": 1.0},
-        {"word_windows": {"support devices": 0.2, "cardiomegaly": 1.0}},
-        {"word_windows": {"devices": 0.8, "without": 0.4}, "cross_replace_steps": 0.0},
+        {"cross_replace_steps": 0.0},
     ],
 )
 def test_the_fast_edit_equals_prompt_to_prompt_with_full_maps(prediction_type, change):
@@ -197,13 +193,10 @@ def test_the_source_is_given_back_as_its_inversion_says(method):
         {"cross_replace_steps": 0.0},
         {"self_replace_steps": 0.0},
         {"word_weight": 1.0},
-        {"word_windows": {"support devices": 0.0}},
-        {"word_windows": {"cardiomegaly": 1.0}},
         {"negative": "empty"},
         {"correct_drift": False},
         {"local_blend": True, "local_blend_threshold": 0.9},
         {"confine": 0.9},
-        {"alignment": "replace"},
     ],
 )
 def test_every_setting_of_the_latent_edit_has_an_effect(change):
@@ -295,7 +288,6 @@ def test_a_forked_sweep_equals_separate_edits():
         replace(confined, confine=0.3),
         replace(confined, mask=MaskConfig(attention_weight=1.0)),
     ]
-    configs += [replace(STRONG, word_windows=windows) for windows in ({"devices": 0.2}, {"cardiomegaly": 0.8})]
     configs += [replace(STRONG, guidance_end=end) for end in (0.2, 0.6)]
     configs += [replace(STRONG, guidance_start=start) for start in (0.2, 0.6)]
     swept = sweep(pipe, inversion, pairs, configs)
@@ -491,16 +483,11 @@ def test_a_cancelled_edit_restores_the_processors():
         ("confine", float("nan")),
         ("guidance_scale", float("inf")),
         ("word_weight", -1.0),
-        ("word_windows", {"devices": 1.5}),
-        ("word_windows", {"devices": float("nan")}),
-        ("word_windows", {3: 0.5}),
-        ("word_windows", ("devices", 0.5)),
         ("addition_factor", -0.5),
         ("addition_factor", float("nan")),
         ("guidance_start", -0.1),
         ("guidance_start", float("nan")),
         ("guidance_end", 1.5),
-        ("alignment", "merge"),
         ("negative", "none"),
         ("batch_size", 0),
     ],
@@ -524,28 +511,6 @@ def test_a_setting_out_of_range_is_refused(name, value):
 def test_prompt_pairs_that_do_not_fit_are_refused(pairs, message):
     with pytest.raises(ValueError, match=message):
         edit(tiny_pipeline(), inverted(), pairs)
-
-
-@pytest.mark.parametrize(
-    ("windows", "message"),
-    [
-        ({"pacemaker": 0.5}, "'pacemaker' does not occur"),
-        ({"devices": 0.5, "support devices": 0.2}, "names a token twice, in 'devices' and 'support devices'"),
-    ],
-)
-def test_word_windows_that_do_not_fit_the_prompt_are_refused(windows, message):
-    with pytest.raises(ValueError, match=message):
-        edit(tiny_pipeline(), inverted(), [REMOVE], EditConfig(word_windows=windows))
-
-
-def test_word_windows_like_the_others_change_nothing():
-    windows = dict.fromkeys(("cardiomegaly", "support devices"), STRONG.cross_replace_steps)
-    plain, same = (
-        edit(tiny_pipeline(), inverted(), [REMOVE], replace(STRONG, word_windows=w))[0] for w in ({}, windows)
-    )
-    assert torch.equal(plain.image, same.image)
-    assert hash(plain.settings) == hash(same.settings)
-    assert plain.settings != same.settings
 
 
 def test_local_blend_without_words_is_refused():

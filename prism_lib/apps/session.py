@@ -279,11 +279,9 @@ class Session:
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if this edit is something else."""
-        if (label := MEASURED.get(Path(model).name)) is None:
+        label, removed = MEASURED.get(Path(model).name), edit.remove if edit is not None and not edit.add else ()
+        if not label or {self.vocab.owners.get(self.vocab.phrase(name), name) for name in removed} == {label}:
             return ""
-        if edit is not None and edit.remove and not edit.add:
-            if {self.vocab.owners.get(self.vocab.phrase(name), name) for name in edit.remove} == {label}:
-                return ""
         outside = "other edits are outside what it was trained and measured for."
         return f"{model} was measured for edits that remove {label.lower()}; {outside}"
 

@@ -19,6 +19,7 @@ from prism_lib.models.classifier import find_classifier
 
 READS = 256  # pixels a side that a network of kinds reads
 FEATURES = (24, 32, 64, 96, 128, 24)  # of it, from half of them downwards and back
+OWN = 0.25  # share of the named kinds from which on a place is theirs, chosen on validation films
 
 
 def kinds_network(kinds: int) -> nn.Module:
@@ -53,7 +54,7 @@ def load_kinds(name: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 @torch.no_grad()
 def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) -> Tensor:
-    """Where what an edit removed is mostly of kinds that its pair does not name, bool (N, 1, H, W).
+    """Where what an edit removed is hardly of a kind that its pair names, bool (N, 1, H, W).
 
     Films and what was removed are (N, C, H, W). Nowhere, where a pair adds something or names anything but kinds.
     """
@@ -67,9 +68,9 @@ def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) ->
         amount = F.avg_pool2d(lost.clamp(min=0), 2)
         share = amount * model(kinds_input(film, lost)).softmax(1)
         share = share[:, [kinds.index(name) for name in pair.target_words]].sum(1, keepdim=True)
-        own, every = (F.avg_pool2d(values, 5, stride=1, padding=2) for values in (share, amount))
+        own, every = (F.avg_pool2d(values, 3, stride=1, padding=1) for values in (share, amount))
         own = F.interpolate(own / every.clamp(min=1e-7), films.shape[-2:], mode="bilinear")
-        others[row] = own[0].to(others.device) < 0.5
+        others[row] = own[0].to(others.device) < OWN
     return others
 
 

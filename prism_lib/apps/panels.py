@@ -70,10 +70,6 @@ def _control(kind: type[widgets.Widget], name: str, **more: Any) -> widgets.Widg
     return kind(description=name, tooltip=WORDS["tooltips"][name], **look, **more)
 
 
-def _upload(name: str) -> widgets.FileUpload:
-    return widgets.FileUpload(accept=ACCEPT, description=name, tooltip=WORDS["tooltips"][name])
-
-
 def _forms(choice: widgets.Widget, *forms: Sequence[widgets.Widget]) -> widgets.Stack:
     """The controls that go with each option of a choice, of which those of the present one are shown."""
     boxes = [widgets.VBox(form, layout={"width": "100%"}) for form in forms]
@@ -95,7 +91,7 @@ class SourcePanel(Panel):
         self.seed = _control(number, "seed", value=seed, max=10**9)
         self.folder = _control(text, "folder", value=data or "prepared/phantom", **late)
         self.row = _control(widgets.Dropdown, "image", options=[])
-        self.upload = _upload("upload")
+        self.upload = widgets.FileUpload(accept=ACCEPT, description="upload", tooltip=WORDS["tooltips"]["upload"])
         self.path = _control(text, "or path", placeholder="a file on this machine", **late)
         forms = _forms(self.kind, [self.patient, self.seed], [self.folder, self.row], [self.upload, self.path])
         models = session.references
@@ -196,7 +192,7 @@ class SettingsPanel(Panel):
     """How to edit; each control says in its tooltip what it does."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._file, self._model = session, "", ""
+        self._session, self._model = session, ""
         slider, choice, pixels = widgets.FloatSlider, widgets.Dropdown, widgets.IntRangeSlider
         self.sliders = {
             field: _control(slider, name, max=high, step=step) for field, (name, high, step) in WORDS["sliders"].items()
@@ -204,14 +200,12 @@ class SettingsPanel(Panel):
         self.method = _control(choice, "method", options=list(METHODS), value=RECOMMENDED)
         self.steps = _control(widgets.IntSlider, "steps", min=2, max=100)
         self.sweep = _control(choice, "candidates", options=list(WORDS["candidates"].items()))
-        self.mask = _control(choice, "mask", options=["automatic", "off", "rectangle", "file"])
+        self.mask = _control(choice, "mask", options=["automatic", "off", "rectangle"])
         self.rows, self.columns = _control(pixels, "rows"), _control(pixels, "columns")
-        self.mask_file = _upload("upload mask")
-        forms = _forms(self.mask, [], [], [self.rows, self.columns], [self.mask_file])
+        forms = _forms(self.mask, [], [], [self.rows, self.columns])
         super().__init__("How", [*self.sliders.values(), self.method, self.steps, self.sweep, self.mask, forms])
         self._usual: dict[str, Any] = {}
         self.show_model()
-        self.on_change(self._read_mask, self.mask_file)
         self.on_change(self._show_usual, self.steps)
 
     def show_model(self) -> None:
@@ -219,7 +213,7 @@ class SettingsPanel(Panel):
         session = self._session
         if session.model == self._model:
             return
-        self._file, self._model = "", session.model
+        self._model = session.model
         few, usual = (recommended_inversion(session.pipe, steps) for steps in (FEW_STEPS, 50))
         self.steps.value = 50 if usual.skip else FEW_STEPS if few != usual else 20  # `skip` leaves most of them out
         self._usual = {}
@@ -236,12 +230,6 @@ class SettingsPanel(Panel):
             if slider.value == before.get(field, slider.value):
                 slider.value = self._usual[field]
 
-    def _read_mask(self, change: Any) -> None:
-        self._file = ""
-        for file in self.mask_file.value:  # one or none
-            self._file = self._session.upload_mask(file["name"], bytes(file["content"]))
-            self.line.say(f"Mask: {file['name']}.", "note")
-
     @property
     def box(self) -> tuple[int, int, int, int] | None:
         """The rectangle (top, left, bottom, right), where one is asked for."""
@@ -255,12 +243,9 @@ class SettingsPanel(Panel):
 
     def values(self) -> dict[str, Any]:
         """The settings as arguments of `Session.recipe`."""
-        if self.mask.value == "file" and not self._file:
-            raise ValueError("Upload a mask, or choose another kind of mask.")
-        masks = {"automatic": "auto", "off": "off", "rectangle": self.box, "file": self._file}
+        mask = {"automatic": "auto", "off": "off", "rectangle": self.box}[self.mask.value]
         # A slider that was not moved leaves its setting to what the model recommends for the edit.
         moved = {name: slider.value for name, slider in self.sliders.items() if slider.value != self._usual[name]}
-        mask = masks[self.mask.value]
         return {"settings": moved, "method": self.method.value, "steps": self.steps.value, "mask": mask}
 
 

@@ -54,38 +54,33 @@ class Recipe:
     method: str = RECOMMENDED
     steps: int = 20
     settings: dict[str, Any] = field(default_factory=dict, hash=False)  # fields of `EditConfig`
-    mask: tuple[int, int, int, int] | str = "auto"  # or "off", (top, left, bottom, right) in pixels, "file:PATH"
+    mask: tuple[int, int, int, int] | str = "auto"  # or "off", or (top, left, bottom, right) in pixels
 
     def __post_init__(self) -> None:
         method_of(self.method)
-        if isinstance(self.mask, str) and self.mask not in ("auto", "off") and not self.mask.startswith("file:"):
-            raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off', a rectangle or 'file:PATH'")
+        if isinstance(self.mask, str) and self.mask not in ("auto", "off"):
+            raise ValueError(f"mask is {self.mask!r}; expected 'auto', 'off' or a rectangle")
         EditConfig(**self.settings)
 
     def run(
-        self,
-        pipe: Pipe | None = None,
-        inversion: Inversion | None = None,
-        mask: Tensor | None = None,
-        callback: Callback | None = None,
+        self, pipe: Pipe | None = None, inversion: Inversion | None = None, callback: Callback | None = None
     ) -> Counterfactual:
         """The counterfactual. What is given is not loaded or computed again; `callback` may raise to cancel."""
         pipe = load_pipeline(self.model) if pipe is None else pipe
         if inversion is None:
             inversion = self.invert(pipe, load_image(self.image, image_size(pipe), self.mode), callback)
-        chosen = self.own_mask(inversion.images) if mask is None else mask
+        mask = self.own_mask(inversion.images)
         pair = PromptPair(self.source, self.target, self.source_words, self.target_words, self.side)
-        return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=chosen, callback=callback)[0]
+        return edit(pipe, inversion, [pair], {**self.settings, "batch_size": 1}, mask=mask, callback=callback)[0]
 
     def invert(self, pipe: Pipe, image: Tensor, callback: Callback | None = None) -> Inversion:
         return invert(pipe, image, [self.source], method=self.method, num_inference_steps=self.steps, callback=callback)
 
     def own_mask(self, images: Tensor) -> Tensor | str:
-        """The user's own mask (1, 1, H, W), or "auto" or "off"."""
-        height, width = images.shape[-2:]
+        """The user's own rectangle as a mask (1, 1, H, W), or "auto" or "off"."""
         if isinstance(self.mask, str):
-            return (load_image(self.mask, height) > 0.5).float() if self.mask.startswith("file:") else self.mask
-        top, left, bottom, right = self.mask
+            return self.mask
+        (top, left, bottom, right), (height, width) = self.mask, images.shape[-2:]
         if not (0 <= top < bottom <= height and 0 <= left < right <= width):
             raise ValueError(f"the rectangle {self.mask} is empty or leaves the image of {height} x {width} pixels")
         mask = torch.zeros(1, 1, height, width)
@@ -131,7 +126,6 @@ class Outcome:
     result: Counterfactual
     scores: Mapping[str, float]
     notice: str
-    mask: Tensor | None = None  # (1, 1, H, W), where it was uploaded
     preview: bool = False
 
     @property
@@ -140,12 +134,12 @@ class Outcome:
 
     def code(self) -> str:
         """`Recipe.code`; what was uploaded is written where it finds it."""
-        self._keep_uploads()
+        self._keep_upload()
         return self.recipe.code()
 
     def save(self) -> Path:
         """Write image, original, mask, difference, record and full-size film below PRISM_RUNS; returns the folder."""
-        self._keep_uploads()
+        self._keep_upload()
         result, recipe = self.result, self.recipe
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe.image[-24:]}-{self.edit.key}").strip("-")[:80]
@@ -171,11 +165,10 @@ class Outcome:
         write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")  # last: then the folder is complete
         return folder
 
-    def _keep_uploads(self) -> None:
-        """Write uploads, as they were prepared, below PRISM_RUNS: what lies there already is the same."""
-        for name, images in ((self.recipe.image, self.result.factual[None]), (self.recipe.mask, self.mask)):
-            if images is not None and str(name).startswith(UPLOADS):
-                write_bytes(paths.runs() / str(name).removeprefix("file:"), png(levels(images[0])))
+    def _keep_upload(self) -> None:
+        """Write an upload, as it was prepared, below PRISM_RUNS: what lies there already is the same."""
+        if self.recipe.image.startswith(UPLOADS):
+            write_bytes(paths.runs() / self.recipe.image.removeprefix("file:"), png(levels(self.result.factual)))
 
     def _full_size(self, folder: Path) -> str:
         """The name of the opened film with the edit in `folder`, or why there is none; "" if it is no larger."""

@@ -80,7 +80,6 @@ class Session:
         self._opened: tuple[Any, ...] = ()  # the arguments of `_open` for the image at hand
         self.history: list[list[Outcome]] = []
         self.running = False
-        self._masks: dict[str, Tensor] = {}  # that were uploaded
         self._inversions: dict[tuple[str, str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
 
@@ -135,12 +134,6 @@ class Session:
     def open_upload(self, name: str, content: bytes, labels: Row = MappingProxyType({}), path: str = "") -> Case:
         """An uploaded file. It stays in memory; only `save` and `code` write it, as it was prepared."""
         return self._open(path, name, labels, cache(lambda size: read_upload(name, content, size, self.mode)), content)
-
-    def upload_mask(self, name: str, content: bytes) -> str:
-        """A mask from a file, white where the edit may show; returns its name in a recipe."""
-        mask = (read_upload(name, content, image_size(self.pipe)) > 0.5).float()
-        self._masks[upload_name(mask)] = mask
-        return upload_name(mask)
 
     def _open(self, name: str, title: str, labels: Row, read: Callable[[int], Tensor], content: bytes = b"") -> Case:
         """`read` gives the image at the size that a model needs. A failure leaves model and image as they were."""
@@ -271,11 +264,10 @@ class Session:
             inversion = recipe.invert(pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
-        mask = self._masks.get(str(recipe.mask))
-        result = recipe.run(pipe, inversion=self._inversions[key], mask=mask, callback=callback)
+        result = recipe.run(pipe, inversion=self._inversions[key], callback=callback)
         notices = case.notice, edit.note, self.unmeasured(edit, recipe.model), self._unheard(edit, recipe.model)
         scores = self._scores(case, edit, result, recipe)
-        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)), mask)
+        return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)))
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if this edit is something else."""

@@ -63,7 +63,7 @@ def removed(
 
 
 def by_name(pipe: StableDiffusionPipeline, folder: Path, films: pd.DataFrame, steps: int) -> pd.DataFrame:
-    """Each kind of drawn devices removed alone: patient, the kind `removed`, and `kind` and `left` of every device."""
+    """Each kind of drawn devices removed alone: patient, film, the kind `removed`, and `kind` and `left` of every device."""
     kinds, found = {*load_vocabulary(folder).owners}, list[pd.DataFrame]()
     for row in tqdm(films.to_dict("records"), desc="one kind by name"):
         name, film, table = Path(row["file_name"]).stem, read_images(folder, pd.DataFrame([row])), pd.DataFrame([row])
@@ -72,7 +72,7 @@ def by_name(pipe: StableDiffusionPipeline, folder: Path, films: pd.DataFrame, st
             pairs = prompt_pairs(folder, table, Edit(remove=(kind,)))
             (result,) = edit(pipe, invert(pipe, film, [pairs[0].source], num_inference_steps=steps), pairs)
             left = left_of(name, row["patient_id"], film[0, 0].numpy(), result.image[0].cpu().numpy())
-            found.append(left[left["kind"].isin(kinds)].assign(removed=kind))
+            found.append(left[left["kind"].isin(kinds)].assign(removed=kind, film=name))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
@@ -104,6 +104,7 @@ def summarise(read: pd.DataFrame, drawn: pd.DataFrame, named: pd.DataFrame, seed
         summary |= interval("left_dark", drawn["left"] < -DARK, drawn["patient_id"], seed)
         summary |= {f"left of {kind}": float(some.mean()) for kind, some in amount.groupby(drawn["kind"])}
     if len(named):
+        summary["named_edits"] = float(len(named.drop_duplicates(["film", "removed"])))
         amount, own = named["left"].abs().clip(upper=1), named["kind"] == named["removed"]
         for name, which in (("named_left", own), ("others_left", ~own)):
             summary |= interval(name, amount[which], named["patient_id"][which], seed)

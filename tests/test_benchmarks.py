@@ -209,7 +209,7 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
     assert found["films_edited"] == 3 and 0 <= found["p_after"] <= 1
     assert found["left"] == pytest.approx(0.5) and found["named pacemaker: left"] == pytest.approx(0.2)
     assert found["named pacemaker: others left"] == pytest.approx(0.9), "clips have no name of their own"
-    assert found["named_left"] == found["others_left"] == pytest.approx(0.55)
+    assert found["named_edits"] == 6 and found["named_left"] == found["others_left"] == pytest.approx(0.55)
     monkeypatch.setattr(real_devices, "image_factor", lambda _: 1)
     with pytest.raises(SystemExit):
         real_devices.main([*given, "--model", "tiny"])

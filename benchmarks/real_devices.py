@@ -63,7 +63,7 @@ def removed(
 
 
 def by_name(pipe: StableDiffusionPipeline, folder: Path, films: pd.DataFrame, steps: int) -> pd.DataFrame:
-    """Each kind of drawn devices removed alone: patient, film, the kind `removed`, and `kind` and `left` of every device."""
+    """Each drawn kind removed alone: patient, film, the kind `removed`, and `kind` and `left` of every device."""
     kinds, found = {*load_vocabulary(folder).owners}, list[pd.DataFrame]()
     for row in tqdm(films.to_dict("records"), desc="one kind by name"):
         name, film, table = Path(row["file_name"]).stem, read_images(folder, pd.DataFrame([row])), pd.DataFrame([row])

@@ -10,7 +10,8 @@ probability is below 0.5 afterwards, `below_half_as_it_is` before; `flip_rate` i
 with devices. Where readers drew the devices of a film (`drawn_devices.DRAWN`), `left` is how much of them is still
 seen, as the mean over devices of the amount of their contrast: 0 is nothing, 1 all of it. `left_dark` is the share of
 devices in whose place a dark trace of more than a quarter of their contrast is. `named_left` and `others_left` are of
-edits of one kind by name, of films on which several kinds with a name were drawn: of its devices, and of the others'.
+edits of one kind by name, on films on which several kinds were drawn that have a name in the vocabulary: of its own
+devices, and of the others that have a name, which an edit should leave (1).
 Intervals are over patients. The true film without the devices is not known: look at the images as well.
 """
 
@@ -72,7 +73,9 @@ def by_name(pipe: StableDiffusionPipeline, folder: Path, films: pd.DataFrame, st
             pairs = prompt_pairs(folder, table, Edit(remove=(kind,)))
             (result,) = edit(pipe, invert(pipe, film, [pairs[0].source], num_inference_steps=steps), pairs)
             left = left_of(name, row["patient_id"], film[0, 0].numpy(), result.image[0].cpu().numpy())
-            found.append(left[left["kind"].isin(kinds)].assign(removed=kind, film=name))
+            left = left[left["kind"].isin(kinds)].assign(removed=kind, film=name)
+            if left["kind"].eq(kind).any() and left["kind"].ne(kind).any():  # some of both show
+                found.append(left)
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 

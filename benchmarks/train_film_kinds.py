@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.train_film_sd import QUANTUM, Bank, Films, backgrounds, fainter, parser_of, positive, refuse_other
-from prism_lib.editing.kept import READS, kinds_input, kinds_network
+from prism_lib.data import load_info
+from prism_lib.editing.kept import READS, build_kinds, kinds_input
 from prism_lib.files import atomic
 from prism_lib.phantom.films import CATALOGUE, KINDS
 from prism_lib.training.batches import drawn_ahead
@@ -40,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=200)
     options = parser.parse_args(arguments)
     refuse_other(options.out, "kinds.json")
+    if (size := load_info(options.data)["config"]["size"]) % READS:
+        raise SystemExit(f"{options.data} has films of {size} pixels, not of {READS} or a multiple")
     films, devices = backgrounds(options)
     films = [some._replace(images=reduced(some.images)) for some in films]
     devices = [bank._replace(maps=reduced(bank.maps)) for bank in devices]
     torch.manual_seed(options.seed)
-    model = kinds_network(len(KINDS)).train()
+    model = build_kinds(len(KINDS)).train()
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
     seen, begin, history = [], time.perf_counter(), []
@@ -109,8 +112,9 @@ def example(
     some = films[-1] if random.random() < options.share else films[0]
     film = random.choice(some.images).astype(np.float32) / 255
     absorbed = np.zeros((len(KINDS), *film.shape), np.float32)
-    often = np.array([share for share, _ in CATALOGUE.values()]) + 0.1
-    shown = random.choice(len(KINDS), random.integers(1, 6), replace=False, p=often / often.sum())
+    often = (np.array([share for share, _ in CATALOGUE.values()]) + 0.1) * np.isin(range(len(KINDS)), devices[0].kinds)
+    count = min(random.integers(1, 6), np.count_nonzero(often))
+    shown = random.choice(len(KINDS), count, replace=False, p=often / often.sum())
     for kind in shown:
         real = random.random() < options.cut_outs and (devices[-1].kinds == kind).any()
         bank = devices[-1] if real else devices[0]

@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
-    """The arguments that name films, of this program and of `train_film_judge`."""
+    """The arguments that name films, of this program, `train_film_judge` and `train_film_kinds`."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help='prepared folder of the data set "films"')
     parser.add_argument("out", type=Path)

@@ -201,15 +201,23 @@ def test_real_devices_are_read_before_and_after_their_removal(phantom_folder, tm
     assert found["auc_low"] <= found["auc"] <= found["auc_high"]
     assert found["images"] == 18 and "below_half" not in found
     monkeypatch.setattr(real_devices, "load_pipeline", lambda _: tiny_pipeline())
-    drawn = [drawn_devices.Device(kind, 3.0, np.zeros((4, 2))) for kind in ("pacemaker", "ecg leads", "ecg clips")]
+    drawn = [
+        drawn_devices.Device(kind, 3.0, np.zeros((4, 2)))
+        for kind in ("pacemaker", "ecg leads", "ecg clips", "ecg leads")
+    ]
     monkeypatch.setattr(real_devices, "load_devices", lambda films: dict.fromkeys(films, drawn))
-    monkeypatch.setattr(real_devices, "residuals", lambda *_: [0.2, 0.9, 0.4])
+    monkeypatch.setattr(real_devices, "residuals", lambda *_: [0.2, 0.9, 0.4, 0.7])
     real_devices.main([*given, "--model", "tiny", "--films", "3", "--steps", "2"])
     found = records.load_record("real_devices", "films")["metrics"]
     assert found["films_edited"] == 3 and 0 <= found["p_after"] <= 1
-    assert found["left"] == pytest.approx(0.5) and found["named pacemaker: left"] == pytest.approx(0.2)
-    assert found["named pacemaker: others left"] == pytest.approx(0.9), "clips have no name of their own"
-    assert found["named_edits"] == 6 and found["named_left"] == found["others_left"] == pytest.approx(0.55)
+    assert found["left"] == pytest.approx(0.55) and found["named pacemaker: left"] == pytest.approx(0.2)
+    assert found["named pacemaker: others left"] == pytest.approx(0.8), "clips have no name of their own"
+    assert found["named_edits"] == 6
+    assert (found["named_left"], found["others_left"]) == pytest.approx((0.6, 0.6))
+    assert (found["named ecg leads: left"], found["named ecg leads: others left"]) == pytest.approx((0.8, 0.2))
+    monkeypatch.setattr(real_devices, "residuals", lambda *_: [np.nan, 0.9, 0.4, 0.7])  # the pacemaker never shows
+    real_devices.main([*given, "--model", "tiny", "--films", "3", "--steps", "2"])
+    assert "named_edits" not in records.load_record("real_devices", "films")["metrics"]
     monkeypatch.setattr(real_devices, "image_factor", lambda _: 1)
     with pytest.raises(SystemExit):
         real_devices.main([*given, "--model", "tiny"])

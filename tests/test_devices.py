@@ -29,7 +29,7 @@ from prism_lib.models.pipeline import (
 )
 from prism_lib.studies import ganterfactual
 from prism_lib.studies.editors import PLAIN, Imagic, LEdits, PromptToPrompt, SDEdit, TwoMasks
-from prism_lib.training import autoencoder, loop
+from prism_lib.training import autoencoder
 from prism_lib.training.clip import train_clip
 from prism_lib.training.config import FinetuneConfig
 from prism_lib.training.finetuning import finetune
@@ -245,7 +245,8 @@ def test_training_from_scratch(device, phantom_folder, tmp_path, monkeypatch):
 
 def test_fine_tuning_and_going_on(device, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda _: device))
-    monkeypatch.setattr(loop, "_optimizer", lambda config, trained: torch.optim.AdamW(trained, lr=config.learning_rate))
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
     build_pipeline(tiny_config(), seed=0).save_pretrained(tmp_path / "start")
     config = FinetuneConfig(
         str(phantom_folder), str(tmp_path / "run"), str(tmp_path / "start"), steps=2, batch_size=2,

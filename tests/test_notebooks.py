@@ -228,7 +228,7 @@ def test_01_counts_captions_that_02_would_refuse(tmp_path, monkeypatch, capsys):
     assert int(count) >= 2
 
 
-@pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"optimizer": "sgd"}, {"balance": "Edema"}], ids=str)
+@pytest.mark.parametrize("options", [{"lora_rnk": 4}, {"schedule": "sawtooth"}, {"balance": "Edema"}], ids=str)
 def test_a_wrong_option_is_found_before_02_trains_from_scratch(options, phantom_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_RUNS", str(tmp_path))
     monkeypatch.setattr(training, "start_from", lambda *_: pytest.fail("hours of work had begun"))

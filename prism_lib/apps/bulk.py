@@ -138,6 +138,8 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
             "inversion": asdict(recommended_inversion(pipe, steps)),
             "scored": scored[settings.choice],
         }
+        if networks := {one["kinds_network"] for one in used} - {""}:
+            content["kinds"] = [file_hash(find_classifier(name) / "model.safetensors") for name in sorted(networks)]
         for name, area in task.areas.items():
             content[name] = hashlib.sha256(region(area, info["config"]["size"]).tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

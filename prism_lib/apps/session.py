@@ -43,7 +43,7 @@ INFO, SUFFIXES = "dataset.json", ACCEPT.split(",")
 PREVIEW_STEPS = 5
 FILMS = "film-sd"  # below `paths.weights`
 OFFERED = (SHIPPED, FILMS)
-MEASURED = {FILMS: "Support Devices"}  # the label, all or some of whose details a model was measured to remove
+OUTSIDE = "other edits are outside what it was trained and measured for."
 OTHER_IMAGES, FILM_JUDGE = (FILMS, "phantom-judge"), "film-judge"  # who reads films in place of the phantom's judge
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
@@ -271,11 +271,12 @@ class Session:
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if this edit is something else."""
-        label, removed = MEASURED.get(Path(model).name), edit.remove if edit is not None and not edit.add else ()
-        if not label or {self.vocab.owners.get(self.vocab.phrase(name), name) for name in removed} == {label}:
+        if Path(model).name != FILMS:
             return ""
-        outside = "other edits are outside what it was trained and measured for."
-        return f"{model} was measured for edits that remove {label.lower()}; {outside}"
+        removed = {self.vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else set()
+        if removed and removed <= {"support devices", *vocabulary("films").owners}:
+            return ""
+        return f"{model} was measured for edits that remove support devices; {OUTSIDE}"
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""

@@ -97,9 +97,9 @@ class Controller:
     def edit_cross(self, source: Tensor, target: Tensor) -> Tensor:
         """The targets' edited probabilities, made of their sources' and their own; all (K, heads, queries, L)."""
         transfer, own = self.transfer.to(source.dtype), self.own.to(source.dtype)
-        active = torch.tensor([[self.step < steps] for steps in self.cross_steps])  # (K, 1)
-        if not bool(active.all()):
-            active = active.to(source.device)
+        crossed = [self.step < steps for steps in self.cross_steps]
+        if not all(crossed):
+            active = torch.tensor(crossed, device=source.device)[:, None]
             transfer, own = transfer * active[:, None, :], torch.where(active, own, 1)
         return source @ transfer[:, None] + target * own[:, None, None, :]
 

@@ -103,8 +103,8 @@ def sweep(
             raise ValueError(f"{started}, but its edit starts from {task.pair.source!r}")
         if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")
-    for network in {task.config.kinds for task in tasks} - {""}:
-        kept.load_kinds(network)  # FileNotFoundError for one that is missing, before the first step
+        if task.config.kinds_network:
+            kept.named_kinds(task.pair, task.config.kinds_network)  # FileNotFoundError if it is missing
     areas = Areas.checked(mask, keep, inversion.images)
     edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size
@@ -192,9 +192,9 @@ def _finish(
             if config.protect_text:
                 text = kept.burnt_in_text(factual, config.protect_text == "anywhere")
                 mask = masks.without(mask, text, config.mask.feather)
-            if config.kinds:
+            if config.kinds_network:
                 edited = [tasks[k].pair for k in own]
-                others = kept.other_devices(factual, reconstruction - raw, edited, config.kinds)
+                others = kept.other_devices(factual, reconstruction - raw, edited, config.kinds_network)
                 mask = masks.without(mask, others, config.mask.feather)
         if bounds.keep is not None:
             mask = masks.without(mask, bounds.keep, config.mask.feather)

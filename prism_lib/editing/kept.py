@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
-from prism_lib.language.edits import Pairs
+from prism_lib.language.edits import Pairs, PromptPair
 from prism_lib.models.classifier import find_classifier
 
 READS = 256  # pixels a side that a network of kinds reads
@@ -22,14 +23,14 @@ FEATURES = (24, 32, 64, 96, 128, 24)  # of it, from half of them downwards and b
 OWN = 0.25  # share of the named kinds from which on a place is theirs, chosen on validation films
 
 
-def kinds_network(kinds: int) -> nn.Module:
+def build_kinds(count: int) -> nn.Module:
     """A MONAI U-Net that says of which kind the devices are that an edit removed, by `kinds_input`.
 
-    Its logits are (N, kinds, READS / 2, READS / 2), and mean nothing where no device was removed.
+    Its logits are (N, count, READS / 2, READS / 2), and mean nothing where no device was removed.
     """
     from monai.networks.nets import BasicUNet  # three seconds: only where one is built
 
-    return BasicUNet(2, 10, kinds, FEATURES)
+    return BasicUNet(2, 10, count, FEATURES)
 
 
 def kinds_input(films: Tensor, removed: Tensor) -> Tensor:
@@ -40,34 +41,38 @@ def kinds_input(films: Tensor, removed: Tensor) -> Tensor:
     return torch.cat([*blocks, places], 1)
 
 
+def named_kinds(pair: PromptPair, network: str) -> list[int]:
+    """The places in the network's list of the kinds that a pair removes; none if it adds or names anything else."""
+    if not (path := find_classifier(network) / "kinds.json").is_file():
+        raise FileNotFoundError(f"no network of kinds of devices at {path.parent}: {path.name} is missing")
+    kinds, words = json.loads(path.read_text(encoding="utf-8")), {word.lower() for word in pair.target_words}
+    return [kinds.index(word) for word in sorted(words)] if not pair.adds and words <= {*kinds} else []
+
+
 @cache
-def load_kinds(name: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """A network of kinds, ``model.safetensors`` beside ``kinds.json``, and the names of its kinds."""
-    folder = find_classifier(name)
-    if not (path := folder / "kinds.json").is_file():
-        raise FileNotFoundError(f"no network of kinds of devices at {folder}: {path.name} is missing")
-    kinds = tuple(json.loads(path.read_text(encoding="utf-8")))
-    network = kinds_network(len(kinds)).eval()
+def load_kinds(folder: Path) -> nn.Module:
+    """The network whose ``model.safetensors`` is beside the names of its kinds in ``kinds.json``."""
+    with torch.random.fork_rng(devices=[]):
+        network = build_kinds(len(json.loads((folder / "kinds.json").read_text(encoding="utf-8")))).eval()
     network.load_state_dict(load_file(folder / "model.safetensors"))
-    return network, kinds
+    return network
 
 
 @torch.no_grad()
 def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) -> Tensor:
-    """Where what an edit removed is hardly of a kind that its pair names, bool (N, 1, H, W).
+    """Where an edit removed nothing, or hardly anything of the kinds that its pair names, bool (N, 1, H, W).
 
-    Films and what was removed are (N, C, H, W). Nowhere, where a pair adds something or names anything but kinds.
+    Films and what was removed are (N, C, H, W). Nowhere, where `named_kinds` are none.
     """
-    model, kinds = load_kinds(network)
     others = torch.zeros_like(films[:, :1], dtype=torch.bool)
     for row, pair in enumerate(pairs):
-        if pair.adds or not pair.target_words or not {*pair.target_words} <= {*kinds}:
+        if not (named := named_kinds(pair, network)):
             continue
         gray = torch.stack([films[row], removed[row]]).mean(1, keepdim=True).cpu().float()
-        film, lost = F.interpolate(gray, (READS, READS), mode="bilinear", antialias=True).split(1)
+        film, lost = F.adaptive_avg_pool2d(gray, READS).split(1)
         amount = F.avg_pool2d(lost.clamp(min=0), 2)
-        share = amount * model(kinds_input(film, lost)).softmax(1)
-        share = share[:, [kinds.index(name) for name in pair.target_words]].sum(1, keepdim=True)
+        share = amount * load_kinds(find_classifier(network))(kinds_input(film, lost)).softmax(1)
+        share = share[:, named].sum(1, keepdim=True)
         own, every = (F.avg_pool2d(values, 3, stride=1, padding=1) for values in (share, amount))
         own = F.interpolate(own / every.clamp(min=1e-7), films.shape[-2:], mode="bilinear")
         others[row] = own[0].to(others.device) < OWN
@@ -82,7 +87,7 @@ def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0
     does. Letters `anywhere` are bright, of one gray and crisp, and nothing as bright leads away from them: an L, R, AP
     or PA that is not in the middle of the film, tilted or mirrored too, and level rows of at least four strokes, each
     with the plate, ring or initials within 0.8 of its height. Dark letters, arrows and cut letters are not found.
-    Corners of real films also show bones, clips and cables: there `anywhere` asks for crisp ink on dark ground.
+    Corners of real films also show bones, clips and cables: there, `anywhere` asks for crisp ink on dark ground.
     """
     gray = images.mean(1).cpu().numpy()
     width = gray.shape[-1]
@@ -109,16 +114,11 @@ def burnt_in_text(images: Tensor, anywhere: bool = False, *, contrast: float = 0
 
 def _bone_or_device(relief: np.ndarray, part: np.ndarray) -> bool:
     """That a part (H, W) of a relief is tiny, soft, or hardly brighter than what is around it."""
-    near = _near(part.shape[1])
+    near = 2 * max(1, round(0.004 * part.shape[1])) + 1
     rim = ndimage.maximum_filter(part, near)
     around = ndimage.maximum_filter(rim, near) & ~rim
     gray = relief / np.median(relief[part])
-    return bool(part.sum() < (0.015 * len(part)) ** 2 or _crisp(gray, rim) < 0.62 or np.median(gray[around]) > 0.2)
-
-
-def _near(width: int) -> int:
-    """The pixels across a letter's rim."""
-    return 2 * max(1, round(0.004 * width)) + 1
+    return bool(part.sum() < (0.015 * part.shape[1]) ** 2 or _crisp(gray, rim) < 0.62 or np.median(gray[around]) > 0.2)
 
 
 def _crisp(gray: np.ndarray, rim: np.ndarray) -> float:
@@ -128,7 +128,7 @@ def _crisp(gray: np.ndarray, rim: np.ndarray) -> float:
 
 def _letter_boxes(film: np.ndarray) -> Iterator[tuple[slice, slice]]:
     """Boxes of letters and words on a gray film (H, W); the limits were set on films of NIH and Hannover."""
-    width, near = film.shape[1], _near(film.shape[1])
+    width, near = film.shape[1], 2 * max(1, round(0.004 * film.shape[1])) + 1
     relief = film - ndimage.grey_opening(film, max(3, round(0.026 * width) | 1))
     content = ndimage.find_objects((film > 0.05).astype(int))  # without padding
     # Over small gaps letters are joined to words.

@@ -42,11 +42,11 @@ class EditConfig:
 
     `local_blend` limits the edit in latent space to cells with attention to its words (Hertz et al., 2023). `confine`
     limits it to cells with at least this share of the greatest evidence (`editing.masks`); 0 is off. `protect_text`
-    keeps letters burnt into the corners out of the automatic mask, "anywhere" also those elsewhere, words and side
-    markers. `kinds`, a network below PRISM_WEIGHTS, keeps devices of other kinds out of the automatic mask of an edit
-    that removes kinds that it knows (`editing.kept`). With a `side` of the patient and no area of the user's own, the
-    outer third of the image at the other side stays the source's in latent space, and in the first steps what the
-    target asks for there is asked for on this side, mirrored.
+    keeps what is bright in dark corners out of the automatic mask as letters, "anywhere" letters, words and side
+    markers wherever they are. `kinds_network`, found as a classifier is, keeps devices of other kinds out of the
+    automatic mask of an edit that removes kinds that it knows (`editing.kept`). With a `side` of the patient and no
+    area of the user's own, the outer third of the image at the other side stays the source's in latent space, and in
+    the first steps what the target asks for there is asked for on this side, mirrored.
     """
 
     guidance_scale: Scale = 7.5
@@ -64,7 +64,7 @@ class EditConfig:
     confine: Share = 0.0
     side: Literal["", "left", "right"] = ""
     protect_text: bool | Literal["anywhere"] = True
-    kinds: str = ""
+    kinds_network: str = ""
     mask: MaskConfig = field(default_factory=MaskConfig)
     batch_size: Annotated[int, Field(ge=1)] = 8
 

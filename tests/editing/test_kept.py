@@ -1,4 +1,4 @@
-"""Letters anywhere on a film: found over a bright chest, tilted or in a ring, and devices are not."""
+"""What an edit leaves alone: letters anywhere on a film, which devices are not, and devices of other kinds."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ def test_a_letter_keeps_its_place_in_a_batch_and_a_piece_cut_by_the_border_is_no
 
 
 def test_film_sd_protects_letters_anywhere_and_phantom_sd_those_in_the_corners():
-    for model, protected in (("film-sd", "anywhere"), ("phantom-sd", True)):
-        assert recommended(paths.weights() / model, REMOVE).protect_text == protected
+    for model, protected, network in (("film-sd", "anywhere", "film-kinds"), ("phantom-sd", True, "")):
+        found = recommended(paths.weights() / model, REMOVE)
+        assert (found.protect_text, found.kinds_network) == (protected, network)
     with pytest.raises(ValueError, match="protect_text"):
         recommended(paths.weights() / "film-sd", REMOVE, protect_text="everywhere")
 
@@ -146,34 +147,52 @@ def test_in_the_corners_of_real_films_crisp_ink_is_a_letter_and_bones_and_clips_
         assert anywhere[shown].any() == in_real_film
 
 
-def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeypatch):
+def test_the_shipped_network_takes_a_can_for_a_pacemaker():
+    films = torch.from_numpy(film(512)).float().clamp(0, 1)[None, None].repeat(3, 1, 1, 1)
+    removed = torch.zeros_like(films)
+    removed[:, :, 100:160, 360:420] = 0.3
+    named = [("pacemaker",), ("Nasogastric tube",), ("nasogastric tube", "pacemaker")]
+    pairs = [PromptPair("x-ray", "x-ray without it", words, words) for words in named]
+    # An image of three channels is read as its mean.
+    others = kept.other_devices((films + removed).repeat(1, 3, 1, 1), removed.repeat(1, 3, 1, 1), pairs, "film-kinds")
+    assert others[:, 0, 100:160, 360:420].float().mean((1, 2)).tolist() == [0, 1, 0]
+    assert others[:, 0, :, :300].all(), "where nothing was removed"
+
+
+def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeypatch, tmp_path):
     """By a network that sees ports in the upper half of every film, and pacemakers in the lower one."""
+    (tmp_path / "kinds.json").write_text('["port", "pacemaker"]')
     upper = torch.tensor([[5.0], [-5.0]])[None, ..., None].expand(1, 2, 1, kept.READS // 2)
     network = torch.cat([upper, -upper], 2).repeat_interleave(kept.READS // 4, 2)
-    monkeypatch.setattr(kept, "load_kinds", lambda name: (lambda _: network, ("port", "pacemaker")))
-    named = [("pacemaker",), ("port",), ("port", "pacemaker"), ("support devices",), ()]
-    pairs = [PromptPair("chest", "chest", words, words) for words in named] + [
-        PromptPair("x-ray", "x-ray with port", ("port",), ("port",))
-    ]
+    monkeypatch.setattr(kept, "load_kinds", lambda _: lambda _: network)
+    named = [("pacemaker",), ("Port",), ("port", "pacemaker"), ("support devices",), ()]
+    pairs = [PromptPair("chest", "chest", words, words) for words in named]
+    pairs.append(PromptPair("x-ray", "x-ray with port", ("port",), ("port",)))
     films, removed = torch.rand(6, 1, 64, 64), torch.full((6, 1, 64, 64), 0.1)
-    others = kept.other_devices(films, removed, pairs, "any")
+    others = kept.other_devices(films, removed, pairs, str(tmp_path))
     assert others[0, 0, :32].all() and not others[0, 0, 33:].any()
     assert others[1, 0, 32:].all() and not others[1, 0, :31].any()
     assert not others[2:].any(), "all kinds, no kind, and a device that is added"
 
-    pipe, images = tiny_pipeline(), tiny_images(1)
-    inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
+    pipe, images = tiny_pipeline(), tiny_images(2)
+    inversion = invert(pipe, images, [REMOVE.source] * 2, num_inference_steps=2)
+    half, seen = torch.arange(32)[:, None].expand(32, 32) < 16, []
+    monkeypatch.setattr(kept, "other_devices", lambda *given: seen.append(given) or half[None, None].repeat(2, 1, 1, 1))
     wide = MaskConfig(weak=0.1, strong=0.1, seed_evidence=0, grow_evidence=0)
-    half = torch.arange(32)[:, None].expand(32, 32) < 16
-    monkeypatch.setattr(kept, "other_devices", lambda *_: half[None, None])
-    (bounded,), (free,) = (edit(pipe, inversion, [REMOVE], {"mask": wide, "kinds": name}) for name in ("any", ""))
-    assert torch.equal(bounded.image[0, half], images[0, 0, half]) and not torch.equal(bounded.image, images[0])
-    assert (free.mask[0, half] > 0).any()
+    settings = {"mask": wide, "kinds_network": str(tmp_path)}
+    bounded, free = (edit(pipe, inversion, [REMOVE] * 2, {**settings, **more}) for more in ({}, {"kinds_network": ""}))
+    for result, other, image in zip(bounded, free, images, strict=True):
+        assert torch.equal(result.image[0, half], image[0, half]) and not torch.equal(result.image, image)
+        assert (other.mask[0, half] > 0).any()
+    ((factual, removed, pairs, network),) = seen
+    assert torch.equal(factual, images) and list(pairs) == [REMOVE] * 2 and network == str(tmp_path)
+    assert torch.equal(removed, torch.stack([result.reconstruction - result.raw for result in bounded]))
 
 
 def test_a_missing_network_of_kinds_is_named_before_the_first_step(monkeypatch, tmp_path):
     monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path))
     pipe, images = tiny_pipeline(), tiny_images(1)
     inversion = invert(pipe, images, [REMOVE.source], num_inference_steps=2)
+    settings = {"kinds_network": "absent"}
     with pytest.raises(FileNotFoundError, match=r"no network of kinds of devices at .*absent: kinds\.json is missing"):
-        edit(pipe, inversion, [REMOVE], {"kinds": "absent"}, callback=lambda *_: pytest.fail("a step was made"))
+        edit(pipe, inversion, [REMOVE], settings, callback=lambda *_: pytest.fail("a step was made"))

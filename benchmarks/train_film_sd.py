@@ -5,7 +5,8 @@ shows no device; its input is the same crop with devices, drawn anew each time: 
 for one film and put at the same or at a random place of another, many turned, mirrored, made larger or smaller and
 fainter, and lines, rings, plates and clips of random shape. Half of the crops are mirrored, many get another contrast,
 brightness or gamma; letters, grain, blur and sharpening come to input and truth alike. The model sees little noise
-(timestep 1) and is told to remove devices, or one kind of them, of which the others then stay, or that they are there.
+(timestep 1) and is told to remove devices, or some kinds of them (--named), and removes all, or that they are there. An
+edit that names kinds is bounded by `film-kinds` afterwards.
 Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
@@ -27,6 +28,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +91,7 @@ class Films(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """All texts, and the rows of those that remove, or show, devices (place 0) and each of `NAMED`."""
+    """All texts, and the rows of those that remove, or show, devices (place 0) and kinds of them (place 1)."""
 
     texts: list[str]
     targets: list[list[int]]
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--stays", type=fraction, default=1 / 8, help="share of crops told that devices are there")
     parser.add_argument(
-        "--named", type=fraction, default=0.0, help="share of the other crops that name a kind of device"
+        "--named", type=fraction, default=0.3, help="share of the crops whose prompt names kinds of devices"
     )
     parser.add_argument("--bank", type=positive, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
@@ -322,13 +324,17 @@ def bedside(folder: Path, data: Path) -> tuple[Films, Bank]:
 
 
 def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
-    """The prompts that remove devices, or a kind of them, from the films as if they showed some; half keep another."""
-    shown, places = films.assign(**{DEVICES: 1.0}), dict[str, int]()
-    shown, rows = shown.drop_duplicates([*load_vocabulary(folder).stated]), []
-    for name in (DEVICES, *NAMED):
-        others = [other for other in NAMED if name in NAMED and other != name]
-        edits = [Edit(remove=(name,)) for _ in others or [name]]
-        edits += [Edit(remove=(name,), keep=(other,)) for other in others]
+    """The prompts that remove devices, or one or two kinds of them, from the films as if they showed some.
+
+    Some keep another kind. The findings of the films are said, or none.
+    """
+    stated, places, rows = [*load_vocabulary(folder).stated], dict[str, int](), []
+    shown = films.assign(**{DEVICES: 1.0}).drop_duplicates(stated)
+    shown = pd.concat([shown, shown.head(1).assign(**{name: np.nan for name in stated if name != DEVICES})])
+    pairs_of = [*permutations(NAMED, 2)]
+    by_kind = [Edit(remove=(name,)) for name in NAMED for _ in NAMED] + [Edit(remove=both) for both in pairs_of]
+    by_kind += [Edit(remove=(name,), keep=(other,)) for name, other in pairs_of]
+    for edits in ([Edit(remove=(DEVICES,))], by_kind):
         pairs = [pair for change in edits for pair in prompt_pairs(folder, shown, change)]
         rows.append([[places.setdefault(text, len(places)) for text in (pair.target, pair.source)] for pair in pairs])
     targets, sources = ([[pair[side] for pair in pairs] for pairs in rows] for side in (0, 1))
@@ -375,31 +381,30 @@ def batch(films: list[Films], devices: list[Bank], prompts: Prompts, options: ar
     random = np.random.default_rng([options.seed, 2, step])
     count, made, rows = options.batch_size, [], []
     stays = random.random(count) < options.stays
-    named = np.where(random.random(count) < options.named, random.integers(1, 1 + len(NAMED), count), 0)
-    for told, kind in zip(stays, named, strict=True):
-        some = films[-1] if random.random() < options.share and not kind else films[0]
-        truth, image, known = crop(some, devices, random, options.cut_outs, kind - 1 if kind and not told else None)
+    named = random.random(count) < options.named
+    for told, kinds in zip(stays, named, strict=True):
+        some = films[-1] if random.random() < options.share else films[0]
+        truth, image, known = crop(some, devices, random, options.cut_outs)
         made.append((image, image if told else truth, known))
-        texts = (prompts.sources if told else prompts.targets)[kind]
+        texts = (prompts.sources if told else prompts.targets)[int(kinds)]
         rows.append(random.choice(texts))
     inputs, truths, where = (torch.from_numpy(np.stack(images))[:, None] for images in zip(*made, strict=True))
     return Crops(inputs.float(), truths.float(), where, torch.tensor(rows))
 
 
 def crop(
-    films: Films, devices: list[Bank], random: np.random.Generator, real: float = 0.0, kind: int | None = None
+    films: Films, devices: list[Bank], random: np.random.Generator, real: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A crop (CROP, CROP) without devices, or without one ``kind``; with all of them; where the first is known.
+    """A crop (CROP, CROP) without devices, and with them; where the first is known.
 
     A share of the devices is ``real``: of the last bank, not of the first one.
     """
     row = random.integers(len(films.images))
     film, free = films.images[row], films.free[row].repeat(films.images.shape[1] // 8, 0)
     free = free.repeat(film.shape[1] // 8, 1)
-    own = None if kind is None else devices[0].maps[random.choice(np.flatnonzero(devices[0].kinds == kind))]
     shown = np.zeros(film.shape, np.float16) if films.drawn is None else films.drawn[row]
     sure = free | (shown > 0)
-    y, x = fullest(sure if own is None else sure & (own > SEEN), random)
+    y, x = fullest(sure, random)
     here, mirrored = np.s_[y : y + CROP, x : x + CROP], random.random() < 0.5
     truth, known, goes = film[here].astype(np.float32) / 255, sure[here], shown[here].astype(np.float32) / QUANTUM
     if mirrored:
@@ -410,25 +415,17 @@ def crop(
         truth = truth ** math.exp(random.uniform(-0.35, 0.35))
     if random.random() < 0.3:
         truth = lettered(truth, random)
-    stays = np.zeros_like(truth)
-    for _ in range(random.choice(4, p=(0.06, 0.34, 0.35, 0.25)) - (kind is not None)):
+    for _ in range(random.choice(4, p=(0.06, 0.34, 0.35, 0.25))):
         some = devices[-1] if random.random() < real else devices[0]
-        drawn = random.choice(np.flatnonzero(some.kinds != kind))
-        goes = goes + piece(some.maps[drawn], random, (y, x), mirrored, 0.4)
-    if random.random() < (0.3 if kind is None else 0.1):
+        goes = goes + piece(random.choice(some.maps), random, (y, x), mirrored, 0.4)
+    if random.random() < 0.3:
         drawn = shapes(random) * random.uniform(0.3, 1.0)
         goes = goes + drawn if random.random() < 0.7 else drawn
-    if own is not None:
-        goes, stays = stays, goes
-        if random.random() < 0.85:
-            goes = goes + piece(own, random, (y, x), mirrored, 0.7)
     scatter = random.uniform(0.05, 0.2) if random.random() < 0.5 else 0.0
     # In half of the crops the film's texture stays under the devices, so that its absence is no sign of them.
     base = ndimage.gaussian_filter(truth, 3) if random.random() < 0.5 else truth
-    both: list[np.ndarray] = []
-    for attenuation in (stays, stays + goes):
-        through = np.maximum(scatter + (1 - scatter) * np.exp(-attenuation), 0.1)
-        both.append(np.where(attenuation < FAINT, truth, truth + (1 - base) * (1 - through)))
+    through = np.maximum(scatter + (1 - scatter) * np.exp(-goes), 0.1)
+    both = [truth, np.where(goes < FAINT, truth, truth + (1 - base) * (1 - through))]
     if random.random() < 0.5:
         grain = random.standard_normal(truth.shape, dtype=np.float32)
         grain = ndimage.gaussian_filter(grain, random.uniform(0.5, 1.2)) if random.random() < 0.7 else grain

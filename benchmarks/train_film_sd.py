@@ -5,8 +5,8 @@ shows no device; its input is the same crop with devices, drawn anew each time: 
 for one film and put at the same or at a random place of another, many turned, mirrored, made larger or smaller and
 fainter, and lines, rings, plates and clips of random shape. Half of the crops are mirrored, many get another contrast,
 brightness or gamma; letters, grain, blur and sharpening come to input and truth alike. The model sees little noise
-(timestep 1) and is told to remove devices, or some kinds of them (--named), and removes all, or that they are there. An
-edit that names kinds is bounded by `film-kinds` afterwards.
+(timestep 1) and is told that there are no devices, or that there are (KNOWN). Every prompt that names devices is read
+as one of these two, and `film-kinds` bounds an edit that names kinds.
 Its loss is the Huber error of the clean image in pixels, in which devices weigh more, faint ones most.
 
 With --bedside, a prepared folder of the data set "nih", a share of the crops comes from bedside films that show real
@@ -28,7 +28,6 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +45,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.drawn_devices import attenuations, load_devices
-from prism_lib.data import load_info, load_table, load_vocabulary, read_images
+from prism_lib.data import load_info, load_table, read_images
 from prism_lib.data.chest import DEVICES
-from prism_lib.data.rows import prompt_pairs
 from prism_lib.devices import autocast, default_device, fast_attention
 from prism_lib.editing.settings import FILE as EDITING
 from prism_lib.files import atomic, stable_seed
-from prism_lib.language import Edit
 from prism_lib.models import encode_prompts, load_pipeline
 from prism_lib.models.pipeline import Pipe, assembled, encode_images
 from prism_lib.models.published import locate
@@ -69,7 +66,12 @@ HUBER = 0.006  # gray from which on an error counts in proportion, not squared: 
 QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
 WORDS = ("L", "R", "PORTABLE", "SUPINE", "AP", "UPRIGHT", "ERECT", "SEMI-UPRIGHT", "MOBILE")
 ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
-NAMED = KINDS[:9]  # buttons and necklaces are no words of the vocabulary
+NAMED = f"(support devices|{'|'.join(KINDS)})"
+# Patterns of prompts, and how the model reads a prompt that fits, the first that does.
+KNOWN = [
+    (f"{word} {NAMED}", f"chest x-ray without cardiomegaly, without pleural effusion, {word} support devices")
+    for word in ("without", "with")
+]
 
 
 class Bank(NamedTuple):
@@ -90,16 +92,8 @@ class Films(NamedTuple):
     drawn: np.ndarray | None = None
 
 
-class Prompts(NamedTuple):
-    """All texts, and the rows of those that remove, or show, devices (place 0) and kinds of them (place 1)."""
-
-    texts: list[str]
-    targets: list[list[int]]
-    sources: list[list[int]]
-
-
 class Crops(NamedTuple):
-    """A batch: inputs and truths (N, 1, CROP, CROP) in [0, 1], where they are known, and the row of each prompt."""
+    """A batch: inputs and truths (N, 1, CROP, CROP) in [0, 1], where they are known, and the place in KNOWN of each."""
 
     inputs: Tensor
     truths: Tensor
@@ -121,9 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of devices: with 1 a faint pixel weighs up to 7 times as much as one without",
     )
     parser.add_argument("--stays", type=fraction, default=1 / 8, help="share of crops told that devices are there")
-    parser.add_argument(
-        "--named", type=fraction, default=0.3, help="share of the crops whose prompt names kinds of devices"
-    )
     parser.add_argument("--bank", type=positive, default=3000, help="maps of devices that are taken to other films")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=positive, default=250)
@@ -142,11 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
     state = State(options.out / "state.pt", {"average": average, "optimizer": optimizer, "schedule": schedule}, unet)
     history = state.restored(vars(options), device)
-    prompts = prompts_of(options.data, screened(options.data))
-    texts = encode_prompts(start, prompts.texts)
+    start.text_encoder.config.known_prompts = KNOWN
+    texts = encode_prompts(start, [prompt for _, prompt in KNOWN])
     steps = range(int(history[-1]["step"]) if history else 0, options.steps)
     threads = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
-    ahead = drawn_ahead(lambda step: batch(films, devices, prompts, options, step), steps, threads)
+    ahead = drawn_ahead(lambda step: batch(films, devices, options, step), steps, threads)
     begin, seen = time.perf_counter(), []
     for step, drawn in zip(steps, tqdm(ahead, total=options.steps, initial=steps.start), strict=True):
         crops = Crops(*(values.to(device) for values in drawn))
@@ -323,24 +314,6 @@ def bedside(folder: Path, data: Path) -> tuple[Films, Bank]:
     return films, Bank(np.array(maps).reshape(-1, *images.shape[1:]), np.array(kinds, int))
 
 
-def prompts_of(folder: Path, films: pd.DataFrame) -> Prompts:
-    """The prompts that remove devices, or one or two kinds of them, from the films as if they showed some.
-
-    Some keep another kind. The findings of the films are said, or none.
-    """
-    stated, places, rows = [*load_vocabulary(folder).stated], dict[str, int](), []
-    shown = films.assign(**{DEVICES: 1.0}).drop_duplicates(stated)
-    shown = pd.concat([shown, shown.head(1).assign(**{name: np.nan for name in stated if name != DEVICES})])
-    pairs_of = [*permutations(NAMED, 2)]
-    by_kind = [Edit(remove=(name,)) for name in NAMED for _ in NAMED] + [Edit(remove=both) for both in pairs_of]
-    by_kind += [Edit(remove=(name,), keep=(other,)) for name, other in pairs_of]
-    for edits in ([Edit(remove=(DEVICES,))], by_kind):
-        pairs = [pair for change in edits for pair in prompt_pairs(folder, shown, change)]
-        rows.append([[places.setdefault(text, len(places)) for text in (pair.target, pair.source)] for pair in pairs])
-    targets, sources = ([[pair[side] for pair in pairs] for pairs in rows] for side in (0, 1))
-    return Prompts(list(places), targets, sources)
-
-
 def bank(films: np.ndarray, count: int, seed: int) -> Bank:
     """``count`` maps of one kind of device each, drawn for one of the films (N, H, H)."""
     random, maps = np.random.default_rng([seed, 1]), np.zeros((count, *films.shape[1:]), np.uint8)
@@ -376,18 +349,16 @@ def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
             values *= factor
 
 
-def batch(films: list[Films], devices: list[Bank], prompts: Prompts, options: argparse.Namespace, step: int) -> Crops:
+def batch(films: list[Films], devices: list[Bank], options: argparse.Namespace, step: int) -> Crops:
     """The crops of a step; those that are told that devices are there stay as they are."""
     random = np.random.default_rng([options.seed, 2, step])
     count, made, rows = options.batch_size, [], []
     stays = random.random(count) < options.stays
-    named = random.random(count) < options.named
-    for told, kinds in zip(stays, named, strict=True):
+    for told in stays:
         some = films[-1] if random.random() < options.share else films[0]
         truth, image, known = crop(some, devices, random, options.cut_outs)
         made.append((image, image if told else truth, known))
-        texts = (prompts.sources if told else prompts.targets)[int(kinds)]
-        rows.append(random.choice(texts))
+        rows.append(int(told))
     inputs, truths, where = (torch.from_numpy(np.stack(images))[:, None] for images in zip(*made, strict=True))
     return Crops(inputs.float(), truths.float(), where, torch.tensor(rows))
 

@@ -271,15 +271,15 @@ class Session:
 
     def unmeasured(self, edit: Edit | None, model: str) -> str:
         """What the model was measured for, if this edit is something else."""
-        if Path(model).name != FILMS:
-            return ""
         removed = {self.vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else set()
-        if removed and removed <= {"support devices", *vocabulary("films").owners}:
+        if Path(model).name != FILMS or (removed and removed <= {"support devices", *vocabulary("films").owners}):
             return ""
         return f"{model} was measured for edits that remove support devices; {OUTSIDE}"
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""
+        if Path(model).name == FILMS:  # it removes all kinds alike, and `film-kinds` tells them apart
+            return ""
         for name in map(self.vocab.phrase, (*edit.remove, *edit.add, *edit.keep)):  # a side is no word of captions
             for other in self.vocab.details.get(self.vocab.owners.get(name, ""), ()):
                 if other != name and told_apart(self.pipes[model], name, other, self.vocab.subject) < HEARD:

@@ -19,7 +19,6 @@ from prism_lib.language.edits import Pairs, PromptPair
 from prism_lib.models.classifier import find_classifier
 
 READS = 256  # pixels a side that a network of kinds reads
-FEATURES = (24, 32, 64, 96, 128, 24)  # of it, from half of them downwards and back
 OWN = 0.25  # share of the named kinds from which on a place is theirs, chosen on validation films
 
 
@@ -30,7 +29,7 @@ def build_kinds(count: int) -> nn.Module:
     """
     from monai.networks.nets import BasicUNet  # three seconds: only where one is built
 
-    return BasicUNet(2, 10, count, FEATURES)
+    return BasicUNet(2, 10, count, (24, 32, 64, 96, 128, 24))
 
 
 def kinds_input(films: Tensor, removed: Tensor) -> Tensor:
@@ -71,9 +70,8 @@ def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) ->
         gray = torch.stack([films[row], removed[row]]).mean(1, keepdim=True).cpu().float()
         film, lost = F.adaptive_avg_pool2d(gray, READS).split(1)
         amount = F.avg_pool2d(lost.clamp(min=0), 2)
-        share = amount * load_kinds(find_classifier(network))(kinds_input(film, lost)).softmax(1)
-        share = share[:, named].sum(1, keepdim=True)
-        own, every = (F.avg_pool2d(values, 3, stride=1, padding=1) for values in (share, amount))
+        share = load_kinds(find_classifier(network))(kinds_input(film, lost)).softmax(1)[:, named].sum(1, keepdim=True)
+        own, every = (F.avg_pool2d(values, 3, stride=1, padding=1) for values in (share * amount, amount))
         own = F.interpolate(own / every.clamp(min=1e-7), films.shape[-2:], mode="bilinear")
         others[row] = own[0].to(others.device) < OWN
     return others

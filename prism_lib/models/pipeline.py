@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -311,6 +312,7 @@ def _beside_tokens(unet: UNet2DConditionModel, args: tuple[Any, ...], given: dic
 def encode_prompts(pipeline: Pipe, texts: Sequence[str]) -> Tensor:
     """Prompt embeddings (N, tokens, width) in float32; ValueError for a prompt that would be cut.
 
+    If the encoder's config has `known_prompts`, (pattern, prompt) each, a text is read as that of the first one found.
     SDXL's have one more row: the pooled text, and the sizes of an uncropped image of the model's own size.
     """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
@@ -328,7 +330,9 @@ def encode_prompts(pipeline: Pipe, texts: Sequence[str]) -> Tensor:
         beside = F.pad(beside, (0, embeddings.shape[2] - beside.shape[1]))
         embeddings = torch.cat([embeddings, beside[:, None]], dim=1).float()
     else:
-        tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        known = getattr(encoder.config, "known_prompts", ())
+        said = [next((prompt for pattern, prompt in known if re.search(pattern, text)), text) for text in distinct]
+        tokens = tokenizer(said, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
         tokens = tokens.to(encoder.device)
         masked = getattr(encoder.config, "use_attention_mask", False)  # as in diffusers
         embeddings = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()

@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import drawn_devices, train_film_judge, train_film_kinds, train_film_sd
+from prism_lib.data.chest import DEVICES
 from prism_lib.data.folder import load_table, read_images
 from prism_lib.data.preparation import PrepareConfig, prepare
 from prism_lib.editing import kept
+from prism_lib.language import Edit, vocabulary
 from prism_lib.models import encode_images, encode_prompts, load_pipeline, predict_noise
 from prism_lib.models.classifier import Classifier
 from prism_lib.models.wavelets import HaarAutoencoder
 from prism_lib.phantom.films import KINDS
 from prism_lib.phantom.patients import render, sample_patients
 from tests.formats import nih_films
-from tests.tiny import SOURCE, TARGET, tiny_pipeline
+from tests.tiny import TARGET, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -66,31 +68,28 @@ def test_crops_differ_by_devices_alone_and_devices_are_bright(films, devices):
     np.testing.assert_array_equal(again[1], made[7][1])
 
 
-def test_prompts_name_every_kind_pairs_of_them_and_findings_or_none(folder):
-    table = load_table(folder, "train").query("not rendered")
-    prompts = train_film_sd.prompts_of(folder, table)
-    targets, sources = (
-        [[prompts.texts[row] for row in rows] for rows in side] for side in (prompts.targets, prompts.sources)
-    )
-    assert all("without support devices" in text for text in targets[0])
-    assert all("with support devices" in text for text in sources[0])
-    for name in train_film_sd.NAMED:
-        assert 0.1 < np.mean([f"without {name}" in text for text in targets[1]]) < 0.3, "one kind as often as another"
-        assert any(text == f"chest x-ray without {name}" for text in targets[1]), "no finding is said"
-        assert any(text == f"chest x-ray with {name}" for text in sources[1])
-    assert any("cardiomegaly" in text for text in targets[1])
-    assert "chest x-ray without ecg leads, without port" in targets[1]
-    assert "chest x-ray with ecg leads, without port" in targets[1]
+def test_crops_that_are_told_of_devices_stay_as_they_are(films, devices):
+    options = argparse.Namespace(seed=0, batch_size=24, share=0.0, cut_outs=0.0, stays=0.5)
+    crops = train_film_sd.batch([films], devices, options, 0)
+    told = torch.tensor(["with support" in train_film_sd.KNOWN[place][1] for place in crops.prompts])
+    assert 4 < told.sum() < 20 and torch.equal(crops.inputs[told], crops.truths[told])
+    assert ((crops.inputs - crops.truths)[~told].abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.7
 
 
-def test_a_prompt_that_names_kinds_has_the_same_truth(films, devices, folder):
-    prompts = train_film_sd.prompts_of(folder, load_table(folder, "train").query("not rendered"))
-    options = argparse.Namespace(seed=0, batch_size=6, share=0.0, cut_outs=0.0, stays=0.0, named=0.0)
-    without = train_film_sd.batch([films], devices, prompts, options, 0)
-    options.named = 1.0
-    named = train_film_sd.batch([films], devices, prompts, options, 0)
-    assert torch.equal(without.inputs, named.inputs) and torch.equal(without.truths, named.truths)
-    assert {*without.prompts.tolist()} <= {*prompts.targets[0]} and {*named.prompts.tolist()} <= {*prompts.targets[1]}
+def test_film_sd_reads_every_prompt_about_devices_as_one_of_two():
+    pipe = load_pipeline("film-sd", device="cpu")
+    assert pipe.text_encoder.config.known_prompts == [list(pair) for pair in train_film_sd.KNOWN]
+    without, shown, other = encode_prompts(pipe, [*(prompt for _, prompt in train_film_sd.KNOWN), "chest x-ray"])
+    both, kept_leads = Edit(remove=("port", "ecg leads")), Edit(remove=("port",), keep=("ecg leads",))
+    for labels in ({DEVICES: 1}, {DEVICES: 1, "Cardiomegaly": 1, "Pleural Effusion": 0}):
+        for edit in (both, kept_leads, Edit(remove=(DEVICES,))):
+            pair = edit.prompts(labels, vocabulary("films"))
+            source, target = encode_prompts(pipe, [pair.source, pair.target])
+            assert torch.equal(source, shown) and torch.equal(target, without)
+    assert not torch.equal(without, shown) and not torch.equal(other, shown)
+    texts = ["chest x-ray with ecg leads", "chest x-ray with pacemaker"]
+    words = encode_prompts(load_pipeline("phantom-sd", device="cpu"), texts)
+    assert not torch.equal(*words), "a model without known prompts reads what is written"
 
 
 def test_bedside_films_count_in_free_cells_and_where_devices_were_drawn(films, devices, folder, tmp_path, monkeypatch):
@@ -145,8 +144,6 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     tiny = tiny_pipeline()
     monkeypatch.setattr(train_film_sd, "load_pipeline", lambda *_, **__: tiny)
     monkeypatch.setattr(train_film_sd, "screened", lambda _: None)
-    prompts = train_film_sd.Prompts([TARGET, SOURCE], [[0]] * 10, [[1]] * 10)
-    monkeypatch.setattr(train_film_sd, "prompts_of", lambda *_: prompts)
     monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(films.images)[:, None] / 255)
     monkeypatch.setattr(train_film_sd, "CHANNELS", (8, 16))
     given = ["data", str(tmp_path / "film"), "--steps", "4", "--batch-size", "2", "--bank", "40", "--save-every", "2"]
@@ -164,7 +161,7 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
         train_film_sd.main([*given, "--weight", "2"])
     pipe = load_pipeline(tmp_path / "film", device="cpu")
     assert isinstance(pipe.vae, HaarAutoencoder) and pipe.unet.config.in_channels == 16
-    assert pipe.scheduler.config.set_alpha_to_one
+    assert pipe.scheduler.config.set_alpha_to_one and pipe.text_encoder.config.known_prompts
     latents = encode_images(pipe.vae, torch.from_numpy(films.images[:1])[:, None] / 255)
     assert predict_noise(pipe, latents, 1, encode_prompts(pipe, [TARGET])).abs().max() > 0
     log = json.loads((tmp_path / "film" / "training.json").read_text())

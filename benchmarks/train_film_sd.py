@@ -60,7 +60,9 @@ from prism_lib.training.batches import drawn_ahead
 
 CELLS = Path(__file__).parents[1] / "figures/films/free_cells.csv"  # of a grid of 8 x 8, rows A to H
 CROP, TIMESTEP = 256, 1
-CHANNELS = (48, 96, 128, 128)  # of the U-Net, where START's are 32, 64, 128, 128
+CHANNELS = (48, 96, 128, 128)  # of the U-Net, where phantom-sd's are 32, 64, 128, 128
+SHARD = "10MB"  # of a file of weights
+LAYERS = (2, 2, 2, 1)  # of its blocks, where phantom-sd's have one each
 FAINT = 0.004  # gray below which a change is none
 HUBER = 0.006  # gray from which on an error counts in proportion, not squared: a model in doubt changes nothing
 QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
@@ -259,7 +261,7 @@ def save(
     # An edit of one step ends at the clean latents, not at timestep 0 as Stable Diffusion's do.
     scheduler = DDIMScheduler.from_config(start.scheduler.config, set_alpha_to_one=True)
     pipe = assembled(vae, text_encoder, start.tokenizer, unet.half(), scheduler)
-    pipe.save_pretrained(options.out)
+    pipe.save_pretrained(options.out, max_shard_size=SHARD)
     if (settings := Path(locate(options.start)) / EDITING).is_file():
         shutil.copy(settings, options.out)
     log = {"config": vars(options), "losses": history}
@@ -329,17 +331,40 @@ def bank(films: np.ndarray, count: int, seed: int) -> Bank:
 
 
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change."""
+    """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change.
+
+    Where a block has one layer more than the given one's, the new one is the identity and comes second: so a film-sd of
+    fewer layers predicts what it did.
+    """
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
     kept = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # no place on this disk
-    new = UNet2DConditionModel.from_config({**kept, **config})
-    torch.nn.init.zeros_(new.conv_out.weight)
-    torch.nn.init.zeros_(new.conv_out.bias)
+    new, unet = (
+        UNet2DConditionModel.from_config({**kept, **config, "layers_per_block": LAYERS}),
+        copy.deepcopy(unet),
+    )
+    for values in new.conv_out.parameters():
+        torch.nn.init.zeros_(values)
+    blocks = zip([*new.down_blocks, *new.up_blocks], [*unet.down_blocks, *unet.up_blocks], strict=True)
+    for block, before in blocks:
+        if len(block.resnets) == len(before.resnets) + 1:
+            before.resnets.insert(1, identity(block.resnets[1]))
+            if hasattr(block, "attentions"):
+                before.attentions.insert(1, identity(block.attentions[1]))
     own, old = new.state_dict(), unet.state_dict()
     new.load_state_dict(
         own | {name: old[name] for name in own.keys() & old.keys() if own[name].shape == old[name].shape}
     )
     return new
+
+
+def identity(layer: torch.nn.Module) -> torch.nn.Module:
+    """A residual layer that gives its input, or its input's first channels, until it is trained."""
+    for values in getattr(layer, "conv2" if hasattr(layer, "conv2") else "proj_out").parameters():
+        torch.nn.init.zeros_(values)
+    if (shortcut := getattr(layer, "conv_shortcut", None)) is not None:
+        torch.nn.init.dirac_(shortcut.weight)
+        torch.nn.init.zeros_(shortcut.bias)
+    return layer
 
 
 def scale_output(unet: UNet2DConditionModel, factor: float) -> None:
@@ -423,8 +448,12 @@ def piece(
 
 
 def fullest(where: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
-    """The upper left corner of a crop: of three places in a boolean map (H, H) the one with the most of it."""
-    places = random.integers(0, len(where) - CROP + 1, (3, 2)).tolist()
+    """The upper left corner of a crop: of three places in a boolean map (H, H) the one with the most of it.
+
+    Half of the crops or more touch an edge of the film, and many lie in a corner, which few would cover otherwise.
+    """
+    last = len(where) - CROP
+    places = random.integers(-last // 2, last + last // 2 + 1, (3, 2)).clip(0, last).tolist()
     y, x = max(places, key=lambda p: int(where[p[0] : p[0] + CROP, p[1] : p[1] + CROP].sum()))
     return y, x
 

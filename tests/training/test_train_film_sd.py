@@ -146,6 +146,7 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     monkeypatch.setattr(train_film_sd, "screened", lambda _: None)
     monkeypatch.setattr(train_film_sd, "read_images", lambda *_: torch.from_numpy(films.images)[:, None] / 255)
     monkeypatch.setattr(train_film_sd, "CHANNELS", (8, 16))
+    monkeypatch.setattr(train_film_sd, "LAYERS", (2, 1))
     given = ["data", str(tmp_path / "film"), "--steps", "4", "--batch-size", "2", "--bank", "40", "--save-every", "2"]
     with monkeypatch.context() as stopped:
         stopped.setattr(train_film_sd.State, "keep", stop_after(train_film_sd.State.keep))
@@ -168,6 +169,29 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     assert log["losses"][-1]["step"] == 4 and log["config"]["bank"] == 40
     inner = "mid_block.resnets.0.conv1.weight"
     assert train_film_sd.wider(tiny.unet).state_dict()[inner].equal(tiny.unet.state_dict()[inner])
+
+
+def test_a_unet_with_more_layers_predicts_what_it_did(monkeypatch):
+    monkeypatch.setattr(train_film_sd, "CHANNELS", (8, 16))
+    monkeypatch.setattr(train_film_sd, "LAYERS", (1, 1))
+    before = train_film_sd.wider(tiny_pipeline().unet)
+    torch.nn.init.normal_(before.conv_out.weight, std=0.1)
+    monkeypatch.setattr(train_film_sd, "LAYERS", (2, 1))
+    after = train_film_sd.wider(before)
+    assert [len(block.resnets) for block in after.up_blocks] == [2, 3]
+    torch.manual_seed(0)
+    latents, texts = torch.randn(2, 16, 16, 16), torch.randn(2, 5, before.config.cross_attention_dim)
+    with torch.no_grad():
+        expected, found = (unet.eval()(latents, 1, encoder_hidden_states=texts).sample for unet in (before, after))
+    assert expected.std() > 0.01 and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_crops_cover_the_corners_of_a_film():
+    whole, random, covered = np.ones((512, 512), bool), np.random.default_rng(0), np.zeros((512, 512))
+    for _ in range(200):
+        y, x = train_film_sd.fullest(whole, random)
+        covered[y : y + train_film_sd.CROP, x : x + train_film_sd.CROP] += 1
+    assert covered.sum() == 200 * train_film_sd.CROP**2 and covered.min() > 4
 
 
 def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(films, devices, folder, tmp_path):

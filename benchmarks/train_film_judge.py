@@ -38,6 +38,7 @@ SHOWS, ENOUGH = 0.01, 6  # change in gray of a pixel that shows a device, and ho
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, calibrate and save."""
     parser = parser_of(__doc__)
+    parser.add_argument("--start", help="a judge of this program that learns on")
     parser.add_argument("--steps", type=positive, default=2000)
     parser.add_argument("--pairs", type=positive, default=8, help="crops of a batch, each with devices and without")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not len(films_of(options.data)):
         raise SystemExit(f"{options.data} has no film with rendered devices in split 'train' to calibrate by")
     films, devices = backgrounds(options)
-    model = cast(DenseNet, build_classifier(CONFIG).train())
+    network = Classifier.load(options.start).network if options.start else build_classifier(CONFIG)
+    model = cast(DenseNet, network.train())
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
     seen, begin, history = [], time.perf_counter(), []

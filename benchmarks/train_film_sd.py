@@ -68,7 +68,7 @@ HUBER = 0.006  # gray from which on an error counts in proportion, not squared: 
 QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
 WORDS = ("L", "R", "PORTABLE", "SUPINE", "AP", "UPRIGHT", "ERECT", "SEMI-UPRIGHT", "MOBILE")
 ALPHABET = np.array(list("ABCDEFGHIKLMNOPRSTUXY0123456789:./- "))
-NAMED = f"(support devices|{'|'.join(KINDS)})"
+NAMED = f"(support device|{'|'.join(kind.removesuffix('s') for kind in KINDS)})s?\\b"
 # Patterns of prompts, and how the model reads a prompt that fits, the first that does.
 KNOWN = [
     (f"{word} {NAMED}", f"chest x-ray without cardiomegaly, without pleural effusion, {word} support devices")

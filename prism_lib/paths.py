@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-SHIPPED = "phantom-sd"  # the pipeline below `weights` that comes with the package
+SHIPPED, FILMS = "phantom-sd", "film-sd"  # pipelines below `weights`, of phantoms and of films
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -29,6 +29,7 @@ from prism_lib.data.folder import load_info, read_images
 from prism_lib.devices import default_device, threads
 from prism_lib.editing.counterfactuals import Counterfactual, in_parts, sweep
 from prism_lib.editing.inversion import invert
+from prism_lib.editing.kept import kinds_folder
 from prism_lib.editing.settings import EditConfig, recommended, recommended_inversion
 from prism_lib.evaluation.selection import GuideScorer, IdentityScorer, Scorer, SimilarityScorer, load_guide, select
 from prism_lib.files import Stopped, exclusive, file_hash, stop_asked, write_bytes, write_text
@@ -129,7 +130,8 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
         try:
             steps = settings.num_inference_steps
             used = [_record(recommended(pipe, pair, steps, **candidate)) for candidate in settings.candidates]
-        except ValueError as error:
+            networks = {kinds_folder(one["kinds_network"]) for one in used if one["kinds_network"]}
+        except (OSError, ValueError) as error:
             raise ValueError(f"{config.edits}, row {task.row}: {error}") from None
         content = common | {
             "image": task.file_name,
@@ -138,8 +140,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
             "inversion": asdict(recommended_inversion(pipe, steps)),
             "scored": scored[settings.choice],
         }
-        if networks := {one["kinds_network"] for one in used} - {""}:
-            content["kinds"] = [file_hash(find_classifier(name) / "model.safetensors") for name in sorted(networks)]
+        content |= {"kinds": [file_hash(n / "model.safetensors") for n in sorted(networks)]} if networks else {}
         for name, area in task.areas.items():
             content[name] = hashlib.sha256(region(area, info["config"]["size"]).tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

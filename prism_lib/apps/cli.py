@@ -152,7 +152,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from prism_lib.apps import bulk, bulk_plan  # they import torch
+    from prism_lib.apps import bulk, bulk_plan, recipe  # they import torch
+    from prism_lib.data.folder import load_vocabulary
 
     try:
         if options.processes < 0:
@@ -166,7 +167,9 @@ def _generate(options: argparse.Namespace) -> int:
             bulk.check_place(config, tasks)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    print(f"{len(tasks)} counterfactuals into {options.out}", flush=True)
+    vocab = load_vocabulary(config.data)
+    notes = filter(None, {recipe.unmeasured(config.model, task.edit, vocab) for task in tasks})
+    print(f"{len(tasks)} counterfactuals by {config.model} into {options.out}", *notes, sep="\n", flush=True)
     if options.check:
         return 0
     try:

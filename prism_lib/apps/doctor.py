@@ -56,10 +56,12 @@ def checks() -> Iterator[Check]:
     for check in (_versions, _device, _threads, _memory, _torchvision, _codecs):
         yield check()
     for name, file, or_else in (
-        ("weights", paths.weights() / WEIGHTS / "model_index.json", ", or let PRISM_WEIGHTS name their folder"),
-        ("judge", paths.weights() / JUDGE / "model.safetensors", "; without a judge edits have no flip rates"),
+        ("weights", f"{WEIGHTS}/model_index.json", ", or let PRISM_WEIGHTS name their folder"),
+        ("judge", f"{JUDGE}/model.safetensors", "; without a judge edits have no flip rates"),
+        ("film-sd", "film-sd/model_index.json", "; without it, film-kinds and film-judge films are not edited"),
     ):
-        detail = str(file.parent) if (there := file.is_file()) else f"no {file}"
+        path = paths.weights() / file
+        detail = str(path.parent) if (there := path.is_file()) else f"no {path}"
         yield Check(name, there, detail, f"git checkout -- prism_lib/weights{or_else}", required=name == "weights")
     yield _writable("data", paths.data(), "PRISM_DATA can name another folder")
     yield _writable("runs", paths.runs(), "PRISM_RUNS can name another folder")

@@ -11,12 +11,13 @@ import ipywidgets as widgets
 import traitlets
 
 from prism_lib import paths
-from prism_lib.apps.recipe import Case, Outcome, image_size
+from prism_lib.apps.recipe import Case, Outcome, unmeasured
 from prism_lib.apps.session import WORDS, Session, list_images, sentence
 from prism_lib.data.uploads import ACCEPT
 from prism_lib.editing.methods import METHODS, RECOMMENDED
 from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.language.edits import NO_EDIT
+from prism_lib.models.pipeline import image_size
 from prism_lib.reporting.plots import difference, overlay, png, view
 
 MAX_CHOICES = 500  # of images in one list
@@ -111,7 +112,7 @@ class SourcePanel(Panel):
         if case is not None:
             far = ", ".join(f"{model} {distance:.1f}" for model, distance in case.distances.items())
             said = f"Edited by {self._session.model}. Distances to the models' training images: {far}. " if far else ""
-            self.resembles.say(said + self._session.unmeasured(None, self._session.model), "note")
+            self.resembles.say(said + unmeasured(self._session.model, None, self._session.vocab), "note")
             self._opened(case)
 
     def _choose(self, change: Any) -> None:

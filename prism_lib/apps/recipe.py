@@ -26,9 +26,9 @@ from prism_lib.editing.methods import RECOMMENDED, method_of
 from prism_lib.editing.settings import EditConfig
 from prism_lib.files import image_hash, write_bytes, write_text
 from prism_lib.language.edits import Edit, PromptPair
-from prism_lib.language.labels import Labels, label_state
-from prism_lib.models.pipeline import Pipe, image_factor, load_pipeline
-from prism_lib.paths import SHIPPED
+from prism_lib.language.labels import Labels, Vocabulary, label_state, vocabulary
+from prism_lib.models.pipeline import Pipe, image_size, load_pipeline
+from prism_lib.paths import FILMS, SHIPPED
 from prism_lib.phantom import patients
 from prism_lib.reporting.plots import difference, levels, png
 
@@ -37,6 +37,14 @@ SWEEPS: Mapping[str, tuple[float, ...]] = {
     "guidance_scale": (1.0, 2.0, 3.5, 5.0),
     "self_replace_steps": (0.0, 0.2, 0.4, 0.6),
 }
+
+
+def unmeasured(model: str, edit: Edit | None, vocab: Vocabulary) -> str:
+    """What the model was measured for, if this edit is something else."""
+    removed = {vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else set()
+    if Path(model).name != FILMS or (removed and removed <= {"support devices", *vocabulary("films").owners}):
+        return ""
+    return f"{model} was measured for edits that remove support devices; others are outside what it was trained for."
 
 
 @checked()
@@ -199,11 +207,6 @@ def exporter(result: Counterfactual, told: Mapping[str, Any], film: str = "", he
     recipe = {"image_sha256": image_hash(result.factual), **asdict(result.pair), **told}
     source, text = Path(film) if film else None, json.dumps(recipe, ensure_ascii=False)
     return partial(secondary_capture, recipe=text, source=source, header=header)
-
-
-def image_size(pipe: Pipe) -> int:
-    """The side of the images that a model was made for, in pixels."""
-    return int(pipe.unet.config.sample_size) * image_factor(pipe.vae)
 
 
 def load_image(name: str, size: int, mode: str = "L") -> Tensor:

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from prism_lib import paths
-from prism_lib.apps.recipe import Case, Outcome, Recipe, image_size, load_image, phantom_patient, upload_name
+from prism_lib.apps.recipe import Case, Outcome, Recipe, load_image, phantom_patient, unmeasured, upload_name
 from prism_lib.data.folder import load_table
 from prism_lib.data.uploads import ACCEPT, check_length, read_upload
 from prism_lib.editing.counterfactuals import Counterfactual
@@ -30,10 +30,10 @@ from prism_lib.files import check_images
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
-from prism_lib.models.pipeline import Pipe, encode_prompts, image_factor, load_pipeline, told_apart
+from prism_lib.models.pipeline import Pipe, encode_prompts, image_factor, image_size, load_pipeline, told_apart
 from prism_lib.models.published import locate
 from prism_lib.models.schedule import Schedule
-from prism_lib.paths import SHIPPED
+from prism_lib.paths import FILMS, SHIPPED
 from prism_lib.phantom import patients
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,6 @@ logger = logging.getLogger(__name__)
 WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("explorer.yaml").read_text(encoding="utf-8"))
 INFO, SUFFIXES = "dataset.json", ACCEPT.split(",")
 PREVIEW_STEPS = 5
-FILMS = "film-sd"  # below `paths.weights`
-OFFERED = (SHIPPED, FILMS)
-OUTSIDE = "other edits are outside what it was trained and measured for."
 OTHER_IMAGES, FILM_JUDGE = (FILMS, "phantom-judge"), "film-judge"  # who reads films in place of the phantom's judge
 HEARD = 0.15  # see `models.told_apart`; "with" and "without" are 1 apart
 
@@ -92,7 +89,7 @@ class Session:
         first = model or SHIPPED
         own = Path(locate(first)).resolve() / "vocabulary.yaml"
         words = vocabulary(vocab or (str(own) if own.is_file() else "phantom"))
-        shipped = [name for name in OFFERED if (paths.weights() / name / "model_index.json").is_file()]
+        shipped = [name for name in (SHIPPED, FILMS) if (paths.weights() / name / "model_index.json").is_file()]
         offered = dict.fromkeys([first, *(shipped if words.name in ("phantom", "films") and mode == "L" else [])])
         references = {name: novelty.load(name) for name in offered}
         made = cls(load_pipeline(first), first, load_judge(judge), words, references, mode)
@@ -265,16 +262,9 @@ class Session:
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
             self._inversions[key] = inversion
         result = recipe.run(pipe, inversion=self._inversions[key], callback=callback)
-        notices = case.notice, edit.note, self.unmeasured(edit, recipe.model), self._unheard(edit, recipe.model)
+        notices = case.notice, edit.note, unmeasured(recipe.model, edit, self.vocab), self._unheard(edit, recipe.model)
         scores = self._scores(case, edit, result, recipe)
         return Outcome(case, recipe, edit, result, scores, " ".join(filter(None, notices)))
-
-    def unmeasured(self, edit: Edit | None, model: str) -> str:
-        """What the model was measured for, if this edit is something else."""
-        removed = {self.vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else set()
-        if Path(model).name != FILMS or (removed and removed <= {"support devices", *vocabulary("films").owners}):
-            return ""
-        return f"{model} was measured for edits that remove support devices; {OUTSIDE}"
 
     def _unheard(self, edit: Edit, model: str) -> str:
         """That the model hardly tells apart two sides or kinds of device of which the edit names one, or nothing."""

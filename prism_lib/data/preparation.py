@@ -244,9 +244,7 @@ def caption_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     except (OSError, ValueError):
-        raise ValueError(
-            f"caption_model {model!r} has no tokenizer: it is neither a model's folder nor a hub id"
-        ) from None
+        raise ValueError(f"caption_model {model!r} is neither a folder with a tokenizer nor a hub id") from None
 
 
 def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
@@ -262,9 +260,7 @@ def _shortened(table: pd.DataFrame, config: PrepareConfig) -> pd.Series:
     if (long := texts == "").any():
         said = "in the first sentence alone " if cut else ""
         files = ", ".join(table["source_file"][long].head())
-        raise ValueError(
-            f"{long.sum()} captions have {said}more than the {most} tokens of {config.caption_model}: {files}"
-        )
+        raise ValueError(f"{long.sum()} captions have {said}more than {most} tokens of {config.caption_model}: {files}")
     return texts
 
 

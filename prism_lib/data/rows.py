@@ -126,9 +126,7 @@ def true_counterfactual(folder: Folder, table: pd.DataFrame, edit: Edit) -> Trut
 def known_truth(folder: Folder, table: pd.DataFrame, edit: Edit) -> Truth:
     """What `true_counterfactual` gives; ValueError where the truth is not known."""
     if (truth := true_counterfactual(folder, table, edit)) is None:
-        raise ValueError(
-            f"{folder} holds real images, whose true counterfactuals of {edit.key} are unknown: this needs phantoms"
-        )
+        raise ValueError(f"{folder} holds real images, whose truth of {edit.key} is unknown: this needs phantoms")
     return truth
 
 

@@ -104,7 +104,7 @@ def sweep(
         if task.config.local_blend and not (task.pair.source_words or task.pair.target_words):
             raise ValueError(f"local_blend needs words to look for, but the edit of image {task.image} names none")
         if task.config.kinds_network:
-            kept.named_kinds(task.pair, task.config.kinds_network)  # FileNotFoundError if it is missing
+            kept.kinds_folder(task.config.kinds_network)  # FileNotFoundError if it is missing
     areas = Areas.checked(mask, keep, inversion.images)
     edit_controller(pipe, tasks, inversion)  # ValueError for a word that a prompt lacks, before the first step
     size = tasks[0].config.batch_size

@@ -40,11 +40,18 @@ def kinds_input(films: Tensor, removed: Tensor) -> Tensor:
     return torch.cat([*blocks, places], 1)
 
 
+def kinds_folder(network: str) -> Path:
+    """Where a network of kinds of devices lies, found as a classifier is; FileNotFoundError if a file is missing."""
+    folder = find_classifier(network)
+    if missing := [name for name in ("kinds.json", "model.safetensors") if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"no network of kinds of devices at {folder}: {missing[0]} is missing")
+    return folder
+
+
 def named_kinds(pair: PromptPair, network: str) -> list[int]:
     """The places in the network's list of the kinds that a pair removes; none if it adds or names anything else."""
-    if not (path := find_classifier(network) / "kinds.json").is_file():
-        raise FileNotFoundError(f"no network of kinds of devices at {path.parent}: {path.name} is missing")
-    kinds, words = json.loads(path.read_text(encoding="utf-8")), {word.lower() for word in pair.target_words}
+    kinds = json.loads((kinds_folder(network) / "kinds.json").read_text(encoding="utf-8"))
+    words = {word.lower() for word in pair.target_words}
     return [kinds.index(word) for word in sorted(words)] if not pair.adds and words <= {*kinds} else []
 
 
@@ -70,7 +77,7 @@ def other_devices(films: Tensor, removed: Tensor, pairs: Pairs, network: str) ->
         gray = torch.stack([films[row], removed[row]]).mean(1, keepdim=True).cpu().float()
         film, lost = F.adaptive_avg_pool2d(gray, READS).split(1)
         amount = F.avg_pool2d(lost.clamp(min=0), 2)
-        share = load_kinds(find_classifier(network))(kinds_input(film, lost)).softmax(1)[:, named].sum(1, keepdim=True)
+        share = load_kinds(kinds_folder(network))(kinds_input(film, lost)).softmax(1)[:, named].sum(1, keepdim=True)
         own, every = (F.avg_pool2d(values, 3, stride=1, padding=1) for values in (share * amount, amount))
         own = F.interpolate(own / every.clamp(min=1e-7), films.shape[-2:], mode="bilinear")
         others[row] = own[0].to(others.device) < OWN

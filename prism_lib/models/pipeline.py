@@ -232,6 +232,11 @@ def image_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def image_size(pipe: Pipe) -> int:
+    """The side of the images that a model was made for, in pixels."""
+    return int(pipe.unet.config.sample_size) * image_factor(pipe.vae)
+
+
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the scaled latents (N, c, h, w), float32, for images (N, 1 or 3, H, W) in [0, 1]."""
@@ -324,7 +329,7 @@ def encode_prompts(pipeline: Pipe, texts: Sequence[str]) -> Tensor:
         if pipeline.config.force_zeros_for_empty_prompt:
             empty = [not text for text in distinct]
             embeddings[empty], pooled[empty] = 0, 0
-        side = pipeline.unet.config.sample_size * image_factor(pipeline.vae)
+        side = image_size(pipeline)
         sizes = torch.tensor([side, side, 0, 0, side, side]).to(pooled).expand(len(distinct), _SIZES)
         beside = torch.cat([pooled, sizes], dim=1)
         beside = F.pad(beside, (0, embeddings.shape[2] - beside.shape[1]))

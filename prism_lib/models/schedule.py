@@ -5,7 +5,7 @@ coefficients are Python floats in double precision, so a step costs no device sy
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -28,9 +28,7 @@ class Schedule:
         return len(self.timesteps) - 1
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], num_inference_steps: int, spacing: float | None = None
-    ) -> "Schedule":
+    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int, spacing: float | None = None) -> Self:
         """The DDIM schedule of any Stable Diffusion scheduler's `.config`; clipping and thresholding are ignored.
 
         With a `spacing` the timesteps are 0.02 + 0.92 x^spacing of all, x evenly from 0 to 1, so that a number above 1

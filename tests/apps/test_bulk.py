@@ -963,10 +963,20 @@ def command(config, *more):
 
 def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
     assert command(config, "-p", "split", "test", "--check") == 0
-    assert "counterfactuals into" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert f"counterfactuals by {config.model} into" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert command(config, "-p", "split", "test") == 0
     assert_whole(tmp_path / "out", len(plan(config)))
     assert bulk.generate(config) == 0  # -p says what the configuration says
+
+
+def test_the_command_says_what_film_sd_was_not_measured_for(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "film-sd").symlink_to(config.model)
+    for edit, said in (("remove_support_devices", False), ("remove_cardiomegaly", True)):
+        (tmp_path / "edits.csv").write_text(f"edit\n{edit}\n")
+        assert command(replace(config, model="film-sd"), "--check") == 0
+        assert ("was measured for edits that remove support devices" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(
@@ -975,6 +985,7 @@ def test_the_command_makes_checks_and_goes_on(config, tmp_path, capsys):
         (["-p", "gidance", "3"], "unknown setting 'gidance'"),
         (["-p", "model", "./nope", "--check"], "nope is no diffusers pipeline"),
         (["-p", "similarity", "./nope", "-p", "sweep", "{guidance_scale: [1, 2]}", "--check"], "nope"),
+        (["-p", "kinds_network", "absent", "--check"], "row 1: no network of kinds of devices at"),
         (["-p", "bits", "9"], "bits is 9: input should be 8 or 16"),
         (["--processes", "-1"], "processes is -1: expected 0 or more"),
         (["-p", "split", "holdout"], "unknown split 'holdout'"),

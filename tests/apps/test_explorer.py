@@ -541,7 +541,7 @@ def test_edits_outside_what_a_model_was_measured_for_are_said(runs, judge, model
     others = [study.edit(add=[name]) for name in ("Cardiomegaly", "pacemaker")] + [study.edit(remove=["Cardiomegaly"])]
     for edit, said in [(edit, False) for edit in measured] + [(edit, True) for edit in others]:
         (outcome,) = study.run([study.recipe(edit, steps=2)], edit)
-        assert ("outside what it was trained and measured for" in outcome.notice) == said
+        assert ("outside what it was trained for" in outcome.notice) == said
 
 
 def test_a_reference_of_other_images_says_nothing(runs, usual):

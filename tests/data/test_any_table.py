@@ -293,7 +293,7 @@ def test_a_column_of_captions_replaces_those_of_labels(tmp_path):
 def test_long_captions_are_refused_or_keep_their_first_sentences(tmp_path):
     root = reports(tmp_path / "own", row3=LONG, row5="word " * 200)
     with pytest.raises(
-        ValueError, match=r"2 captions have more than the 77 tokens of .*phantom-sd: site1/0[35]\.png, site"
+        ValueError, match=r"2 captions have more than 77 tokens of .*phantom-sd: site1/0[35]\.png, site"
     ):
         prepare(caption_config(root))
     with pytest.raises(ValueError, match=r"1 captions have in the first sentence alone more than .*: site1/05\.png$"):
@@ -308,7 +308,7 @@ def test_long_captions_are_refused_or_keep_their_first_sentences(tmp_path):
 
 
 def test_a_model_of_captions_that_is_not_there_is_told_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match="caption_model 'nowhere/model' has no tokenizer: it is neither a model's"):
+    with pytest.raises(ValueError, match="caption_model 'nowhere/model' is neither a folder with a tokenizer nor"):
         prepare(config_for(images(tmp_path / "own"), caption_model="nowhere/model"))
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 

@@ -91,7 +91,7 @@ def test_the_twins_are_the_truth_of_a_training_set_in_both_directions(films):
     plain = table.set_index("file_name").loc[devices["twin"]].reset_index()
     assert torch.equal(augmentation.truth(films, devices, REMOVE), read_images(films, plain))
     assert torch.equal(augmentation.truth(films, plain, Edit(add=("Support Devices",))), read_images(films, devices))
-    with pytest.raises(ValueError, match=r"true counterfactuals of remove_edema are unknown"):
+    with pytest.raises(ValueError, match=r"truth of remove_edema is unknown"):
         augmentation.truth(films, plain, Edit(remove=("Edema",)))
 
 

@@ -237,7 +237,7 @@ def test_a_study_trains_its_gan_once_and_tests_on_test_patients(phantom_folder, 
 def test_real_images_have_no_truth_to_tune_by(phantom_folder, tmp_path, monkeypatch):
     real = load_info(phantom_folder) | {"source": "nih"}
     monkeypatch.setattr(folder, "load_info", lambda _: real)
-    with pytest.raises(ValueError, match=r"holds real images, whose true counterfactuals of .* are unknown"):
+    with pytest.raises(ValueError, match=r"holds real images, whose truth of .* is unknown"):
         compared(phantom_folder, tmp_path, small())
 
 

@@ -87,6 +87,8 @@ def test_film_sd_reads_every_prompt_about_devices_as_one_of_two():
             source, target = encode_prompts(pipe, [pair.source, pair.target])
             assert torch.equal(source, shown) and torch.equal(target, without)
     assert not torch.equal(without, shown) and not torch.equal(other, shown)
+    plural, film = encode_prompts(pipe, ["chest x-ray without pacemakers", "chest x-ray with portable bed"])
+    assert torch.equal(plural, without) and not torch.equal(film, shown)
     texts = ["chest x-ray with ecg leads", "chest x-ray with pacemaker"]
     words = encode_prompts(load_pipeline("phantom-sd", device="cpu"), texts)
     assert not torch.equal(*words), "a model without known prompts reads what is written"

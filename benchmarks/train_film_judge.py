@@ -27,7 +27,14 @@ from tqdm.auto import tqdm
 from benchmarks.train_film_sd import Bank, Films, backgrounds, crop, parser_of, positive, refuse_other
 from prism_lib.data import load_table, read_images
 from prism_lib.data.chest import DEVICES
-from prism_lib.models.classifier import Classifier, ClassifierConfig, build_classifier, save_classifier
+from prism_lib.models.classifier import (
+    Classifier,
+    ClassifierConfig,
+    build_classifier,
+    find_classifier,
+    load_classifier,
+    save_classifier,
+)
 from prism_lib.training.batches import drawn_ahead
 
 CONFIG = ClassifierConfig((DEVICES,), blocks=(3, 6, 10, 8), growth=12, features=24, size=512, pool="max")
@@ -49,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not len(films_of(options.data)):
         raise SystemExit(f"{options.data} has no film with rendered devices in split 'train' to calibrate by")
     films, devices = backgrounds(options)
-    network = Classifier.load(options.start).network if options.start else build_classifier(CONFIG)
-    model = cast(DenseNet, network.train())
+    network, config = load_classifier(find_classifier(options.start)) if options.start else (None, CONFIG)
+    if config != CONFIG:
+        raise SystemExit(f"--start {options.start} has another architecture: {config}")
+    model = cast(DenseNet, (network or build_classifier(CONFIG)).cpu().train())
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
     seen, begin, history = [], time.perf_counter(), []

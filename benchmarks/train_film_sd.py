@@ -61,8 +61,8 @@ from prism_lib.training.batches import drawn_ahead
 CELLS = Path(__file__).parents[1] / "figures/films/free_cells.csv"  # of a grid of 8 x 8, rows A to H
 CROP, TIMESTEP = 256, 1
 CHANNELS = (48, 96, 128, 128)  # of the U-Net, where phantom-sd's are 32, 64, 128, 128
-SHARD = "10MB"  # of a file of weights
 LAYERS = (2, 2, 2, 1)  # of its blocks, where phantom-sd's have one each
+SHARD = "10MB"  # of a file of weights
 FAINT = 0.004  # gray below which a change is none
 HUBER = 0.006  # gray from which on an error counts in proportion, not squared: a model in doubt changes nothing
 QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
@@ -338,15 +338,15 @@ def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
     kept = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # no place on this disk
-    new, unet = (
-        UNet2DConditionModel.from_config({**kept, **config, "layers_per_block": LAYERS}),
-        copy.deepcopy(unet),
-    )
+    new = UNet2DConditionModel.from_config({**kept, **config, "layers_per_block": LAYERS})
+    unet = copy.deepcopy(unet)
     for values in new.conv_out.parameters():
         torch.nn.init.zeros_(values)
     blocks = zip([*new.down_blocks, *new.up_blocks], [*unet.down_blocks, *unet.up_blocks], strict=True)
     for block, before in blocks:
-        if len(block.resnets) == len(before.resnets) + 1:
+        if (more := len(block.resnets) - len(before.resnets)) not in (0, 1):
+            raise ValueError(f"a block of the U-Net has {len(before.resnets)} layers; it cannot get {more:+d}")
+        if more:
             before.resnets.insert(1, identity(block.resnets[1]))
             if hasattr(block, "attentions"):
                 before.attentions.insert(1, identity(block.attentions[1]))
@@ -450,7 +450,8 @@ def piece(
 def fullest(where: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
     """The upper left corner of a crop: of three places in a boolean map (H, H) the one with the most of it.
 
-    Half of the crops or more touch an edge of the film, and many lie in a corner, which few would cover otherwise.
+    Most crops touch an edge of a film that is known everywhere, and a quarter lies in a corner, which hardly any would
+    cover otherwise.
     """
     last = len(where) - CROP
     places = random.integers(-last // 2, last + last // 2 + 1, (3, 2)).clip(0, last).tolist()

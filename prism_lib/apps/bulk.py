@@ -117,7 +117,8 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
     for prompt, length in too_long(pipe.tokenizer, prompts).items():
         limit = pipe.tokenizer.model_max_length
         raise ValueError(f"{prompts[prompt]}: prompt has {length} tokens, the model reads {limit}: {prompt!r}")
-    model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab()]
+    known = getattr(pipe.text_encoder.config, "known_prompts", ())
+    model = [fingerprint(pipe), dict(pipe.scheduler.config), pipe.tokenizer.get_vocab(), *known]
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
     info, suffix = load_info(config.data), "png" if config.out_format == "PNG" else "dcm"
     common = {"data": info["content_hash"], "bits": config.bits, "model": digest}
@@ -140,7 +141,7 @@ def named(config: BulkConfig, tasks: Sequence[Task], pipe: Pipe) -> list[Task]:
             "inversion": asdict(recommended_inversion(pipe, steps)),
             "scored": scored[settings.choice],
         }
-        content |= {"kinds": [file_hash(n / "model.safetensors") for n in sorted(networks)]} if networks else {}
+        content |= {"kinds": sorted(file_hash(n / "model.safetensors") for n in networks)} if networks else {}
         for name, area in task.areas.items():
             content[name] = hashlib.sha256(region(area, info["config"]["size"]).tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

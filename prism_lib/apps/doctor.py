@@ -58,10 +58,9 @@ def checks() -> Iterator[Check]:
     for name, file, or_else in (
         ("weights", f"{WEIGHTS}/model_index.json", ", or let PRISM_WEIGHTS name their folder"),
         ("judge", f"{JUDGE}/model.safetensors", "; without a judge edits have no flip rates"),
-        ("film-sd", "film-sd/model_index.json", "; without it, film-kinds and film-judge films are not edited"),
+        *((n, n, "; without it films are not edited and judged") for n in ("film-sd", "film-kinds", "film-judge")),
     ):
-        path = paths.weights() / file
-        detail = str(path.parent) if (there := path.is_file()) else f"no {path}"
+        detail = str(path) if (there := (path := paths.weights() / file).exists()) else f"no {path}"
         yield Check(name, there, detail, f"git checkout -- prism_lib/weights{or_else}", required=name == "weights")
     yield _writable("data", paths.data(), "PRISM_DATA can name another folder")
     yield _writable("runs", paths.runs(), "PRISM_RUNS can name another folder")

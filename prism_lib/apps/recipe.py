@@ -40,9 +40,9 @@ SWEEPS: Mapping[str, tuple[float, ...]] = {
 
 
 def unmeasured(model: str, edit: Edit | None, vocab: Vocabulary) -> str:
-    """What the model was measured for, if this edit is something else."""
-    removed = {vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else set()
-    if Path(model).name != FILMS or (removed and removed <= {"support devices", *vocabulary("films").owners}):
+    """What the model was measured for, if this edit, or any (None), is something else."""
+    removed = {vocab.phrase(name) for name in edit.remove} if edit is not None and not edit.add else {""}
+    if Path(model).name != FILMS or removed <= {"support devices", *vocabulary("films").owners}:
         return ""
     return f"{model} was measured for edits that remove support devices; others are outside what it was trained for."
 

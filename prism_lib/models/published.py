@@ -35,7 +35,7 @@ _CLASSES = {slot: (kind.__name__,) for slot, kind in PARTS.items()} | {  # in mo
     "text_encoder": ("CLIPTextModel", "BertModel"),
     "vae": (AutoencoderKL.__name__, HaarAutoencoder.__name__),
 }
-_SUPPORTED = "supported are Stable Diffusion 1, 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, BertModel), SDXL"
+_SUPPORTED = "supported are Stable Diffusion 1, 2 (UNet2DConditionModel, AutoencoderKL, CLIPTextModel/BertModel), SDXL"
 _BESIDE_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _TRAINED = {  # what a U-Net is trained with: a part's field, and its value where early configurations leave it out
     "text encoder": ("text_encoder", "model_type", "clip_text_model"),

@@ -340,7 +340,7 @@ def with_devices(films: Tensor, seeds: Sequence[int], kinds: Sequence[str] = KIN
     levels = films * 255
     if not films.is_floating_point() or not bool(((levels - levels.round().clamp(0, 255)).abs() < 1e-3).all()):
         found = f"{films.dtype}, {films.min():g} to {films.max():g}"
-        raise ValueError(f"films must be floating point in [0, 1] on 8-bit gray levels, multiples of 1/255: {found}")
+        raise ValueError(f"films must be floating point in [0, 1] of 8-bit levels, multiples of 1/255; got {found}")
     images, drawn = films.clone(), []
     for image, film, seed in zip(images[:, 0], films[:, 0], seeds, strict=True):
         body = Anchors.of(film)

@@ -973,8 +973,8 @@ def test_the_command_says_what_film_sd_was_not_measured_for(config, tmp_path, mo
     monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path / "weights"))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "film-sd").symlink_to(config.model)
-    for edit, said in (("remove_support_devices", False), ("remove_cardiomegaly", True)):
-        (tmp_path / "edits.csv").write_text(f"edit\n{edit}\n")
+    for key, said in (("remove_support_devices", False), ("remove_cardiomegaly", True), ("unchanged", False)):
+        (tmp_path / "edits.csv").write_text(f"edit\n{key}\n")
         assert command(replace(config, model="film-sd"), "--check") == 0
         assert ("was measured for edits that remove support devices" in capsys.readouterr().out) == said
 

@@ -30,7 +30,7 @@ def test_every_finding_that_can_fail_has_its_remedy(checkout, monkeypatch):
     code, said = lines()
     assert code == 1
     assert said[-1] == "\n1 of these must be put right before the notebooks run; do what the arrows say."
-    for name in ("weights", "judge", "disk", "memory"):
+    for name in ("weights", "judge", "film-sd", "film-kinds", "film-judge", "disk", "memory"):
         at = next(i for i, line in enumerate(said) if line[8:].startswith(name))
         assert said[at].startswith("FAILED" if name == "weights" else "note")
         assert said[at + 1].lstrip().startswith("-> ")

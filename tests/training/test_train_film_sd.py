@@ -87,8 +87,8 @@ def test_film_sd_reads_every_prompt_about_devices_as_one_of_two():
             source, target = encode_prompts(pipe, [pair.source, pair.target])
             assert torch.equal(source, shown) and torch.equal(target, without)
     assert not torch.equal(without, shown) and not torch.equal(other, shown)
-    plural, film = encode_prompts(pipe, ["chest x-ray without pacemakers", "chest x-ray with portable bed"])
-    assert torch.equal(plural, without) and not torch.equal(film, shown)
+    one, film = encode_prompts(pipe, ["chest x-ray without support device", "chest x-ray with portable bed"])
+    assert torch.equal(one, without) and not torch.equal(film, shown)
     texts = ["chest x-ray with ecg leads", "chest x-ray with pacemaker"]
     words = encode_prompts(load_pipeline("phantom-sd", device="cpu"), texts)
     assert not torch.equal(*words), "a model without known prompts reads what is written"
@@ -181,6 +181,9 @@ def test_a_unet_with_more_layers_predicts_what_it_did(monkeypatch):
     monkeypatch.setattr(train_film_sd, "LAYERS", (2, 1))
     after = train_film_sd.wider(before)
     assert [len(block.resnets) for block in after.up_blocks] == [2, 3]
+    monkeypatch.setattr(train_film_sd, "LAYERS", (1, 1))
+    with pytest.raises(ValueError, match="a block of the U-Net has 2 layers; it cannot get -1"):
+        train_film_sd.wider(after)
     torch.manual_seed(0)
     latents, texts = torch.randn(2, 16, 16, 16), torch.randn(2, 5, before.config.cross_attention_dim)
     with torch.no_grad():
@@ -193,7 +196,7 @@ def test_crops_cover_the_corners_of_a_film():
     for _ in range(200):
         y, x = train_film_sd.fullest(whole, random)
         covered[y : y + train_film_sd.CROP, x : x + train_film_sd.CROP] += 1
-    assert covered.sum() == 200 * train_film_sd.CROP**2 and covered.min() > 4
+    assert covered.min() > 4
 
 
 def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(films, devices, folder, tmp_path):
@@ -205,6 +208,11 @@ def test_the_judges_cells_are_those_with_devices_and_its_logit_is_calibrated(fil
     assert torch.equal(changed.unflatten(2, (8, 32)).unflatten(4, (8, 32)).sum((1, 3, 5)) >= 6, shown[:4])
     out = tmp_path / "judge"
     train_film_judge.main([str(folder), str(out), "--steps", "2", "--pairs", "2", "--bank", "40"])
+    again = [str(folder), str(tmp_path / "again"), "--steps", "2", "--pairs", "2", "--bank", "40", "--start"]
+    train_film_judge.main([*again, str(out)])
+    assert Classifier.load(tmp_path / "again").labels == (DEVICES,)
+    with pytest.raises(SystemExit, match="--start phantom-judge has another architecture"):
+        train_film_judge.main([*again, "phantom-judge"])
     judge = Classifier.load(out)
     table = load_table(folder, "train").query("rendered")
     both = torch.cat([read_images(folder, table.assign(file_name=table[name])) for name in ("file_name", "twin")])

@@ -162,6 +162,7 @@ def test_the_shipped_network_takes_a_can_for_a_pacemaker():
 def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeypatch, tmp_path):
     """By a network that sees ports in the upper half of every film, and pacemakers in the lower one."""
     (tmp_path / "kinds.json").write_text('["port", "pacemaker"]')
+    (tmp_path / "model.safetensors").write_bytes(b"")
     upper = torch.tensor([[5.0], [-5.0]])[None, ..., None].expand(1, 2, 1, kept.READS // 2)
     network = torch.cat([upper, -upper], 2).repeat_interleave(kept.READS // 4, 2)
     monkeypatch.setattr(kept, "load_kinds", lambda _: lambda _: network)

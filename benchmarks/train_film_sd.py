@@ -61,8 +61,8 @@ from prism_lib.training.batches import drawn_ahead
 CELLS = Path(__file__).parents[1] / "figures/films/free_cells.csv"  # of a grid of 8 x 8, rows A to H
 CROP, TIMESTEP = 256, 1
 CHANNELS = (48, 96, 128, 128)  # of the U-Net, where phantom-sd's are 32, 64, 128, 128
-LAYERS = (2, 2, 2, 1)  # of its blocks, where phantom-sd's have one each
-SHARD = "10MB"  # of a file of weights
+LAYERS = (2, 3, 3, 1)  # of its blocks, where phantom-sd's have one each
+SHARD = "12MB"  # of a file of weights
 FAINT = 0.004  # gray below which a change is none
 HUBER = 0.006  # gray from which on an error counts in proportion, not squared: a model in doubt changes nothing
 QUANTUM, SEEN = 80.0, 3  # attenuation in a bank's levels of 8 bits, and above which of them a device counts
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", default="phantom-sd")
     parser.add_argument("--steps", type=positive, default=6000)
     parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--weight",
         type=float,
@@ -131,9 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     noise = math.sqrt(1 - signal**2)
     scale_output(unet, -noise / signal)  # training has the U-Net predict the change of clean latents, a pipeline noise
     average = EMAModel(unet.parameters(), decay=0.998)
-    optimizer = torch.optim.AdamW(unet.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, options.steps)
-    state = State(options.out / "state.pt", {"average": average, "optimizer": optimizer, "schedule": schedule}, unet)
+    optimizer = Optimizer(unet, options.learning_rate, options.steps)
+    state = State(options.out / "state.pt", {"average": average} | optimizer.parts, unet)
     history = state.restored(vars(options), device)
     start.text_encoder.config.known_prompts = KNOWN
     texts = encode_prompts(start, [prompt for _, prompt in KNOWN])
@@ -152,11 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         change = F.conv_transpose2d(change, vae.kernels, stride=4) / (2 * vae.config.scaling_factor)
         true = crops.truths - crops.inputs
         loss = loss_of(change, true, crops.known, options.weight)
-        optimizer.zero_grad()
+        unet.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         average.step(unet.parameters())
         inside, outside = crops.known & (true.abs() > FAINT), crops.known & (true.abs() <= FAINT)
         with torch.no_grad():
@@ -213,6 +211,30 @@ def backgrounds(options: argparse.Namespace) -> tuple[list[Films], list[Bank]]:
     beside, real = zip(bedside(options.bedside, options.data)) if options.bedside else ((), ())
     clean = Films(images, np.ones((len(images), 8, 8), bool))
     return [clean, *beside], [bank(images, options.bank, options.seed), *real]
+
+
+class Optimizer:
+    """Muon (Jordan et al., 2024) of the inner layers' kernels, as matrices (out, in x 9), and AdamW of all else."""
+
+    def __init__(self, unet: UNet2DConditionModel, learning_rate: float, steps: int) -> None:
+        named = list(unet.named_parameters())
+        self.inner = [p for name, p in named if p.ndim > 1 and not name.startswith(("conv_", "time_"))]
+        ids = {id(p) for p in self.inner}
+        rest = [p for _, p in named if id(p) not in ids]
+        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.inner]  # the same memory
+        adamw = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+        muon = torch.optim.Muon(self.matrices, learning_rate, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw")
+        self.parts: dict[str, Any] = {"adamw": adamw, "muon": muon}
+        self.parts |= {
+            f"{name} schedule": get_cosine_schedule_with_warmup(part, 100, steps) for name, part in self.parts.items()
+        }
+
+    def step(self) -> None:
+        """Update all weights by their gradients."""
+        for kernel, matrix in zip(self.inner, self.matrices, strict=True):
+            matrix.grad = kernel.grad.flatten(1)
+        for part in self.parts.values():
+            part.step()
 
 
 def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tensor:

@@ -1,6 +1,7 @@
 """How film-sd and its judge are trained: the crops, and what is saved."""
 
 import argparse
+import copy
 import json
 
 import numpy as np
@@ -171,6 +172,16 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
     assert log["losses"][-1]["step"] == 4 and log["config"]["bank"] == 40
     inner = "mid_block.resnets.0.conv1.weight"
     assert train_film_sd.wider(tiny.unet).state_dict()[inner].equal(tiny.unet.state_dict()[inner])
+
+
+def test_a_step_of_the_optimizer_moves_all_weights():
+    unet = tiny_pipeline().unet.requires_grad_(True)
+    optimizer, before = train_film_sd.Optimizer(unet, 1e-2, 10), copy.deepcopy(unet.state_dict())
+    unet(torch.randn(1, 4, 16, 16), 1, torch.randn(1, 5, unet.config.cross_attention_dim)).sample.sum().backward()
+    optimizer.step()  # the first has the rate 0
+    optimizer.step()
+    used = [name for name, values in unet.named_parameters() if values.grad.any()]
+    assert len(used) > 0.8 * len(before) and not [n for n in used if unet.state_dict()[n].equal(before[n])]
 
 
 def test_a_unet_with_more_layers_predicts_what_it_did(monkeypatch):

@@ -133,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     average = EMAModel(unet.parameters(), decay=0.998)
     optimizer = Optimizer(unet, options.learning_rate, options.steps)
     state = State(options.out / "state.pt", {"average": average} | optimizer.parts, unet)
-    history = state.restored(vars(options), device)
+    run = vars(options) | {"layers": LAYERS}
+    history = state.restored(run, device)
     start.text_encoder.config.known_prompts = KNOWN
     texts = encode_prompts(start, [prompt for _, prompt in KNOWN])
     steps = range(int(history[-1]["step"]) if history else 0, options.steps)
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             average.copy_to(averaged.parameters())
             scale_output(averaged, -signal / noise)
             save(averaged, vae, start, options, history)
-            state.keep(vars(options), history)
+            state.keep(run, history)
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:

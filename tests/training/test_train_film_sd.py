@@ -163,6 +163,10 @@ def test_training_saves_a_pipeline_that_predicts_noise(films, tmp_path, monkeypa
         train_film_sd.main([*given, "--cut-outs", "0.4"])
     with pytest.raises(SystemExit, match=r"state.pt is of a run with another weight \(1.5\)"):
         train_film_sd.main([*given, "--weight", "2"])
+    with monkeypatch.context() as other:
+        other.setattr(train_film_sd, "LAYERS", (1, 1))
+        with pytest.raises(SystemExit, match=r"another layers \(\[2, 1\]\)"):
+            train_film_sd.main(given)
     pipe = load_pipeline(tmp_path / "film", device="cpu")
     assert isinstance(pipe.vae, HaarAutoencoder) and pipe.unet.config.in_channels == 16
     assert pipe.scheduler.config.set_alpha_to_one and pipe.text_encoder.config.known_prompts

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bank", type=positive, default=1500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args(arguments)
-    refuse_other(options.out, "config.json")
+    refuse_other(options.out, "training.json")
     if not len(films_of(options.data)):
         raise SystemExit(f"{options.data} has no film with rendered devices in split 'train' to calibrate by")
     films, devices = backgrounds(options)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             cells, whole = read(model, crops)
         of_cells = F.binary_cross_entropy_with_logits(cells, shown.float(), reduction="none")
-        loss = (of_cells * known).sum() / known.sum()
+        loss = (of_cells * known).sum() / known.sum().clamp(min=1)
         any_shown, sure = shown.flatten(1).any(1), known.flatten(1).all(1) | (shown & known).flatten(1).any(1)
         of_crops = F.binary_cross_entropy_with_logits(whole, any_shown.float(), reduction="none")
         loss = loss + 0.3 * (of_crops * sure).sum() / sure.sum().clamp(min=1)

@@ -242,7 +242,7 @@ def loss_of(change: Tensor, true: Tensor, known: Tensor, weight: float) -> Tenso
     """Mean Huber error of changes (N, 1, H, H) where they are known, by the weight of devices."""
     error = F.huber_loss(change, true, reduction="none", delta=HUBER) / HUBER
     weights = 1 + weight * true.abs() / (true.abs() + 0.01) / (true.abs() + 0.1)
-    return (known * error * weights).sum() / known.sum()
+    return (known * error * weights).sum() / known.sum().clamp(min=1)
 
 
 class State:

@@ -1,8 +1,7 @@
 """PRISM: language-guided counterfactuals of medical images, measured against a known truth.
 
 The notebooks call this library and show the results. Its ten subpackages are called rooms (docs/architecture.md).
-Import from a room (`from prism_lib.editing import edit, invert`): nothing is imported at start-up, so that the `prism`
-command is quick.
+Import from a room (`from prism_lib.editing import edit, invert`). Nothing is imported at start-up: `prism` is quick.
 """
 
 import logging

@@ -153,7 +153,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from prism_lib.apps import bulk, bulk_plan, recipe  # they import torch
-    from prism_lib.data.folder import load_vocabulary
+    from prism_lib.data.folder import load_info, load_vocabulary
 
     try:
         if options.processes < 0:
@@ -168,8 +168,11 @@ def _generate(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     vocab = load_vocabulary(config.data)
-    notes = filter(None, {recipe.unmeasured(config.model, task.edit, vocab) for task in tasks})
-    print(f"{len(tasks)} counterfactuals by {config.model} into {options.out}", *notes, sep="\n", flush=True)
+    notes = {note for task in tasks for note in (task.edit.note, recipe.unmeasured(config.model, task.edit, vocab))}
+    if Path(config.model).name == paths.SHIPPED and load_info(config.data)["source"] != "phantom":
+        notes.add(f"{config.model} was trained on phantoms alone; on films, `-p model {paths.FILMS}` removes devices.")
+    made = f"{len(tasks)} counterfactuals by {config.model} into {options.out}"
+    print(made, *sorted(filter(None, notes)), sep="\n", flush=True)
     if options.check:
         return 0
     try:

@@ -17,10 +17,10 @@ import torch
 
 import prism_lib
 from prism_lib import devices, paths, records
-from prism_lib.data import dicom
 from prism_lib.files import existing
 
 WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
+OF_FILMS = ("film-sd/text_encoder/model", "film-kinds/model", "film-judge/model")
 FREE_GB, MEMORY_GB = 5.0, 4.0
 
 
@@ -53,12 +53,12 @@ def report(show: Callable[[str], None]) -> int:
 def checks() -> Iterator[Check]:
     """The checks, one by one."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
-    for check in (_versions, _device, _threads, _memory, _torchvision, _codecs):
+    for check in (_versions, _device, _threads, _memory, _torchvision):
         yield check()
     for name, file, or_else in (
         ("weights", f"{WEIGHTS}/model_index.json", ", or let PRISM_WEIGHTS name their folder"),
         ("judge", f"{JUDGE}/model.safetensors", "; without a judge edits have no flip rates"),
-        *((n, n, "; without it films are not edited and judged") for n in ("film-sd", "film-kinds", "film-judge")),
+        *((file.partition("/")[0], f"{file}.safetensors", "; without it films are not edited") for file in OF_FILMS),
     ):
         detail = str(path) if (there := (path := paths.weights() / file).exists()) else f"no {path}"
         yield Check(name, there, detail, f"git checkout -- prism_lib/weights{or_else}", required=name == "weights")
@@ -112,13 +112,6 @@ def _torchvision() -> Check:
         detail = f"installed, but cannot be imported beside torch {torch.__version__}"
         return Check("torchvision", False, detail, f"{sys.executable} -m pip uninstall torchvision")
     return Check("torchvision", True, "installed and whole; PRISM does not need it")
-
-
-def _codecs() -> Check:
-    """The one decoder whose licence keeps it out of the dependencies."""
-    there = importlib.util.find_spec("libjpeg") is not None
-    detail = f"DICOMs in JPEG Lossless or 12-bit JPEG {'are' if there else 'cannot be'} decoded"
-    return Check("codecs", there, detail, "" if there else dicom.INSTALL, required=False)
 
 
 def _versions() -> Check:

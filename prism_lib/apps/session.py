@@ -26,7 +26,7 @@ from prism_lib.editing.methods import edit_steps, method_of
 from prism_lib.editing.settings import recommended, recommended_inversion
 from prism_lib.evaluation import metrics, novelty
 from prism_lib.evaluation.evaluate import load_judge
-from prism_lib.files import check_images
+from prism_lib.files import check_images, image_hash
 from prism_lib.language.edits import Edit
 from prism_lib.language.labels import PHANTOM, Vocabulary, vocabulary
 from prism_lib.models.classifier import Classifier
@@ -77,7 +77,7 @@ class Session:
         self._opened: tuple[Any, ...] = ()  # the arguments of `_open` for the image at hand
         self.history: list[list[Outcome]] = []
         self.running = False
-        self._inversions: dict[tuple[str, str, str, str, int], Inversion] = {}
+        self._inversions: dict[tuple[str, str, str, str, str, int], Inversion] = {}
         self._stop = threading.Event()
 
     @classmethod
@@ -237,7 +237,7 @@ class Session:
         if preview is not None and taken >= 2 * PREVIEW_STEPS:
             quick = self._outcome(case, replace(first, steps=PREVIEW_STEPS), edit, self._callback(lambda _: None, 1))
             preview(replace(quick, preview=True))
-        walks = 0 if _explained(first) in self._inversions else method_of(first.method).walks
+        walks = 0 if _explained(first, case.image) in self._inversions else method_of(first.method).walks
         callback = self._callback(progress, walks * first.steps + len(recipes) * taken)
         made = [self._outcome(case, recipe, edit, callback) for recipe in recipes]
         self.history.append(made)
@@ -256,7 +256,7 @@ class Session:
         return after_step
 
     def _outcome(self, case: Case, recipe: Recipe, edit: Edit, callback: Callback) -> Outcome:
-        key, pipe = _explained(recipe), self.pipes[recipe.model]
+        key, pipe = _explained(recipe, case.image), self.pipes[recipe.model]
         if key not in self._inversions:
             inversion = recipe.invert(pipe, case.image, callback)
             self._inversions = {old: kept for old, kept in self._inversions.items() if old[1] == case.name}
@@ -297,9 +297,9 @@ def list_images(folder: Path) -> list[str]:
     return found
 
 
-def _explained(recipe: Recipe) -> tuple[str, str, str, str, int]:
-    """What an inversion depends on."""
-    return recipe.model, recipe.image, recipe.source, recipe.method, recipe.steps
+def _explained(recipe: Recipe, image: Tensor) -> tuple[str, str, str, str, str, int]:
+    """What an inversion depends on; a file may hold another image than before."""
+    return recipe.model, recipe.image, image_hash(image), recipe.source, recipe.method, recipe.steps
 
 
 def sentence(error: BaseException) -> str:

@@ -206,7 +206,9 @@ def _stored(data: Dataset) -> np.ndarray:
     try:
         if syntax.is_encapsulated and syntax != uid.RLELossless:
             _check_frame(next(generate_frames(data.PixelData, number_of_frames=1)), data.Rows, data.Columns)
-        return np.asarray(data.pixel_array)
+        if (pixels := np.asarray(data.pixel_array)).shape != (data.Rows, data.Columns):
+            raise DicomError(f"damaged pixels: {pixels.shape} of them, and {data.Columns}x{data.Rows} in the header")
+        return pixels
     except (MemoryError, DicomError):
         raise
     except Exception as error:  # decoders raise any exception
@@ -241,8 +243,8 @@ def _levels(data: Dataset, stored: np.ndarray) -> np.ndarray:
         shown = apply_voi_lut(values, data)
     else:
         low, high, shown = values.min(), values.max(), values
-    if low == high:
-        raise DicomError(f"blank image: every pixel is {low:g}")
+    if low == high or not np.isfinite(high - low):
+        raise DicomError(f"blank image: every pixel is {low:g}" if low == high else "a window that is not finite")
     levels = ((shown - low) * (255 / (high - low))).clip(0, 255)
     if data.PhotometricInterpretation == "MONOCHROME1":
         levels = 255 - levels

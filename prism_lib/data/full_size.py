@@ -13,6 +13,7 @@ from prism_lib.data import dicom
 from prism_lib.files import atomic
 
 Content = Callable[[np.ndarray], bytes]  # of a file with some levels
+SAME = 8.0  # gray levels by which a film, made as small as its image, differs from it at most in the mean
 
 
 def put_back_file(
@@ -37,6 +38,8 @@ def put_back_file(
     else:
         with Image.open(source) as file:
             film = ImageOps.exif_transpose(file)
+        if film.has_transparency_data:  # on black, as its image
+            film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film.convert("RGBA"))
         top = 65535 if film.mode.startswith("I") else 255
         old = np.asarray(film if film.mode == "L" or top > 255 else film.convert("RGB"))
         levels = np.float32(255 / top) * np.asarray(film if top > 255 else film.convert("L"), dtype=np.float32)
@@ -65,6 +68,10 @@ def put_back(levels: np.ndarray, factual: np.ndarray, edited: np.ndarray, mask: 
         inner = Image.fromarray(image[top : top + rows, left : left + columns].astype(np.float32))
         return np.asarray(inner.resize(levels.shape[::-1], resample))
 
+    inner = Image.fromarray(levels.astype(np.float32)).resize((columns, rows), Image.Resampling.LANCZOS)
+    other = np.abs(np.asarray(inner) - factual[top : top + rows, left : left + columns]).mean()
+    if other > SAME:
+        raise ValueError(f"the film is not the one that was edited: they differ by {other:.0f} of 255 gray levels")
     smooth, target = (enlarged(image, Image.Resampling.BICUBIC) for image in (factual, edited))
     inside = enlarged(mask, Image.Resampling.NEAREST) > 0
     if inside.all() or not inside.any() or scale >= 1:  # no film to learn the grain from, or nothing finer

@@ -97,8 +97,7 @@ class ImageFiles:
                 if upright.mode.startswith("I"):  # 16 bits keep their depth until they are resized
                     return [Image.fromarray(np.asarray(upright, dtype=np.float32) * np.float32(255 / 65535))]
                 if upright.has_transparency_data:
-                    black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
-                    upright = Image.alpha_composite(black, upright.convert("RGBA")).convert("RGB")
+                    upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright.convert("RGBA"))
                 return [band.convert("F") for band in upright.convert(self.mode).split()]
         except UnidentifiedImageError:
             raise ValueError("not an image" + (f" ({', '.join(self.formats)})" if self.formats else "")) from None

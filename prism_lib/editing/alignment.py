@@ -4,7 +4,6 @@ Padding is aligned with padding only: aligned by index, as in the reference impl
 shortened prompt takes the maps of the removed words, and the removed object is drawn again.
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -55,14 +54,10 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
     if not found:
         raise ValueError(f"the word {word!r} does not occur in the prompt {prompt!r}")
     offsets = _offsets(tokenizer, prompt)
-    span = sorted({index for match in found for index in _overlapping(offsets, match)})
+    span = sorted({n for m in found for n, (start, stop) in enumerate(offsets) if start < m.end() and stop > m.start()})
     if not span:
         raise ValueError(f"the word {word!r} has no token in the prompt {prompt!r}")
     return span
-
-
-def _overlapping(offsets: Sequence[tuple[int, int]], match: re.Match[str]) -> list[int]:
-    return [n for n, (start, stop) in enumerate(offsets) if start < match.end() and stop > match.start()]
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:

@@ -49,10 +49,12 @@ def kinds_folder(network: str) -> Path:
 
 
 def named_kinds(pair: PromptPair, network: str) -> list[int]:
-    """The places in the network's list of the kinds that a pair removes; none if it adds or names anything else."""
+    """The places in the network's list of the kinds that a pair removes; none if it adds or removes all devices."""
     kinds = json.loads((kinds_folder(network) / "kinds.json").read_text(encoding="utf-8"))
-    words = {word.lower() for word in pair.target_words}
-    return [kinds.index(word) for word in sorted(words)] if not pair.adds and words <= {*kinds} else []
+    texts = (pair.lost, *map(str.split, kinds))  # every prompt begins with the chest
+    lost, *words = ({word.removesuffix("s") for word in text} - {"and", "chest"} for text in texts)
+    named = [place for place, phrase in enumerate(words) if phrase <= lost]
+    return [] if pair.adds or {"support", "device"} <= lost else named
 
 
 @cache

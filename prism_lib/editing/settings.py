@@ -141,12 +141,14 @@ class Recommendation:
 
 
 def recommended(model: Model, pair: PromptPair, num_inference_steps: int = 50, **overrides: Any) -> EditConfig:
-    """What a model recommends for an edit in so many steps; `overrides` (fields of `EditConfig`) replace its values.
+    """What a model recommends for an edit in so many steps; `overrides` (of `EditConfig`) replace its values.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
     recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.
     """
     settings = _recommendation(_folder(model)).at(num_inference_steps).settings(pair)
+    if isinstance(mask := overrides.get("mask"), Mapping):
+        overrides["mask"] = asdict(settings["mask"]) | dict(mask)
     settings |= ({"side": pair.side} if pair.side else {}) | overrides
     if "guidance_start" not in overrides and "guidance_end" in overrides:
         settings["guidance_start"] = min(settings["guidance_start"], overrides["guidance_end"])

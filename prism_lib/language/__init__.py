@@ -1,7 +1,6 @@
 """The names of findings and the wording of captions and edits.
 
-Input: labels, phrases and sentences. Output: captions, prompt pairs and edits. No module here needs a model or an
-image.
+Input: labels, phrases and sentences. Output: captions, prompt pairs and edits. Nothing here needs a model or an image.
 """
 
 import lazy_loader as lazy

@@ -336,7 +336,7 @@ def encode_prompts(pipeline: Pipe, texts: Sequence[str]) -> Tensor:
         embeddings = torch.cat([embeddings, beside[:, None]], dim=1).float()
     else:
         known = getattr(encoder.config, "known_prompts", ())
-        said = [next((prompt for pattern, prompt in known if re.search(pattern, text)), text) for text in distinct]
+        said = [next((prompt for fit, prompt in known if re.search(fit, text, re.I)), text) for text in distinct]
         tokens = tokenizer(said, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
         tokens = tokens.to(encoder.device)
         masked = getattr(encoder.config, "use_attention_mask", False)  # as in diffusers

@@ -48,11 +48,12 @@ _CONVERT = "Convert it once, and load FOLDER: StableDiffusionPipeline.from_singl
 def locate(name: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
     """The folder with a ``marker`` that a name stands for, or the name itself where it can be a hub id."""
     shipped = paths.weights() / name
-    places = [shipped] if name == paths.SHIPPED else [Path(name).expanduser(), paths.runs() / name, shipped]
+    own = name in (paths.SHIPPED, paths.FILMS)
+    places = [shipped] if own else [Path(name).expanduser(), paths.runs() / name, shipped]
     for place in places:
         if (place / marker).is_file():
             return str(place)
-    if name == paths.SHIPPED:
+    if own:
         raise FileNotFoundError(f"the shipped weights are missing: {shipped} has no {marker}")
     folder = next((place for place in places if place.exists()), Path(name))
     refuse_pickles(folder)

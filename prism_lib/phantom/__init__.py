@@ -1,8 +1,7 @@
 """A chest phantom whose counterfactuals are exact.
 
 Input: a seed and attributes. Output: images, true counterfactuals and masks of the pixels that had to change. The
-phantom is a small structural causal model. For a counterfactual it keeps the noise, changes an attribute and renders
-again.
+phantom is a small structural causal model. A counterfactual keeps the noise, changes an attribute, is rendered again.
 """
 
 import lazy_loader as lazy

@@ -47,13 +47,6 @@ def test_a_broken_torchvision_is_found_without_importing_it_here(tmp_path, monke
     assert doctor._torchvision().ok
 
 
-def test_a_decoder_that_is_not_installed_is_noted(monkeypatch):
-    for there in (False, True):
-        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name, there=there: there or None)
-        check = doctor._codecs()
-        assert check.ok == there and (there or not check.required) and ("pylibjpeg-libjpeg" in check.remedy) != there
-
-
 def test_a_folder_that_cannot_be_written_is_named(checkout, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "no")

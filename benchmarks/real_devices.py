@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if pipe is not None:
             named = by_name(pipe, given.folder, films, given.steps)
             metrics |= summarise(*removed(pipe, judge, given.folder, films, given.steps), named, given.seed)
-    records.record(
+    written = records.record(
         "real_devices",
         dataset=given.dataset,
         notebook="benchmarks/real_devices.py",
@@ -156,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model=given.model or str(given.judge.name),
         seconds=timer.seconds,
     )
+    print(written)
 
 
 if __name__ == "__main__":

@@ -391,6 +391,15 @@ def test_a_file_that_changed_after_it_was_opened_is_put_back_as_it_was(study, tm
     np.testing.assert_array_equal(saved[40:], film[40:])
 
 
+def test_a_file_that_changed_before_it_is_opened_again_is_inverted_again(study, tmp_path):
+    for level in (40, 90):
+        (tmp_path / "film.png").write_bytes(png(np.clip(LEVELS.astype(int) // 2 + level, 0, 255).astype(np.uint8)))
+        study.open_file(tmp_path / "film.png")
+        edit, recipe = removal(study, mask=(0, 0, 16, 32))
+        (outcome,) = study.run([recipe], edit)
+        assert torch.equal(outcome.result.factual.cpu(), study.case.image[0])
+
+
 @pytest.mark.parametrize(("left", "said"), [(60, "cannot be used"), (0, r"is empty \(0 bytes\)")])
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(study, tmp_path, monkeypatch, left, said):
     content = png(LEVELS)

@@ -204,6 +204,25 @@ def test_files_keep_bits_size_and_all_pixels_outside_the_mask(tmp_path, kind):
     assert wire.mean() / unit == pytest.approx(-80, abs=6)
 
 
+def test_another_film_than_the_edited_one_is_refused():
+    film, _, _, factual, edited, mask = film_with_wire()
+    with pytest.raises(ValueError, match=r"not the one that was edited: they differ by \d\d of 255 gray levels"):
+        put_back(film[:, ::-1], factual, edited, mask)
+
+
+def test_a_transparent_film_is_put_back_on_black_as_its_image_was(tmp_path):
+    pixels = np.full((128, 128, 2), 200, np.uint8)
+    pixels[:, :64, 1] = 0
+    Image.fromarray(pixels, "LA").save(tmp_path / "film.png")
+    factual = ImageFiles(64).read(tmp_path / "film.png").pixels.astype(np.float32)
+    mask = np.zeros_like(factual)
+    mask[20:30, 40:50] = 1
+    images = (image[None] / 255 for image in (factual, factual - 50 * mask, 255 * mask))
+    put_back_file(tmp_path / "film.png", tmp_path / "new.png", *images)
+    new = np.asarray(Image.open(tmp_path / "new.png").convert("L"))
+    assert (new[:, :64] == 0).all() and new[50, 90] < 190 and new[100, 100] == 200
+
+
 def test_shapes_that_do_not_match_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"\(1, 8, 8\), \(1, 8, 8\), \(8, 8\)"):
         put_back_file(

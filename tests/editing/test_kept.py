@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import matplotlib
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from prism_lib import paths
 from prism_lib.editing import EditConfig, edit, invert, kept, masks, recommended, sweep
 from prism_lib.editing.kept import burnt_in_text
 from prism_lib.editing.masks import MaskConfig
+from prism_lib.language import Edit, vocabulary
 from prism_lib.language.edits import PromptPair
 from prism_lib.phantom.patients import marker_mask, render, sample_patients
 from tests.tiny import REMOVE, tiny_images, tiny_pipeline
@@ -157,6 +160,20 @@ def test_the_shipped_network_takes_a_can_for_a_pacemaker():
     others = kept.other_devices((films + removed).repeat(1, 3, 1, 1), removed.repeat(1, 3, 1, 1), pairs, "film-kinds")
     assert others[:, 0, 100:160, 360:420].float().mean((1, 2)).tolist() == [0, 1, 0]
     assert others[:, 0, :, :300].all(), "where nothing was removed"
+
+
+def test_an_edit_names_the_kinds_that_its_prompts_lose():
+    def named(edit, **labels):
+        return kept.named_kinds(edit.prompts({"Support Devices": 1} | labels, vocabulary("films")), "film-kinds")
+
+    kinds = json.loads((kept.kinds_folder("film-kinds") / "kinds.json").read_text())
+    for kind in vocabulary("films").owners:
+        assert kind.removeprefix("left ").removeprefix("right ") == kinds[named(Edit(remove=(kind,)))[0]]
+    assert named(Edit(remove=("port", "chest drain"), keep=("ecg leads",))) == [5, 7]
+    assert named(Edit(remove=("pacemaker", "Pleural Effusion")), **{"Pleural Effusion": 1}) == [0]
+    for source, target in (("with pacemaker", "without pacemaker"), ("with two Pacemakers", "normal")):
+        assert named(Edit.text(f"Chest X-ray {source}", f"Chest X-ray {target}")) == [0]
+    assert named(Edit(remove=("Support Devices",))) == named(Edit(add=("pacemaker",)), **{"Support Devices": 0}) == []
 
 
 def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from prism_lib import paths
 from prism_lib.editing import settings
 from prism_lib.editing.counterfactuals import edit
 from prism_lib.editing.inversion import invert
+from prism_lib.editing.masks import MaskConfig
 from prism_lib.editing.methods import InversionConfig
 from prism_lib.editing.settings import EditConfig, grid, recommended, recommended_inversion, resolved
 from prism_lib.language.edits import NO_EDIT, PromptPair
@@ -36,6 +37,15 @@ def test_the_shipped_model_recommends_settings_by_edit():
     assert taken("without nodule", "with nodule", ("nodule",)) == (2, 0, 0.4, 0.27)
     # Only "with" differs: the words tell that something comes, not what.
     assert taken("without pacemaker", "with pacemaker", ("with",)) == (2, 0, 0.4, 0.27)
+
+
+def test_a_mask_is_overridden_setting_by_setting():
+    before = recommended(paths.weights() / "film-sd", REMOVE).mask
+    assert before != MaskConfig()
+    assert recommended(paths.weights() / "film-sd", REMOVE, mask={"dilate": 7}).mask == replace(before, dilate=7)
+    assert recommended(paths.weights() / "film-sd", REMOVE, mask=MaskConfig(dilate=7)).mask == MaskConfig(dilate=7)
+    with pytest.raises(ValueError, match="dilated"):
+        recommended(paths.weights() / "film-sd", REMOVE, mask={"dilated": 7})
 
 
 def test_an_edit_of_several_findings_takes_the_most_that_one_of_them_needs():

@@ -88,6 +88,7 @@ def test_film_sd_reads_every_prompt_about_devices_as_one_of_two():
             source, target = encode_prompts(pipe, [pair.source, pair.target])
             assert torch.equal(source, shown) and torch.equal(target, without)
     assert not torch.equal(without, shown) and not torch.equal(other, shown)
+    assert torch.equal(encode_prompts(pipe, ["Chest X-ray With Pacemaker"])[0], shown)
     one, film = encode_prompts(pipe, ["chest x-ray without support device", "chest x-ray with portable bed"])
     assert torch.equal(one, without) and not torch.equal(film, shown)
     texts = ["chest x-ray with ecg leads", "chest x-ray with pacemaker"]

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model=given.model or str(given.judge.name),
         seconds=timer.seconds,
     )
-    print(written)
+    tqdm.write(f"{written}")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def backgrounds(options: argparse.Namespace) -> tuple[list[Films], list[Bank]]:
 
 
 class Optimizer:
-    """Muon (Jordan et al., 2024) of the inner layers' kernels, as matrices (out, in x 9), and AdamW of all else."""
+    """Muon (Jordan et al., 2024) of the inner layers' weights, as matrices (out, all else), and AdamW of the others."""
 
     def __init__(self, unet: UNet2DConditionModel, learning_rate: float, steps: int) -> None:
         named = list(unet.named_parameters())
@@ -356,7 +356,7 @@ def bank(films: np.ndarray, count: int, seed: int) -> Bank:
 def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A U-Net for 16 channels with the given one's weights where the shapes allow; else it predicts no change.
 
-    Where a block has one layer more than the given one's, the new one is the identity and comes second: so a film-sd of
+    Where a block has more layers than the given one's, the new ones are the identity and come second: so a film-sd of
     fewer layers predicts what it did.
     """
     config = {"in_channels": 16, "out_channels": 16, "block_out_channels": CHANNELS, "sample_size": 128}
@@ -367,12 +367,12 @@ def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
         torch.nn.init.zeros_(values)
     blocks = zip([*new.down_blocks, *new.up_blocks], [*unet.down_blocks, *unet.up_blocks], strict=True)
     for block, before in blocks:
-        if (more := len(block.resnets) - len(before.resnets)) not in (0, 1):
+        if (more := len(block.resnets) - len(before.resnets)) < 0:
             raise ValueError(f"a block of the U-Net has {len(before.resnets)} layers; it cannot get {more:+d}")
-        if more:
-            before.resnets.insert(1, identity(block.resnets[1]))
+        for place in range(1, more + 1):
+            before.resnets.insert(place, identity(block.resnets[place]))
             if hasattr(block, "attentions"):
-                before.attentions.insert(1, identity(block.attentions[1]))
+                before.attentions.insert(place, identity(block.attentions[place]))
     own, old = new.state_dict(), unet.state_dict()
     new.load_state_dict(
         own | {name: old[name] for name in own.keys() & old.keys() if own[name].shape == old[name].shape}

@@ -20,7 +20,7 @@ from prism_lib import devices, paths, records
 from prism_lib.files import existing
 
 WEIGHTS, JUDGE = paths.SHIPPED, "phantom-judge"
-OF_FILMS = ("film-sd/text_encoder/model", "film-kinds/model", "film-judge/model")
+FILM = ("film-sd/text_encoder/model", "film-kinds/model", "film-judge/model")
 FREE_GB, MEMORY_GB = 5.0, 4.0
 
 
@@ -58,7 +58,7 @@ def checks() -> Iterator[Check]:
     for name, file, or_else in (
         ("weights", f"{WEIGHTS}/model_index.json", ", or let PRISM_WEIGHTS name their folder"),
         ("judge", f"{JUDGE}/model.safetensors", "; without a judge edits have no flip rates"),
-        *((file.partition("/")[0], f"{file}.safetensors", "; without it films are not edited") for file in OF_FILMS),
+        *((file.split("/")[0], f"{file}.safetensors", "; without it films are not edited and judged") for file in FILM),
     ):
         detail = str(path) if (there := (path := paths.weights() / file).exists()) else f"no {path}"
         yield Check(name, there, detail, f"git checkout -- prism_lib/weights{or_else}", required=name == "weights")

@@ -244,7 +244,7 @@ def _levels(data: Dataset, stored: np.ndarray) -> np.ndarray:
     else:
         low, high, shown = values.min(), values.max(), values
     if low == high or not np.isfinite(high - low):
-        raise DicomError(f"blank image: every pixel is {low:g}" if low == high else "a window that is not finite")
+        raise DicomError(f"blank image: every pixel is {low:g}" if low == high else "values or window are not finite")
     levels = ((shown - low) * (255 / (high - low))).clip(0, 255)
     if data.PhotometricInterpretation == "MONOCHROME1":
         levels = 255 - levels

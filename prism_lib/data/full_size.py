@@ -38,7 +38,7 @@ def put_back_file(
     else:
         with Image.open(source) as file:
             film = ImageOps.exif_transpose(file)
-        if film.has_transparency_data:  # on black, as its image
+        if film.has_transparency_data and not film.mode.startswith("I"):  # on black, as its image
             film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film.convert("RGBA"))
         top = 65535 if film.mode.startswith("I") else 255
         old = np.asarray(film if film.mode == "L" or top > 255 else film.convert("RGB"))
@@ -69,7 +69,7 @@ def put_back(levels: np.ndarray, factual: np.ndarray, edited: np.ndarray, mask: 
         return np.asarray(inner.resize(levels.shape[::-1], resample))
 
     inner = Image.fromarray(levels.astype(np.float32)).resize((columns, rows), Image.Resampling.LANCZOS)
-    other = np.abs(np.asarray(inner) - factual[top : top + rows, left : left + columns]).mean()
+    other = np.abs(np.asarray(inner).clip(0, 255) - factual[top : top + rows, left : left + columns]).mean()
     if other > SAME:
         raise ValueError(f"the film is not the one that was edited: they differ by {other:.0f} of 255 gray levels")
     smooth, target = (enlarged(image, Image.Resampling.BICUBIC) for image in (factual, edited))

@@ -58,7 +58,7 @@ def split_patients(patients: pd.Series, shares: Sequence[float], seed: int) -> d
     """Patient -> split; shares are exact to one patient, and a share above 0 gets at least one."""
     order = seeded_order(patients, seed)
     if len(order) < sum(share > 0 for share in shares):
-        raise ValueError(f"{len(order)} patients are too few for a split of {tuple(shares)}; (0, 0, 1) trains nothing")
+        raise ValueError(f"{len(order)} patients are too few for a split of {tuple(shares)}; (0, 0, 1) makes one part")
     exact = [share * len(order) for share in shares]
     sizes = [max(int(count), int(count > 0)) for count in exact]
     while sum(sizes) != len(order):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
-from prism_lib.language.edits import Pairs, PromptPair
+from prism_lib.language.edits import Pairs, PromptPair, affirmed
 from prism_lib.models.classifier import find_classifier
 
 READS = 256  # pixels a side that a network of kinds reads
@@ -51,9 +51,9 @@ def kinds_folder(network: str) -> Path:
 def named_kinds(pair: PromptPair, network: str) -> list[int]:
     """The places in the network's list of the kinds that a pair removes; none if it adds or removes all devices."""
     kinds = json.loads((kinds_folder(network) / "kinds.json").read_text(encoding="utf-8"))
-    texts = (pair.lost, *map(str.split, kinds))  # every prompt begins with the chest
-    lost, *words = ({word.removesuffix("s") for word in text} - {"and", "chest"} for text in texts)
-    named = [place for place, phrase in enumerate(words) if phrase <= lost]
+    texts = (pair.lost, affirmed(pair.source), *(kind.replace(" and", "").split() for kind in kinds))
+    lost, said, *words = ({word.removesuffix("s") for word in text} for text in texts)
+    named = [place for place, phrase in enumerate(words) if phrase <= said and phrase & lost]
     return [] if pair.adds or {"support", "device"} <= lost else named
 
 

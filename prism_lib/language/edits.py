@@ -34,12 +34,12 @@ class PromptPair:
     @cached_property
     def adds(self) -> bool:
         """Whether the target affirms something that the source does not."""
-        return bool(_affirmed(self.target) - _affirmed(self.source))
+        return bool(affirmed(self.target) - affirmed(self.source))
 
     @cached_property
     def lost(self) -> set[str]:
         """Words that the source affirms and the target does not."""
-        return _affirmed(self.source) - _affirmed(self.target)
+        return affirmed(self.source) - affirmed(self.target)
 
 
 Pairs = Sequence[PromptPair]  # one for each image of a batch
@@ -201,7 +201,7 @@ def _differing_phrases(source: str, target: str) -> tuple[tuple[str, ...], tuple
     return removed, added
 
 
-def _affirmed(text: str) -> set[str]:
+def affirmed(text: str) -> set[str]:
     """The words of a text that no word before them in their clause denies."""
     words: set[str] = set()
     for clause in re.split(r"[.,;:!?()]", text.lower()):

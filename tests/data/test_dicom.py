@@ -87,7 +87,7 @@ def test_only_asked_fields_are_copied(tmp_path):
         ({"BitsAllocated": None}, "damaged DICOM: BitsAllocated is missing"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR, not MONOCHROME1"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "pixels are RGB"),
-        ({"WindowCenter": "nan", "WindowWidth": 200}, "a window that is not finite"),
+        ({"WindowCenter": "nan", "WindowWidth": 200}, "values or window are not finite"),
         ({"Rows": 32}, r"damaged pixels: \(2, 32, 64\)|length of the pixel data|pixel data"),
         ({"PixelSpacing": [0.1, 0.3]}, "pixels are not square: PixelSpacing is 0.1 x 0.3 mm"),
         ({"Rows": 100}, "of pixel data|length of the pixel data|pixel data"),

@@ -154,8 +154,8 @@ def test_the_shipped_network_takes_a_can_for_a_pacemaker():
     films = torch.from_numpy(film(512)).float().clamp(0, 1)[None, None].repeat(3, 1, 1, 1)
     removed = torch.zeros_like(films)
     removed[:, :, 100:160, 360:420] = 0.3
-    named = [("pacemaker",), ("Nasogastric tube",), ("nasogastric tube", "pacemaker")]
-    pairs = [PromptPair("x-ray", "x-ray without it", words, words) for words in named]
+    named = ("pacemaker", "Nasogastric tube", "nasogastric tube and pacemaker")
+    pairs = [PromptPair(f"x-ray with {words}", f"x-ray without {words}", (), ()) for words in named]
     # An image of three channels is read as its mean.
     others = kept.other_devices((films + removed).repeat(1, 3, 1, 1), removed.repeat(1, 3, 1, 1), pairs, "film-kinds")
     assert others[:, 0, 100:160, 360:420].float().mean((1, 2)).tolist() == [0, 1, 0]
@@ -170,6 +170,7 @@ def test_an_edit_names_the_kinds_that_its_prompts_lose():
     for kind in vocabulary("films").owners:
         assert kind.removeprefix("left ").removeprefix("right ") == kinds[named(Edit(remove=(kind,)))[0]]
     assert named(Edit(remove=("port", "chest drain"), keep=("ecg leads",))) == [5, 7]
+    assert named(Edit(remove=("endotracheal tube", "chest drain"), keep=("nasogastric tube",))) == [3, 5]
     assert named(Edit(remove=("pacemaker", "Pleural Effusion")), **{"Pleural Effusion": 1}) == [0]
     for source, target in (("with pacemaker", "without pacemaker"), ("with two Pacemakers", "normal")):
         assert named(Edit.text(f"Chest X-ray {source}", f"Chest X-ray {target}")) == [0]
@@ -183,8 +184,8 @@ def test_an_edit_that_removes_a_kind_leaves_devices_of_other_kinds_alone(monkeyp
     upper = torch.tensor([[5.0], [-5.0]])[None, ..., None].expand(1, 2, 1, kept.READS // 2)
     network = torch.cat([upper, -upper], 2).repeat_interleave(kept.READS // 4, 2)
     monkeypatch.setattr(kept, "load_kinds", lambda _: lambda _: network)
-    named = [("pacemaker",), ("Port",), ("port", "pacemaker"), ("support devices",), ()]
-    pairs = [PromptPair("chest", "chest", words, words) for words in named]
+    named = ("pacemaker", "Port", "port and pacemaker", "support devices", "it")
+    pairs = [PromptPair(f"chest with {words}", f"chest without {words}", (), ()) for words in named]
     pairs.append(PromptPair("x-ray", "x-ray with port", ("port",), ("port",)))
     films, removed = torch.rand(6, 1, 64, 64), torch.full((6, 1, 64, 64), 0.1)
     others = kept.other_devices(films, removed, pairs, str(tmp_path))

@@ -48,7 +48,7 @@ _SPARE = 1.1  # of the disk space that uncompressed outputs would take
 def generate(config: BulkConfig, pipe: Pipe | None = None) -> int:
     """Make every counterfactual of the plan that `config.out` lacks; returns how many, by all processes (`cli.launch`).
 
-    Everything is checked before the first image; `pipe` replaces `config.model`. SIGTERM and SIGUSR1 end it by Stopped.
+    All is checked before the first image; `pipe` replaces `config.model`. SIGTERM and SIGUSR1 end it after a batch.
     """
     usual = default_device()
     # On a CPU processes find each other only if told so; checking the files of a large run takes its time.

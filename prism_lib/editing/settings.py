@@ -141,7 +141,7 @@ class Recommendation:
 
 
 def recommended(model: Model, pair: PromptPair, num_inference_steps: int = 50, **overrides: Any) -> EditConfig:
-    """What a model recommends for an edit in so many steps; `overrides` (of `EditConfig`) replace its values.
+    """What a model recommends for an edit in so many steps; `overrides` replace fields of it and of its mask.
 
     `model` is a pipeline or the folder of its weights. The factor of additions is 1 where the edit adds nothing, and a
     recommended start of guidance is never after an overridden end. ValueError for a wrong field or value.

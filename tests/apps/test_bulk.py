@@ -979,6 +979,22 @@ def test_the_command_says_what_film_sd_was_not_measured_for(config, tmp_path, mo
         assert ("was measured for edits that remove support devices" in capsys.readouterr().out) == said
 
 
+@pytest.mark.parametrize("source", ["phantom", "films"])
+def test_the_command_says_that_the_shipped_model_knows_phantoms_and_how_a_sentence_was_read(
+    config, tmp_path, monkeypatch, capsys, source
+):
+    monkeypatch.setenv("PRISM_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "phantom-sd").symlink_to(config.model)
+    monkeypatch.setattr(
+        "prism_lib.data.folder.load_info", lambda folder, load=load_info: {**load(folder), "source": source}
+    )
+    (tmp_path / "edits.csv").write_text("edit\nremove the mild cardiomegaly\n")
+    assert command(replace(config, model="phantom-sd"), "--check") == 0
+    said = capsys.readouterr().out
+    assert ("was trained on phantoms alone" in said) == (source != "phantom") and "mild" in said
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
